@@ -1,0 +1,140 @@
+"""Exit statuses, options from Python, the bounds of numbers, and a start that imports nothing heavy."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.checks import UserError
+from utils.cli import echo_options, newest_weights, number, options_from
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import argparse, sys
+from utils.checks import UserError
+from utils.cli import ReportedError, run_command
+def main(options):
+    print("begun")
+    {body}
+parser = argparse.ArgumentParser(prog="train.py")
+parser.add_argument("--epochs", type=int, default=3)
+sys.exit(run_command(main, parser))
+"""
+
+
+def run_python(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ("assert options.epochs == 7", 0, ""),
+        ("raise UserError('data.yaml: no such file.')", 1, "train.py: error: data.yaml: no such file.\n"),
+        ("raise ReportedError()", 1, ""),
+        ("raise KeyboardInterrupt('Resume with --resume.')", 130, "\ntrain.py: interrupted. Resume with --resume.\n"),
+        ("raise KeyboardInterrupt", 130, "\ntrain.py: interrupted.\n"),
+    ],
+)
+def test_a_mistake_prints_its_message_alone_and_sets_the_status(body, status, message):
+    result = run_python(SCRIPT.format(body=body), "--epochs", "7")
+    assert (result.returncode, result.stderr, result.stdout) == (status, message, "begun\n")
+
+
+def test_a_defect_of_ours_keeps_its_traceback():
+    result = run_python(SCRIPT.format(body="raise ValueError('a defect')"))
+    assert result.returncode == 1 and "Traceback" in result.stderr and "a defect" in result.stderr
+
+
+def test_an_unknown_option_exits_with_2():
+    result = run_python(SCRIPT.format(body="pass"), "--epoch-count", "7")
+    assert result.returncode == 2 and "--epoch-count" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_the_scripts_import_first_is_light():
+    code = (
+        "import sys, utils.cli, utils.log, utils.checks, utils.files\n"
+        "print(sorted({'torch', 'cv2', 'matplotlib', 'pandas', 'numpy', 'PIL', 'tqdm', 'yaml'} & set(sys.modules)))"
+    )
+    assert run_python(code).stdout == "[]\n"
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(prog="val.py")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--conf-thres", type=float, default=0.001)
+    return parser
+
+
+def test_keywords_replace_the_defaults_of_the_parser():
+    options = options_from(make_parser(), {"batch_size": 4})
+    assert vars(options) == {"batch_size": 4, "conf_thres": 0.001}
+
+
+@pytest.mark.parametrize("name", ["batchsize", "_get_kwargs", "__class__"])
+def test_an_unknown_keyword_is_refused(name):
+    with pytest.raises(UserError, match=f"val.py: unknown option '{name}'"):
+        options_from(make_parser(), {name: 4})
+
+
+def test_an_unknown_keyword_comes_with_the_nearest_name():
+    with pytest.raises(UserError, match="Did you mean 'batch_size'"):
+        options_from(make_parser(), {"batchsize": 4})
+
+
+def test_options_are_echoed_in_their_order(caplog):
+    with caplog.at_level("INFO", "yolov5"):
+        echo_options("val", make_parser().parse_args(["--batch-size", "2"]))
+    assert caplog.messages == ["val: batch_size=2, conf_thres=0.001"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bounds", "text", "expected"),
+    [
+        (int, (1, None), "1", 1),
+        (int, (None, 8), "-8", -8),
+        (float, (0, 1), "0", 0.0),
+        (float, (0, 1), "1.0", 1.0),
+        (float, (), "1e-3", 0.001),
+    ],
+)
+def test_numbers_within_bounds_are_taken(kind, bounds, text, expected):
+    value = number(kind, *bounds)(text)
+    assert value == expected and type(value) is kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "bounds", "text", "reason"),
+    [
+        (int, (1, None), "0", "0 is below 1"),
+        (float, (0, 1), "1.01", "1.01 is above 1"),
+        (float, (0, 1), "nan", "nan is not a finite number"),
+        (float, (), "-inf", "-inf is not a finite number"),
+        (int, (), "2.5", "invalid int value: '2.5'"),
+        (int, (), "many", "invalid int value: 'many'"),
+        (float, (), "many", "invalid float value: 'many'"),
+    ],
+)
+def test_other_numbers_are_refused_with_the_reason(capsys, kind, bounds, text, reason):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--value", type=number(kind, *bounds))
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args([f"--value={text}"])
+    assert stopped.value.code == 2 and f"argument --value: {reason}" in capsys.readouterr().err
+
+
+def test_the_newest_best_weights_are_found(tmp_path):
+    with pytest.raises(UserError, match="run train.py first"):
+        newest_weights(tmp_path)
+    for age, name in enumerate(("exp3", "exp", "exp2")):
+        weights = tmp_path / "runs" / "train" / name / "weights"
+        weights.mkdir(parents=True)
+        for file in ("best.pt", "last.pt"):
+            (weights / file).touch()
+            os.utime(weights / file, (1000 - age, 1000 - age))
+    assert newest_weights(tmp_path) == tmp_path / "runs" / "train" / "exp3" / "weights" / "best.pt"

@@ -1,0 +1,42 @@
+"""What the logger prints on which process, and that colours and bars stay out of files."""
+
+import logging
+
+import pytest
+
+from utils.log import LOGGER, colorstr, progress, setup_logging
+
+
+@pytest.mark.parametrize(
+    ("rank", "verbose", "level"),
+    [(-1, "true", logging.INFO), (0, "true", logging.INFO), (1, "true", logging.WARNING), (0, "no", logging.WARNING)],
+)
+def test_only_a_verbose_main_process_prints_information(monkeypatch, rank, verbose, level):
+    monkeypatch.setenv("YOLOv5_VERBOSE", verbose)
+    setup_logging(rank)
+    assert LOGGER.getEffectiveLevel() == level
+
+
+def test_messages_go_to_stderr_once_however_often_logging_is_set_up(monkeypatch, capsys):
+    monkeypatch.setattr(LOGGER, "handlers", [])
+    for _ in range(3):
+        setup_logging()
+    LOGGER.info("one line")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "one line\n")
+
+
+def test_colours_appear_on_a_terminal_only(monkeypatch):
+    assert colorstr("train: ") == "train: "
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert colorstr("train: ") == "\033[34m\033[1mtrain: \033[0m"
+    assert colorstr("bad", "red") == "\033[31mbad\033[0m"
+
+
+def test_a_bar_is_silent_where_information_is(capsys):
+    setup_logging(rank=1)
+    assert list(progress(range(3), desc="epoch")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    setup_logging()
+    assert list(progress(range(3), desc="epoch")) == [0, 1, 2]
+    assert "epoch 100%" in capsys.readouterr().err

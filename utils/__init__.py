@@ -1,0 +1,1 @@
+"""Helpers: files, geometry, data, training, evaluation; nothing here knows the models."""

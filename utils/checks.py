@@ -1,0 +1,62 @@
+"""Errors meant for people, and the small checks that raise them.
+
+Covers: the one exception that scripts turn into a message without a traceback, suggestions for misspelt names, and
+image sizes. Knows nothing of files, tensors or detection.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Iterable, Sequence
+
+LOGGER = logging.getLogger("yolov5")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: its text says what is wrong, where, and what to do.
+
+    Scripts print the text alone and exit with status 1 (see `utils.cli.run_command`).
+    """
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Returns " Did you mean 'a' or 'b'?" with up to three of `options` that resemble `name`, else an empty string."""
+    by_lower = {str(option).lower(): str(option) for option in options}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.6)
+    if not close:
+        return ""
+    return " Did you mean " + " or ".join(f"'{by_lower[key]}'" for key in close) + "?"
+
+
+def round_up(value: float, divisor: int) -> int:
+    """Returns the smallest multiple of `divisor` that is not below `value`."""
+    return math.ceil(value / divisor) * divisor
+
+
+def check_image_size(imgsz: int | Sequence[int], stride: int, floor: int = 0) -> int | list[int]:
+    """Rounds image sides up to multiples of the model's stride and says so when that changes them.
+
+    Args:
+        imgsz: one side for squares, or (height, width), in pixels.
+        stride: the model's largest stride.
+        floor: the smallest side allowed, in pixels.
+
+    Returns:
+        An int for an int, a list for a sequence.
+
+    Raises:
+        UserError: a side is not positive.
+    """
+    sides = [imgsz] if isinstance(imgsz, int) else list(imgsz)
+    if any(side < 1 for side in sides):
+        raise UserError(f"--img-size {imgsz}: image sides must be at least 1 pixel.")
+    rounded = [max(round_up(side, stride), floor) for side in sides]
+    if rounded != sides:
+        shown = rounded[0] if isinstance(imgsz, int) else rounded
+        LOGGER.warning(
+            f"WARNING: --img-size {imgsz} must be a multiple of the model's stride {stride}"
+            f"{f' and at least {floor}' if floor else ''}: using {shown}"
+        )
+    return rounded[0] if isinstance(imgsz, int) else rounded

@@ -1,0 +1,81 @@
+"""Devices: which one `--device` names, what is on it, and which precision suits it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+
+import torch
+
+from utils.checks import UserError
+
+AMP_MODES = ("auto", "off", "fp16", "bf16")
+
+
+def select_device(device: str = "", batch_size: int = 0) -> torch.device:
+    """Returns the device for `''` (CUDA 0, else the CPU), `cpu`, `mps`, `0`, `cuda:0` or `0,1`.
+
+    Args:
+        device: the value of `--device`.
+        batch_size: the total batch; it must divide by the number of GPUs named.
+
+    Raises:
+        UserError: an unknown name, a GPU that is not there, or a batch that does not divide.
+    """
+    name = str(device).strip().lower()
+    if name == "cpu" or (not name and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps: this machine or this PyTorch has no Metal (MPS) device. Use --device cpu.")
+        return torch.device("mps")
+    if not re.fullmatch(r"((cuda:)?\d+(,\d+)*)?", name):
+        raise UserError(f"--device '{device}': expected cpu, mps, a GPU number such as 0, or a list such as 0,1.")
+    numbers = [int(number) for number in name.removeprefix("cuda:").split(",")] if name else [0]
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if max(numbers) >= available:
+        have = f"GPUs 0 to {available - 1}" if available else "no CUDA GPU"
+        raise UserError(f"--device '{device}': PyTorch sees {have} here. Use --device cpu or a GPU that exists.")
+    if len(numbers) > 1 and batch_size > 0 and batch_size % len(numbers):
+        raise UserError(f"--batch-size {batch_size} does not divide by the {len(numbers)} GPUs of --device {device}.")
+    return torch.device("cuda", numbers[0])
+
+
+def device_line(device: torch.device) -> str:
+    """Returns what a run prints about its versions and its device."""
+    head = f"Python-{platform.python_version()} torch-{torch.__version__}"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{head} CUDA:{device.index or 0} ({properties.name}, {properties.total_memory >> 20}MiB)"
+    threads = f" ({os.cpu_count()} cores, {torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    return f"{head} {device.type.upper()}{threads}"
+
+
+def resolve_amp(mode: str, device: torch.device) -> torch.dtype | None:
+    """Returns the dtype of automatic mixed precision, or None for plain float32.
+
+    `auto` takes float16 on CUDA and bfloat16 on a CPU that computes it in hardware; elsewhere float32.
+
+    Raises:
+        UserError: an unknown mode, or float16 on a device without it.
+    """
+    if mode not in AMP_MODES:
+        raise UserError(f"--amp {mode}: expected one of {', '.join(AMP_MODES)}.")
+    if mode == "off":
+        return None
+    if mode == "bf16":
+        return torch.bfloat16
+    if mode == "fp16":
+        if device.type != "cuda":
+            raise UserError(f"--amp fp16 needs a CUDA GPU; on {device.type} use --amp auto, bf16 or off.")
+        return torch.float16
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else None
+
+
+def cpu_has_bf16() -> bool:
+    """Says whether this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX)."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)

@@ -1,0 +1,232 @@
+"""Files: the repository's root, run folders, look-up by name, YAML in and out, writing that is all or nothing.
+
+Not here: downloads (`utils.download`), checkpoints (`utils.checkpoint`), images (`utils.images`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.checks import UserError, did_you_mean
+
+ROOT = Path(__file__).resolve().parents[1]
+SEARCHED_FOLDERS = ("data", "models", "utils")
+MAX_YAML_BYTES = 4 << 20
+MAX_YAML_DEPTH = 64
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Reads a YAML file as plain data; nothing in it can run.
+
+    Raises:
+        UserError: no such file, not UTF-8 text, too large or too deeply nested, uses aliases, or a syntax error; with
+            the line and column where there is one.
+    """
+    import yaml
+
+    text = _read_yaml_text(path)
+    try:
+        _check_yaml_structure(path, text)
+        return yaml.load(text, Loader=_safe_loader())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise UserError(f"{where}: YAML error: {error.problem or error.context}. Mend this line.") from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError) as error:  # also bad !!int, !!bool
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not a YAML file ({reason}).") from error
+
+
+def _read_yaml_text(path: str | Path) -> str:
+    """Reads a text file that is small enough to be parsed."""
+    try:
+        size = os.path.getsize(path)
+        if size > MAX_YAML_BYTES:
+            raise UserError(f"{path}: {size} bytes is too large for a YAML file (at most {MAX_YAML_BYTES}).")
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text. Save the file in the encoding UTF-8.") from error
+
+
+def _check_yaml_structure(path: str | Path, text: str) -> None:
+    """Refuses nesting beyond MAX_YAML_DEPTH and aliases: small texts that grow without bound when built."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"{path}:{line}: aliases (*{event.anchor}) are not accepted; write the value out.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise UserError(f"{path}:{line}: nested more than {MAX_YAML_DEPTH} levels deep.")
+
+
+def _safe_loader() -> type:
+    """Returns PyYAML's safe loader, reading 1e-3 as a number and refusing a key that stands twice in a mapping."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, Hashable):
+                    continue  # PyYAML's own constructor refuses it
+                if key in seen:
+                    problem = f"key '{key}' stands twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    number = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    return Loader
+
+
+def write_yaml(path: str | Path, data: Any) -> None:
+    """Writes plain data as YAML in insertion order, all or nothing.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    import yaml
+
+    with atomic_write(path) as temporary:
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what is written there replaces `path` only once all of it is on disk.
+
+    An interruption at any moment leaves the former file or the new one. The temporary's name is hidden, begins with
+    the target's and ends in `.tmp` (`remove_temporaries` clears what a killed process left).
+
+    Raises:
+        UserError: the disk is full, the folder is missing or not writable, and so on; the former file is intact.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with contextlib.ExitStack() as cleaning:
+            open(temporary, "xb").close()
+            cleaning.callback(temporary.unlink, missing_ok=True)
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}). A former file of that name is intact.") from error
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename durable where the system can; Windows and some network file systems cannot, and need not."""
+    if os.name == "nt":
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_temporaries(folder: str | Path, name: str = "") -> list[Path]:
+    """Removes what interrupted `atomic_write`s of files called `name` (any, when empty) left in `folder`."""
+    pattern = f".{glob.escape(name) or '*'}.{'[0-9a-f]' * 8}.tmp"
+    stale = [path for path in Path(folder).glob(pattern) if path.is_file()]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
+
+
+def increment_path(path: str | Path, exist_ok: bool = False, mkdir: bool = False) -> Path:
+    """Returns `path`, or the next free `path2`, `path3`, ... beside it (numbers go before a file's suffix).
+
+    With `mkdir` the folder is made by this call alone: two processes that start at once get different ones.
+
+    Raises:
+        UserError: the folder cannot be made, or nothing can be written into it.
+    """
+    path = Path(path)
+    while True:
+        target = path if exist_ok or not os.path.lexists(path) else _next_free(path)
+        if not mkdir or _make_folder(target, exist_ok):
+            return target
+
+
+def _make_folder(folder: Path, exist_ok: bool) -> bool:
+    """Makes a folder and tries to write there; returns False when another process made it first."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=exist_ok)
+        except FileExistsError:
+            if exist_ok:
+                raise
+            return False
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be the output folder ({error.strerror}: {error.filename}). Choose another --project."
+        ) from error
+
+
+def _next_free(path: Path) -> Path:
+    """Returns the sibling of `path` numbered one above the highest number in use, at least 2."""
+    stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
+    pattern = re.compile(re.escape(stem) + r"(\d+)" + re.escape(suffix))
+    numbers = [int(match[1]) for entry in path.parent.iterdir() if (match := pattern.fullmatch(entry.name))]
+    return path.with_name(f"{stem}{max([1, *numbers]) + 1}{suffix}")
+
+
+def find_file(name: str | Path, suffixes: Sequence[str] = (), what: str = "file") -> Path:
+    """Finds a file by its path, or by its bare name below data/, models/ and utils/ of the repository.
+
+    Args:
+        name: a path, or a file name such as `yolov5s.yaml`.
+        suffixes: the suffixes allowed, with dots; empty allows all.
+        what: what the file is, for messages ("--cfg").
+
+    Raises:
+        UserError: another suffix, no such file (the nearest names are listed), or several of that name.
+    """
+    path = Path(name)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UserError(f"{what} '{name}': a file ending in {' or '.join(suffixes)} is expected here.")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{what} '{name}': is a folder, a file is expected here.")
+    hits = [file for file in _searched_files(glob.escape(path.name)) if file.parts[-len(path.parts) :] == path.parts]
+    if len(hits) > 1:
+        raise UserError(f"{what} '{name}': several files have this name: {', '.join(map(str, hits))}. Give the path.")
+    if hits:
+        return hits[0]
+    nearby = [*_searched_files("*"), *(path.parent.glob("*") if path.parent.is_dir() else ())]
+    names = {file.name for file in nearby if not suffixes or file.suffix.lower() in suffixes}
+    where = f"not found here or below {', '.join(f'{folder}/' for folder in SEARCHED_FOLDERS)} of {ROOT}"
+    raise UserError(f"{what} '{name}': {where}.{did_you_mean(path.name, names)}")
+
+
+def _searched_files(pattern: str) -> list[Path]:
+    """Returns the files below SEARCHED_FOLDERS whose names match a glob pattern."""
+    return [file for folder in SEARCHED_FOLDERS for file in sorted((ROOT / folder).rglob(pattern)) if file.is_file()]

@@ -1,0 +1,380 @@
+"""Images: reading them right (orientation, bit depth, damage), sizes from headers, resizing, and THE letterbox.
+
+One reader and one letterbox serve training, validation, detection and calibration alike, so that a model meets the
+same pixels everywhere. Arrays are uint8 (height, width, 3) in OpenCV's BGR order. Torch is never needed here.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+IMG_FORMATS = frozenset({"bmp", "dng", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp"})
+VID_FORMATS = frozenset({"asf", "avi", "gif", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "wmv"})
+PAD_COLOUR = (114, 114, 114)
+MIN_SIDE = 10  # px; smaller images are refused, as in YOLOv5
+MAX_ASPECT = 200  # longer strips than this shrink to nothing at training size
+
+# OpenCV decodes these fastest. It fails on turned and float TIFF, and darkens a TIFF's colours by their alpha.
+_OPENCV_FORMATS = frozenset({"jpeg", "png", "webp"})
+_REDUCED_FLAGS = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_JPEG_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # markers of the frames that decoders know; the others are lossless
+_JPEG_SCAN, _JPEG_APP1 = 0xDA, 0xE1
+_EXIF_START = b"Exif\x00\x00"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_ORIENTATION_TAG, _TIFF_WIDTH_TAG, _TIFF_HEIGHT_TAG = 0x0112, 0x0100, 0x0101
+# EXIF orientation -> (rows and columns change places, then this flip: 1 left-right, 0 upside down, -1 both)
+_TURNS = {2: (False, 1), 3: (False, -1), 4: (False, 0), 5: (True, None), 6: (True, 1), 7: (True, -1), 8: (True, 0)}
+# What Pillow raises on damaged files; its decoders and EXIF reader promise nothing narrower.
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    Image.DecompressionBombError,
+    LookupError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+
+
+class ImageError(Exception):
+    """One image that cannot be used; the text says why, without its path."""
+
+
+class ImageInfo(NamedTuple):
+    """What a header says, after EXIF orientation."""
+
+    width: int
+    height: int
+    format: str
+
+
+class _Header(NamedTuple):
+    """What a header says as stored, before EXIF orientation."""
+
+    width: int
+    height: int
+    format: str
+    orientation: int  # EXIF, 1 to 8
+    pixels_at: int  # byte where the pixel data begin, as far as known
+
+    @property
+    def upright(self) -> ImageInfo:
+        if _TURNS.get(self.orientation, (False, None))[0]:
+            return ImageInfo(self.height, self.width, self.format)
+        return ImageInfo(self.width, self.height, self.format)
+
+
+class Letterboxed(NamedTuple):
+    """A letterboxed image with what leads back to the original: `x_padded = x * ratio[0] + pad[0]`."""
+
+    image: np.ndarray  # uint8 (h, w, 3)
+    ratio: tuple[float, float]  # (width, height)
+    pad: tuple[float, float]  # px at the left and at the top; halves where the padding is odd
+
+
+class LetterboxGeometry(NamedTuple):
+    """The numbers of a letterbox: the resized image's size and the padding around it, in pixels."""
+
+    resized_wh: tuple[int, int]
+    ratio: tuple[float, float]  # (width, height)
+    pad: tuple[float, float]  # (width, height), each side
+    borders: tuple[int, int, int, int]  # top, bottom, left, right
+
+
+def read_image(path: str | Path, min_side_hint: int | None = None) -> np.ndarray:
+    """Decodes an image to uint8 (h, w, 3) BGR: upright, 8 bits deep, alpha dropped, the first frame of several.
+
+    Args:
+        path: the file.
+        min_side_hint: where the caller shrinks the image anyway, the long side that it needs in pixels: a JPEG at
+            least twice as large is decoded at 1/2, 1/4 or 1/8, which costs a fraction of a whole decode.
+
+    Raises:
+        ImageError: unreadable, damaged or truncated.
+    """
+    data = _read_bytes(path)
+    header = _read_header(data)
+    _check_end(data, header)
+    return _decode(data, header, min_side_hint)
+
+
+def image_size(path: str | Path) -> ImageInfo:
+    """Reads an image's size and format from its header.
+
+    Raises:
+        ImageError: not an image, or its header is damaged.
+    """
+    return _read_header(_read_bytes(path)).upright
+
+
+def check_image(path: str | Path) -> ImageInfo:
+    """Looks at an image closely enough to find truncation and damage, and reads its size.
+
+    JPEG and PNG are followed from part to part to their end, which finds what OpenCV's decoder and Pillow's `verify`
+    let pass, at a fraction of the cost of decoding; the other formats are decoded.
+
+    Raises:
+        ImageError: unreadable, damaged, truncated, or of a size that cannot be trained on.
+    """
+    data = _read_bytes(path)
+    header = _read_header(data)
+    info = header.upright
+    if info.format not in IMG_FORMATS:
+        raise ImageError(f"is of format {info.format}, which is not one of {', '.join(sorted(IMG_FORMATS))}")
+    short, long = sorted((info.width, info.height))
+    if short < MIN_SIDE:
+        raise ImageError(f"is {info.width}x{info.height} px; sides under {MIN_SIDE} px cannot be used")
+    if long > MAX_ASPECT * short:
+        raise ImageError(f"is {info.width}x{info.height} px; sides beyond {MAX_ASPECT}:1 cannot be used")
+    if not _check_end(data, header):
+        _decode(data, header)
+    return info
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    """Reads a whole file; the errors in words."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read ({error.strerror})") from error
+    if not data:
+        raise ImageError("is empty (0 bytes)")
+    return data
+
+
+def _read_header(data: bytes) -> _Header:
+    """Reads size, format and orientation without decoding pixels.
+
+    Raises:
+        ImageError: not an image, or its header is damaged.
+    """
+    if data.startswith(_JPEG_START):
+        return _read_jpeg_header(data)
+    try:
+        with Image.open(BytesIO(data)) as image:
+            width, height = image.size
+            kind = (image.format or "unknown").lower()
+            if kind == "tiff":  # some versions of Pillow swap the sides by themselves, some do not
+                width, height = image.tag_v2[_TIFF_WIDTH_TAG], image.tag_v2[_TIFF_HEIGHT_TAG]
+            return _Header(width, height, kind, _orientation(image, data), 0)
+    except _DAMAGE as error:
+        raise ImageError(f"is not a readable image ({_reason(error)})") from error
+
+
+def _read_jpeg_header(data: bytes) -> _Header:
+    """Follows a JPEG's markers to its first scan.
+
+    Raises:
+        ImageError: the markers are damaged, or there is no frame header.
+    """
+    position, size, orientation = 2, None, 1
+    while position + 4 <= len(data):
+        if data[position] != 0xFF:
+            raise ImageError("is a damaged JPEG (no marker where one must stand)")
+        marker = data[position + 1]
+        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # fill bytes and markers without a segment
+            position += 1 if marker == 0xFF else 2
+            continue
+        start, end = position + 4, position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker == _JPEG_SCAN:
+            break
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, start + 1) if start + 5 <= len(data) else (0, 0)
+            size = (width, height)
+        elif marker == _JPEG_APP1 and orientation == 1 and data.startswith(_EXIF_START, start):
+            orientation = _exif_orientation(data[start:end])
+        position = end
+    if size is None or 0 in size:
+        raise ImageError("is a damaged JPEG (no frame header)")
+    return _Header(*size, "jpeg", orientation, position)
+
+
+def _exif_orientation(block: bytes) -> int:
+    """Returns the orientation that an EXIF block states; a damaged block states none, and the pixels may be well."""
+    exif = Image.Exif()
+    try:
+        exif.load(block)
+        return exif.get(_ORIENTATION_TAG, 1)
+    except _DAMAGE:
+        return 1
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """Returns the EXIF orientation of an opened image that is no JPEG; 1 where its EXIF block is damaged."""
+    try:
+        if image.format == "PNG" and b"eXIf" not in data:  # in search of one, Pillow would decode the whole image
+            return Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
+        return image.getexif().get(_ORIENTATION_TAG, 1)
+    except _DAMAGE:
+        return 1
+
+
+def _reason(error: Exception) -> str:
+    """Returns a library's message without the addresses of its objects."""
+    return str(error).split(" <")[0] or type(error).__name__
+
+
+def _check_end(data: bytes, header: _Header) -> bool:
+    """Looks for truncation without decoding; returns False for formats where only decoding tells.
+
+    Raises:
+        ImageError: a JPEG without an end marker behind its first scan, or a PNG with a part missing or damaged.
+    """
+    if header.format == "jpeg":
+        if data.rfind(_JPEG_END, header.pixels_at) < 0:
+            raise ImageError("is a truncated JPEG (its end is missing)")
+        return True
+    if header.format == "png":
+        _check_png(data)
+        return True
+    return False
+
+
+def _check_png(data: bytes) -> None:
+    """Follows a PNG's chunks to its end and compares the checksums of those that the pixels need.
+
+    Raises:
+        ImageError: a chunk is cut or damaged, or the last one is missing.
+    """
+    view, position, kind = memoryview(data), len(_PNG_START), b""
+    while kind != b"IEND":
+        if position + 12 > len(data):
+            raise ImageError("is a truncated PNG (its end is missing)")
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        if end + 4 > len(data):
+            raise ImageError("is a truncated PNG (its end is missing)")
+        needed = kind[:1].isupper()
+        if needed and zlib.crc32(view[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            raise ImageError(f"is a damaged PNG (the checksum of its part {kind.decode('ascii', 'replace')} is wrong)")
+        position = end + 4
+
+
+def _decode(data: bytes, header: _Header, min_side_hint: int | None = None) -> np.ndarray:
+    """Decodes bytes to uint8 (h, w, 3) BGR, upright."""
+    if header.format not in _OPENCV_FORMATS:
+        return _decode_with_pillow(data)
+    reduction = 1
+    if header.format == "jpeg" and min_side_hint:
+        long_side = max(header.width, header.height)
+        reduction = next((factor for factor in (8, 4, 2) if long_side >= factor * min_side_hint), 1)
+    flags = _REDUCED_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise ImageError(f"cannot be decoded ({error.err})") from error
+    return _decode_with_pillow(data) if image is None else _turn(image, header.orientation)
+
+
+def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns an image (h, w, 3) as its EXIF orientation asks; unknown values leave it."""
+    swapped, flip = _TURNS.get(orientation, (False, None))
+    image = cv2.transpose(image) if swapped else image
+    return image if flip is None else cv2.flip(image, flip)
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    """Decodes what OpenCV is not asked for or gives up to uint8 (h, w, 3) BGR, upright."""
+    try:
+        with Image.open(BytesIO(data)) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode == "F":  # by convention 0 to 1
+                image = Image.fromarray((np.clip(np.asarray(image), 0, 1) * 255).astype(np.uint8))
+            elif image.mode.startswith("I"):  # 16 bits, whatever holds them
+                image = Image.fromarray((np.clip(np.asarray(image), 0, 0xFFFF) >> 8).astype(np.uint8))
+            rgb = np.asarray(image.convert("RGB"))
+    except _DAMAGE as error:
+        raise ImageError(f"cannot be decoded ({_reason(error)})") from error
+    return np.ascontiguousarray(rgb[:, :, ::-1])
+
+
+def resize_long_side(image: np.ndarray, size: int, augment: bool = False) -> np.ndarray:
+    """Resizes so that the long side is `size` px; the other side rounds up.
+
+    Bilinear when augmenting or enlarging, area averaging when shrinking for evaluation.
+    """
+    height, width = image.shape[:2]
+    ratio = size / max(height, width)
+    if ratio == 1:
+        return image
+    method = cv2.INTER_LINEAR if augment or ratio > 1 else cv2.INTER_AREA
+    return cv2.resize(image, resized_wh((width, height), size), interpolation=method)
+
+
+def resized_wh(size_wh: Sequence[int], long_side: int) -> tuple[int, int]:
+    """Returns (width, height) after `resize_long_side`: each at most `long_side`, rounded up."""
+    ratio = long_side / max(size_wh)
+    return tuple(min(math.ceil(side * ratio), long_side) for side in size_wh)
+
+
+def letterbox_geometry(
+    image_hw: Sequence[int],
+    new_shape: int | Sequence[int] = 640,
+    auto: bool = True,
+    scale_fill: bool = False,
+    scaleup: bool = True,
+    stride: int = 32,
+) -> LetterboxGeometry:
+    """Works out a letterbox: scale to fit `new_shape`, then pad evenly to it, or just to a multiple of `stride`.
+
+    Args:
+        image_hw: (height, width) of the image.
+        new_shape: side of a square, or (height, width), in pixels.
+        auto: pad to the smallest rectangle of stride multiples instead of to `new_shape`.
+        scale_fill: stretch to `new_shape` without padding (when not `auto`).
+        scaleup: whether small images may be enlarged.
+        stride: the model's largest stride.
+    """
+    target_h, target_w = (new_shape, new_shape) if isinstance(new_shape, int) else new_shape
+    height, width = image_hw[:2]
+    scale = min(target_h / height, target_w / width)
+    scale = scale if scaleup else min(scale, 1.0)
+    ratio = (scale, scale)
+    resized = (max(round(width * scale), 1), max(round(height * scale), 1))  # 1: a strip must not vanish
+    pad_w, pad_h = target_w - resized[0], target_h - resized[1]
+    if auto:
+        pad_w, pad_h = pad_w % stride, pad_h % stride
+    elif scale_fill:
+        resized, ratio = (target_w, target_h), (target_w / width, target_h / height)
+        pad_w, pad_h = 0, 0
+    half_w, half_h = pad_w / 2, pad_h / 2
+    borders = (round(half_h - 0.1), round(half_h + 0.1), round(half_w - 0.1), round(half_w + 0.1))
+    return LetterboxGeometry(resized, ratio, (half_w, half_h), borders)
+
+
+def letterbox(
+    image: np.ndarray,
+    new_shape: int | Sequence[int] = 640,
+    color: tuple[int, int, int] = PAD_COLOUR,
+    auto: bool = True,
+    scale_fill: bool = False,
+    scaleup: bool = True,
+    stride: int = 32,
+) -> Letterboxed:
+    """Resizes an image (h, w, 3) to fit `new_shape` and pads it; see `letterbox_geometry` for the arguments."""
+    geometry = letterbox_geometry(image.shape, new_shape, auto, scale_fill, scaleup, stride)
+    if geometry.resized_wh != (image.shape[1], image.shape[0]):
+        image = cv2.resize(image, geometry.resized_wh, interpolation=cv2.INTER_LINEAR)
+    if any(geometry.borders):
+        image = cv2.copyMakeBorder(image, *geometry.borders, cv2.BORDER_CONSTANT, value=color)
+    return Letterboxed(image, geometry.ratio, geometry.pad)

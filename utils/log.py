@@ -1,0 +1,62 @@
+"""The program's logger, colours on a terminal, and progress bars.
+
+Everything goes to stderr, as in YOLOv5; nothing is configured before a script calls `setup_logging`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+LOGGER = logging.getLogger("yolov5")
+
+_ANSI = {"blue": "\033[34m", "green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m", "bold": "\033[1m"}
+_ANSI_END = "\033[0m"
+
+
+def setup_logging(rank: int = -1) -> None:
+    """Sends the logger's plain messages to stderr: INFO on the main process, WARNING on other ranks.
+
+    The environment variable `YOLOv5_VERBOSE` set to anything but `true` silences INFO as well.
+    """
+    verbose = os.environ.get("YOLOv5_VERBOSE", "true").lower() == "true" and rank in (-1, 0)
+    if not LOGGER.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        LOGGER.addHandler(handler)
+        LOGGER.propagate = False
+    LOGGER.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def colorstr(text: str, *styles: str) -> str:
+    """Returns `text` in ANSI `styles` (default blue and bold) when stderr is a terminal, else unchanged."""
+    if not sys.stderr.isatty():
+        return text
+    return "".join(_ANSI[style] for style in styles or ("blue", "bold")) + text + _ANSI_END
+
+
+def progress(
+    iterable: Iterable[Any] | None = None,
+    total: int | None = None,
+    desc: str = "",
+    leave: bool = True,
+    disable: bool = False,
+    unit: str = "it",
+) -> Any:
+    """Returns a tqdm bar on stderr; silent when INFO is silent, and rarely redrawn where stderr is not a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(
+        iterable,
+        total=total,
+        desc=desc,
+        leave=leave,
+        disable=disable or not LOGGER.isEnabledFor(logging.INFO),
+        unit=unit,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
+    )
