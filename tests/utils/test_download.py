@@ -1,0 +1,291 @@
+"""Downloads from a server of the test's own, and archives made to do harm."""
+
+import hashlib
+import io
+import stat
+import tarfile
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from utils import archives, download
+from utils.archives import unpack
+from utils.checks import UserError
+from utils.download import RELEASES, Release, download_file, download_weights, fetch
+
+PAYLOAD = bytes(range(256)) * 4000
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves PAYLOAD in ways that paths name."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.server.requests.append((self.path, self.headers.get("Range")))
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        if self.path == "/gone.bin":
+            self.send_error(404)
+        elif self.path == "/to-a-file":
+            self.reply(302, b"", Location="file:///etc/passwd")
+        elif self.path.startswith("/flaky") and not start:
+            self.reply(200, PAYLOAD, send=PAYLOAD[:100_000])
+        elif self.path.startswith("/flaky-restart"):
+            self.reply(200, PAYLOAD)
+        elif self.path.startswith("/flaky"):
+            self.reply(206, PAYLOAD[start:])
+        elif self.path.startswith("/short"):
+            self.reply(206 if start else 200, PAYLOAD[start:], send=PAYLOAD[start : start + 1000])
+        elif self.path.startswith("/zip"):
+            self.reply(200, zip_bytes({"set/a.txt": b"a", "set/b/c.txt": b"c"}))
+        else:
+            self.reply(200, PAYLOAD)
+
+    def reply(self, status, body, send=None, **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body if send is None else send)
+        self.close_connection = True
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.requests = []
+        running.url = f"http://127.0.0.1:{running.server_port}"
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def zip_bytes(files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def everything_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_file_arrives_whole_with_its_hash_checked(server, tmp_path):
+    digest = hashlib.sha256(PAYLOAD).hexdigest()
+    target = download_file(f"{server.url}/x.bin", tmp_path / "new" / "x.bin", digest.upper())
+    assert target.read_bytes() == PAYLOAD and everything_in(tmp_path) == ["new", "new/x.bin"]
+
+
+def test_a_wrong_hash_leaves_nothing(server, tmp_path):
+    with pytest.raises(UserError, match="is not the known file"):
+        download_file(f"{server.url}/x.bin", tmp_path / "new" / "x.bin", "0" * 64)
+    assert everything_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", ["/flaky.bin", "/flaky-restart.bin"])
+def test_an_interrupted_transfer_goes_on(server, tmp_path, path):
+    assert download_file(f"{server.url}{path}", tmp_path / "x.bin").read_bytes() == PAYLOAD
+    assert [requested for _, requested in server.requests] == [None, "bytes=100000-"]
+
+
+def test_a_transfer_that_stays_short_is_an_error_and_leaves_nothing(server, tmp_path):
+    with pytest.raises(UserError, match="cut short 4 times"):
+        download_file(f"{server.url}/short.bin", tmp_path / "x.bin")
+    assert everything_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("/gone.bin", "the server answered 404"), ("/to-a-file", "answered 302")]
+)
+def test_what_the_server_refuses_is_one_line(server, tmp_path, path, message):
+    with pytest.raises(UserError, match=message) as error:
+        download_file(f"{server.url}{path}", tmp_path / "x.bin")
+    assert "\n" not in str(error.value) and everything_in(tmp_path) == []
+
+
+def test_offline_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    start = time.monotonic()
+    with pytest.raises(UserError, match="cannot be reached.*Offline"):
+        download_file("http://127.0.0.1:1/x.bin", tmp_path / "x.bin")
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "ftp://h/x", "x.bin", "https://", "https://h/a b", "http://[x/y"]
+)
+def test_other_addresses_are_refused(tmp_path, url):
+    with pytest.raises(UserError, match="address"):
+        download_file(url, tmp_path / "x.bin")
+
+
+def test_an_archive_is_unpacked_and_removed(server, tmp_path):
+    fetch(f"{server.url}/zip/set.zip?raw=1", tmp_path / "data")
+    fetch(f"{server.url}/zip?id=1", tmp_path / "more", name="named.zip")
+    assert everything_in(tmp_path / "data") == ["set", "set/a.txt", "set/b", "set/b/c.txt"]
+    assert everything_in(tmp_path / "more") == everything_in(tmp_path / "data")
+
+
+def test_a_page_instead_of_an_archive_is_refused(server, tmp_path):
+    with pytest.raises(UserError, match="neither a zip nor a tar archive"):
+        fetch(f"{server.url}/page.zip", tmp_path / "data")
+    assert everything_in(tmp_path) == []
+
+
+def test_released_weights_are_checked_against_the_list(server, tmp_path, monkeypatch):
+    digest = hashlib.sha256(PAYLOAD).hexdigest()
+    monkeypatch.setitem(RELEASES, "yolov5n.pt", Release(f"{server.url}/yolov5n.pt", digest))
+    target = tmp_path / "w" / "yolov5n.pt"
+    assert download_weights(target) == target and target.read_bytes() == PAYLOAD
+    assert download_weights(target) == target and len(server.requests) == 1
+    monkeypatch.setitem(RELEASES, "yolov5s.pt", Release(f"{server.url}/yolov5s.pt", "1" * 64))
+    with pytest.raises(UserError, match="not the known file"):
+        download_weights(tmp_path / "yolov5s.pt")
+    with pytest.raises(UserError, match="not one of the released weights.*Did you mean 'yolov5m6.pt'"):
+        download_weights("yolo5m6.pt")
+
+
+def test_the_release_list_is_complete():
+    assert {name[6:-3] for name in RELEASES} == {f"{size}{p6}" for size in "nsmlx" for p6 in ("", "6")}
+    assert all(url.endswith(f"/{name}") and len(sha256) == 64 for name, (url, sha256) in RELEASES.items())
+    assert len({release.sha256 for release in RELEASES.values()}) == len(RELEASES)
+
+
+def write_tar(path, members, mode="w:gz"):
+    with tarfile.open(path, mode) as archive:
+        for info, content in members:
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def tar_member(name, kind=tarfile.REGTYPE, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"])
+def test_tar_files_of_every_kind_are_unpacked(tmp_path, suffix):
+    mode = "w:" + {".tgz": "gz", ".tar": ""}.get(suffix, suffix.rpartition(".")[2])
+    members = [(tar_member("d", tarfile.DIRTYPE), b""), (tar_member("d/a.txt"), b"aa"), (tar_member("b.txt"), b"b")]
+    path = write_tar(tmp_path / f"x{suffix}", members, mode)
+    assert archives.is_archive_name(path.name)
+    assert unpack(path, tmp_path / "out") == ["d/a.txt", "b.txt"]
+    assert (tmp_path / "out" / "d" / "a.txt").read_bytes() == b"aa"
+
+
+BAD_NAMES = ["../evil.txt", "a/../../evil.txt", "/evil.txt", "C:/evil.txt", "a\\..\\evil.txt", "\\\\host\\x"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_names_that_leave_the_folder_stop_everything(tmp_path, name, kind):
+    path = tmp_path / f"x.{kind}"
+    if kind == "zip":
+        path.write_bytes(zip_bytes({"good.txt": b"x", name: b"x"}))
+    else:
+        write_tar(path, [(tar_member("good.txt"), b"x"), (tar_member(name), b"x")], "w")
+    with pytest.raises(UserError, match="member .* nothing was unpacked"):
+        unpack(path, tmp_path / "in" / "out")
+    assert not [entry for entry in everything_in(tmp_path) if entry.endswith(".txt")]
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        tar_member("link", tarfile.SYMTYPE, "/etc/passwd"),
+        tar_member("link", tarfile.LNKTYPE, "../x"),
+        tar_member("device", tarfile.CHRTYPE),
+        tar_member("device", tarfile.BLKTYPE),
+        tar_member("pipe", tarfile.FIFOTYPE),
+    ],
+)
+def test_links_and_devices_in_tar_files_are_refused(tmp_path, info):
+    path = write_tar(tmp_path / "x.tar", [(tar_member("good.txt"), b"x"), (info, b"")], "w")
+    with pytest.raises(UserError, match="is a link, device or pipe"):
+        unpack(path, tmp_path / "out")
+    assert everything_in(tmp_path / "out") == []
+
+
+def test_links_and_encryption_in_zip_files_are_refused(tmp_path):
+    link = zipfile.ZipInfo("link")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(UserError, match="is a link"):
+        unpack(tmp_path / "link.zip", tmp_path / "out")
+    content = bytearray(zip_bytes({"a.txt": b"x"}))
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "locked.zip").write_bytes(content)
+    with pytest.raises(UserError, match="is encrypted"):
+        unpack(tmp_path / "locked.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_bombs_are_refused_before_anything_is_written(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(archives, "RATIO_FROM_BYTES", 1 << 16)
+    path, zeros = tmp_path / f"bomb.{kind}", bytes(1 << 20)
+    if kind == "zip":
+        path.write_bytes(zip_bytes({"good.txt": b"x", "zeros": zeros}))
+    else:
+        write_tar(path, [(tar_member("good.txt"), b"x"), (tar_member("zeros"), zeros)])
+    with pytest.raises(UserError, match="decompression bomb"):
+        unpack(path, tmp_path / "out")
+    assert everything_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MAX_MEMBERS", 2), ("MAX_TOTAL_BYTES", 2)])
+def test_limits_on_members_and_bytes(tmp_path, monkeypatch, limit, value):
+    (tmp_path / "x.zip").write_bytes(zip_bytes({"a": b"1", "b": b"2", "c": b"3"}))
+    monkeypatch.setattr(archives, limit, value)
+    with pytest.raises(UserError, match="bomb"):
+        unpack(tmp_path / "x.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut zip", "cut tar", "text"])
+def test_damaged_archives_leave_nothing(tmp_path, kind):
+    content = bytearray(zip_bytes({"a.txt": b"a" * 100, "b.txt": PAYLOAD[:1000]}))
+    if kind == "flipped":
+        content[content.rindex(b"PK\x01\x02") - 20] ^= 0xFF
+    elif kind == "cut zip":
+        content = content[: len(content) // 2]
+    elif kind == "cut tar":
+        whole = write_tar(tmp_path / "w.tar.gz", [(tar_member("a"), b"a"), (tar_member("b"), PAYLOAD)]).read_bytes()
+        content = whole[: len(whole) // 2]
+    else:
+        content = b"<html>not found</html>"
+    (tmp_path / "x.zip").write_bytes(content)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    with pytest.raises(UserError, match="x.zip"):
+        unpack(tmp_path / "x.zip", tmp_path / "out")
+    assert everything_in(tmp_path / "out") == ["mine.txt"]
+
+
+def test_unpacking_merges_into_a_folder(tmp_path):
+    (tmp_path / "out" / "d").mkdir(parents=True)
+    (tmp_path / "out" / "d" / "old.txt").write_text("old")
+    (tmp_path / "out" / "d" / "new.txt").write_text("replaced")
+    (tmp_path / "x.zip").write_bytes(zip_bytes({"d/new.txt": b"new", "d/e/": b""}))
+    assert unpack(tmp_path / "x.zip", tmp_path / "out") == ["d/new.txt"]
+    assert (tmp_path / "out" / "d" / "new.txt").read_text() == "new"
+    assert everything_in(tmp_path / "out") == ["d", "d/e", "d/new.txt", "d/old.txt"]
+
+
+def test_a_full_disk_is_told_before_it_is_full(server, tmp_path, monkeypatch):
+    full = type("Usage", (), {"free": 10})()
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(UserError, match="GB are needed"):
+        download_file(f"{server.url}/x.bin", tmp_path / "x.bin")
+    (tmp_path / "x.zip").write_bytes(zip_bytes({"a.txt": b"a" * 100}))
+    with pytest.raises(UserError, match="GB are needed"):
+        unpack(tmp_path / "x.zip", tmp_path / "out")

@@ -1,0 +1,176 @@
+"""Archives (zip, tar and its compressed kinds), unpacked all or nothing.
+
+Every member is checked before anything is written: no absolute paths, no `..`, no links or devices, no sizes that
+only a bomb has. Members are unpacked beside their destination first and then moved, so a damaged archive leaves
+nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.checks import UserError
+
+SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+MAX_TOTAL_BYTES = 1 << 40
+MAX_MEMBERS = 5_000_000
+MAX_RATIO = 200  # unpacked to packed; pictures come to 1, label text to 10
+RATIO_FROM_BYTES = 64 << 20  # below this no ratio is a bomb
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+
+
+class Member(NamedTuple):
+    """An entry of an archive; `refusal` says why it cannot be unpacked, else is empty."""
+
+    name: str
+    size: int
+    is_folder: bool
+    refusal: str
+    handle: zipfile.ZipInfo | tarfile.TarInfo
+
+
+def is_archive_name(name: str) -> bool:
+    """Says whether a file name ends like an archive."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def unpack(archive: Path, folder: Path) -> list[str]:
+    """Unpacks an archive into `folder`, over files of the same names.
+
+    Returns:
+        The names of the files, with forward slashes.
+
+    Raises:
+        UserError: not an archive or damaged; a member that may not be unpacked; the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _open(archive) as opened:
+            members = check_members(archive, _members(opened))
+            _check_space(archive, folder, members)
+            with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder) as temporary:
+                for member in members:
+                    _extract(opened, member, Path(temporary))
+                _move_into(Path(temporary), folder, members)
+    except _DAMAGE as error:
+        raise UserError(f"{archive.name}: the archive is damaged ({error}); nothing was unpacked.") from error
+    except OSError as error:
+        raise UserError(f"{archive.name}: cannot be unpacked into {folder} ({error.strerror or error}).") from error
+    return [member.name for member in members if not member.is_folder]
+
+
+def list_members(archive: Path) -> list[Member]:
+    """Returns the checked members of an archive without unpacking it.
+
+    Raises:
+        UserError: as `unpack`.
+    """
+    try:
+        with _open(archive) as opened:
+            return check_members(archive, _members(opened))
+    except _DAMAGE as error:
+        raise UserError(f"{archive.name}: the archive is damaged ({error}).") from error
+    except OSError as error:
+        raise UserError(f"{archive.name}: cannot be read ({error.strerror or error}).") from error
+
+
+def check_members(archive: Path, members: Iterable[Member]) -> list[Member]:
+    """Returns all members if every one of them may be unpacked.
+
+    Raises:
+        UserError: naming the first that may not, or the limit that is passed.
+    """
+    packed, total, kept = os.path.getsize(archive), 0, []
+    for member in members:
+        refusal = member.refusal or name_refusal(member.name)
+        if refusal:
+            raise UserError(f"{archive.name}: member '{member.name[:100]}' {refusal}; nothing was unpacked.")
+        total += member.size
+        kept.append(member)
+        if len(kept) > MAX_MEMBERS or total > MAX_TOTAL_BYTES or total > max(RATIO_FROM_BYTES, packed * MAX_RATIO):
+            raise UserError(
+                f"{archive.name}: {packed} bytes unpack to {total} bytes in {len(kept)} files or more, as only a "
+                "decompression bomb does; nothing was unpacked."
+            )
+    return kept
+
+
+def name_refusal(name: str) -> str:
+    """Says why a member's name may not be used, or returns an empty string."""
+    parts = re.split(r"[/\\]", name)
+    if not name.strip() or "\0" in name:
+        return "has no usable name"
+    if not parts[0] or re.match(r"[A-Za-z]:", name):
+        return "has an absolute path"
+    if ".." in parts:
+        return "leaves the folder ('..')"
+    if "\\" in name:
+        return "has backslashes in its name"
+    return ""
+
+
+def _open(archive: Path) -> zipfile.ZipFile | tarfile.TarFile:
+    """Opens a zip or tar file by its content."""
+    if zipfile.is_zipfile(archive):
+        return zipfile.ZipFile(archive)
+    if tarfile.is_tarfile(archive):
+        return tarfile.open(archive)
+    raise UserError(f"{archive.name}: is neither a zip nor a tar archive (a web page instead of the file?).")
+
+
+def _members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[Member]:
+    """Yields an archive's entries one by one; a tar file is read only as far as they are asked for."""
+    if isinstance(opened, tarfile.TarFile):
+        for entry in opened:
+            refusal = "" if entry.isfile() or entry.isdir() else "is a link, device or pipe"
+            yield Member(entry.name, entry.size, entry.isdir(), refusal, entry)
+        return
+    for info in opened.infolist():
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        refusal = "" if kind in (0, stat.S_IFREG, stat.S_IFDIR) else "is a link, device or pipe"
+        refusal = "is encrypted" if info.flag_bits & 1 else refusal
+        yield Member(info.filename, info.file_size, info.is_dir(), refusal, info)
+
+
+def _check_space(archive: Path, folder: Path, members: list[Member]) -> None:
+    """Refuses what the disk cannot hold."""
+    needed, free = sum(member.size for member in members), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{archive.name}: {needed / 1e9:.1f} GB are needed in {folder} and {free / 1e9:.1f} GB are free."
+        )
+
+
+def _extract(opened: zipfile.ZipFile | tarfile.TarFile, member: Member, folder: Path) -> None:
+    """Writes one checked member below `folder`, with none of its permissions or owners."""
+    target = folder / member.name
+    if member.is_folder:
+        target.mkdir(parents=True, exist_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = opened.extractfile(member.handle) if isinstance(opened, tarfile.TarFile) else opened.open(member.handle)
+    with source, open(target, "wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+    if target.stat().st_size != member.size:
+        raise ValueError(f"'{member.name}' is cut short")
+
+
+def _move_into(source: Path, folder: Path, members: list[Member]) -> None:
+    """Moves unpacked members to their places."""
+    for member in members:
+        target = folder / member.name
+        if member.is_folder:
+            target.mkdir(parents=True, exist_ok=True)
+        elif (source / member.name).exists():  # a name that stands twice was moved already
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source / member.name, target)

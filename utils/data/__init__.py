@@ -1,0 +1,1 @@
+"""Data sets: their description, files, labels and cache, augmentation, loading."""

@@ -1,0 +1,361 @@
+"""Labels: the rules of label files, the scan of a data set's images and labels, and the checks on what it found.
+
+Covers YOLO text labels, boxes and polygons, row by row. A label that breaks the rules stops the run with its file and
+line; an image that cannot be used is left out, counted and named. Nothing on disk is changed but the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from utils.checks import UserError
+from utils.data.cache import cache_key, cache_location, read_cache, write_cache
+from utils.data.paths import image_to_label_path, list_images
+from utils.data.table import Counts, LabelTable, PathList, offsets_of
+from utils.images import ImageError, check_image
+from utils.log import LOGGER, progress
+
+TOLERANCE = 1e-4  # coordinates this far outside 0 to 1 are rounding (0.06 px in 640) and are clipped
+SHOWN_MESSAGES = 30  # warnings printed one by one; the rest is counted
+POOL_FROM = 5000  # images; fewer are scanned sooner than processes start
+CHUNK = 256  # images handed to a process at a time
+
+
+class _Classes(Protocol):
+    """What `check_classes` needs of a `DataSpec`."""
+
+    source: Path | None
+
+    @property
+    def nc(self) -> int: ...
+
+
+class LabelProblem(NamedTuple):
+    """A line that breaks the rules; `line` counts from 1, 0 is the file as a whole."""
+
+    path: str
+    line: int
+    reason: str
+
+
+class ParsedLabels(NamedTuple):
+    """One label file."""
+
+    rows: np.ndarray  # float32 (n, 5), [class, x, y, w, h] in 0 to 1
+    polygons: list[np.ndarray]  # n of float32 (k, 2); k is 0 for a box
+    duplicates: int  # rows left out because they repeat an earlier one
+    problems: list[LabelProblem]
+
+
+class ScanPart(NamedTuple):
+    """What one process found in its share of the images."""
+
+    paths: list[str]
+    sizes_wh: list[tuple[int, int]]
+    labels: list[ParsedLabels]
+    counts: Counts
+    messages: list[str]
+    problems: list[LabelProblem]
+
+
+def load_labels(
+    sources: Sequence[Path],
+    spec: _Classes | None = None,
+    single_cls: bool = False,
+    workers: int | None = None,
+    prefix: str = "",
+) -> LabelTable:
+    """Finds, checks and reads the images and labels of folders and list files, through the label cache.
+
+    Args:
+        sources: folders and list files, as in `DataSpec.train`.
+        spec: whose number of classes the labels must keep to; None leaves class ids unchecked.
+        single_cls: make all labels class 0; their class ids are then not checked.
+        workers: processes to scan with; 0 or 1 scan in this one; None chooses.
+        prefix: what log lines begin with ("train: ").
+
+    Raises:
+        UserError: no images; no usable image; no labels at all; a label that breaks the rules; a class id beyond nc.
+    """
+    images = list_images(sources)
+    location = cache_location(sources)
+    key = cache_key(images, [image_to_label_path(image) for image in images])
+    table = read_cache(location, key)
+    shown = str(location if table is not None else sources[0] if len(sources) == 1 else location.parent)
+    if table is None:
+        table = scan_images(images, workers, f"{prefix}Scanning '{shown}' images and labels...")
+        _require_labels(table, images)
+        if write_cache(location, key, table):
+            LOGGER.info(f"{prefix}New cache created: {location}")
+    else:
+        LOGGER.info(f"{prefix}Scanning '{shown}' images and labels... {table.counts}")
+    _show_messages(table.messages, prefix)
+    if single_cls:
+        return table.with_single_class()
+    if spec is not None:
+        check_classes(table, spec)
+    return table
+
+
+def scan_images(images: Sequence[str], workers: int | None = None, desc: str = "") -> LabelTable:
+    """Checks images and reads their labels, showing progress.
+
+    Args:
+        images: absolute paths.
+        workers: see `load_labels`.
+        desc: what the progress bar says before the counts.
+
+    Raises:
+        UserError: label lines that break the rules.
+    """
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
+    parts, counts = [], Counts()
+    with progress(total=len(images), desc=desc, unit="img") as bar:
+        for part in _map(chunks, workers if len(images) >= POOL_FROM else 0):
+            parts.append(part)
+            counts = counts.plus(part.counts)
+            bar.set_description_str(f"{desc} {counts}", refresh=False)
+            bar.update(part.counts.total)
+    problems = [problem for part in parts for problem in part.problems]
+    if problems:
+        raise UserError(_describe_problems(problems))
+    return _join(parts, counts)
+
+
+def _map(chunks: list[Sequence[str]], workers: int) -> Iterable[ScanPart]:
+    """Yields the chunks' results in order, from `workers` processes or from this one."""
+    if workers <= 1:
+        yield from map(scan_chunk, chunks)
+        return
+    with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
+        yield from pool.map(scan_chunk, chunks)
+
+
+def _start_worker() -> None:
+    """Leaves Ctrl-C to the parent process and keeps OpenCV to one thread per process."""
+    import cv2
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+
+
+def scan_chunk(images: Sequence[str]) -> ScanPart:
+    """Checks some images and reads their labels."""
+    part = ScanPart([], [], [], Counts(), [], [])
+    found = missing = empty = corrupt = 0
+    for image in images:
+        try:
+            info = check_image(image)
+        except ImageError as error:
+            corrupt += 1
+            part.messages.append(f"{image}: image left out: it {error}")
+            continue
+        label_path = image_to_label_path(image)
+        labels = read_label_file(label_path)
+        if labels is None:
+            missing += 1
+            labels = ParsedLabels(np.zeros((0, 5), np.float32), [], 0, [])
+        else:
+            found += 1
+            empty += len(labels.rows) == 0
+        if labels.duplicates:
+            part.messages.append(f"{label_path}: {labels.duplicates} duplicate label(s) left out")
+        part.problems.extend(labels.problems)
+        part.paths.append(image)
+        part.sizes_wh.append((info.width, info.height))
+        part.labels.append(labels)
+    return part._replace(counts=Counts(found, missing, empty, corrupt, len(images)))
+
+
+def _join(parts: Sequence[ScanPart], counts: Counts) -> LabelTable:
+    """Puts the parts' findings into flat arrays."""
+    labels = [one for part in parts for one in part.labels]
+    polygons = [polygon for one in labels for polygon in one.polygons]
+    return LabelTable(
+        image_paths=PathList.from_strings(path for part in parts for path in part.paths),
+        sizes_wh=np.array([size for part in parts for size in part.sizes_wh], np.int32).reshape(-1, 2),
+        rows=np.concatenate([np.zeros((0, 5), np.float32), *(one.rows for one in labels)]),
+        offsets=offsets_of([len(one.rows) for one in labels]),
+        seg_points=np.concatenate([np.zeros((0, 2), np.float32), *polygons]),
+        seg_offsets=offsets_of([len(polygon) for polygon in polygons]),
+        counts=counts,
+        messages=tuple(message for part in parts for message in part.messages),
+    )
+
+
+def read_label_file(path: str | Path) -> ParsedLabels | None:
+    """Reads a label file; None when there is none.
+
+    A line of 5 numbers is a box, `class x y w h`; one of 7 or more, odd in number, is a polygon,
+    `class x1 y1 x2 y2 ...`, whose box is that of its points. All coordinates are fractions of the image, 0 to 1.
+    """
+    try:
+        with open(path, "rb") as file:
+            lines = file.read().removeprefix(b"\xef\xbb\xbf").splitlines()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        problem = LabelProblem(str(path), 0, f"cannot be read ({error.strerror})")
+        return ParsedLabels(np.zeros((0, 5), np.float32), [], 0, [problem])
+    rows, polygons, problems = [], [], []
+    for number, line in enumerate(lines, start=1):
+        tokens = line.split()
+        if not tokens:
+            continue
+        try:
+            row, polygon = _parse_line(tokens)
+        except ValueError as error:
+            problems.append(LabelProblem(str(path), number, str(error)))
+            continue
+        rows.append(row)
+        polygons.append(polygon)
+    return _without_duplicates(np.array(rows, np.float32).reshape(-1, 5), polygons, problems)
+
+
+_NO_POINTS = np.zeros((0, 2), np.float32)
+
+
+def _parse_line(tokens: list[bytes]) -> tuple[list[float], np.ndarray]:
+    """Reads a label line: [class, x, y, w, h] and the polygon's points, float32 (k, 2).
+
+    Raises:
+        ValueError: why the line breaks the rules.
+    """
+    count = len(tokens)
+    if count < 5 or count % 2 == 0:
+        raise ValueError(f"{count} numbers; a box has 5 and a polygon 7, 9, 11, ...")
+    try:
+        values = [float(token) for token in tokens]
+    except ValueError:
+        raise ValueError(f"{_first_non_number(tokens)} is not a number") from None
+    label, coordinates = values[0], values[1:]
+    if not (0 <= label < 1e7 and label == int(label)):
+        raise ValueError(f"class {_text(tokens[0])} is not a whole number from 0")
+    low, high, total = min(coordinates), max(coordinates), sum(coordinates)
+    if total != total or low < -TOLERANCE or high > 1 + TOLERANCE:
+        raise ValueError(_out_of_range(tokens[1:], coordinates))
+    if low < 0 or high > 1:
+        coordinates = [min(max(value, 0.0), 1.0) for value in coordinates]
+    if count == 5:
+        return [label, *coordinates], _NO_POINTS
+    xs, ys = coordinates[::2], coordinates[1::2]
+    left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
+    box_xywh_norm = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+    return [label, *box_xywh_norm], np.array(coordinates, np.float32).reshape(-1, 2)
+
+
+def _text(token: bytes) -> str:
+    """Shows a token in a message."""
+    return repr(token[:40].decode(errors="replace"))
+
+
+def _first_non_number(tokens: Iterable[bytes]) -> str:
+    """Returns the first token, shown, that Python does not read as a number."""
+    for token in tokens:
+        try:
+            float(token)
+        except ValueError:
+            return _text(token)
+    return "a token"
+
+
+def _out_of_range(tokens: Sequence[bytes], coordinates: Sequence[float]) -> str:
+    """Words what is wrong with the first coordinate that is not within 0 to 1."""
+    for token, value in zip(tokens, coordinates, strict=True):
+        if value != value:
+            return f"coordinate {_text(token)} is not a number"
+        if value < -TOLERANCE:
+            return f"coordinate {_text(token)} is negative"
+        if value > 1 + TOLERANCE:
+            return f"coordinate {_text(token)} is beyond 1 (coordinates are fractions of the image, not pixels)"
+    return "coordinates are not within 0 to 1"
+
+
+def _without_duplicates(rows: np.ndarray, polygons: list[np.ndarray], problems: list[LabelProblem]) -> ParsedLabels:
+    """Drops rows, float32 (n, 5), that repeat an earlier one, with their polygons; the order stays."""
+    first_seen: dict[bytes, int] = {}
+    for index, key in enumerate(map(bytes, rows)):
+        first_seen.setdefault(key, index)
+    duplicates = len(rows) - len(first_seen)
+    if duplicates:
+        kept = list(first_seen.values())
+        rows, polygons = rows[kept], [polygons[index] for index in kept]
+    return ParsedLabels(rows, polygons, duplicates, problems)
+
+
+def _describe_problems(problems: Sequence[LabelProblem]) -> str:
+    """Words the first problem with its file and line, and how many more there are."""
+    first = problems[0]
+    where = f"{first.path}, line {first.line}" if first.line else first.path
+    more = ""
+    if len(problems) > 1:
+        files = len({problem.path for problem in problems})
+        more = f" {len(problems)} such lines in {files} file(s); the next: " + "; ".join(
+            f"{problem.path}, line {problem.line}: {problem.reason}" for problem in problems[1:4]
+        )
+    return f"Label file {where}: {first.reason}.{more} Mend the label(s) and start again."
+
+
+def _show_messages(messages: Sequence[str], prefix: str) -> None:
+    """Logs what the scan had to say, the first SHOWN_MESSAGES lines one by one."""
+    for message in messages[:SHOWN_MESSAGES]:
+        LOGGER.warning(f"{prefix}WARNING: {message}")
+    if len(messages) > SHOWN_MESSAGES:
+        LOGGER.warning(f"{prefix}WARNING: ... and {len(messages) - SHOWN_MESSAGES} more like these")
+
+
+def _require_labels(table: LabelTable, images: Sequence[str]) -> None:
+    """Refuses a data set in which there is nothing to learn or to score.
+
+    Raises:
+        UserError: no image can be used, or none has a label.
+    """
+    if not len(table):
+        raise UserError(f"None of the {len(images)} images can be used; the first: {table.messages[0]}.")
+    if len(table.rows):
+        return
+    image, label = table.image_paths[0], image_to_label_path(table.image_paths[0])
+    if table.counts.found:
+        raise UserError(f"All {table.counts.found} label files are empty, for example {label}: no labels at all.")
+    raise UserError(
+        f"No label file found for any of {len(table)} images. For {image} the labels were looked for in {label}: "
+        "the last '/images/' of the path becomes '/labels/' (without one they stand beside the image), and the "
+        "suffix '.txt'."
+    )
+
+
+def check_classes(table: LabelTable, spec: _Classes) -> None:
+    """Checks that every class id is below the data set's number of classes.
+
+    Raises:
+        UserError: naming the class, the allowed range, the file and its line.
+    """
+    beyond = np.flatnonzero(table.rows[:, 0] >= spec.nc)
+    if not len(beyond):
+        return
+    row = beyond[0]
+    label = int(table.rows[row, 0])
+    path = image_to_label_path(table.image_paths[int(np.searchsorted(table.offsets, row, side="right")) - 1])
+    owner = f" of {spec.source}" if spec.source else ""
+    more = f" ({len(beyond)} such labels in all)" if len(beyond) > 1 else ""
+    raise UserError(
+        f"Label class {label} exceeds nc={spec.nc}: allowed are 0 to {spec.nc - 1}. Found in {path}"
+        f"{_line_of_class(path, label)}{more}. Mend the label or the names{owner}."
+    )
+
+
+def _line_of_class(path: str, label: int) -> str:
+    """Says which line of a label file first has this class."""
+    for number, line in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        tokens = line.split()
+        if tokens and float(tokens[0]) == label:
+            return f", line {number}"
+    return ""

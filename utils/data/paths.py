@@ -1,0 +1,134 @@
+"""Which files belong to a data set: images in folders and list files, the label beside each, automatic splits.
+
+Only names are dealt with here; nothing is opened but list files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.checks import UserError
+from utils.files import atomic_write
+from utils.images import IMG_FORMATS
+
+AUTOSPLIT_NAMES = ("train", "val", "test")
+
+
+def list_images(sources: Sequence[Path]) -> list[str]:
+    """Lists the images of folders (recursively) and of text files with one path per line, sorted.
+
+    An image that is listed twice stays twice. In a text file `./` stands for its own folder; another relative path is
+    looked for from the working folder, then from the text file's folder.
+
+    Raises:
+        UserError: a source does not exist, cannot be read, or none of them names an image.
+    """
+    found = [image for source in sources for image in _images_of(Path(source))]
+    if not found:
+        raise UserError(
+            f"No images found in {', '.join(map(str, sources)) or 'an empty list of sources'}. "
+            f"Image files end in {', '.join(sorted(IMG_FORMATS))}."
+        )
+    return sorted(found)
+
+
+def _images_of(source: Path) -> list[str]:
+    """Lists one source's images as absolute paths."""
+    try:
+        if source.is_dir():
+            return [
+                os.path.join(folder, name)
+                for folder, _, names in os.walk(source.absolute(), followlinks=True)
+                for name in names
+                if is_image(name)
+            ]
+        lines = source.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise UserError(f"Error loading data from {source}: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"Error loading data from {source}: {error}.") from error
+    paths = (line.strip() for line in lines)
+    return [_listed_path(path, source.absolute().parent) for path in paths if path and is_image(path)]
+
+
+def _listed_path(text: str, folder: Path) -> str:
+    """Makes a list file's line absolute; the rules stand at `list_images`."""
+    text = native_separators(text)
+    if text.startswith(f".{os.sep}") or text.startswith("./"):
+        return os.path.join(folder, text[2:])
+    if os.path.isabs(text) or os.path.exists(text):
+        return os.path.abspath(text)
+    return os.path.normpath(os.path.join(folder, text))
+
+
+def native_separators(text: str) -> str:
+    """Lets paths written on Windows be read elsewhere: backslashes become slashes unless such a file exists."""
+    if "\\" in text and os.sep == "/" and not os.path.exists(text):
+        return text.replace("\\", "/")
+    return text
+
+
+def is_image(name: str) -> bool:
+    """Says whether a file name ends like an image."""
+    return name.rpartition(".")[2].lower() in IMG_FORMATS
+
+
+def image_to_label_path(path: str | Path, sep: str = os.sep) -> str:
+    """Returns where an image's labels are: the last `/images/` becomes `/labels/`, the suffix `.txt`.
+
+    Without `/images/` in its path the label file stands beside the image.
+
+    Args:
+        path: the image.
+        sep: the separator between folders.
+    """
+    stem = os.path.splitext(str(path))[0]
+    head, marker, tail = stem.rpartition(f"{sep}images{sep}")
+    return f"{head}{sep}labels{sep}{tail}.txt" if marker else f"{stem}.txt"
+
+
+def autosplit(
+    path: str | Path,
+    weights: Sequence[float] = (0.9, 0.1, 0.0),
+    annotated_only: bool = False,
+    generator: np.random.Generator | None = None,
+) -> dict[str, Path]:
+    """Splits a folder of images at random into `autosplit_{train,val,test}.txt` beside it.
+
+    Args:
+        path: the image folder, searched recursively.
+        weights: the chances of train, val and test.
+        annotated_only: leave out images without a label file.
+        generator: where the chances come from; by default the same split every time.
+
+    Returns:
+        The list files written, by split; a split without images gets none, and a former one is removed.
+
+    Raises:
+        UserError: no images, or weights that are no chances.
+    """
+    if len(weights) != len(AUTOSPLIT_NAMES) or min(weights) < 0 or sum(weights) <= 0:
+        raise UserError(f"autosplit: weights {tuple(weights)} must be three numbers of at least 0, not all 0.")
+    images = list_images([Path(path)])
+    if annotated_only:
+        images = [image for image in images if os.path.isfile(image_to_label_path(image))]
+    generator = generator or np.random.Generator(np.random.Philox(0))
+    chances = np.asarray(weights, float) / sum(weights)
+    choices = generator.choice(len(AUTOSPLIT_NAMES), size=len(images), p=chances)
+    parent = Path(path).absolute().parent
+    written = {}
+    for number, split in enumerate(AUTOSPLIT_NAMES):
+        target = parent / f"autosplit_{split}.txt"
+        members = [Path(image) for image, choice in zip(images, choices, strict=True) if choice == number]
+        if not members:
+            target.unlink(missing_ok=True)
+            continue
+        text = "".join(f"./{image.relative_to(parent).as_posix()}\n" for image in members)
+        with atomic_write(target) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        written[split] = target
+    return written

@@ -1,0 +1,331 @@
+"""Data set descriptions: the YAML (or dict, or zip holding one) that names a data set's folders and classes.
+
+`load_spec` reads it strictly, finds the folders, and, where they are missing and the YAML says how, renders, converts
+or downloads them. A data set YAML runs nothing: `download` takes addresses only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.archives import list_members, unpack
+from utils.checks import UserError, did_you_mean
+from utils.data.obtain import CONVERTERS, GENERATORS, Source, obtain, parse_download
+from utils.data.paths import image_to_label_path, native_separators
+from utils.download import download_file, file_name_of
+from utils.files import ROOT, find_file, read_yaml
+
+SPLITS = ("train", "val", "test")
+YAML_SUFFIXES = (".yaml", ".yml")
+DATASETS_DIR = ROOT.parent / "datasets"
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A data set: where its images are and what its classes are called.
+
+    Attributes:
+        source: the YAML file; None for a dict.
+        root: the folder that the splits lie in.
+        train: image folders and list files, absolute; empty when the data set has no such split.
+        val: the same.
+        test: the same.
+        names: class id to name, ids 0 to nc - 1 in order.
+    """
+
+    source: Path | None
+    root: Path
+    train: tuple[Path, ...]
+    val: tuple[Path, ...]
+    test: tuple[Path, ...]
+    names: dict[int, str]
+
+    @property
+    def nc(self) -> int:
+        """Number of classes."""
+        return len(self.names)
+
+
+class _Layout(NamedTuple):
+    """Where a YAML says the data is: each split's entries as written, and the folders they may lie in."""
+
+    label: str  # what messages call the description
+    entries: dict[str, list[str]]
+    roots: list[Path]
+    rooted: bool  # one root holds for all splits (`path:` is given)
+    convert: str | None
+
+
+class _Found(NamedTuple):
+    """The folders that were found, and all places that were looked at, by split."""
+
+    root: Path
+    paths: dict[str, tuple[Path, ...]]
+    missing: dict[str, list[Path]]
+
+
+def load_spec(
+    data: str | Path | Mapping[str, Any], need: Sequence[str] = ("train", "val"), download: bool = True
+) -> DataSpec:
+    """Reads a data set description and makes sure that the splits needed are there.
+
+    Args:
+        data: a YAML file's path or bare name (`coco128.yaml`), a zip holding one, an http(s) address of either, or
+            the YAML's content.
+        need: the splits that must exist.
+        download: whether missing data may be fetched from the YAML's `download` addresses.
+
+    Raises:
+        UserError: no such file; YAML syntax; names and nc that do not make sense; a split that is missing, with all
+            places that were tried.
+    """
+    source, content = _read(data, download)
+    label = str(source or "The data set")
+    if not isinstance(content, Mapping):
+        raise UserError(f"{label}: 'train:', 'val:' and 'names:' are expected, not {type(content).__name__}.")
+    names = parse_names(content.get("names"), content.get("nc"), label)
+    layout = _layout(content, source, label, need)
+    found = _find(layout, need)
+    if found.missing:
+        _obtain(content, layout, names, found, download)
+        found = _find(layout, need)
+        if found.missing:
+            raise UserError(_not_found(layout, found, "What was fetched does not hold it either."))
+    return DataSpec(source, found.root, names=names, **found.paths)
+
+
+def _read(data: str | Path | Mapping[str, Any], download: bool) -> tuple[Path | None, Any]:
+    """Returns the YAML file and its content."""
+    if isinstance(data, Mapping):
+        return None, data
+    if str(data).startswith(("http://", "https://")):
+        data = _fetch_description(str(data), download)
+    if str(data).lower().endswith(".zip"):
+        path = _unpack_description(Path(data))
+        content = read_yaml(path)
+        if isinstance(content, Mapping):  # the data is where the YAML is, whatever it says
+            content = {key: value for key, value in content.items() if key != "download"} | {"path": str(path.parent)}
+        return path, content
+    path = find_file(data, YAML_SUFFIXES, "--data").absolute()
+    return path, read_yaml(path)
+
+
+def _fetch_description(url: str, download: bool) -> Path:
+    """Downloads a YAML or zip into the working folder, unless a file of its name is there already."""
+    target = Path(file_name_of(url))
+    if target.exists():
+        return target
+    if not download:
+        raise UserError(f"--data {url}: downloads are off. Fetch the file yourself and give its path.")
+    return download_file(url, target)
+
+
+def _unpack_description(archive: Path) -> Path:
+    """Unpacks a zipped data set into its folder among the data sets and returns the YAML in it."""
+    if not archive.is_file():
+        raise UserError(f"--data '{archive}': no such file.")
+    files = {member.name: member.size for member in list_members(archive) if not member.is_folder}
+    yamls = [name for name in files if name.lower().endswith(YAML_SUFFIXES) and not name.startswith("__MACOSX/")]
+    if not yamls:
+        raise UserError(f"--data '{archive}': holds no YAML file that describes the data set.")
+    own_folder = all(name.startswith(f"{archive.stem}/") for name in files)
+    folder = DATASETS_DIR if own_folder else DATASETS_DIR / archive.stem
+    if not all(_has_size(folder / name, size) for name, size in files.items()):
+        if (DATASETS_DIR / archive.stem).exists():
+            raise UserError(
+                f"--data '{archive}': {DATASETS_DIR / archive.stem} exists and holds other files. Move it away, or "
+                "rename the zip."
+            )
+        unpack(archive, folder)
+    return folder / min(yamls, key=lambda name: (name.count("/"), name))
+
+
+def _has_size(path: Path, size: int) -> bool:
+    """Says whether a file of that size is there."""
+    return path.is_file() and path.stat().st_size == size
+
+
+def parse_names(names: Any, nc: Any, label: str) -> dict[int, str]:
+    """Reads `names` (a list or an id-to-name mapping) and `nc` (optional where names are given).
+
+    Args:
+        names: as in the YAML; None when absent.
+        nc: as in the YAML; None when absent.
+        label: what messages call the description.
+
+    Raises:
+        UserError: neither is given, they disagree, or an id is missing, doubled or no number.
+    """
+    if nc is not None and (not isinstance(nc, int) or isinstance(nc, bool) or nc < 1):
+        raise UserError(f"{label}: 'nc: {nc}' must be a whole number of at least 1.")
+    if names is None:
+        if nc is None:
+            raise UserError(f"{label}: has neither 'names:' nor 'nc:'. List the class names under 'names:'.")
+        return {index: f"class{index}" for index in range(nc)}
+    if isinstance(names, Mapping):
+        names = _ordered_names(names, label)
+    if not isinstance(names, (list, tuple)) or not names:
+        raise UserError(f"{label}: 'names:' must be a list of class names or a mapping from 0, 1, 2, ... to names.")
+    for index, name in enumerate(names):
+        if not isinstance(name, (str, int, float)) or isinstance(name, bool) or not str(name).strip():
+            raise UserError(f"{label}: the name of class {index} is {name!r}, not text. Put it into quotes.")
+    if nc is not None and nc != len(names):
+        raise UserError(
+            f"{label}: 'nc: {nc}' and the {len(names)} names under 'names:' disagree. Mend one, or leave 'nc:' out."
+        )
+    return {index: str(name) for index, name in enumerate(names)}
+
+
+def _ordered_names(names: Mapping[Any, Any], label: str) -> list[Any]:
+    """Returns the names of an id-to-name mapping in the ids' order."""
+    by_id: dict[int, Any] = {}
+    for key, name in names.items():
+        if isinstance(key, bool) or not str(key).strip().isdecimal():
+            raise UserError(f"{label}: '{key}' under 'names:' is not a class id (0, 1, 2, ...).")
+        if int(key) in by_id:
+            raise UserError(f"{label}: class id {int(key)} stands twice under 'names:'.")
+        by_id[int(key)] = name
+    gaps = [index for index in range(len(by_id)) if index not in by_id]
+    if gaps:
+        raise UserError(
+            f"{label}: the {len(by_id)} ids under 'names:' must be 0 to {len(by_id) - 1}; {gaps[0]} is missing."
+        )
+    return [by_id[index] for index in range(len(by_id))]
+
+
+def _layout(content: Mapping[str, Any], source: Path | None, label: str, need: Sequence[str]) -> _Layout:
+    """Reads `path`, the splits, `convert` and `generate`."""
+    base = content.get("path")
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{label}: 'path: {base}' must be a folder.")
+    entries = {split: _entries(content.get(split), split, label) for split in SPLITS}
+    for split in need:
+        if not entries[split]:
+            raise UserError(f"{label}: has no '{split}:' (a folder of images, a list file, or a list of these).")
+    _check_choice("convert", content.get("convert"), CONVERTERS, label)
+    _check_choice("generate", content.get("generate"), GENERATORS, label)
+    folder = source.parent if source else Path.cwd()
+    path = Path(native_separators(base or ".")).expanduser()
+    roots = [Path(os.path.normpath(start / path)) for start in (ROOT, folder, folder.parent)]  # absolute: all the same
+    return _Layout(label, entries, list(dict.fromkeys(roots)), base is not None, content.get("convert"))
+
+
+def _entries(value: Any, split: str, label: str) -> list[str]:
+    """Returns a split's entries as a list; empty when absent."""
+    values = value if isinstance(value, (list, tuple)) else [] if value in (None, "") else [value]
+    for item in values:
+        if not isinstance(item, str) or not item.strip():
+            raise UserError(f"{label}: '{split}:' must name folders or list files, not {item!r}.")
+    return [native_separators(item.strip()) for item in values]
+
+
+def _check_choice(key: str, value: Any, table: Mapping[str, Any], label: str) -> None:
+    """Refuses an unknown value of `convert` or `generate`."""
+    if value is not None and value not in table:
+        raise UserError(
+            f"{label}: '{key}: {value}' is unknown; there are {', '.join(table)}.{did_you_mean(str(value), table)}"
+        )
+
+
+def _find(layout: _Layout, need: Sequence[str]) -> _Found:
+    """Looks for the splits: with `path:` under the first root that holds all that are needed, else one by one."""
+    groups = [tuple(need)] if layout.rooted else [(split,) for split in need]
+    roots: dict[str, Path] = {}
+    missing: dict[str, list[Path]] = {}
+    for group in groups:
+        root = next((root for root in layout.roots if all(_resolve(layout, split, root) for split in group)), None)
+        for split in group:
+            roots[split] = root or layout.roots[0]
+            if root is None:
+                missing[split] = _tried(layout, split)
+    if layout.rooted and missing:  # name only the splits that no root has
+        missing = {
+            split: places
+            for split, places in missing.items()
+            if not any(_resolve(layout, split, root) for root in layout.roots)
+        } or missing
+    main = roots[need[0]] if need else layout.roots[0]
+    paths = {}
+    for split in SPLITS:
+        root = roots.get(split, main)
+        paths[split] = _resolve(layout, split, root) or tuple(
+            _places(entry, root)[0] for entry in layout.entries[split]
+        )
+    return _Found(main, paths, missing)
+
+
+def _places(entry: str, root: Path) -> list[Path]:
+    """Returns where an entry may be under `root`: `../train/images` of Roboflow's YAMLs means `train/images`."""
+    places = [root / Path(entry).expanduser()]
+    if entry.startswith(("../", f"..{os.sep}")):
+        places.append(root / entry[3:])
+    return [Path(os.path.normpath(place)) for place in places]
+
+
+def _resolve(layout: _Layout, split: str, root: Path) -> tuple[Path, ...]:
+    """Returns a split's folders and list files if all of them are ready under `root`, else nothing."""
+    found = []
+    for entry in layout.entries[split]:
+        place = next((place for place in _places(entry, root) if _is_ready(place, layout.convert)), None)
+        if place is None:
+            return ()
+        found.append(place)
+    return tuple(found)
+
+
+def _is_ready(place: Path, convert: str | None) -> bool:
+    """Says whether a split is there; images that are yet to be converted lack their folder of labels."""
+    if convert and place.is_dir():
+        return Path(image_to_label_path(place / "image.jpg")).parent.is_dir()
+    return place.exists()
+
+
+def _tried(layout: _Layout, split: str) -> list[Path]:
+    """Returns every place where the first missing entry of a split was looked for."""
+    tried: list[Path] = []
+    for entry in layout.entries[split]:
+        tried = [place for root in layout.roots for place in _places(entry, root)]
+        if not any(_is_ready(place, layout.convert) for place in tried):
+            break
+    return list(dict.fromkeys(tried))
+
+
+def _obtain(content: Mapping[str, Any], layout: _Layout, names: dict[int, str], found: _Found, download: bool) -> None:
+    """Gets missing data in the way that the YAML names, or says why not."""
+    refusal = ""
+    archives: list[Source] = []
+    if content.get("download") is not None:
+        archives, refusal = parse_download(content["download"])
+    if archives and not download:
+        archives, refusal = [], "Downloads are off, so its 'download:' addresses were not used."
+    generate = content.get("generate")
+    if not (archives or generate or layout.convert):
+        raise UserError(_not_found(layout, found, refusal))
+    need = list(found.missing)
+    try:
+        complete = obtain(
+            layout.roots[0],
+            names,
+            archives,
+            layout.convert,
+            generate,
+            is_complete=lambda: not _find(layout, need).missing,
+            others=layout.roots[1:],
+        )
+    except UserError as error:
+        raise UserError(_not_found(layout, found, str(error))) from error
+    if not complete:
+        raise UserError(_not_found(layout, found, refusal))
+
+
+def _not_found(layout: _Layout, found: _Found, hint: str) -> str:
+    """Words which splits are missing and where they were looked for."""
+    splits = "; ".join(
+        f"'{split}' is at none of {', '.join(map(str, places))}" for split, places in found.missing.items()
+    )
+    advice = hint or "Put the data there, or mend 'path:' and the splits."
+    return f"Dataset not found. {layout.label}: {splits}. {advice}"
