@@ -1,0 +1,168 @@
+"""Model YAMLs: reading and checking them, and how a row's arguments become those of a layer's class.
+
+Covers everything that needs no layer: the file's keys, the forms of a row, names and literals among its arguments, and
+channel counts. Building is `models.yolo`'s. Nothing in a YAML is evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from models.common import is_activation, parse_activation
+from utils.checks import UserError, round_up
+from utils.files import find_file, read_yaml
+
+CONFIG_KEYS = {
+    "nc": int,
+    "depth_multiple": (int, float),
+    "width_multiple": (int, float),
+    "anchors": (int, list),
+    "backbone": list,
+    "head": list,
+}
+
+
+def read_config(cfg: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Returns a model YAML as a dict of its own, and the file's name ("model" for a mapping).
+
+    Raises:
+        UserError: no such file, not a model YAML, or a key is missing or of the wrong kind.
+    """
+    if isinstance(cfg, Mapping):
+        config, source = copy.deepcopy(dict(cfg)), "model"
+    else:
+        path = find_file(str(cfg), suffixes=(".yaml", ".yml"), what="model YAML")
+        config, source = read_yaml(path), path.name
+    if not isinstance(config, dict):
+        raise UserError(f"{source}: not a model YAML: keys such as nc, anchors, backbone and head are expected.")
+    for key, kinds in CONFIG_KEYS.items():
+        if not isinstance(config.get(key), kinds):
+            problem = f"'{key}' is missing" if key not in config else f"'{key}: {config[key]}' is of the wrong kind"
+            raise UserError(f"{source}: {problem}; a model YAML needs {', '.join(CONFIG_KEYS)}.")
+    if config["nc"] < 1:
+        raise UserError(f"{source}: nc: {config['nc']}: a detector needs at least one class.")
+    anchors = config["anchors"]
+    if not anchors or (isinstance(anchors, list) and not all(isinstance(row, list) for row in anchors)):
+        raise UserError(f"{source}: anchors: {anchors}: give one list [w, h, w, h, ...] per level, or their number.")
+    return config, source
+
+
+def check_row(row: Any) -> list[Any]:
+    """Returns the row when it has the form [from, number, module, args]."""
+    kinds = ((int, list), int, str, list)
+    if not isinstance(row, list) or len(row) != 4 or not all(map(isinstance, row, kinds)):
+        raise ValueError("a row is [from, number, module, [args]], from being a row's number or a list of them")
+    if row[1] < 1 or row[0] == []:
+        raise ValueError("a row needs at least one source and one repeat")
+    return row
+
+
+def absolute_row(position: int, index: int) -> int:
+    """Returns the row that `position` of row `index` means; -1 for the image, which only row 0 reads."""
+    row = position if position >= 0 else index + position
+    if not (0 <= row < index or (row == -1 and index == 0)):
+        raise ValueError(f"reads from row {position}, but only rows before it can be read")
+    return row
+
+
+def gather(sources: int | list[int], previous: Tensor, outputs: list[Tensor | None]) -> Tensor | list[Tensor]:
+    """Returns what a layer reads: one earlier output, or a list of them; -1 is the previous layer's."""
+    if isinstance(sources, int):
+        return outputs[sources]
+    return [previous if source == -1 else outputs[source] for source in sources]
+
+
+def resolve_argument(value: Any, names: Mapping[str, Any]) -> Any:
+    """Turns a row's argument into a value: a name of `names`, a literal, an activation, else the text itself."""
+    if isinstance(value, list):
+        return [resolve_argument(item, names) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value in names:
+        return names[value]
+    if value.startswith(("nn.", "torch.nn.")) or is_activation(value.split("(")[0]):
+        return parse_activation(value)
+    try:
+        return ast.literal_eval(value)
+    except (SyntaxError, ValueError):  # a word such as 'nearest'
+        return value
+
+
+def channel_scale(config: Mapping[str, Any]) -> Callable[[int], int]:
+    """Returns how channel counts are scaled: by width_multiple, up to a multiple of 8 (`channel_multiple`)."""
+    anchors = config["anchors"]
+    outputs = (anchors if isinstance(anchors, int) else len(anchors[0]) // 2) * (config["nc"] + 5)
+    multiple = config.get("channel_multiple", 8)
+    return lambda width: width if width == outputs else round_up(width * config["width_multiple"], multiple)
+
+
+class RowInputs(NamedTuple):
+    """What a row's arguments may depend on: its sources' channels and how a channel count of the YAML is scaled."""
+
+    channels: list[int]
+    scale: Callable[[int], int]
+    inplace: bool
+
+
+class LayerPlan(NamedTuple):
+    """Arguments for a block's class, and the channels that come out of the layer."""
+
+    args: list[Any]
+    channels: int
+
+
+def scaled_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
+    """Plans (c1, c2, rest ...): c1 from the source, c2 the row's first argument times the model's width."""
+    if len(inputs.channels) != 1:
+        raise ValueError(f"takes one source, got {len(inputs.channels)}")
+    if not args or not isinstance(args[0], int):
+        raise ValueError("its first argument must be the number of output channels")
+    width = inputs.scale(args[0])
+    return LayerPlan([inputs.channels[0], width, *args[1:]], width)
+
+
+def same_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
+    """Plans the row's arguments as they are; the channels stay those of the first source."""
+    return LayerPlan(args, inputs.channels[0])
+
+
+def norm_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
+    """Plans the source's channels as the first argument."""
+    return LayerPlan([inputs.channels[0], *args], inputs.channels[0])
+
+
+def joined_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
+    """Plans a layer whose output has the channels of all sources."""
+    return LayerPlan(args, sum(inputs.channels))
+
+
+def contracted_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
+    """Plans Contract: gain squared times the channels."""
+    return LayerPlan(args, inputs.channels[0] * (args[0] if args else 2) ** 2)
+
+
+def expanded_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
+    """Plans Expand: the channels divided by gain squared."""
+    return LayerPlan(args, inputs.channels[0] // (args[0] if args else 2) ** 2)
+
+
+def detect_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
+    """Plans Detect from (nc, anchors): checks the anchors and appends the sources' channels."""
+    nc, anchors = args
+    levels = len(inputs.channels)
+    if isinstance(anchors, int):
+        anchors = [list(range(anchors * 2))] * levels  # to be found by AutoAnchor
+    if len(anchors) != levels:
+        raise ValueError(f"{len(anchors)} rows of anchors for {levels} detection levels; give one row per level")
+    sizes = {len(row) for row in anchors}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(f"every level needs the same number of anchors, got rows of {[len(row) for row in anchors]}")
+    if sizes.pop() % 2:
+        raise ValueError("anchors are pairs of width and height: a row with an odd number of values is missing one")
+    return LayerPlan([nc, anchors, inputs.channels, inputs.inplace], inputs.channels[0])

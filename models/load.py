@@ -1,0 +1,387 @@
+"""From a weights file to a model: checkpoints of ours, and original YOLOv5 5.0 to 7.0 files.
+
+Original files are pickles of whole modules. They are opened without running anything: every class and function that
+they name must be on the allow-list below, a neutral holder of attributes stands in for each, and the holders' tensors
+are then collected by name. This file and `utils.checkpoint` are the only places that know about file formats.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.yolo import Model
+from utils.checkpoint import ForeignPickle, load_checkpoint, read_archive
+from utils.checks import UserError, did_you_mean
+from utils.download import RELEASES, download_weights
+from utils.files import ROOT
+from utils.log import LOGGER
+
+# Names that original files may contain, by what stands in for them (see `stand_in_for`).
+MODULE_NAMES = re.compile(r"(models\.(common|yolo|experimental)|torch\.nn\.modules\.\w+)\.\w+")
+PATH_NAMES = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")
+NUMPY_SCALAR = re.compile(r"numpy\.(core|_core)\.multiarray\.scalar")
+NUMPY_NAMES = re.compile(r"numpy\.(ndarray|dtype|(core|_core)\.multiarray\._reconstruct)")
+
+NUMPY_SCALAR_CODES = {"b1": "?", "f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q"}  # to `struct`'s
+DERIVED_BUFFERS = {"anchor_grid", "total_ops", "total_params"}  # computed anew, or left by a profiler
+UNUSED_CHILD = ("VoVGSCSP", "res")  # the published block constructs this convolution and never calls it
+ACTIVATION_ARGUMENTS = {
+    "ELU": ("alpha",),
+    "Hardtanh": ("min_val", "max_val"),
+    "LeakyReLU": ("negative_slope",),
+    "PReLU": ("num_parameters",),
+    "Softplus": ("beta", "threshold"),
+}
+MAX_PARTS = 100_000  # modules, or items of metadata, in one file; far beyond any model, it stops files made to explode
+MAX_DEPTH = 50
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a weights file says.
+
+    Attributes:
+        yaml: the model YAML as a dict, with the file's own number of classes, anchors in pixels and activation.
+        state_dict: tensors by the keys of `models.yolo.Model`, on the CPU, floating ones in float32.
+        names: class names {number: name}.
+        nc: number of classes.
+        stride: pixels per cell of each level.
+        source: "ours" or "yolov5".
+        meta: epoch, date, opt, hyp, data: None where the file does not say.
+    """
+
+    yaml: dict[str, Any]
+    state_dict: dict[str, Tensor]
+    names: dict[int, str]
+    nc: int
+    stride: list[int]
+    source: str
+    meta: dict[str, Any]
+
+
+class Transfer(NamedTuple):
+    """Tensors taken over, tensors that the model has, and the keys that kept the model's own values."""
+
+    loaded: int
+    total: int
+    missing_keys: list[str]
+
+
+class Holder:
+    """Stands in for a pickled object: keeps its attributes, does nothing. Subclasses carry the name it was saved by."""
+
+    def __new__(cls, *_: Any) -> Holder:
+        """Takes any arguments that the pickle holds; they are of no use."""
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        """Keeps a state that is a dict of attributes."""
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+class NumpyName(Holder):
+    """Stands in for numpy's arrays, which nothing reads, and types, of which the first argument tells the kind."""
+
+    def __new__(cls, *args: Any) -> NumpyName:
+        """Keeps the arguments."""
+        holder = object.__new__(cls)
+        holder.args = args
+        return holder
+
+
+def numpy_number(kind: NumpyName, raw: bytes) -> int | float | bool | None:
+    """Returns the number that a pickled numpy scalar holds, None for kinds that checkpoints do not use."""
+    code = NUMPY_SCALAR_CODES.get(kind.args[0] if kind.args else None)
+    return None if code is None else struct.unpack(f"<{code}", raw)[0]
+
+
+def path_text(*parts: str) -> str:
+    """Returns a pickled path as text: the class that was saved need not exist on this system."""
+    return re.sub("^//", "/", "/".join(parts))
+
+
+def stand_in_for(name: str) -> Callable[..., Any] | None:
+    """Returns what to make in place of the pickled class or function `name`; None for one that is not allowed."""
+    if MODULE_NAMES.fullmatch(name):
+        return type(name.rpartition(".")[2], (Holder,), {"__module__": name.rpartition(".")[0]})
+    if PATH_NAMES.fullmatch(name):
+        return path_text
+    if NUMPY_SCALAR.fullmatch(name):
+        return numpy_number
+    if NUMPY_NAMES.fullmatch(name):
+        return type(name, (NumpyName,), {})
+    return None
+
+
+def load_model(weights: str | Path, device: str | torch.device = "cpu", fuse: bool = False) -> Model:
+    """Loads a model for inference: float32, in evaluation mode, without gradients, with the EMA where there is one.
+
+    Args:
+        weights: a checkpoint of ours or an original YOLOv5 one; a released name (`yolov5s.pt`) is fetched.
+        device: where to put it.
+        fuse: fold batch norm into the convolutions.
+
+    Raises:
+        UserError: see `read_weights`.
+    """
+    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave no trace in the generator
+        model = model_from(read_weights(weights)).requires_grad_(False)
+    if fuse:
+        LOGGER.info("Fusing layers... ")
+        model.fuse()
+        LOGGER.info(model.info())
+    return model.to(device)
+
+
+def model_from(weights: Weights, cfg: str | Path | Mapping[str, Any] | None = None, nc: int | None = None) -> Model:
+    """Builds a model with the file's weights, in evaluation mode.
+
+    Args:
+        weights: the file's content.
+        cfg: another model YAML than the file's own.
+        nc: another number of classes. With either, what fits is taken over and the rest stays as drawn.
+
+    Raises:
+        UserError: the model cannot be built, or the file's weights do not fit its own YAML.
+    """
+    model = Model(cfg or weights.yaml, nc=nc).eval()
+    if not any(".bn." in key for key in weights.state_dict):
+        model.fuse()  # as the file's model was before it was saved
+    moved = transfer(model, weights.state_dict)
+    if cfg is None and nc in (None, weights.nc):
+        unknown = sorted(set(weights.state_dict) - set(model.state_dict()))
+        if moved.missing_keys or unknown:
+            raise UserError(
+                f"the weights do not fit their own model YAML: {len(moved.missing_keys)} tensors missing or of another "
+                f"shape, {len(unknown)} unknown, such as {(moved.missing_keys + unknown)[0]}."
+            )
+    else:
+        LOGGER.info(f"Transferred {moved.loaded}/{moved.total} tensors to a model of {model.nc} classes")
+    if model.nc == weights.nc:
+        model.names = dict(weights.names)
+    return model
+
+
+def transfer(model: torch.nn.Module, state_dict: Mapping[str, Tensor], exclude: Sequence[str] = ()) -> Transfer:
+    """Copies every tensor whose key and shape the model has too into the model.
+
+    Args:
+        model: the receiver.
+        state_dict: the giver.
+        exclude: keys that contain one of these texts are left out.
+    """
+    own = model.state_dict()
+    fitting = {
+        key: tensor
+        for key, tensor in state_dict.items()
+        if key in own and own[key].shape == tensor.shape and not any(text in key for text in exclude)
+    }
+    model.load_state_dict(fitting, strict=False)
+    return Transfer(len(fitting), len(own), [key for key in own if key not in fitting])
+
+
+def find_weights(weights: str | Path) -> Path:
+    """Returns the file that `weights` names; a released name that is no file is fetched, its hash checked.
+
+    Raises:
+        UserError: no such file (the nearest names beside it are shown), or it could not be fetched.
+    """
+    path = Path(weights)
+    if path.is_file():
+        return path
+    if path.name in RELEASES:
+        return Path(download_weights(path))
+    folders = {path.parent, ROOT}
+    nearby = [str(found) for folder in folders if folder.is_dir() for found in sorted(folder.glob("*.pt"))]
+    nearby += [str(found) for found in sorted((ROOT / "runs").glob("*/*/weights/*.pt"))]
+    by_name = {Path(found).name: found for found in reversed(nearby)}
+    hint = did_you_mean(path.name, [*by_name, *RELEASES])
+    there = f" There are: {', '.join(nearby[:5])}." if nearby else ""
+    what = "is a folder" if path.is_dir() else "no such file"
+    raise UserError(f"--weights {path}: {what}.{hint}{there}")
+
+
+def read_weights(weights: str | Path, prefer_ema: bool = True) -> Weights:
+    """Reads a weights file: a checkpoint of ours, or an original YOLOv5 one through the allow-list.
+
+    Args:
+        weights: file, or a released name such as `yolov5s.pt`.
+        prefer_ema: take the moving average of the weights where the file has it beside them.
+
+    Raises:
+        UserError: missing, empty, text, cut short, legacy; holds classes that are not allowed (they are named); or is
+            not a detector.
+    """
+    path = find_weights(weights)
+    try:
+        checkpoint = load_checkpoint(path)
+    except ForeignPickle as foreign:
+        return _read_original(path, foreign, prefer_ema)
+    try:
+        state_dict = (checkpoint["ema"] if prefer_ema else None) or checkpoint["model"]
+        return Weights(
+            yaml=checkpoint["yaml"],
+            state_dict={key: _float(tensor) for key, tensor in state_dict.items()},
+            names=checkpoint["names"],
+            nc=checkpoint["nc"],
+            stride=checkpoint["stride"],
+            source="ours",
+            meta={key: checkpoint.get(key) for key in ("epoch", "date", "opt", "hyp", "data")},
+        )
+    except KeyError as error:
+        raise UserError(f"{path}: the checkpoint has no {error}.") from error
+
+
+def _read_original(path: Path, foreign: ForeignPickle, prefer_ema: bool) -> Weights:
+    """Reads an original YOLOv5 file, whose foreign classes and functions have been listed."""
+    stand_ins = {name: stand_in_for(name) for name in foreign.names}
+    refused = [name for name, stand_in in stand_ins.items() if stand_in is None]
+    if refused:
+        raise ForeignPickle(path, refused) from foreign
+    content = read_archive(path, stand_ins)
+    if isinstance(content, Holder):  # a bare module
+        content = {"model": content}
+    model = isinstance(content, dict) and ((content.get("ema") if prefer_ema else None) or content.get("model"))
+    detect = _last_layer(model)
+    if detect is None or not isinstance(getattr(model, "yaml", None), dict):
+        raise UserError(f"{path}: is not a YOLOv5 detector (a models.yolo model that ends in Detect).")
+    try:
+        return _collect(path, content, model, detect)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: the YOLOv5 model in it is incomplete ({error}).") from error
+
+
+def _last_layer(model: Any) -> Holder | None:
+    """Returns the Detect layer of a pickled detector, None where there is none."""
+    layers = _children(_children(model).get("model"))
+    last = list(layers.values())[-1] if layers else None
+    return last if type(last).__name__ == "Detect" else None
+
+
+def _children(holder: Any) -> dict[str, Any]:
+    """Returns a pickled module's children by name."""
+    children = getattr(holder, "_modules", None) if isinstance(holder, Holder) else None
+    return children if isinstance(children, dict) else {}
+
+
+def _collect(path: Path, content: Mapping[str, Any], model: Holder, detect: Holder) -> Weights:
+    """Gathers what a pickled detector says."""
+    modules = dict(_walk(model))
+    state_dict, unused = _state_dict(modules)
+    if unused:
+        LOGGER.info(f"{path}: left out {unused} tensors of 'res' convolutions, which VoVGSCSP never calls")
+    stride = [int(pixels) for pixels in model.stride]
+    anchors = next(tensor for key, tensor in state_dict.items() if key.endswith(".anchors"))  # grid units
+    anchors_px = (anchors * torch.tensor(stride).view(-1, 1, 1)).flatten(1).tolist()
+    nc = int(detect.nc)
+    activation = _activation(modules)
+    own = {"nc": nc, "anchors": anchors_px} | ({} if activation is None else {"activation": activation})
+    opt = _plain(content.get("opt"))
+    meta = {
+        "epoch": _plain(content.get("epoch")),
+        "date": _plain(content.get("date")),
+        "opt": opt,
+        "hyp": _plain(content.get("hyp")) or _plain(getattr(model, "hyp", None)),
+        "data": opt.get("data") if isinstance(opt, dict) else None,
+    }
+    return Weights({**_plain(model.yaml), **own}, state_dict, _names(model, nc, path), nc, stride, "yolov5", meta)
+
+
+def _walk(holder: Holder, prefix: str = "", depth: int = 0, found: list[int] | None = None) -> Iterator[tuple]:
+    """Yields (dotted path, module) for a pickled module and all below it."""
+    found = [0] if found is None else found
+    found[0] += 1
+    if found[0] > MAX_PARTS or depth > MAX_DEPTH:
+        raise ValueError("it has too many modules")
+    yield prefix, holder
+    for name, child in _children(holder).items():
+        if isinstance(child, Holder):
+            yield from _walk(child, f"{prefix}.{name}" if prefix else name, depth + 1, found)
+
+
+def _state_dict(modules: Mapping[str, Holder]) -> tuple[dict[str, Tensor], int]:
+    """Returns the tensors of the modules by key, and how many of convolutions that are never called were left out."""
+    block, child = UNUSED_CHILD
+    unused = tuple(
+        f"{path}.{child}."
+        for path, module in modules.items()
+        if type(module).__name__.startswith(block) and child in _children(module)
+    )
+    state_dict, left_out = {}, 0
+    for path, module in modules.items():
+        buffers = getattr(module, "_buffers", {})
+        temporary = getattr(module, "_non_persistent_buffers_set", set()) | DERIVED_BUFFERS
+        tensors = {**getattr(module, "_parameters", {}), **buffers}
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None and name not in temporary}
+        if f"{path}.".startswith(unused):
+            left_out += len(kept)
+        else:
+            state_dict.update({f"{path}.{name}": _float(tensor) for name, tensor in kept.items()})
+    return state_dict, left_out
+
+
+def _float(tensor: Tensor) -> Tensor:
+    """Returns a tensor without gradient, in float32 if it is a floating one."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"a {type(tensor).__name__} stands where a tensor is expected")
+    return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+
+
+def _activation(modules: Mapping[str, Holder]) -> str | dict[str, str] | None:
+    """Returns the `activation` key that a pickled model's blocks amount to; None when all have SiLU or none.
+
+    Original model YAMLs do not say it: whoever trained with another one changed the program.
+    """
+    by_block: dict[str, set[str]] = {}
+    for module in modules.values():
+        act = _children(module).get("act")
+        if act is not None and type(act).__module__ == "torch.nn.modules.activation":
+            name = type(act).__name__
+            arguments = ", ".join(f"{key}={getattr(act, key)!r}" for key in ACTIVATION_ARGUMENTS.get(name, ()))
+            by_block.setdefault(type(module).__name__, set()).add(f"nn.{name}({arguments})")
+    texts = set().union(*by_block.values())
+    if texts <= {"nn.SiLU()"}:
+        return None
+    if len(texts) == 1:
+        return texts.pop()
+    mixed = [block for block, own in by_block.items() if len(own) > 1]
+    if mixed:
+        raise ValueError(f"blocks {mixed} have several activations, which a model YAML cannot say")
+    return {block: own.pop() for block, own in by_block.items()}
+
+
+def _names(model: Holder, nc: int, path: Path) -> dict[int, str]:
+    """Returns the class names that a pickled model has as a list (to 6.1) or a dict (from 6.2)."""
+    names = _plain(getattr(model, "names", None)) or {}
+    pairs = names.items() if isinstance(names, dict) else enumerate(names)
+    named = {int(number): str(name) for number, name in pairs if int(number) < nc}
+    if len(named) != nc:
+        LOGGER.warning(f"WARNING: {path}: {len(named)} names for {nc} classes; the others are shown by number")
+    return {number: named.get(number, str(number)) for number in range(nc)}
+
+
+def _plain(value: Any) -> Any:
+    """Returns a copy of pickled metadata as numbers, texts, lists and dicts; None for what is neither."""
+    count = 0
+
+    def copied(item: Any, depth: int) -> Any:
+        nonlocal count
+        count += 1
+        if count > MAX_PARTS or depth > MAX_DEPTH:
+            raise ValueError("its metadata is too large")
+        if isinstance(item, Mapping):
+            return {key: copied(entry, depth + 1) for key, entry in item.items() if isinstance(key, (str, int, float))}
+        if isinstance(item, (list, tuple)):
+            return [copied(entry, depth + 1) for entry in item]
+        return item if isinstance(item, (str, int, float)) else None
+
+    return copied(value, 0)

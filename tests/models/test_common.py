@@ -1,0 +1,178 @@
+"""Blocks: golden outputs, hand-worked reorderings, shapes, gradients, activations."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models import common, experimental
+
+GOLDEN_BLOCKS = {
+    "GSConv_k1": lambda: common.GSConv(8, 16),
+    "GSConv_k3s2": lambda: common.GSConv(8, 16, 3, 2),
+    "GSConv_noact": lambda: common.GSConv(8, 16, 3, act=False),
+    "GSBottleneck_e1": lambda: common.GSBottleneck(8, 8, e=1.0),
+    "GSBottleneck_e05": lambda: common.GSBottleneck(8, 8),
+    "GSBottleneckC": lambda: common.GSBottleneckC(8, 8),
+    "VoVGSCSP_n1": lambda: common.VoVGSCSP(12, 16),
+    "VoVGSCSP_n3": lambda: common.VoVGSCSP(12, 16, 3),
+    "VoVGSCSPC": lambda: common.VoVGSCSPC(12, 16),
+}
+
+BLOCKS_8_TO_16 = [  # every block with parameters, from 8 channels to 16; the second value is the stride
+    (lambda: common.Conv(8, 16, 3, 2), 2),
+    (lambda: common.DWConv(8, 16, 3), 1),
+    (lambda: common.TransformerBlock(8, 16, 4, 2), 1),
+    (lambda: common.Bottleneck(8, 16), 1),
+    (lambda: common.Bottleneck(8, 16, g=2), 1),
+    (lambda: common.BottleneckCSP(8, 16, 2), 1),
+    (lambda: common.C3(8, 16, 2), 1),
+    (lambda: common.C3TR(8, 16, 1), 1),
+    (lambda: common.C3SPP(8, 16, (3, 5)), 1),
+    (lambda: common.C3Ghost(8, 16, 2), 1),
+    (lambda: common.SPP(8, 16), 1),
+    (lambda: common.SPPF(8, 16), 1),
+    (lambda: common.Focus(8, 16, 3), 2),
+    (lambda: common.GhostConv(8, 16, 3, 2), 2),
+    (lambda: common.GhostBottleneck(8, 16, 3, 2), 2),
+    (lambda: common.GSConv(8, 16, 3, 2), 2),
+    (lambda: common.GSConvns(8, 16, 3, 2), 2),
+    (lambda: common.GSBottleneck(8, 16, s=2), 2),
+    (lambda: common.GSBottleneckC(8, 16), 1),
+    (lambda: common.VoVGSCSP(8, 16, 2, False, 2), 1),
+    (lambda: common.VoVGSCSPC(8, 16), 1),
+    (lambda: experimental.CrossConv(8, 16, 3, 2), 2),
+    (lambda: experimental.MixConv2d(8, 16, (1, 3, 5), 2), 2),
+    (lambda: experimental.MixConv2d(8, 16, (1, 3), 1, False), 1),
+]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", GOLDEN_BLOCKS)
+def test_gs_blocks_give_golden_outputs(golden_dir, name, memory_format):
+    data = np.load(golden_dir / "gsconv.npz", allow_pickle=False)
+    prefix = f"{name}/w/"
+    weights = {key[len(prefix) :]: torch.from_numpy(data[key]) for key in data.files if key.startswith(prefix)}
+    published = sum(tensor.numel() for key, tensor in weights.items() if "running" not in key)
+    weights = {key: tensor for key, tensor in weights.items() if not key.startswith("res.")}
+    block = GOLDEN_BLOCKS[name]().eval()
+    own = {key for key in block.state_dict() if "num_batches" not in key}
+    assert own == set(weights)
+    block.load_state_dict(weights, strict=False)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-3
+    with torch.no_grad():
+        y = block.to(memory_format=memory_format)(torch.from_numpy(data[f"{name}/x"]).to(memory_format=memory_format))
+    np.testing.assert_allclose(y.numpy(), data[f"{name}/y"], atol=1e-5)
+    assert published == json.loads((golden_dir / "gsconv.json").read_text())[name]["params"]
+
+
+@pytest.mark.parametrize(("make", "stride"), BLOCKS_8_TO_16)
+def test_every_parameter_of_every_block_gets_a_gradient(make, stride):
+    torch.manual_seed(0)
+    block = make()
+    y = block(torch.randn(2, 8, 16, 12))
+    assert y.shape == (2, 16, 16 // stride, 12 // stride)
+    (y * torch.randn_like(y)).sum().backward()
+    without = [name for name, p in block.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
+
+
+def test_shuffle_takes_even_channels_then_odd_ones():
+    x = torch.arange(8.0).view(1, 8, 1, 1).expand(3, 8, 2, 5)
+    assert common.interleave_halves(x)[2, :, 1, 4].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+
+
+def test_shuffle_keeps_channels_last_and_traces_for_any_batch_and_size():
+    x = torch.randn(2, 6, 4, 5).contiguous(memory_format=torch.channels_last)
+    assert common.interleave_halves(x).is_contiguous(memory_format=torch.channels_last)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(common.interleave_halves, torch.randn(1, 6, 3, 3))
+    assert torch.equal(traced(x), common.interleave_halves(x))
+
+
+def test_sppf_is_spp_with_windows_5_9_13():
+    torch.manual_seed(0)
+    fast, slow = common.SPPF(8, 8, 5).eval(), common.SPP(8, 8, (5, 9, 13)).eval()
+    slow.load_state_dict(fast.state_dict())
+    x = torch.randn(1, 8, 20, 17)
+    with torch.no_grad():
+        assert torch.equal(fast(x), slow(x))
+
+
+def test_focus_takes_the_four_phases_by_column_then_row():
+    focus = common.Focus(1, 4, act=False).eval()
+    focus.conv.conv.weight.data = torch.eye(4).view(4, 4, 1, 1)
+    x = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).view(1, 1, 2, 2)
+    with torch.no_grad():
+        y = focus(x).flatten() * (1 + 1e-5) ** 0.5  # the new batch norm divides by sqrt(1 + eps)
+    assert y.tolist() == pytest.approx([0, 2, 1, 3])  # (row, column): (0,0) (1,0) (0,1) (1,1)
+
+
+def test_contract_moves_squares_into_channels_and_expand_moves_them_back():
+    x = torch.arange(8.0).view(1, 2, 2, 2)  # channel 0: 0 1 / 2 3, channel 1: 4 5 / 6 7
+    contracted = common.Contract(2)(x)
+    assert contracted.flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert torch.equal(common.Expand(2)(contracted), x)
+    large = torch.randn(2, 12, 6, 8).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(common.Contract(2)(common.Expand(2)(large)), large)
+
+
+def test_classify_pools_one_map_or_several():
+    head = common.Classify(12, 5)
+    assert head([torch.randn(2, 8, 6, 6), torch.randn(2, 4, 3, 3)]).shape == (2, 5)
+    assert head(torch.randn(2, 12, 6, 6)).shape == (2, 5)
+
+
+def test_bottleneck_adds_its_input_only_where_channels_agree():
+    x = torch.randn(1, 8, 4, 4)
+    for c2, shortcut, adds in ((8, True, True), (8, False, False), (16, True, False)):
+        block = common.Bottleneck(8, c2, shortcut).eval()
+        with torch.no_grad():
+            own = block.cv2(block.cv1(x))
+            assert torch.equal(block(x), own + x if adds else own)
+
+
+def test_odd_output_channels_cannot_be_halved():
+    with pytest.raises(ValueError, match="even number of output channels, got 7"):
+        common.GSConv(8, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "cls", "attribute"),
+    [
+        ("nn.SiLU()", nn.SiLU, {}),
+        ("SiLU", nn.SiLU, {}),
+        ("torch.nn.Mish()", nn.Mish, {}),
+        ("nn.LeakyReLU(0.1)", nn.LeakyReLU, {"negative_slope": 0.1}),
+        ("LeakyReLU(negative_slope=-0.2)", nn.LeakyReLU, {"negative_slope": -0.2}),
+    ],
+)
+def test_activations_are_made_from_their_names(text, cls, attribute):
+    act = common.parse_activation(text)
+    assert type(act) is cls
+    assert {name: getattr(act, name) for name in attribute} == attribute
+
+
+@pytest.mark.parametrize(
+    "text", ["nn.Silu()", "__import__('os').system('true')", "nn.LeakyReLU(print(1))", "SiLU(1, 2)", "", "nn.Conv2d"]
+)
+def test_other_texts_are_no_activation(text):
+    with pytest.raises(ValueError, match="is not an activation"):
+        common.parse_activation(text)
+
+
+def test_the_models_activation_replaces_defaults_but_not_choices():
+    block = nn.Sequential(common.C3(8, 8), common.Conv(8, 8, act=nn.ReLU()), common.Conv(8, 8, act=False))
+    common.set_activation(block, "nn.Mish()")
+    assert {type(block[0].cv1.act), type(block[0].m[0].cv2.act)} == {nn.Mish}
+    assert type(block[1].act) is nn.ReLU
+    assert type(block[2].act) is nn.Identity
+    csp = common.BottleneckCSP(8, 8)
+    common.set_activation(csp, {"BottleneckCSP": "nn.LeakyReLU(0.1)"})
+    assert (type(csp.act), type(csp.cv1.act)) == (nn.LeakyReLU, nn.SiLU)

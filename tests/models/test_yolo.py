@@ -1,0 +1,380 @@
+"""Models: every YAML's published counts, decoding worked out by hand, initial state, and mistakes in YAMLs."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models import yolo
+from models.common import Conv, GSConv
+from models.yolo import BLOCKS, Detect, Model, parse_model, register_block
+from utils.checks import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+YAMLS = sorted((ROOT / "models").rglob("yolo*.yaml"))
+
+# Published: state-dict entries and the rows whose output is read later.
+KEYS_AND_SAVED = {
+    "yolov5n.yaml": (349, [4, 6, 10, 14, 17, 20, 23]),
+    "yolov5s6.yaml": (459, [4, 6, 8, 12, 16, 20, 23, 26, 29, 32]),
+    "yolov5-bifpn.yaml": (613, [4, 6, 6, 10, 14, 17, 20, 23]),
+    "yolov5s-ghost.yaml": (529, [4, 6, 10, 14, 17, 20, 23]),
+    "yolov5s-transformer.yaml": (348, [4, 6, 10, 14, 17, 20, 23]),
+    "yolov3-tiny.yaml": (71, [8, 14, 15, 19]),
+}
+YOLOV5S_ROW_PARAMETERS = (
+    *(3520, 18560, 18816, 73984, 115712, 295424, 625152, 1180672, 1182720, 656896, 131584, 0, 0, 361984, 33024, 0, 0),
+    *(90880, 147712, 0, 296448, 590336, 0, 1182720, 229245),
+)
+
+
+def tiny(**changes) -> dict:
+    """A small two-level detector as a model YAML."""
+    config = {
+        "nc": 3,
+        "depth_multiple": 1.0,
+        "width_multiple": 1.0,
+        "anchors": [[8, 16], [32, 64]],
+        "backbone": [[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "Conv", [8, 3, 2]], [-1, 1, "Conv", [16, 3, 2]]],
+        "head": [[[1, 2], 1, "Detect", ["nc", "anchors"]]],
+    }
+    return {**config, **changes}
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Model]:
+    """Every model YAML of the repository, without memory for its weights."""
+    with torch.device("meta"):
+        return {path.name: Model(path) for path in YAMLS}
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_parameters_modules_and_strides_of_every_published_model(golden_dir, built):
+    rows = list(csv.DictReader((golden_dir / "model_zoo.csv").open()))
+    got = {name: (parameters(m), sum(1 for _ in m.modules()), m.stride.tolist()) for name, m in built.items()}
+    assert len(rows) == 22
+    for row in rows:
+        expected = (int(row["params"]), int(row["modules"]), json.loads(row["strides"]))
+        assert got[row["yaml"].split("/")[-1]] == expected, row["yaml"]
+
+
+def test_parameters_of_every_slim_model(golden_dir, built):
+    rows = list(csv.DictReader((golden_dir / "slim_zoo.csv").open()))
+    assert len(rows) == 20
+    for row in rows:
+        name = f"yolov5{row['size']}-{row['neck']}.yaml"
+        assert parameters(built[name]) == int(row["params_without_unused_res"]), name
+
+
+def test_every_yaml_states_its_parameters(built):
+    assert len(built) == 42
+    for path in YAMLS:
+        head = path.read_text().split("\n\n")[0]
+        assert f"# {parameters(built[path.name]):,} parameters, " in head, path.name
+
+
+@pytest.mark.parametrize("cfg", ["yolov5n.yaml", "yolov5s-ghost.yaml", "yolov5n-slimneck-c.yaml", "yolov5n6.yaml"])
+def test_gflops_agree_with_the_published_ones(golden_dir, cfg):
+    pytest.importorskip("thop")
+    published = {row["yaml"].split("/")[-1]: row for row in csv.DictReader((golden_dir / "model_zoo.csv").open())}
+    slim = csv.DictReader((golden_dir / "slim_zoo.csv").open())
+    published |= {f"yolov5{row['size']}-{row['neck']}.yaml": row for row in slim}
+    expected = float(published[cfg]["gflops_640_thop"])
+    assert yolo.count_gflops(Model(cfg)) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("name", KEYS_AND_SAVED)
+def test_state_dict_entries_and_saved_rows(built, name):
+    assert (len(built[name].state_dict()), built[name].save) == KEYS_AND_SAVED[name]
+
+
+def test_parameters_of_every_row_of_yolov5s(built):
+    assert tuple(layer.np for layer in built["yolov5s.yaml"].model) == YOLOV5S_ROW_PARAMETERS
+    assert [built["yolov5s.yaml"].model[i].type for i in (0, 11, 24)] == [
+        "models.common.Conv",
+        "torch.nn.modules.upsampling.Upsample",
+        "models.yolo.Detect",
+    ]
+
+
+def test_rows_of_the_output(built):
+    """Three anchors on 80 x 80, 40 x 40 and 20 x 20 cells are 25200 rows; P6 at 1280 px has 102000."""
+    for name, size, rows in (("yolov5n.yaml", 640, 25200), ("yolov5n6.yaml", 1280, 102000)):
+        logits = built[name].train()(torch.zeros(1, 3, size, size, device="meta"))
+        assert sum(maps[..., 0].numel() for maps in logits) == rows
+    decoded, logits = Model("yolov5n-slimneck.yaml").eval()(torch.zeros(2, 3, 64, 96))
+    assert decoded.shape == (2, 3 * (8 * 12 + 4 * 6 + 2 * 3), 85)
+    assert [maps.shape for maps in logits] == [(2, 3, 8, 12, 85), (2, 3, 4, 6, 85), (2, 3, 2, 3, 85)]
+
+
+def decoded_cells(inplace: bool) -> torch.Tensor:
+    """One level, stride 8, one anchor of 16 x 32 px, one class, 1 x 2 cells, logits ln 3 (sigmoid 0.75) throughout."""
+    detect = Detect(1, [[16, 32]], [4], inplace).eval()
+    detect.stride.fill_(8)
+    detect.anchors /= 8
+    detect.m[0].weight.data.zero_()
+    detect.m[0].bias.data.fill_(math.log(3))
+    with torch.no_grad():
+        return detect([torch.zeros(1, 4, 1, 2)])[0]
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_boxes_are_decoded_as_worked_out_by_hand(inplace):
+    """x = (2 * 0.75 - 0.5 + column) * 8 = 8, 16; y = 8; w = 1.5^2 * 16 = 36, h = 72; scores 0.75."""
+    expected = torch.tensor([[8, 8, 36, 72, 0.75, 0.75], [16, 8, 36, 72, 0.75, 0.75]])
+    torch.testing.assert_close(decoded_cells(inplace)[0], expected)
+
+
+def test_rows_go_by_anchor_then_y_then_x():
+    detect = Detect(1, [[8, 8, 16, 16]], [4]).eval()
+    detect.stride.fill_(8)
+    detect.anchors /= 8
+    with torch.no_grad():
+        detect.m[0].weight.zero_()
+        detect.m[0].bias.zero_()
+        y = detect([torch.zeros(1, 4, 2, 3)])[0][0]
+    assert y[:, 2].tolist() == [8.0] * 6 + [16.0] * 6
+    assert y[:6, :2].tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12]]
+
+
+def test_decoded_boxes_carry_gradients():
+    model = Model(tiny()).eval()
+    model(torch.rand(1, 3, 32, 32))[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("cfg", [tiny(), "yolov5n-slimneck.yaml", "yolov5n-gsconv.yaml"])
+def test_every_parameter_of_a_model_gets_a_gradient(cfg):
+    torch.manual_seed(0)
+    model = Model(cfg)
+    sum((maps * torch.randn_like(maps)).sum() for maps in model(torch.rand(2, 3, 64, 64))).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+
+
+def test_channels_last_and_bf16_change_the_output_by_rounding_only():
+    torch.manual_seed(0)
+    model, x = Model("yolov5n-slimneck.yaml").eval(), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        plain = model(x)[0]
+        model.to(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(model(x)[0], plain, rtol=1e-4, atol=1e-3)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(x)[0]
+    assert rough.dtype == torch.float32
+    assert (rough[..., :4] - plain[..., :4]).abs().mean() < 0.5
+
+
+def test_no_size_is_baked_into_a_traced_model():
+    model = Model("yolov5n-slimneck.yaml").eval()
+    x = torch.rand(2, 3, 96, 128)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, torch.rand(1, 3, 64, 64), check_trace=False)
+        torch.testing.assert_close(traced(x)[0], model(x)[0], rtol=1e-4, atol=1e-3)
+
+
+def test_strides_stay_float32_in_a_half_model():
+    model = Model(tiny()).half()
+    assert (model.stride.dtype, model.stride.tolist()) == (torch.float32, [4, 8])
+    assert (model.detect.stride.dtype, model.detect.stride.tolist()) == (torch.float16, [4, 8])
+
+
+def test_new_models_state(built):
+    model = Model(tiny())
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.03)}
+    assert all(norm.running_mean.eq(0).all() and norm.running_var.eq(1).all() for norm in norms)
+    assert all(norm.num_batches_tracked == 0 for norm in norms)
+    assert all(module.inplace for module in model.modules() if isinstance(module, nn.SiLU))
+    assert model.training and all(module.training for module in model.modules())
+    assert model.names == {0: "0", 1: "1", 2: "2"}
+    assert model.detect.anchors.flatten().tolist() == [2, 4, 4, 8]  # 8 x 16 px at stride 4, 32 x 64 px at stride 8
+
+
+def test_biases_expect_eight_objects_and_even_classes():
+    torch.manual_seed(0)
+    model = Model(tiny())
+    torch.manual_seed(0)
+    fresh = parse_model(tiny(), [3])[0][-1]
+    for level, stride in enumerate((4, 8)):
+        added = (model.detect.m[level].bias - fresh.m[level].bias).view(1, 8)[0]
+        objectness, classes = math.log(8 / (640 / stride) ** 2), math.log(0.6 / (3 - 0.999999))
+        assert added.tolist() == pytest.approx([0, 0, 0, 0, objectness, classes, classes, classes], abs=1e-5)
+
+
+def test_weights_are_a_function_of_torchs_seed():
+    torch.manual_seed(5)
+    first, then = Model(tiny()), torch.rand(1)
+    torch.manual_seed(5)
+    second = Model(tiny())
+    assert torch.equal(then, torch.rand(1))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_anchors_in_the_wrong_order_are_turned_round():
+    model = Model(tiny(anchors=[[32, 64], [8, 16]]))
+    assert model.detect.anchors.flatten().tolist() == [2, 4, 4, 8]
+
+
+def test_number_of_classes_and_anchors_can_be_overridden():
+    config = tiny()
+    model = Model(config, nc=7, anchors=4.4)
+    assert (model.nc, model.yaml["nc"], model.yaml["anchors"], config["nc"]) == (7, 7, 4, 3)
+    assert model.detect.m[0].out_channels == 4 * (7 + 5)
+    assert (model.detect.anchors[0] * 4).flatten().tolist() == list(range(8))
+
+
+def test_repeats_and_channels_are_scaled_half_to_even_and_up():
+    config = tiny(depth_multiple=0.5, width_multiple=0.3)
+    config["backbone"] += [[-1, 5, "C3", [40]], [-1, 5, "Bottleneck", [40]], [-1, 1, "C3", [24]]]
+    layers = parse_model(config, [3])[0]
+    assert len(layers[3].m) == 2  # 2.5 repeats
+    assert isinstance(layers[4], nn.Sequential) and len(layers[4]) == 2
+    assert layers[3].cv3.conv.out_channels == 16  # 40 * 0.3 = 12, up to a multiple of 8
+    assert layers[5].cv3.conv.out_channels == 8 and len(layers[5].m) == 1
+    config["channel_multiple"] = 4
+    assert parse_model(config, [3])[0][3].cv3.conv.out_channels == 12
+
+
+def test_the_yamls_activation_is_the_models():
+    model = Model(tiny(activation="nn.LeakyReLU(0.1)"))
+    acts = [module.act for module in model.modules() if isinstance(module, Conv)]
+    assert {(type(act), act.negative_slope, act.inplace) for act in acts} == {(nn.LeakyReLU, 0.1, True)}
+
+
+def test_arguments_of_a_row_may_be_literals_and_activations():
+    config = tiny()
+    config["backbone"][2] = [-1, 1, "Conv", [16, 3, 2, "None", 1, "nn.ReLU()"]]
+    config["backbone"].append([-1, 1, "SPP", [16, "(3, 5)"]])
+    layers = parse_model(config, [3])[0]
+    assert isinstance(layers[2].act, nn.ReLU)
+    assert [pool.kernel_size for pool in layers[3].m] == [3, 5]
+
+
+def test_a_registered_block_can_be_used_at_once(monkeypatch):
+    monkeypatch.setattr(yolo, "BLOCKS", dict(BLOCKS))
+
+    @register_block()
+    class Twice(nn.Module):
+        def __init__(self, c1, c2):
+            super().__init__()
+            self.both = nn.Sequential(Conv(c1, c2), Conv(c2, c2))
+
+        def forward(self, x):
+            return self.both(x)
+
+    config = tiny()
+    config["backbone"].append([-1, 1, "Twice", [24]])
+    config["head"] = [[[1, 3], 1, "Detect", ["nc", "anchors"]]]
+    assert Model(config).detect.m[1].in_channels == 24
+    assert "Twice" not in BLOCKS
+
+
+def test_layers_and_their_outputs_can_be_watched():
+    seen = []
+    model = Model(tiny()).eval()
+    model(torch.zeros(1, 3, 32, 32), visualize=lambda layer, y: seen.append((layer.i, layer.type, tuple(y.shape))))
+    assert seen == [(i, "models.common.Conv", (1, c, s, s)) for i, c, s in ((0, 8, 16), (1, 8, 8), (2, 16, 4))]
+
+
+def with_row(row: list) -> dict:
+    config = tiny()
+    config["backbone"][2] = row
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (with_row([-1, 1, "GSConvv", [16, 3, 2]]), r"model: row 2 \[.*unknown block 'GSConvv'. Did you mean 'GSConv'"),
+        (with_row([-1, 1, "nn.Upsampel", [16]]), r"row 2 .*unknown block 'nn.Upsampel'. Did you mean 'nn.Upsample'"),
+        (with_row([-1, 1, "nn.init", [16]]), r"unknown block 'nn.init'"),
+        (with_row([-1, 1, "os.system", ["true"]]), r"unknown block 'os.system'"),
+        (with_row([-1, 1, "Conv"]), r"row 2 .*a row is \[from, number, module, \[args\]\]"),
+        (with_row([7, 1, "Conv", [16]]), r"row 2 .*reads from row 7, but only rows before it"),
+        (with_row([-1, 1, "Conv", []]), r"row 2 .*number of output channels"),
+        (with_row([-1, 1, "Conv", [16, 3, 2, None, 5]]), r"row 2 .*divisible by groups"),
+        (with_row([-1, 1, "SPPF", [16, 5, 1, 2]]), r"row 2 .*takes from 3 to 4 positional arguments"),
+        (with_row([[0, 1], 1, "Concat", [1]]), r"row 2 \(models.common.Concat, from \[0, 1\]\): Sizes of tensors"),
+        (with_row([-1, 1, "Conv", [16, 3, 2, None, 1, "nn.Sillu()"]]), r"row 2 .*'nn.Sillu\(\)'"),
+        (tiny(anchors=[[8, 16]]), r"row 3 .*1 rows of anchors for 2 detection levels"),
+        (tiny(anchors=[[8, 16], [32, 64], [1, 2]]), r"row 3 .*3 rows of anchors for 2 detection levels"),
+        (tiny(anchors=[[8, 16, 3], [32, 64, 3]]), r"row 3 .*pairs of width and height"),
+        (tiny(anchors=[[8, 16], [32, 64, 3, 4]]), r"row 3 .*the same number of anchors, got rows of \[2, 4\]"),
+        (tiny(anchors=[8, 16]), r"anchors: \[8, 16\]: give one list"),
+        (tiny(anchors=0), r"anchors: 0: give one list"),
+        (with_row([-1, 0, "Conv", [16]]), r"row 2 .*at least one source and one repeat"),
+        (tiny(nc=0), r"nc: 0: a detector needs at least one class"),
+        (tiny(nc="many"), r"'nc: many' is of the wrong kind"),
+        (tiny(head=[]), r"the last row must be Detect, not models.common.Conv"),
+        (tiny(activation="nn.Sillu()"), r"row 0 .*'nn.Sillu\(\)' is not an activation"),
+        ({"nc": 3}, r"'depth_multiple' is missing"),
+    ],
+)
+def test_mistakes_in_a_yaml_are_named_with_their_row(config, message):
+    with pytest.raises(UserError, match=message):
+        Model(config)
+
+
+def test_mistakes_in_a_file_are_named_with_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text((ROOT / "models/yolov5n.yaml").read_text().replace("SPPF, ", "SPPFF,"))
+    with pytest.raises(UserError, match="mine.yaml: row 9 .*unknown block 'SPPFF'. Did you mean 'SPPF'"):
+        Model(path)
+    path.write_text("- 1\n")
+    with pytest.raises(UserError, match="mine.yaml: not a model YAML"):
+        Model(path)
+    with pytest.raises(UserError, match="yolov5n.yaml"):
+        Model("yolov5nn.yaml")
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "models/yolo.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_script_shows_the_layers_and_their_times(tmp_path):
+    done = run_script("--cfg", "yolov5n-slimneck.yaml", "--device", "cpu", "--profile")
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert any(line.split()[:5] == ["13", "-1", "1", "76224", "models.common.VoVGSCSP"] for line in lines)
+    assert any(line.startswith("Model Summary: 350 layers, 1669693 parameters, 1669693 gradients") for line in lines)
+    assert sum("models.common.GSConv" in line for line in lines) == 2 * 4
+    assert lines[-1].endswith("total") and float(lines[-1].split()[0]) > 0
+
+
+def test_the_script_reports_mistakes_without_a_traceback():
+    done = run_script("--cfg", "yolov5q.yaml", "--device", "cpu")
+    assert done.returncode == 1
+    assert "yolov5q.yaml" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_script_builds_every_yaml():
+    done = run_script("--cfg", "yolov5n.yaml", "--device", "cpu", "--test")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(YAMLS)}/{len(YAMLS)}" in done.stderr
+
+
+def test_gsconv_models_replace_what_they_say(built):
+    def kinds(name, rows):
+        return {type(built[name].model[row]).__name__ for row in rows}
+
+    backbone, neck = (1, 3, 5, 7), (10, 14, 18, 21)
+    assert kinds("yolov5n-gsconv.yaml", backbone + neck) == {GSConv.__name__}
+    assert kinds("yolov5n-gsconv.yaml", (0,)) == {"Conv"}
+    assert kinds("yolov5n-gsneck.yaml", backbone) == {"Conv"}
+    assert kinds("yolov5n-gsneck.yaml", neck) == {"GSConv"}
+    assert kinds("yolov5n-slimneck.yaml", (13, 17, 20, 23)) == {"VoVGSCSP"}
+    assert kinds("yolov5n-slimneck-c.yaml", (13, 17, 20, 23)) == {"VoVGSCSPC"}

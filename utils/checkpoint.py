@@ -1,0 +1,202 @@
+"""Checkpoint files: plain data, read without running anything, written all or nothing.
+
+A checkpoint is a dict of tensors, numbers, strings, None, lists, tuples and dicts, in torch's zip format. Keys: format,
+format_version, epoch (the last finished one, -1 once stripped), best_fitness, model (state dict, float32; the float16
+EMA once stripped), ema, updates, optimizer, scaler, schedule, stopper, generators (None once stripped), yaml, names,
+nc, stride, hyp, opt, data, versions, date. Building a model from one, and what original YOLOv5 files hold, is
+`models.load`'s concern.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.checks import UserError
+from utils.files import atomic_write
+
+FORMAT, FORMAT_VERSION = "yolov5-slim", 1
+TRAINING_STATE = ("best_fitness", "ema", "updates", "optimizer", "scaler", "schedule", "stopper", "generators")
+
+# What torch's readers raise on damaged or foreign content.
+_DAMAGE = (
+    *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
+    *(RecursionError, MemoryError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
+)
+
+
+class ForeignPickle(UserError):
+    """The file holds pickled classes or functions, so it is no checkpoint of this program's. Nothing of it was run.
+
+    Attributes:
+        names: the full names of those classes and functions, sorted.
+    """
+
+    def __init__(self, path: str | Path, names: list[str]):
+        """Takes the file and the names found in it."""
+        super().__init__(
+            f"{path}: refused, for it holds pickled classes or functions that no checkpoint needs: {', '.join(names)}."
+        )
+        self.names = names
+
+
+def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """Writes a checkpoint; a former file of that name stays until the new one is complete.
+
+    Numpy scalars become numbers and paths become strings; the format's name and version are added.
+
+    Raises:
+        UserError: the file cannot be written (disk full, folder not writable).
+        TypeError: something in it is not plain data; says where.
+    """
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **plain_data(checkpoint)}
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # how torch's zip writer reports a full disk
+            raise OSError(None, str(error).splitlines()[0]) from error
+
+
+def plain_data(value: Any, where: str = "checkpoint") -> Any:
+    """Returns a copy that consists of tensors, numbers, strings, None, lists, tuples and dicts alone.
+
+    Raises:
+        TypeError: something else is in it; `where` and the keys on the way name the place.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (str, Path)):
+        return str(value)
+    for kind in (int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {plain_data(key, where): plain_data(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [plain_data(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds plain data only")
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint that `save_checkpoint` wrote, with all tensors on the CPU.
+
+    Raises:
+        ForeignPickle: the file holds pickled classes, as original YOLOv5 checkpoints do.
+        UserError: no such file, empty, cut short, not a checkpoint, or one of a later version of this program.
+    """
+    content = read_archive(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: holds tensors or other plain data, but is no checkpoint of this program's.")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: is of checkpoint format {content.get('format_version')}, this program reads {FORMAT_VERSION}: "
+            "update it."
+        )
+    return content
+
+
+def strip_checkpoint(path: str | Path) -> None:
+    """Reduces a checkpoint, in place, to what inference needs: the EMA (or model) in float16, without training state.
+
+    Tensors with values that float16 cannot hold stay float32.
+
+    Raises:
+        UserError: not a checkpoint, or the file cannot be written.
+    """
+    checkpoint = load_checkpoint(path)
+    weights = checkpoint["ema"] or checkpoint["model"]
+    checkpoint["model"] = {key: _halved(tensor) for key, tensor in weights.items()}
+    checkpoint.update(dict.fromkeys(TRAINING_STATE), epoch=-1)
+    save_checkpoint(path, checkpoint)
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """Returns a floating tensor in float16 unless a value would overflow; others as they are."""
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    return tensor if (half.isinf() & ~tensor.isinf()).any() else half
+
+
+def read_archive(path: str | Path, stand_ins: Mapping[str, Callable[..., Any]] | None = None) -> Any:
+    """Reads what a file of torch's zip format holds, by torch's reader for plain data; nothing in it is run.
+
+    Args:
+        path: the file.
+        stand_ins: what to make in place of a pickled class or function, by full name; all others are refused.
+
+    Raises:
+        ForeignPickle: classes or functions without a stand-in.
+        UserError: no such file, empty, text, of another format, cut short or damaged.
+    """
+    path, stand_ins = Path(path), stand_ins or {}
+    _check_container(path)
+    try:
+        foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(stand_ins)
+        if foreign:
+            raise ForeignPickle(path, sorted(foreign))
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as a checkpoint; damaged or of another kind ({reason}).") from error
+
+
+def _check_container(path: Path) -> None:
+    """Checks that a file is of torch's zip format.
+
+    Raises:
+        UserError: it is not; says what it looks like instead.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(512)
+        if zipfile.is_zipfile(path):
+            _check_members(path)
+            return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if size == 0:
+        raise UserError(f"{path}: is empty (0 bytes).")
+    if head.startswith(b"PK"):
+        raise UserError(f"{path}: is cut short ({size} bytes): download or copy it again.")
+    if head.startswith(b"\x80") or head[257:262] == b"ustar":
+        raise UserError(
+            f"{path}: is in the format of torch before 1.6, which could run code and is not opened. Where you trust "
+            "it, load it with an old torch and save it again."
+        )
+    if b"\0" not in head:
+        text = head[:40].decode(errors="replace").strip().splitlines() or [""]
+        raise UserError(f"{path}: is a text file ('{text[0]}...'), not a checkpoint.")
+    raise UserError(f"{path}: is not a checkpoint (unknown format, {size} bytes).")
+
+
+def _check_members(path: Path) -> None:
+    """Checks that a zip file holds a pickle of torch's and is no TorchScript program.
+
+    Raises:
+        UserError: it does not, or is.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [name.partition("/")[2] for name in archive.namelist()]
+    except _DAMAGE as error:
+        raise UserError(f"{path}: is a damaged archive: download or copy it again.") from error
+    if "constants.pkl" in members:
+        raise UserError(f"{path}: is a TorchScript program; give it the suffix .torchscript to run it as such.")
+    if "data.pkl" not in members:
+        raise UserError(f"{path}: is a zip archive, but not a checkpoint.")
