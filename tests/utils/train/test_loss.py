@@ -1,0 +1,224 @@
+"""The detection loss against golden values, plain formulas and autograd; its gradient is the same in every run."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from utils.boxes import bbox_iou
+from utils.checks import UserError
+from utils.files import ROOT
+from utils.train.hyp import Hyp
+from utils.train.loss import (
+    DetectionLoss,
+    Mean,
+    bce_sum,
+    box_term,
+    class_term,
+    decode_boxes,
+    last_of_each,
+    objectness_term,
+    smooth_bce,
+)
+from utils.train.targets import match_targets
+
+STRIDES = (8, 16, 32)
+PIXELS = [10, 13, 16, 30, 33, 23, 30, 61, 62, 45, 59, 119, 116, 90, 156, 198, 373, 326]
+ANCHORS = torch.tensor(PIXELS).view(3, 3, 2) / torch.tensor(STRIDES).view(3, 1, 1)
+
+
+@pytest.fixture
+def hyp():
+    return Hyp.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml")
+
+
+def scene(nc=4, batch=2, labels=20, sides=(20, 10, 5), seed=0):
+    """Random outputs, in the model's shapes, and random labels."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = [torch.randn(batch, 3, side, side, 5 + nc, generator=generator) for side in sides]
+    images = torch.randint(0, batch, (labels, 1), generator=generator)
+    classes = torch.randint(0, nc, (labels, 1), generator=generator)
+    boxes = torch.rand(labels, 4, generator=generator) * torch.tensor([1, 1, 0.5, 0.5]) + 0.01
+    return outputs, torch.cat((images, classes, boxes.clamp(max=1)), dim=1).float()
+
+
+def gradients(loss, outputs, targets):
+    leaves = [output.clone().requires_grad_() for output in outputs]
+    loss(leaves, targets).total.backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("case", range(7))
+def test_golden(golden_dir, case):
+    golden = json.loads((golden_dir / "loss.json").read_text())[case]
+    with np.load(golden_dir / "loss.npz", allow_pickle=False) as arrays:
+        outputs = [torch.from_numpy(arrays[f"case{case}_p{layer}"]) for layer in range(3)]
+        targets = torch.from_numpy(arrays[f"case{case}_targets"])
+    result = DetectionLoss(Hyp.from_dict(golden["hyp"]), ANCHORS, STRIDES, golden["nc"])(outputs, targets)
+    assert result.total.item() == pytest.approx(golden["loss_total"], rel=1e-4)
+    assert result.items.tolist() == pytest.approx([golden[key] for key in ("lbox", "lobj", "lcls")], rel=1e-4)
+
+
+def plain_loss(hyp, outputs, targets, nc):
+    """The same loss with plain indexing, left to autograd."""
+    box = obj = cls = 0.0
+    shapes = [output.shape[2:4] for output in outputs]
+    matches = match_targets(targets, ANCHORS, shapes, hyp.anchor_t)
+    for output, match, balance in zip(outputs, matches, (4.0, 1.0, 0.4), strict=True):
+        index = (match.image, match.anchor, match.cell_y, match.cell_x)
+        rows, wanted = output[index], torch.zeros_like(output[..., 4])
+        if len(rows):
+            xy, wh = rows[:, :2].sigmoid() * 2 - 0.5, (rows[:, 2:4].sigmoid() * 2) ** 2 * match.anchor_wh
+            ciou = bbox_iou(torch.cat((xy, wh), 1), match.box_xywh, CIoU=True)
+            box += (1 - ciou).mean()
+            for row, cell in enumerate(zip(*(part.tolist() for part in index), strict=True)):
+                wanted[cell] = ciou[row].detach().clamp(min=0)  # in order: the last one stays
+            one_hot = torch.nn.functional.one_hot(match.cls, nc).float()
+            cls += torch.nn.functional.binary_cross_entropy_with_logits(rows[:, 5:], one_hot)
+        obj += torch.nn.functional.binary_cross_entropy_with_logits(output[..., 4], wanted) * balance
+    return (box * hyp.box + obj * hyp.obj + cls * hyp.cls) * len(outputs[0])
+
+
+def test_gradient_equals_autograd_of_the_plain_formula(hyp):
+    """300 labels on 2 images: many cells are claimed several times, where the last match sets the objectness."""
+    outputs, targets = scene(labels=300)
+    leaves = [output.clone().requires_grad_() for output in outputs]
+    expected = plain_loss(hyp, leaves, targets, nc=4)
+    expected.backward()
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4)
+    assert loss(outputs, targets).total.item() == pytest.approx(expected.item(), rel=1e-6)
+    for grad, leaf in zip(gradients(loss, outputs, targets), leaves, strict=True):
+        torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_is_the_same_to_the_bit_in_every_run(hyp):
+    """Each layer gathers more than 40,000 numbers; from 32,768 plain indexing differs from run to run."""
+    outputs, targets = scene(nc=40, batch=4, labels=500, sides=(40, 20, 10))
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=40)
+    shapes = [output.shape[2:4] for output in outputs]
+    assert all(len(match.cls) * 45 > 40_000 for match in match_targets(targets, ANCHORS, shapes, hyp.anchor_t))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradients(loss, outputs, targets)
+        for _ in range(19):
+            assert all(map(torch.equal, first, gradients(loss, outputs, targets)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_cell_claimed_twice_learns_the_last_overlap():
+    logits = torch.zeros(4)
+    mean = objectness_term(logits, torch.tensor([2, 1, 2]), torch.tensor([0.9, -0.5, 0.25]))
+    targets = torch.tensor([0.0, 0.0, 0.25, 0.0])  # an overlap below 0 counts as 0
+    assert mean.count == 4
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
+    assert mean.value().item() == pytest.approx(expected.item())
+
+
+def test_last_of_each_picks_the_last_positions():
+    assert last_of_each(torch.tensor([7, 3, 7, 3, 5])).tolist() == [3, 4, 2]
+    assert last_of_each(torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
+def test_objectness_overlaps_carry_no_gradient(hyp):
+    """Without box gain no gradient may reach the box outputs, though the objectness targets depend on them."""
+    outputs, targets = scene()
+    loss = DetectionLoss(dataclasses.replace(hyp, box=0.0), ANCHORS, STRIDES, nc=4)
+    assert all(grad[..., :4].abs().max() == 0 for grad in gradients(loss, outputs, targets))
+
+
+def test_boxes_decode_to_the_anchor_at_the_middle_of_the_cell():
+    decoded = decode_boxes(torch.zeros(1, 4), torch.tensor([[3.0, 5.0]]))
+    torch.testing.assert_close(decoded, torch.tensor([[0.5, 0.5, 3.0, 5.0]]))
+
+
+def test_focal_factor_by_hand():
+    """Logit 0: p = 0.5, entropy ln 2; positive: 0.25 * 0.5^2 * ln 2, negative: 0.75 * 0.5^2 * ln 2."""
+    total = bce_sum(torch.zeros(2), torch.tensor([1.0, 0.0]), gamma=2.0)
+    assert total.item() == pytest.approx((0.25 + 0.75) * 0.25 * math.log(2))
+
+
+def test_positive_weight_by_hand():
+    assert bce_sum(torch.zeros(2), torch.tensor([1.0, 0.0]), pos_weight=3.0).item() == pytest.approx(4 * math.log(2))
+
+
+def test_smoothed_class_targets_by_hand():
+    """eps 0.2: 0.9 at the class, 0.1 elsewhere; logit z costs ln(1 + e^z) - t z."""
+    mean = class_term(torch.tensor([[1.0, -1.0]]), torch.tensor([0]), smooth_bce(0.2))
+    expected = (math.log1p(math.e) - 0.9) + (math.log1p(1 / math.e) + 0.1)
+    assert (mean.total.item(), mean.count) == (pytest.approx(expected), 2)
+
+
+def test_means_of_parts_make_the_mean_of_all():
+    ciou = torch.rand(10, generator=torch.Generator().manual_seed(0))
+    parts = [box_term(ciou[:3]), box_term(ciou[3:])]
+    joined = Mean(sum(part.total for part in parts), sum(part.count for part in parts))
+    torch.testing.assert_close(joined.value(), (1 - ciou).mean())
+
+
+def test_empty_batch_costs_objectness_alone_and_has_a_gradient(hyp):
+    outputs, _ = scene()
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4)
+    items = loss(outputs, torch.zeros(0, 6)).items.tolist()
+    assert items[0] == items[2] == 0 < items[1]
+    assert all(grad.abs().sum() > 0 for grad in gradients(loss, outputs, torch.zeros(0, 6)))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_outputs_are_reckoned_in_float32(hyp, autocast):
+    outputs, targets = scene()
+    halves = [output.bfloat16() for output in outputs]
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        result = loss(halves, targets)
+    expected = loss([half.float() for half in halves], targets)
+    assert result.total.dtype == result.items.dtype == torch.float32
+    assert torch.equal(result.total, expected.total)
+    assert all(grad.dtype == torch.bfloat16 for grad in gradients(loss, halves, targets))
+
+
+@pytest.mark.parametrize(("column", "term"), [(slice(0, 4), "box"), (4, "obj"), (5, "cls")])
+def test_the_bad_term_is_named(hyp, column, term):
+    outputs, targets = scene()
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4)
+    assert loss(outputs, targets).bad_term() is None
+    outputs[0][..., column] = math.nan
+    assert loss(outputs, targets).bad_term() == term
+
+
+def test_one_class_has_no_class_term(hyp):
+    outputs, targets = scene(nc=1)
+    assert DetectionLoss(hyp, ANCHORS, STRIDES, nc=1)(outputs, targets).items[2] == 0
+
+
+@pytest.mark.parametrize(("nl", "balance"), [(2, [4.0, 1.0]), (3, [4.0, 1.0, 0.4]), (4, [4.0, 1.0, 0.25, 0.06])])
+def test_balance_of_the_layers(hyp, nl, balance):
+    assert DetectionLoss(hyp, torch.ones(nl, 3, 2), [8 * 2**layer for layer in range(nl)], nc=4).balance == balance
+
+
+def test_autobalance_keeps_the_middle_layer_at_one_and_is_resumed(hyp):
+    outputs, targets = scene()
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4, autobalance=True)
+    loss(outputs, targets)
+    assert loss.balance == [4.0, 1.0, 0.4], "validation must not move the balance"
+    leaves = [output.requires_grad_() for output in outputs]
+    objectness = [terms[1].value().item() for terms in map(loss.layer_terms, outputs, _matches(hyp, outputs, targets))]
+    loss(leaves, targets)
+    moved = [0.9999 * old + 0.0001 / new for old, new in zip((4.0, 1.0, 0.4), objectness, strict=True)]
+    assert loss.balance == pytest.approx([weight / moved[1] for weight in moved])
+    resumed = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4, autobalance=True)
+    resumed.load_state_dict(loss.state_dict())
+    assert resumed.balance == loss.balance
+
+
+def _matches(hyp, outputs, targets):
+    return match_targets(targets, ANCHORS, [output.shape[2:4] for output in outputs], hyp.anchor_t)
+
+
+def test_autobalance_needs_stride_16(hyp):
+    with pytest.raises(UserError, match="stride 16"):
+        DetectionLoss(hyp, ANCHORS[:1], [8], nc=4, autobalance=True)

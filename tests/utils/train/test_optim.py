@@ -1,0 +1,228 @@
+"""Parameter groups, the schedule against golden curves, and optimizer state that survives an interruption."""
+
+import csv
+import io
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from utils.checks import UserError
+from utils.files import ROOT
+from utils.train.hyp import Hyp
+from utils.train.optim import (
+    Schedule,
+    accumulation,
+    apply_settings,
+    build_optimizer,
+    load_optimizer_state,
+    lr_factor,
+    optimizer_state_by_name,
+    parameter_groups,
+    scaled_weight_decay,
+)
+
+
+class Odd(nn.Module):
+    """Every kind of parameter that a detector may have."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3)
+        self.depthwise = nn.Conv2d(width, width, 1, groups=width, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.attention = nn.MultiheadAttention(width, 1)
+        self.p1 = nn.Parameter(torch.ones(1, width, 1, 1))
+        self.mix = nn.Parameter(torch.ones(2))
+        self.prelu = nn.PReLU(width)
+        self.frozen = nn.Linear(width, width)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, images):
+        features = self.prelu(self.bn(self.depthwise(self.conv(images))) * self.p1)
+        tokens = features.flatten(2).permute(2, 0, 1)
+        return self.frozen(self.attention(tokens, tokens, tokens)[0]).sum() * self.mix.sum()
+
+
+@pytest.fixture
+def hyp():
+    return Hyp.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml")
+
+
+def trained(optimizer, model, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        model(torch.randn(2, 3, 5, 5, generator=generator)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model
+
+
+def model_of(seed=0):
+    torch.manual_seed(seed)
+    return Odd()
+
+
+def test_every_parameter_is_in_exactly_one_group_and_only_weights_decay():
+    groups = parameter_groups(Odd())
+    assert set(groups.weights) == {
+        "conv.weight",
+        "depthwise.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "frozen.weight",
+    }
+    assert set(groups.biases) == {
+        "conv.bias",
+        "bn.bias",
+        "attention.in_proj_bias",
+        "attention.out_proj.bias",
+        "frozen.bias",
+    }
+    assert set(groups.undecayed) == {"bn.weight", "p1", "mix", "prelu.weight"}
+    assert sorted(groups.names()) == sorted(name for name, _ in Odd().named_parameters())
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_decay_of_the_groups(name, caplog):
+    with caplog.at_level(logging.INFO, logger="yolov5"):
+        optimizer = build_optimizer(Odd(), name, lr=0.01, momentum=0.9, weight_decay=0.0005)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0005, 0.0]
+    assert f"optimizer: {name} with parameter groups 4 weight (no decay), 5 weight, 5 bias" in caplog.text
+
+
+def test_sgd_is_nesterov_and_adam_takes_momentum_as_its_first_beta():
+    sgd = build_optimizer(Odd(), "SGD", lr=0.01, momentum=0.9, weight_decay=0.0)
+    assert all(group["nesterov"] and group["momentum"] == 0.9 for group in sgd.param_groups)
+    adam = build_optimizer(Odd(), "AdamW", lr=0.01, momentum=0.9, weight_decay=0.0)
+    assert all(group["betas"] == (0.9, 0.999) for group in adam.param_groups)
+
+
+def test_unknown_optimizer():
+    with pytest.raises(UserError, match="'AdamW'"):
+        build_optimizer(Odd(), "adamW", lr=0.01, momentum=0.9, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "decay"), [(16, 4, 1.0), (24, 3, 1.125), (64, 1, 1.0), (128, 1, 2.0), (1, 64, 1.0)]
+)
+def test_accumulation_and_weight_decay(batch, accumulate, decay):
+    assert accumulation(batch) == accumulate
+    assert scaled_weight_decay(0.0005, batch) == pytest.approx(0.0005 * decay)
+
+
+def test_linear_factor():
+    assert lr_factor(24, 60, 0.01) == pytest.approx(0.604)
+    assert (lr_factor(0, 60, 0.01), lr_factor(60, 60, 0.01)) == (1.0, pytest.approx(0.01))
+
+
+def test_cosine_factor():
+    """Half way down: the mean of 1 and lrf; a quarter of the way: 1 - (1 - cos 45 degrees) / 2 * (1 - lrf)."""
+    assert lr_factor(30, 60, 0.2, cosine=True) == pytest.approx(0.6)
+    assert lr_factor(15, 60, 0.2, cosine=True) == pytest.approx(1 - (1 - 2**-0.5) / 2 * 0.8)
+    assert lr_factor(60, 60, 0.2, cosine=True) == pytest.approx(0.2)
+
+
+def test_last_epoch_of_300_shows_the_rate_of_the_last_but_one(hyp):
+    settings = Schedule(hyp, epochs=300, batches=1000, batch_size=16).at(299, 999)
+    assert f"{settings.lrs[0]:.5g}" == "0.000166"
+
+
+@pytest.mark.parametrize("model", ["yolov5n", "yolov5n-slimneck"])
+def test_rates_at_the_end_of_each_epoch_are_those_of_the_golden_run(golden_dir, hyp, model):
+    """205 images in batches of 16, 60 epochs; the golden file has the bias group first."""
+    schedule = Schedule(hyp, epochs=60, batches=13, batch_size=16)
+    with open(golden_dir / f"bccd_curve_{model}.csv", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert len(rows) == 60
+    for row in rows:
+        undecayed, weights, bias = schedule.at(int(row[0]), 12).lrs
+        assert [bias, weights, undecayed] == pytest.approx([float(cell) for cell in row[-3:]], rel=1e-4)
+
+
+def test_warm_up_runs_in_straight_lines(hyp):
+    schedule = Schedule(hyp, epochs=100, batches=200, batch_size=16)
+    assert schedule.warmup_iterations == 600
+    first = schedule.at(0, 0)
+    assert (first.lrs, first.momentum, first.accumulate) == ((0.0, 0.0, 0.1), 0.8, 1)
+    middle, target = schedule.at(1, 100), 0.01 * lr_factor(1, 100, 0.01)
+    assert middle.lrs == pytest.approx((target / 2, target / 2, (0.1 + target) / 2))
+    assert middle.momentum == pytest.approx((0.8 + 0.937) / 2)
+    assert middle.accumulate == 2  # 2.5 rounds to even
+    end = schedule.at(3, 0)
+    assert end.lrs == pytest.approx((0.01 * lr_factor(3, 100, 0.01),) * 3)
+    assert (end.momentum, end.accumulate) == (0.937, 4)
+
+
+def test_after_the_warm_up_rates_hold_for_the_epoch_and_then_follow_one_behind(hyp):
+    schedule = Schedule(hyp, epochs=100, batches=200, batch_size=16)
+    assert schedule.at(3, 199).lrs == pytest.approx((0.01 * lr_factor(3, 100, 0.01),) * 3)
+    assert schedule.at(4, 0).lrs == pytest.approx((0.01 * lr_factor(3, 100, 0.01),) * 3)
+    assert schedule.at(5, 0).lrs == pytest.approx((0.01 * lr_factor(4, 100, 0.01),) * 3)
+
+
+def test_small_data_warm_up_for_a_hundred_iterations(hyp):
+    assert Schedule(hyp, epochs=10, batches=5, batch_size=64).warmup_iterations == 100
+
+
+def test_settings_reach_the_optimizer(hyp):
+    optimizer = build_optimizer(Odd(), "SGD", lr=0.01, momentum=0.9, weight_decay=0.0)
+    apply_settings(optimizer, Schedule(hyp, epochs=100, batches=200, batch_size=16).at(0, 300))
+    settings = [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
+    assert settings == [(0.005, pytest.approx(0.8685))] * 2 + [(pytest.approx(0.055), pytest.approx(0.8685))]
+    adam = build_optimizer(Odd(), "Adam", lr=0.01, momentum=0.9, weight_decay=0.0)
+    apply_settings(adam, Schedule(hyp, epochs=100, batches=200, batch_size=16).at(0, 300))
+    assert adam.param_groups[0]["betas"] == (0.9, 0.999)
+    assert "momentum" not in adam.param_groups[0]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_stored_state_continues_to_the_bit(name):
+    """Five steps in one go equal three, a file read as plain data, and two more."""
+    whole = model_of()
+    trained(build_optimizer(whole, name, 0.01, 0.9, 0.0005), whole, steps=3, seed=1)
+    straight = model_of()
+    optimizer = build_optimizer(straight, name, 0.01, 0.9, 0.0005)
+    trained(optimizer, straight, steps=3, seed=1)
+    trained(optimizer, straight, steps=2, seed=2)
+
+    stopped = model_of()
+    optimizer = build_optimizer(stopped, name, 0.01, 0.9, 0.0005)
+    trained(optimizer, stopped, steps=3, seed=1)
+    file = io.BytesIO()
+    torch.save({"model": stopped.state_dict(), "optimizer": optimizer_state_by_name(optimizer, stopped)}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = model_of(seed=9)
+    resumed.load_state_dict(saved["model"])
+    optimizer = build_optimizer(resumed, name, 0.01, 0.9, 0.0005)
+    load_optimizer_state(optimizer, resumed, saved["optimizer"])
+    trained(optimizer, resumed, steps=2, seed=2)
+    for key, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    assert not torch.equal(straight.conv.weight, whole.conv.weight)
+
+
+def test_state_is_keyed_by_name_and_frozen_parameters_have_none():
+    model = model_of()
+    optimizer = build_optimizer(model, "SGD", 0.01, 0.9, 0.0)
+    trained(optimizer, model, steps=1)
+    state = optimizer_state_by_name(optimizer, model)
+    assert state["name"] == "SGD"
+    assert set(state["state"]) == {name for name, part in model.named_parameters() if part.requires_grad}
+
+
+def test_state_of_another_optimizer_or_model_is_refused():
+    model = model_of()
+    optimizer = build_optimizer(model, "SGD", 0.01, 0.9, 0.0)
+    trained(optimizer, model, steps=1)
+    state = optimizer_state_by_name(optimizer, model)
+    with pytest.raises(UserError, match="pass --optimizer SGD"):
+        load_optimizer_state(build_optimizer(model, "Adam", 0.01, 0.9, 0.0), model, state)
+    wider = Odd(width=8)
+    with pytest.raises(UserError, match=r"conv\.weight|bn\.weight|p1"):
+        load_optimizer_state(build_optimizer(wider, "SGD", 0.01, 0.9, 0.0), wider, state)
+    other = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="this one has no"):
+        load_optimizer_state(build_optimizer(other, "SGD", 0.01, 0.9, 0.0), other, state)

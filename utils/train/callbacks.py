@@ -1,0 +1,86 @@
+"""Hooks into training and validation for code that wants to follow a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from utils.checks import UserError, did_you_mean
+
+HOOKS = (
+    "on_pretrain_routine_start",
+    "on_pretrain_routine_end",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "optimizer_step",
+    "on_before_zero_grad",
+    "on_train_batch_end",
+    "on_train_epoch_end",
+    "on_val_start",
+    "on_val_batch_start",
+    "on_val_image_end",
+    "on_val_batch_end",
+    "on_val_end",
+    "on_fit_epoch_end",
+    "on_model_save",
+    "on_train_end",
+    "on_params_update",
+    "teardown",
+)
+
+
+class Action(NamedTuple):
+    """A function that was registered for a hook."""
+
+    name: str
+    callback: Callable[..., Any]
+
+
+class Callbacks:
+    """Calls the functions registered for a hook; `stop_training` set to True by one of them ends the run.
+
+    A run ends after the batch that is being trained, without validating or saving the unfinished epoch.
+    """
+
+    def __init__(self) -> None:
+        """Starts without functions."""
+        self._actions: dict[str, list[Action]] = {hook: [] for hook in HOOKS}
+        self.stop_training = False
+
+    def register_action(self, hook: str, name: str = "", callback: Callable[..., Any] | None = None) -> None:
+        """Adds a function to a hook, after those already there.
+
+        Raises:
+            UserError: no such hook (the nearest are named), or nothing to call.
+        """
+        self._check(hook)
+        if not callable(callback):
+            raise UserError(f"callback for '{hook}': a function is expected, got {callback!r}.")
+        self._actions[hook].append(Action(name, callback))
+
+    def get_registered_actions(self, hook: str | None = None) -> Any:
+        """Returns the list of actions of a hook, or {hook: list} of all.
+
+        Raises:
+            UserError: no such hook.
+        """
+        if hook is None:
+            return {known: list(actions) for known, actions in self._actions.items()}
+        self._check(hook)
+        return list(self._actions[hook])
+
+    def run(self, hook: str, *args: Any, **kwargs: Any) -> None:
+        """Calls a hook's functions in the order they were registered; what they raise is not caught.
+
+        Raises:
+            UserError: no such hook.
+        """
+        self._check(hook)
+        for action in self._actions[hook]:
+            action.callback(*args, **kwargs)
+
+    def _check(self, hook: str) -> None:
+        """Refuses unknown hooks."""
+        if hook not in self._actions:
+            raise UserError(f"unknown hook '{hook}'.{did_you_mean(hook, HOOKS)} All hooks: {', '.join(HOOKS)}.")

@@ -1,0 +1,171 @@
+"""Training hyperparameters: read, checked, scaled.
+
+Covers every key of YOLOv5 6.1's `data/hyps/*.yaml`, plus `mosaic9` and `label_smoothing`. A `Hyp` cannot change;
+`scaled` returns a new one with the loss gains fitted to a model. Not here: what the augmentations do with their keys
+(`utils.data`), the schedule (`utils.train.optim`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.checks import UserError, did_you_mean
+from utils.files import read_yaml
+from utils.log import LOGGER
+
+
+class Range(NamedTuple):
+    """Allowed values of one hyperparameter; the ends belong to it unless said otherwise."""
+
+    low: float = 0.0
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Tells whether `value` is finite and lies inside."""
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        """Reads as in "more than 0 and at most 1"."""
+        lower = f"{'more than' if self.low_open else 'at least'} {self.low:g}"
+        upper = f" and {'below' if self.high_open else 'at most'} {self.high:g}" if self.high < math.inf else ""
+        return lower + upper
+
+
+_NOT_NEGATIVE = Range()
+_POSITIVE = Range(low_open=True)
+_FRACTION = Range(0.0, 1.0)
+_BELOW_ONE = Range(0.0, 1.0, high_open=True)
+
+
+def _key(allowed: Range, **default: Any) -> Any:
+    """Declares one hyperparameter with its allowed range; without `default` a file must hold it."""
+    return field(metadata={"range": allowed}, **default)
+
+
+@dataclass(frozen=True)
+class Hyp:
+    """Hyperparameters of a training run, all of them numbers; `anchors` is None unless a file gives it.
+
+    Raises:
+        UserError: a value outside its range, when one is constructed.
+    """
+
+    lr0: float = _key(_POSITIVE)  # initial learning rate
+    lrf: float = _key(_NOT_NEGATIVE)  # final learning rate as a fraction of lr0
+    momentum: float = _key(_BELOW_ONE)  # SGD's momentum, Adam's first beta
+    weight_decay: float = _key(_NOT_NEGATIVE)  # at the nominal batch of 64
+    warmup_epochs: float = _key(_NOT_NEGATIVE)
+    warmup_momentum: float = _key(_BELOW_ONE)
+    warmup_bias_lr: float = _key(_NOT_NEGATIVE)
+    box: float = _key(_NOT_NEGATIVE)  # gains of the three loss terms
+    cls: float = _key(_NOT_NEGATIVE)
+    cls_pw: float = _key(_POSITIVE)  # weight of positives in the two cross entropies
+    obj: float = _key(_NOT_NEGATIVE)
+    obj_pw: float = _key(_POSITIVE)
+    iou_t: float = _key(_FRACTION)  # no part of the program reads it; files have it
+    anchor_t: float = _key(Range(1.0, low_open=True))  # largest side ratio of a target and an anchor that match
+    fl_gamma: float = _key(_NOT_NEGATIVE)  # focal loss exponent, 0 = plain cross entropy
+    hsv_h: float = _key(_FRACTION)
+    hsv_s: float = _key(_FRACTION)
+    hsv_v: float = _key(_FRACTION)
+    degrees: float = _key(Range(0.0, 180.0))
+    translate: float = _key(_FRACTION)
+    scale: float = _key(_BELOW_ONE)  # images are scaled by 1 - scale to 1 + scale
+    shear: float = _key(Range(0.0, 90.0, high_open=True))  # degrees
+    perspective: float = _key(Range(0.0, 0.01))
+    flipud: float = _key(_FRACTION)  # from here on probabilities
+    fliplr: float = _key(_FRACTION)
+    mosaic: float = _key(_FRACTION)
+    mixup: float = _key(_FRACTION)
+    copy_paste: float = _key(_FRACTION, default=0.0)
+    anchors: float | None = _key(_NOT_NEGATIVE, default=None)  # anchors per layer, rounded; 0 = as the model says
+    mosaic9: float = _key(_FRACTION, default=0.0)  # share of mosaics made of nine images
+    label_smoothing: float = _key(_BELOW_ONE, default=0.0)
+    key_order: tuple[str, ...] = field(default=(), repr=False, compare=False)  # as the file had them, for to_dict
+
+    def __post_init__(self) -> None:
+        """Checks every value against its range."""
+        for name, entry in _KEYS.items():
+            value = getattr(self, name)
+            if value is not None and not entry.metadata["range"].holds(value):
+                raise UserError(f"hyperparameter '{name}' is {value:g}; it must be {entry.metadata['range']}.")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Hyp:
+        """Reads a hyperparameter file.
+
+        Raises:
+            UserError: a key that is unknown (the nearest is named), missing, not a number or out of range; no mapping.
+        """
+        return cls.from_dict(read_yaml(path), source=str(path))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "hyperparameters") -> Hyp:
+        """Makes a `Hyp` of a mapping as files and checkpoints hold it; `source` names it in messages.
+
+        Raises:
+            UserError: as for `from_yaml`.
+        """
+        if not isinstance(values, Mapping):
+            raise UserError(f"{source}: lines of 'key: value' are expected, found {type(values).__name__}.")
+        for name in values:
+            if name not in _KEYS:
+                raise UserError(f"{source}: unknown hyperparameter '{name}'.{did_you_mean(name, _KEYS)}")
+        missing = [name for name in _REQUIRED if name not in values]
+        if missing:
+            raise UserError(
+                f"{source}: missing hyperparameter{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
+                "Copy them from data/hyps/hyp.scratch-low.yaml."
+            )
+        if "copy_paste" not in values:  # the releases before 6.0 had no such key
+            LOGGER.info(f"{source}: no copy_paste, using {_KEYS['copy_paste'].default:g}")
+        numbers = {name: _number(name, value, source) for name, value in values.items()}
+        try:
+            return cls(**numbers, key_order=tuple(values))
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+
+    def to_dict(self) -> dict[str, float]:
+        """Returns the values in the order of the file they came from; optional keys only where they say something."""
+        told = [name for name in _KEYS if name not in self.key_order and getattr(self, name) != _KEYS[name].default]
+        return {name: getattr(self, name) for name in (*self.key_order, *told) if getattr(self, name) is not None}
+
+    def scaled(self, nl: int, nc: int, imgsz: int, label_smoothing: float | None = None) -> Hyp:
+        """Returns hyperparameters whose loss gains suit a model; call it once on what a file holds.
+
+        Args:
+            nl: detection layers; all gains go with 3 / nl.
+            nc: classes; the class gain goes with nc / 80.
+            imgsz: image side in pixels; the objectness gain goes with (imgsz / 640) squared.
+            label_smoothing: replaces the file's value unless None.
+        """
+        layers = 3 / nl
+        return dataclasses.replace(
+            self,
+            box=self.box * layers,
+            cls=self.cls * nc / 80 * layers,
+            obj=self.obj * (imgsz / 640) ** 2 * layers,
+            label_smoothing=self.label_smoothing if label_smoothing is None else label_smoothing,
+        )
+
+
+_KEYS: dict[str, dataclasses.Field] = {entry.name: entry for entry in dataclasses.fields(Hyp) if entry.metadata}
+_REQUIRED = tuple(name for name, entry in _KEYS.items() if entry.default is dataclasses.MISSING)
+
+
+def _number(name: str, value: Any, source: str) -> float | None:
+    """Returns a file's value as a float; an empty `anchors:` is None."""
+    if value is None and name == "anchors":
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{source}: hyperparameter '{name}' is {value!r}; a number is expected.")
+    return float(value)

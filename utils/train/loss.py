@@ -1,0 +1,234 @@
+"""The detection loss: box, objectness and class terms, and the class that weighs them.
+
+The terms are pure functions that return a sum and a count, so that means can be taken over several processes. All is
+computed in float32, also under autocast, and the gradient is the same to the bit in every run on a CPU: rows are
+gathered by `index_select`, and a cell that several labels claim is settled explicitly. Matching is in
+`utils.train.targets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.boxes import bbox_iou
+from utils.checks import UserError
+from utils.train.hyp import Hyp
+from utils.train.targets import LayerTargets, match_targets
+
+TERMS = ("box", "obj", "cls")
+_BALANCE_3 = (4.0, 1.0, 0.4)  # weight of the objectness of each layer, finest first, for three layers
+_BALANCE = (4.0, 1.0, 0.25, 0.06, 0.02)  # for any other number
+_BALANCE_DECAY = 0.9999
+_REFERENCE_STRIDE = 16  # autobalance keeps this layer's weight at 1
+
+
+class Mean(NamedTuple):
+    """A mean before its division."""
+
+    total: Tensor  # () float32
+    count: int
+
+    def value(self) -> Tensor:
+        """Returns the mean () float32; 0 of nothing."""
+        return self.total / max(self.count, 1)
+
+
+class SmoothedTargets(NamedTuple):
+    """Class targets after label smoothing (Szegedy et al. 2016, arXiv:1512.00567)."""
+
+    positive: float
+    negative: float
+
+
+class LossResult(NamedTuple):
+    """What one batch costs."""
+
+    total: Tensor  # () float32 with gradient: the sum of the items times the batch size
+    items: Tensor  # (3,) float32, detached: box, objectness, class, each with its gain
+
+    def bad_term(self) -> str | None:
+        """Names the first term that is not finite ('box', 'obj' or 'cls'), or None."""
+        finite = torch.isfinite(self.items).tolist()
+        return next((name for name, good in zip(TERMS, finite, strict=True) if not good), None)
+
+
+def smooth_bce(eps: float) -> SmoothedTargets:
+    """Returns the targets of the right and of the wrong classes for a smoothing of `eps`."""
+    return SmoothedTargets(1.0 - 0.5 * eps, 0.5 * eps)
+
+
+def bce_sum(
+    logits: Tensor, targets: Tensor, pos_weight: float = 1.0, gamma: float = 0.0, alpha: float = 0.25
+) -> Tensor:
+    """Returns the sum () of the binary cross entropy, focal where gamma is above 0 (Lin et al. 2017, arXiv:1708.02002).
+
+    Args:
+        logits: any shape, float32.
+        targets: the same shape, 0 to 1.
+        pos_weight: weight of the positive part.
+        gamma: focal exponent.
+        alpha: focal weight of positives, 1 - alpha of negatives.
+    """
+    weight = None if pos_weight == 1.0 else logits.new_tensor([pos_weight])
+    if gamma <= 0:
+        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weight, reduction="sum")
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weight, reduction="none")
+    probability = logits.sigmoid()
+    of_target = targets * probability + (1 - targets) * (1 - probability)
+    weights = targets * alpha + (1 - targets) * (1 - alpha)
+    return (entropy * weights * (1.0 - of_target) ** gamma).sum()
+
+
+def decode_boxes(logits: Tensor, anchor_wh: Tensor) -> Tensor:
+    """Turns (n, 4) raw outputs and (n, 2) anchors into xywh boxes (n, 4), relative to their cells, in cells."""
+    xy, wh = logits.sigmoid().split(2, dim=1)
+    return torch.cat((xy * 2 - 0.5, (wh * 2) ** 2 * anchor_wh), dim=1)
+
+
+def box_term(ciou: Tensor) -> Mean:
+    """Returns 1 - CIoU over (n,) matched rows."""
+    return Mean((1.0 - ciou).sum(), ciou.numel())
+
+
+def objectness_term(
+    logits: Tensor, cells: Tensor, overlap: Tensor, pos_weight: float = 1.0, gamma: float = 0.0
+) -> Mean:
+    """Returns the cross entropy of every cell with the overlap that it reached.
+
+    Args:
+        logits: (cells,) float32, all cells of a layer, images and anchors included.
+        cells: (n,) int64, the cell of each matched row; where several rows share one, the last counts.
+        overlap: (n,) float32, CIoU of each row, without gradient; below 0 counts as 0.
+        pos_weight: weight of the positive part.
+        gamma: focal exponent.
+    """
+    rows = last_of_each(cells)
+    targets = torch.zeros_like(logits).index_copy_(0, cells[rows], overlap[rows].clamp(min=0))
+    return Mean(bce_sum(logits, targets, pos_weight, gamma), logits.numel())
+
+
+def class_term(
+    logits: Tensor, cls: Tensor, smoothing: SmoothedTargets, pos_weight: float = 1.0, gamma: float = 0.0
+) -> Mean:
+    """Returns the cross entropy of (n, nc) logits with classes (n,) int64, over all n * nc of them."""
+    targets = torch.full_like(logits, smoothing.negative).scatter_(1, cls[:, None], smoothing.positive)
+    return Mean(bce_sum(logits, targets, pos_weight, gamma), logits.numel())
+
+
+def last_of_each(values: Tensor) -> Tensor:
+    """Returns the position of the last occurrence of each distinct value of (n,) integers."""
+    ordered, positions = values.sort(stable=True)
+    is_last = torch.ones_like(ordered, dtype=torch.bool)
+    is_last[:-1] = ordered[1:] != ordered[:-1]
+    return positions[is_last]
+
+
+class _RowsAndObjectness(torch.autograd.Function):
+    """Takes the matched rows and the objectness column out of a layer's output, both in float32.
+
+    The gradient of both is written into one buffer; two plain indexings would fill and add up two of the full size.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, flat: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes flat (cells, 5 + nc) and cells (n,) int64; returns rows (n, 5 + nc) and objectness (cells,)."""
+        ctx.save_for_backward(cells)
+        ctx.shape, ctx.dtype = flat.shape, flat.dtype
+        # copy: in float32 the column would otherwise be a view of the input
+        return flat.index_select(0, cells).float(), flat[:, 4].to(torch.float32, copy=True)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, rows_grad: Tensor, obj_grad: Tensor) -> tuple[Tensor, None]:
+        """Returns the gradient (cells, 5 + nc) in the output's own type."""
+        (cells,) = ctx.saved_tensors
+        grad = rows_grad.new_zeros(ctx.shape)
+        grad[:, 4] = obj_grad
+        return grad.index_add_(0, cells, rows_grad).to(ctx.dtype), None
+
+
+class DetectionLoss:
+    """Weighs the three terms over all layers."""
+
+    def __init__(
+        self, hyp: Hyp, anchors: Tensor, strides: Sequence[float] | Tensor, nc: int, autobalance: bool = False
+    ) -> None:
+        """Prepares the loss of one model.
+
+        Args:
+            hyp: hyperparameters with gains already scaled (`Hyp.scaled`).
+            anchors: (nl, na, 2) in cells of their layer, on the outputs' device; kept, not copied, when float32.
+            strides: (nl,) pixels a cell.
+            nc: number of classes; with one the class term is 0.
+            autobalance: let the layers' objectness weights follow their losses.
+
+        Raises:
+            UserError: autobalance of a model without a layer of stride 16.
+        """
+        self.hyp = hyp
+        self.anchors = anchors.detach().float()
+        self.nc = nc
+        nl = len(anchors)
+        self.balance = list(_BALANCE_3) if nl == 3 else list(_BALANCE[:nl])
+        self.reference_layer: int | None = None
+        if autobalance:
+            pixels = [int(stride) for stride in strides]
+            if _REFERENCE_STRIDE not in pixels:
+                raise UserError(f"autobalance needs a layer of stride {_REFERENCE_STRIDE}; this model has {pixels}.")
+            self.reference_layer = pixels.index(_REFERENCE_STRIDE)
+        self._smoothing = smooth_bce(hyp.label_smoothing)
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Tensor) -> LossResult:
+        """Returns the loss of a batch.
+
+        Args:
+            outputs: nl raw outputs (batch, na, ny, nx, 5 + nc), any float type.
+            targets: (N, 6) float32 [image index, class, x, y, w, h], boxes as fractions of the image.
+        """
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            grids = [(output.shape[2], output.shape[3]) for output in outputs]
+            matches = match_targets(targets.float(), self.anchors, grids, self.hyp.anchor_t)
+            layers = [self.layer_terms(output, match) for output, match in zip(outputs, matches, strict=True)]
+            terms = torch.stack([self._combine(layers, index) for index in range(len(TERMS))])
+            total = terms.sum() * outputs[0].shape[0]
+        if self.reference_layer is not None and total.requires_grad:  # training, not validation
+            self._rebalance([obj.value().item() for _, obj, _ in layers])
+        return LossResult(total, terms.detach())
+
+    def layer_terms(self, output: Tensor, match: LayerTargets) -> tuple[Mean, Mean, Mean]:
+        """Returns the box, objectness and class terms of one layer (batch, na, ny, nx, 5 + nc), without gains."""
+        _, na, ny, nx, width = output.shape
+        cells = match.flat_cells(na, ny, nx)
+        rows, objectness = _RowsAndObjectness.apply(output.reshape(-1, width), cells)
+        ciou = bbox_iou(decode_boxes(rows[:, :4], match.anchor_wh), match.box_xywh, xywh=True, CIoU=True)
+        obj = objectness_term(objectness, cells, ciou.detach(), self.hyp.obj_pw, self.hyp.fl_gamma)
+        if self.nc == 1:
+            return box_term(ciou), obj, Mean(rows.new_zeros(()), 0)
+        cls = class_term(rows[:, 5:], match.cls, self._smoothing, self.hyp.cls_pw, self.hyp.fl_gamma)
+        return box_term(ciou), obj, cls
+
+    def _combine(self, layers: Sequence[tuple[Mean, Mean, Mean]], index: int) -> Tensor:
+        """Adds one term () over the layers and applies its gain; objectness with the layers' weights."""
+        weights = self.balance if TERMS[index] == "obj" else [1.0] * len(layers)
+        values = [terms[index].value() * weight for terms, weight in zip(layers, weights, strict=True)]
+        return torch.stack(values).sum() * getattr(self.hyp, TERMS[index])
+
+    def _rebalance(self, objectness: Sequence[float]) -> None:
+        """Moves the layers' weights towards the inverse of their losses, the stride-16 layer's staying at 1."""
+        moved = [
+            _BALANCE_DECAY * weight + (1 - _BALANCE_DECAY) / loss
+            for weight, loss in zip(self.balance, objectness, strict=True)
+        ]
+        self.balance = [weight / moved[self.reference_layer] for weight in moved]
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Returns what must outlive an interruption: the layers' objectness weights."""
+        return {"balance": list(self.balance)}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Takes over the layers' objectness weights of an interrupted run."""
+        self.balance = list(state["balance"])

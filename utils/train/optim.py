@@ -1,0 +1,238 @@
+"""Optimizer, learning rates and warm-up.
+
+The learning rate, momentum and accumulation of an iteration are a function of the epoch and the batch alone
+(`Schedule.at`), so a resumed run needs no scheduler state. The optimizer's own state is stored by parameter name.
+The numbers are YOLOv5 6.1's, with the 100 iterations' warm-up floor of 7.0; clipping and stepping are the engine's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils.checks import UserError, did_you_mean
+from utils.log import LOGGER, colorstr
+from utils.train.hyp import Hyp
+
+NOMINAL_BATCH = 64  # images an optimizer step; smaller batches are accumulated
+WARMUP_FLOOR = 100  # iterations of warm-up at least
+NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
+
+
+class ParameterGroups(NamedTuple):
+    """The three groups of an optimizer, in its order; every parameter of a model is in one, by name."""
+
+    undecayed: dict[str, nn.Parameter]  # weights of normalisation, vectors and scalars
+    weights: dict[str, nn.Parameter]  # the only group with weight decay
+    biases: dict[str, nn.Parameter]  # has a learning rate of its own during warm-up
+
+    def names(self) -> list[str]:
+        """Returns all names in the optimizer's order."""
+        return [name for group in self for name in group]
+
+
+def parameter_groups(model: nn.Module) -> ParameterGroups:
+    """Sorts a model's parameters, frozen ones too, by how they are decayed."""
+    groups = ParameterGroups({}, {}, {})
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    of_norms = {id(parameter) for module in norms for parameter in module.parameters()}
+    for name, parameter in model.named_parameters():
+        vector = sum(side > 1 for side in parameter.shape) < 2  # (1, channels, 1, 1) is one number a channel
+        named_weight = name.endswith("weight") and parameter.ndim > 1
+        if name.endswith("bias"):
+            groups.biases[name] = parameter
+        elif id(parameter) in of_norms or (vector and not named_weight):
+            groups.undecayed[name] = parameter
+        else:
+            groups.weights[name] = parameter
+    return groups
+
+
+def accumulation(batch_size: int) -> int:
+    """Returns how many batches make an optimizer step, at least 1."""
+    return max(round(NOMINAL_BATCH / batch_size), 1)
+
+
+def scaled_weight_decay(weight_decay: float, batch_size: int) -> float:
+    """Returns the decay for the images that a step really holds; `weight_decay` is meant for the nominal batch."""
+    return weight_decay * batch_size * accumulation(batch_size) / NOMINAL_BATCH
+
+
+def _momentum_options(momentum: float) -> dict[str, Any]:
+    """Returns SGD's options."""
+    return {"momentum": momentum, "nesterov": momentum > 0}
+
+
+def _beta_options(momentum: float) -> dict[str, Any]:
+    """Returns the options of Adam and AdamW."""
+    return {"betas": (momentum, 0.999)}
+
+
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, _momentum_options),
+    "Adam": (torch.optim.Adam, _beta_options),
+    "AdamW": (torch.optim.AdamW, _beta_options),
+}
+
+
+def build_optimizer(
+    model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Makes the optimizer of a training run and logs its groups.
+
+    Args:
+        model: whose parameters are trained.
+        name: "SGD" (with Nesterov momentum), "Adam" or "AdamW".
+        lr: initial learning rate.
+        momentum: SGD's momentum, Adam's first beta.
+        weight_decay: for the weights group alone, already scaled (`scaled_weight_decay`).
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(f"--optimizer {name}: choose one of {', '.join(OPTIMIZERS)}.{did_you_mean(name, OPTIMIZERS)}")
+    groups = parameter_groups(model)
+    settings = [
+        {"params": list(group.values()), "weight_decay": decay}
+        for group, decay in zip(groups, (0.0, weight_decay, 0.0), strict=True)
+    ]
+    kind, options = OPTIMIZERS[name]
+    optimizer = kind(settings, lr=lr, **options(momentum))
+    LOGGER.info(
+        f"{colorstr('optimizer:')} {name} with parameter groups {len(groups.undecayed)} weight (no decay), "
+        f"{len(groups.weights)} weight, {len(groups.biases)} bias"
+    )
+    return optimizer
+
+
+def optimizer_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Returns what an optimizer of `build_optimizer` remembers, as plain data.
+
+    Returns:
+        {"name": the optimizer's, "state": {parameter name: {"momentum_buffer": tensor, ...}}}.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    state = {names[id(parameter)]: dict(memory) for parameter, memory in optimizer.state.items()}
+    return {"name": type(optimizer).__name__, "state": state}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Gives an optimizer of `build_optimizer` the memory that `optimizer_state_by_name` returned.
+
+    Learning rates, momentum and decay stay as they are: they follow from the options.
+
+    Raises:
+        UserError: the state is another optimizer's, or of parameters or shapes that the model does not have.
+    """
+    kind = type(optimizer).__name__
+    if saved["name"] != kind:
+        raise UserError(
+            f"the checkpoint holds the state of {saved['name']}, the run uses {kind}: pass --optimizer {saved['name']}."
+        )
+    parameters = dict(model.named_parameters())
+    for name, memory in saved["state"].items():
+        if name not in parameters:
+            raise UserError(f"the checkpoint's optimizer state is of another model: this one has no '{name}'.")
+        _check_shapes(name, memory, parameters[name])
+    index = {name: number for number, name in enumerate(parameter_groups(model).names())}
+    optimizer.load_state_dict(
+        {
+            "state": {index[name]: memory for name, memory in saved["state"].items()},
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )
+
+
+def _check_shapes(name: str, memory: Mapping[str, Any], parameter: Tensor) -> None:
+    """Refuses the memory of a parameter of another shape."""
+    for key, value in memory.items():
+        if isinstance(value, Tensor) and value.ndim > 0 and value.shape != parameter.shape:
+            raise UserError(
+                f"the checkpoint's optimizer state is of another model: {key} of '{name}' has the shape "
+                f"{tuple(value.shape)}, the parameter {tuple(parameter.shape)}."
+            )
+
+
+class StepSettings(NamedTuple):
+    """What an iteration is trained with."""
+
+    lrs: tuple[float, float, float]  # of the undecayed, weights and biases groups
+    momentum: float
+    accumulate: int  # iterations an optimizer step
+
+
+def lr_factor(epoch: float, epochs: int, lrf: float, cosine: bool = False) -> float:
+    """Returns the learning rate of an epoch as a fraction of the initial one: from 1 down to `lrf` after `epochs`."""
+    if cosine:
+        return (1 - math.cos(math.pi * epoch / epochs)) / 2 * (lrf - 1) + 1
+    return (1 - epoch / epochs) * (1 - lrf) + lrf
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate, momentum and accumulation over a run."""
+
+    hyp: Hyp
+    epochs: int
+    batches: int  # an epoch
+    batch_size: int  # images an iteration, over all processes
+    cosine: bool = False
+
+    @property
+    def warmup_iterations(self) -> int:
+        """The last iteration of the warm-up, counted from the start of the run."""
+        return max(round(self.hyp.warmup_epochs * self.batches), WARMUP_FLOOR)
+
+    def at(self, epoch: int, batch: int) -> StepSettings:
+        """Returns the settings of a batch, both counted from 0.
+
+        The warm-up runs in straight lines to the epoch's learning rate. What it ends at holds until the epoch is
+        over; every later epoch has the rate of the one before it, as YOLOv5's scheduler is one step behind.
+        """
+        iteration, warmup = epoch * self.batches + batch, self.warmup_iterations
+        if iteration <= warmup:
+            return self._warming(iteration / warmup, self._lr(epoch))
+        warmed_now = epoch * self.batches <= warmup
+        lr = self._lr(epoch if warmed_now else max(epoch - 1, 0))
+        return StepSettings((lr, lr, lr), self.hyp.momentum, accumulation(self.batch_size))
+
+    def _lr(self, epoch: int) -> float:
+        """Returns the learning rate of an epoch without warm-up and delay."""
+        return self.hyp.lr0 * lr_factor(epoch, self.epochs, self.hyp.lrf, self.cosine)
+
+    def _warming(self, progress: float, lr: float) -> StepSettings:
+        """Returns the settings at `progress` (0 to 1) of the warm-up that ends at `lr`."""
+        bias_lr = _between(self.hyp.warmup_bias_lr, lr, progress)
+        rising = _between(0.0, lr, progress)
+        momentum = _between(self.hyp.warmup_momentum, self.hyp.momentum, progress)
+        accumulate = max(round(_between(1.0, NOMINAL_BATCH / self.batch_size, progress)), 1)
+        return StepSettings((rising, rising, bias_lr), momentum, accumulate)
+
+
+def _between(start: float, end: float, progress: float) -> float:
+    """Interpolates; exactly `end` at 1."""
+    return end if progress >= 1 else start + (end - start) * progress
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
+    """Gives an optimizer of `build_optimizer` the settings of an iteration; Adam's betas stay as they are."""
+    for group, lr in zip(optimizer.param_groups, settings.lrs, strict=True):
+        group["lr"] = lr
+        if "momentum" in group:
+            group["momentum"] = settings.momentum
