@@ -44,7 +44,8 @@ def xywh2xyxy(boxes_xywh: Array) -> Array:
 
 def xywhn2xyxy(boxes_xywh_norm: Array, w: float, h: float, padw: float = 0, padh: float = 0) -> Array:
     """Normalised centre boxes (n, 4) to corners (n, 4) in pixels of a w x h image that stands at (padw, padh)."""
-    x1, y1, x2, y2 = (xywh2xyxy(boxes_xywh_norm)[..., column] for column in range(4))
+    boxes_xyxy_norm = xywh2xyxy(boxes_xywh_norm)
+    x1, y1, x2, y2 = (boxes_xyxy_norm[..., column] for column in range(4))
     return _stack([x1 * w + padw, y1 * h + padh, x2 * w + padw, y2 * h + padh])
 
 
@@ -52,7 +53,8 @@ def xyxy2xywhn(boxes_xyxy_px: Array, w: float, h: float, clip: bool = False, eps
     """Corners (n, 4) in pixels to normalised centre boxes (n, 4); `clip` first limits them to the image less `eps`."""
     if clip:
         boxes_xyxy_px = clip_boxes(boxes_xyxy_px, (h - eps, w - eps))
-    x, y, width, height = (xyxy2xywh(boxes_xyxy_px)[..., column] for column in range(4))
+    boxes_xywh_px = xyxy2xywh(boxes_xyxy_px)
+    x, y, width, height = (boxes_xywh_px[..., column] for column in range(4))
     return _stack([x / w, y / h, width / w, height / h])
 
 

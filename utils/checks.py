@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 LOGGER = logging.getLogger("yolov5")
+MIN_GRID_STRIDE = 32
 
 
 class UserError(Exception):
@@ -33,6 +34,14 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 def round_up(value: float, divisor: int) -> int:
     """Returns the smallest multiple of `divisor` that is not below `value`."""
     return math.ceil(value / divisor) * divisor
+
+
+def grid_stride(strides: Iterable[float]) -> int:
+    """Returns what image sides must be multiples of: the largest of a model's strides, at least 32.
+
+    A model may detect on fine levels alone while its backbone halves the image five times.
+    """
+    return max(MIN_GRID_STRIDE, *(int(stride) for stride in strides))
 
 
 def check_image_size(imgsz: int | Sequence[int], stride: int, floor: int = 0) -> int | list[int]:

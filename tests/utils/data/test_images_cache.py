@@ -1,0 +1,106 @@
+"""Images from files, memory and disk: the same pixels from all, and clear words when something is wrong."""
+
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+
+from utils.checks import UserError
+from utils.data import images_cache
+from utils.data.images_cache import DiskImages, ImageFiles, RamImages, RecentImages
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_memory_and_disk_hold_the_pixels_of_the_files(pictures, augment):
+    files = ImageFiles(pictures, 96, augment)
+    ram, disk = RamImages(files), DiskImages(files)
+    ram.fill()
+    disk.fill()
+    again = DiskImages(files)
+    spawned = pickle.loads(pickle.dumps(ram))
+    for index in range(len(pictures)):
+        image = files.read(index)
+        assert max(image.shape) == 96 and not image.flags.writeable
+        for source in (ram, disk, again, spawned, RecentImages(files, 10**6)):
+            assert np.array_equal(source.read(index), image) and not source.read(index).flags.writeable
+
+
+def test_sides_round_up_and_colours_are_rgb(tmp_path, pictures):
+    path = pictures.image_paths[0]
+    cv2.imwrite(path, np.full((96, 128, 3), (250, 5, 5), np.uint8))  # blue
+    image = ImageFiles(pictures, 50, augment=True).read(0)
+    assert image.shape == (38, 50, 3)  # 96 * 50 / 128 = 37.5
+    assert image[..., 2].min() > 200 and image[..., 0].max() < 60
+
+
+def test_large_jpegs_shrink_while_they_are_decoded_in_training_only(monkeypatch, pictures):
+    decoded = []
+    read_image = images_cache.read_image
+    monkeypatch.setattr(images_cache, "read_image", lambda *a, **k: decoded.append(read_image(*a, **k)) or decoded[-1])
+    sizes = [ImageFiles(pictures, 100, augment).read(5).shape for augment in (True, False)]
+    assert [image.shape[:2] for image in decoded] == [(100, 150), (200, 300)]
+    assert sizes == [(67, 100, 3)] * 2
+
+
+def test_copies_on_disk_follow_their_image(pictures):
+    disk = DiskImages(ImageFiles(pictures, 64, augment=True))
+    path = pictures.image_paths[0]
+    disk.read(0)
+    first_copy = disk.copy_path(0)
+    assert first_copy.is_file() and first_copy.parent.name == "images_npy"
+    cv2.imwrite(path, np.full((96, 128, 3), 50, np.uint8))
+    assert disk.copy_path(0) != first_copy
+    assert np.abs(disk.read(0).astype(int) - 50).max() <= 1
+    assert DiskImages(ImageFiles(pictures, 32, augment=True)).copy_path(0) != disk.copy_path(0)
+    assert DiskImages(ImageFiles(pictures, 64, augment=False)).copy_path(0) != disk.copy_path(0)
+
+
+@pytest.mark.parametrize("damage", [b"", b"text", None])
+def test_a_damaged_copy_is_made_again(pictures, damage):
+    disk = DiskImages(ImageFiles(pictures, 64, augment=True))
+    image = disk.read(0)
+    copy = disk.copy_path(0)
+    copy.write_bytes(copy.read_bytes()[:500] if damage is None else damage)
+    assert np.array_equal(disk.read(0), image)
+    assert np.array_equal(np.load(copy, allow_pickle=False), image)
+
+
+def test_a_folder_that_takes_no_copies_is_named(tmp_path, pictures):
+    (tmp_path / "images_npy").write_text("in the way")
+    with pytest.raises(UserError, match="--cache disk cannot write here"):
+        DiskImages(ImageFiles(pictures, 64, augment=True)).fill()
+
+
+def test_more_images_than_memory_are_refused_with_numbers(monkeypatch, pictures):
+    monkeypatch.setattr(images_cache, "_physical_memory", lambda: 100_000)
+    with pytest.raises(UserError, match=r"--cache ram: 21 images at 96 px take 0\.0 GB.*--cache disk"):
+        RamImages(ImageFiles(pictures, 96, augment=True))
+
+
+def test_images_that_changed_since_the_scan_are_named(tmp_path, pictures):
+    files = ImageFiles(pictures, 64, augment=True)
+    cv2.imwrite(pictures.image_paths[1], np.zeros((70, 70, 3), np.uint8))
+    with pytest.raises(UserError, match=r"01\.jpg: is 70x70 px, but was 96x128 px"):
+        files.read(1)
+    (tmp_path / "images" / "02.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(UserError, match=r"02\.jpg: .*when the data set was scanned"):
+        files.read(2)
+    (tmp_path / "images" / "03.jpg").unlink()
+    for source in (files, DiskImages(files)):
+        with pytest.raises(UserError, match=r"03\.jpg: .*No such file"):
+            source.read(3)
+
+
+def test_recent_images_keep_to_their_bytes_and_forget_the_oldest(pictures):
+    files = ImageFiles(pictures, 64, augment=True)
+    sizes = [files.read(index).nbytes for index in range(3)]
+    recent = RecentImages(files, sum(sizes))
+    for index in (0, 1, 2, 0, 1, 2):
+        recent.read(index)
+    assert recent.misses == 3
+    recent.read(0)  # now 1 is the oldest
+    recent.read(8)
+    misses = recent.misses
+    recent.read(1)
+    assert recent.misses == misses + 1

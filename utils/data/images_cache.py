@@ -1,0 +1,248 @@
+"""Where a data set's images come from: files, or copies kept in memory or on disk (`--cache ram|disk`).
+
+Each class has `read(index)`, which returns image `index` as uint8 (h, w, 3) RGB with its long side at the training
+size, read-only; all of them return the same pixels. They wrap one another: memory in front of disk in front of files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+import torch
+
+from utils.checks import UserError
+from utils.data.table import LabelTable
+from utils.images import ImageError, read_image, resized_wh
+from utils.log import progress
+
+FILL_THREADS = 8
+REDUCTIONS = (1, 2, 4, 8)  # by how much a JPEG may have been shrunk while it was decoded
+_GB = 1e9
+
+
+class ImageSource(Protocol):
+    """Anything that images can be read from."""
+
+    def read(self, index: int) -> np.ndarray:
+        """Returns image `index`, uint8 (h, w, 3) RGB, read-only."""
+        ...
+
+
+class ImageFiles:
+    """The image files themselves: decoded and resized at each call.
+
+    In training a JPEG of at least twice the size is decoded at a half, a quarter or an eighth; evaluation decodes all
+    pixels, as detection does.
+    """
+
+    def __init__(self, table: LabelTable, imgsz: int, augment: bool) -> None:
+        """Reads the images of `table` with their long sides at `imgsz` px, the training way if `augment`."""
+        self.table = table
+        self.imgsz = imgsz
+        self.augment = augment
+
+    def path(self, index: int) -> str:
+        """Returns the path of image `index`."""
+        return self.table.image_paths[index]
+
+    def size_wh(self, index: int) -> tuple[int, int]:
+        """Returns the (width, height) that `read` gives image `index`."""
+        return resized_wh(self.table.sizes_wh[index].tolist(), self.imgsz)
+
+    def read(self, index: int) -> np.ndarray:
+        """Returns image `index`, uint8 (h, w, 3) RGB, read-only.
+
+        Raises:
+            UserError: the file vanished, was damaged or replaced after the data set was scanned.
+        """
+        path = self.path(index)
+        try:
+            image = read_image(path, min_side_hint=self.imgsz if self.augment else None)
+        except ImageError as error:
+            raise UserError(
+                f"{path}: {error}. It was in order when the data set was scanned: put it back, or start again."
+            ) from error
+        height, width = image.shape[:2]
+        full_width, full_height = self.table.sizes_wh[index].tolist()
+        if (width, height) not in {(math.ceil(full_width / k), math.ceil(full_height / k)) for k in REDUCTIONS}:
+            raise UserError(
+                f"{path}: is {width}x{height} px, but was {full_width}x{full_height} px when the data set was "
+                "scanned. Start again, so that it is scanned anew."
+            )
+        wanted = self.size_wh(index)
+        if wanted != (width, height):
+            shrink_for_evaluation = not self.augment and max(wanted) < max(width, height)
+            method = cv2.INTER_AREA if shrink_for_evaluation else cv2.INTER_LINEAR
+            image = cv2.resize(image, wanted, interpolation=method)
+        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+        image.flags.writeable = False
+        return image
+
+
+class DiskImages:
+    """Copies of the resized images as `.npy` files in a folder `<image folder>_npy` beside each image folder.
+
+    A copy's name is a hash of its image's path, size and time of change, of the training size, and of whether it is
+    for training; so stale copies are never read. They are not deleted either: remove the folder to get rid of them.
+    """
+
+    def __init__(self, files: ImageFiles) -> None:
+        """Stands in front of `files`."""
+        self.files = files
+
+    def read(self, index: int) -> np.ndarray:
+        """Returns image `index`, uint8 (h, w, 3) RGB, read-only; makes its copy where there is none."""
+        copy = self.copy_path(index)
+        width, height = self.files.size_wh(index)
+        try:
+            image = np.load(copy, allow_pickle=False)
+        except (OSError, ValueError, EOFError):  # none yet, cut short, not readable: made (again) below
+            image = None
+        if image is None or image.shape != (height, width, 3) or image.dtype != np.uint8:
+            image = self.files.read(index)
+            self._write(copy, image)
+        image.flags.writeable = False
+        return image
+
+    def fill(self, prefix: str = "") -> None:
+        """Makes the copies that are missing."""
+        total = 0
+        bar = progress(_read_all(self, len(self.files.table)), total=len(self.files.table), unit="img")
+        for image in bar:
+            total += image.nbytes
+            bar.set_description_str(f"{prefix}Caching images ({total / _GB:.1f}GB disk)", refresh=False)
+
+    def copy_path(self, index: int) -> Path:
+        """Returns where the copy of image `index` is, or will be.
+
+        Raises:
+            UserError: the image is gone.
+        """
+        path = os.path.abspath(self.files.path(index))
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}). It was in order when the data set was scanned: "
+                "put it back, or start again."
+            ) from error
+        key = (path, stat.st_size, stat.st_mtime_ns, self.files.imgsz, self.files.augment)
+        name = hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        folder = Path(path).parent
+        return folder.with_name(f"{folder.name}_npy") / f"{name}.npy"
+
+    @staticmethod
+    def _write(copy: Path, image: np.ndarray) -> None:
+        """Writes a copy so that other processes see all of it or nothing; not flushed, since `read` checks it."""
+        temporary = copy.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            copy.parent.mkdir(exist_ok=True)
+            try:
+                with open(temporary, "wb") as handle:
+                    np.save(handle, image, allow_pickle=False)
+                os.replace(temporary, copy)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{copy}: --cache disk cannot write here ({error.strerror}). Free the disk or make the folder "
+                "writable, or use --cache ram or no --cache."
+            ) from error
+
+
+class RamImages:
+    """All images in one flat buffer, which worker processes share."""
+
+    def __init__(self, files: ImageFiles) -> None:
+        """Sets aside memory for the images of `files`; `fill` reads them.
+
+        Raises:
+            UserError: they are more than this machine's memory.
+        """
+        count = len(files.table)
+        sizes = np.array([files.size_wh(index) for index in range(count)], dtype=np.int64).reshape(-1, 2)
+        offsets = np.concatenate([[0], np.cumsum(3 * sizes.prod(axis=1))])
+        needed, memory = int(offsets[-1]), _physical_memory()
+        if memory is not None and needed > 0.9 * memory:
+            raise UserError(
+                f"--cache ram: {count} images at {files.imgsz} px take {needed / _GB:.1f} GB, and this machine has "
+                f"{memory / _GB:.1f} GB of memory. Use --cache disk, or no --cache."
+            )
+        self.files = files
+        self.sizes_wh = sizes
+        self.offsets = offsets
+        self.buffer = torch.empty(needed, dtype=torch.uint8)
+
+    def fill(self, prefix: str = "") -> None:
+        """Reads all images."""
+        count = len(self.files.table)
+        bar = progress(_read_all(self.files, count), total=count, unit="img")
+        for index, image in enumerate(bar):
+            self._slot(index)[:] = image
+            filled = self.offsets[index + 1] / _GB
+            bar.set_description_str(f"{prefix}Caching images ({filled:.1f}GB ram)", refresh=False)
+
+    def read(self, index: int) -> np.ndarray:
+        """Returns image `index`, uint8 (h, w, 3) RGB, read-only."""
+        image = self._slot(index)
+        image.flags.writeable = False
+        return image
+
+    def _slot(self, index: int) -> np.ndarray:
+        """View of the buffer where image `index` is."""
+        width, height = self.sizes_wh[index]
+        return self.buffer[self.offsets[index] : self.offsets[index + 1]].numpy().reshape(height, width, 3)
+
+    def __getstate__(self) -> dict:
+        """Moves the buffer to shared memory when a spawned worker is to have it, so that all use the same one."""
+        self.buffer.share_memory_()
+        return self.__dict__
+
+
+class RecentImages:
+    """The images that one process read last, up to a number of bytes; each process starts with none."""
+
+    def __init__(self, source: ImageSource, max_bytes: int) -> None:
+        """Stands in front of `source`."""
+        self.source = source
+        self.max_bytes = max_bytes
+        self.misses = 0
+        self._images: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._bytes = 0
+
+    def read(self, index: int) -> np.ndarray:
+        """Returns image `index`, uint8 (h, w, 3) RGB, read-only."""
+        image = self._images.get(index)
+        if image is not None:
+            self._images.move_to_end(index)
+            return image
+        self.misses += 1
+        image = self._images[index] = self.source.read(index)
+        self._bytes += image.nbytes
+        while self._bytes > self.max_bytes:
+            self._bytes -= self._images.popitem(last=False)[1].nbytes
+        return image
+
+
+def _read_all(source: ImageSource, count: int) -> Iterator[np.ndarray]:
+    """Yields images 0 to count - 1 in order, read by a few threads that never run far ahead."""
+    with ThreadPoolExecutor(min(FILL_THREADS, os.cpu_count() or 1)) as pool:
+        for start in range(0, count, 8 * FILL_THREADS):
+            chunk: Iterable[int] = range(start, min(start + 8 * FILL_THREADS, count))
+            yield from pool.map(source.read, chunk)
+
+
+def _physical_memory() -> int | None:
+    """Bytes of memory of this machine; None where the system does not say (Windows)."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
