@@ -1,0 +1,316 @@
+"""detect.py as a user runs it: golden boxes, files, console, mistakes, damage, interruption."""
+
+import json
+import logging
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import detect
+from utils.checks import UserError
+from utils.cli import ReportedError
+from utils.data.sources import read_frames
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = {0: "cat", 1: "红绿灯"}
+SIDE_OPTIONS = {"imgsz": [64], "device": "cpu", "max_det": 3}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Small models gain nothing from more, and lose much where the machine is busy."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for commands
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """A small model of two classes that is sure of itself everywhere, so that there is always something to draw."""
+    from models.yolo import Model
+    from utils.checkpoint import TRAINING_STATE, save_checkpoint
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Model("yolov5n.yaml", nc=len(NAMES))
+    for conv in model.detect.m:
+        conv.bias.data.view(3, -1)[:, 4:] = torch.tensor([2.0, 2.5, 1.0])
+    content = {"epoch": 3, "model": model.state_dict(), "yaml": model.yaml, "names": NAMES, "nc": len(NAMES)}
+    content |= {"stride": [8, 16, 32], "hyp": {}, "opt": {}, "data": None, "versions": {}, "date": ""}
+    content |= {"format": "yolov5-slim", "format_version": 1, **dict.fromkeys(TRAINING_STATE), "updates": 7}
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    save_checkpoint(path, content)
+    return path
+
+
+def picture(seed: int = 0, height: int = 48, width: int = 64) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+
+
+def write_video(path: Path, frames: int) -> Path:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 48))
+    for index in range(frames):
+        writer.write(picture(index))
+    writer.release()
+    return path
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "b.jpg"), picture(1))
+    cv2.imwrite(str(folder / "a.png"), picture(2, 90, 60))
+    write_video(folder / "clip.mp4", 4)
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def command(*options: object, **keywords) -> subprocess.CompletedProcess:
+    line = [sys.executable, str(ROOT / "detect.py"), *map(str, options)]
+    return subprocess.run(line, capture_output=True, text=True, encoding="utf-8", timeout=120, **keywords)
+
+
+def test_golden_boxes_come_out_as_label_files(golden_dir, tmp_path):
+    golden = json.loads((golden_dir / "detections.json").read_text())
+    detect.run(
+        weights=str(golden_dir / "yolov5n-v6-coco.pt"), source=str(golden_dir / "images"), device="cpu",
+        project=str(tmp_path), save_txt=True, save_conf=True, nosave=True,
+    )  # fmt: skip
+    for name, expected in golden["images"].items():
+        width, height = cv2.imread(str(golden_dir / "images" / name)).shape[1::-1]
+        rows = np.loadtxt(tmp_path / "exp" / "labels" / f"{Path(name).stem}.txt", ndmin=2)[::-1]
+        wanted = np.array(expected["detections_x1y1x2y2_conf_cls"])
+        assert len(rows) == len(wanted)
+        np.testing.assert_array_equal(rows[:, 0], wanted[:, 5])
+        np.testing.assert_allclose(rows[:, 5], wanted[:, 4], atol=1e-3)
+        centre, size = rows[:, 1:3] * (width, height), rows[:, 3:5] * (width, height)
+        np.testing.assert_allclose(np.hstack([centre - size / 2, centre + size / 2]), wanted[:, :4], atol=1.01)
+
+
+def test_command_line_on_a_folder_writes_and_says_what_yolov5_does(weights, source, tmp_path):
+    options = ["--weights", weights, "--source", source, "--img", "64", "--conf", "0.3", "--project", tmp_path / "runs"]
+    done = command(*options, "--max-det", "3", "--save-txt", "--save-crop", "--save-csv", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "exp"
+    pattern = r"(1 cat|\d cats)?(, )?(\d 红绿灯)?, Done\. \(\d\.\d{3}s\)"
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith(f"detect: weights={weights}, source={source}, ")
+    for start in (
+        f"image 1/3 {source / 'a.png'}: 64x64 ",
+        f"image 2/3 {source / 'b.jpg'}: 64x64 ",
+        f"video 3/3 (4/4) {source / 'clip.mp4'}: 64x64 ",
+    ):
+        (line,) = [line for line in lines if line.startswith(start)]
+        assert re.fullmatch(pattern, line[len(start) :])
+    speed = r"Speed: [\d.]+ms pre-process, [\d.]+ms inference, [\d.]+ms NMS per image at shape \(1, 3, 64, 64\)"
+    assert re.fullmatch(speed, lines[-3])
+    assert lines[-2:] == [f"Results saved to {folder}", f"6 labels saved to {folder / 'labels'}"]
+    written = files(folder)
+    assert {"a.png", "b.jpg", "clip.mp4", "predictions.csv", "labels/a.txt", "labels/clip_4.txt"} <= set(written)
+    assert len([name for name in written if name.startswith("crops/")]) == 6 * 3
+    assert len(list(read_frames([str(folder / "clip.mp4")]))) == 4
+    assert len((folder / "predictions.csv").read_text(encoding="utf-8").splitlines()) == 1 + 6 * 3
+
+
+def test_runs_are_numbered_and_exist_ok_replaces(weights, source, tmp_path):
+    common = {"weights": str(weights), "source": str(source / "b.jpg"), "project": str(tmp_path), **SIDE_OPTIONS}
+    for _ in range(2):
+        detect.run(save_txt=True, **common)
+    first = (tmp_path / "exp" / "labels" / "b.txt").read_text()
+    assert len(first.splitlines()) == 3
+    detect.run(save_txt=True, exist_ok=True, **common)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["exp", "exp2", "source"]
+    assert (tmp_path / "exp" / "labels" / "b.txt").read_text() == first
+
+
+def test_picture_without_detections_is_saved_and_counted(weights, source, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "yolov5")
+    common = {"weights": str(weights), "project": str(tmp_path), "source": str(source / "b.jpg"), **SIDE_OPTIONS}
+    detect.run(conf_thres=1.0, save_txt=True, **common)
+    assert files(tmp_path / "exp") == ["b.jpg"]
+    assert re.search(r"b\.jpg: 64x64 Done\. \(", caplog.text)
+    assert "0 labels saved" in caplog.text
+
+
+def labels_of(folder: Path, name: str = "b") -> np.ndarray:
+    return np.loadtxt(folder / "labels" / f"{name}.txt", ndmin=2)
+
+
+def test_classes_agnostic_and_max_det_narrow_the_result(weights, source, tmp_path):
+    common = {"weights": str(weights), "project": str(tmp_path), "source": str(source / "b.jpg"), "save_txt": True}
+    common |= {"imgsz": [64], "device": "cpu", "conf_thres": 0.01, "nosave": True}
+    for name, options in {
+        "all": {},
+        "one": {"classes": [1]},
+        "few": {"max_det": 2},
+        "loose": {"iou_thres": 1.0},
+    }.items():
+        detect.run(name=name, **common, **options)
+    found = {name: labels_of(tmp_path / name) for name in ("all", "few", "loose")}
+    assert len(found["few"]) == 2 < len(found["all"]) < len(found["loose"])
+    assert set(found["all"][:, 0]) == {0}  # the biases make class 0 the best everywhere
+    assert not (tmp_path / "one" / "labels" / "b.txt").exists()
+
+
+def test_names_of_another_yaml_are_shown_where_they_fit(weights, source, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "yolov5")
+    common = {"weights": str(weights), "project": str(tmp_path), "source": str(source / "b.jpg"), **SIDE_OPTIONS}
+    (tmp_path / "names.yaml").write_text("names: [猫, light]", encoding="utf-8")
+    detect.run(data=str(tmp_path / "names.yaml"), **common)
+    assert "64x64 3 猫, Done." in caplog.text
+    (tmp_path / "names.yaml").write_text("names: [a, b, c]", encoding="utf-8")
+    detect.run(data=str(tmp_path / "names.yaml"), **common)
+    assert "names 3 classes, the model has 2: the model's own names are used" in caplog.text
+    assert "64x64 3 cats, Done." in caplog.text
+
+
+def test_hidden_labels_and_line_width_change_the_picture(weights, source, tmp_path):
+    common = {"weights": str(weights), "project": str(tmp_path), "source": str(source / "a.png"), **SIDE_OPTIONS}
+    for name, options in {
+        "plain": {},
+        "no_conf": {"hide_conf": True},
+        "bare": {"hide_labels": True},
+        "thin": {"line_thickness": 1},
+    }.items():
+        detect.run(name=name, **common, **options)
+    pictures = [cv2.imread(str(tmp_path / name / "a.png")) for name in ("plain", "no_conf", "bare", "thin")]
+    for index, one in enumerate(pictures):
+        assert all((one != other).any() for other in pictures[index + 1 :])
+
+
+def test_visualize_writes_a_picture_and_an_array_for_every_layer_but_detect(weights, source, tmp_path):
+    common = {"weights": str(weights), "project": str(tmp_path), "source": str(source / "b.jpg"), **SIDE_OPTIONS}
+    detect.run(visualize=True, nosave=True, **common)
+    written = files(tmp_path / "exp" / "b")
+    assert len(written) == 2 * 24
+    assert {"stage0_Conv_features.png", "stage9_SPPF_features.npy", "stage23_C3_features.png"} <= set(written)
+    assert np.load(tmp_path / "exp" / "b" / "stage0_Conv_features.npy").shape == (1, 16, 32, 32)
+
+
+def test_size_that_is_no_multiple_of_the_stride_is_rounded_up_and_said(weights, source, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "yolov5")
+    detect.run(weights=str(weights), source=str(source / "b.jpg"), project=str(tmp_path), imgsz=[50, 90], device="cpu")
+    assert "WARNING: --img-size [50, 90] must be a multiple of the model's stride 32" in caplog.text
+    assert "per image at shape (1, 3, 64, 96)" in caplog.text
+
+
+def test_damaged_inputs_are_named_counted_and_skipped_and_the_status_tells(weights, source, tmp_path):
+    (source / "cut.jpg").write_bytes((source / "b.jpg").read_bytes()[:300])
+    (source / "bad.mp4").write_bytes(b"no video")
+    done = command("--weights", weights, "--source", source, "--img", 64, "--project", tmp_path / "runs")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    damage = r"2 damaged inputs were skipped.*\n.*cut\.jpg: is a truncated JPEG.*\n.*bad\.mp4: cannot be opened"
+    assert re.search(damage, done.stderr)
+    assert files(tmp_path / "runs" / "exp") == ["a.png", "b.jpg", "clip.mp4"]
+
+
+def test_damage_reaches_callers_from_python_after_all_else_is_done(weights, source, tmp_path):
+    (source / "b.jpg").write_bytes(b"")
+    with pytest.raises(ReportedError, match=r"1 damaged input was skipped(.|\n)*b\.jpg: is empty"):
+        detect.run(weights=str(weights), source=str(source), project=str(tmp_path), **SIDE_OPTIONS)
+    assert files(tmp_path / "exp") == ["a.png", "clip.mp4"]
+
+
+def mistakes(weights: Path, source: Path, tmp_path: Path) -> list[tuple[dict, str]]:
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "file").touch()
+    return [
+        ({"source": str(source / "b.jgp")}, r"--source .*b\.jgp.*Did you mean 'b\.jpg'"),
+        ({"weights": str(weights.with_name("tyni.pt"))}, r"tyni\.pt: no such file.*Did you mean 'tiny\.pt'"),
+        ({"weights": str(tmp_path / "text.pt")}, r"text\.pt"),
+        ({"weights": str(tmp_path / "empty.pt")}, r"empty\.pt"),
+        ({"weights": "model.h5"}, r"no runtime for files ending in '\.h5'"),
+        ({"imgsz": [64, 64, 64]}, r"--img-size 64 64 64: one side, or height and width"),
+        ({"classes": [0, 2]}, r"--classes 2: the model has the classes 0 to 1"),
+        ({"data": "nothing.yaml"}, r"--data 'nothing\.yaml'"),
+        ({"device": "warp"}, r"--device 'warp'"),
+        ({"project": str(tmp_path / "file")}, r"file.exp: cannot be the output folder"),
+        ({"conf_thresh": 0.5}, r"unknown option 'conf_thresh'\. Did you mean 'conf_thres'"),
+    ]
+
+
+@pytest.mark.parametrize("index", range(11))
+def test_mistakes_are_refused_with_what_is_wrong(weights, source, tmp_path, index):
+    keywords, message = mistakes(weights, source, tmp_path)[index]
+    given = {"weights": str(weights), "source": str(source / "b.jpg"), "project": str(tmp_path / "runs")} | SIDE_OPTIONS
+    with pytest.raises(UserError, match=message):
+        detect.run(**{**given, **keywords})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_mistake_on_the_command_line_is_one_message_and_status_1(tmp_path):
+    done = command("--source", tmp_path / "missing.jpg")
+    assert done.returncode == 1
+    assert re.fullmatch(r"detect: .*\ndetect\.py: error: --source '.*missing\.jpg': no file.*\n", done.stderr)
+    assert command("--conf-thres", "2").returncode == 2
+
+
+def test_newest_weights_are_the_default_and_their_absence_is_told(weights, source, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "yolov5")
+    monkeypatch.setattr(detect, "ROOT", tmp_path)
+    common = {"source": str(source / "b.jpg"), "project": str(tmp_path / "out"), **SIDE_OPTIONS}
+    with pytest.raises(UserError, match="no --weights given and none trained yet.*run train.py first"):
+        detect.run(**common)
+    best = tmp_path / "runs" / "train" / "exp" / "weights" / "best.pt"
+    best.parent.mkdir(parents=True)
+    shutil.copy(weights, best)
+    detect.run(**common)
+    assert files(tmp_path / "out" / "exp") == ["b.jpg"]
+
+
+def test_update_strips_the_weights_after_the_run(weights, source, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "yolov5")
+    own = shutil.copy(weights, tmp_path / "own.pt")
+    detect.run(weights=str(own), source=str(source / "b.jpg"), project=str(tmp_path), update=True, **SIDE_OPTIONS)
+    assert Path(own).stat().st_size < 0.6 * weights.stat().st_size
+    assert re.search(r"Optimizer stripped from .*own\.pt, \d+\.\dMB", caplog.text)
+    detect.run(weights=str(own), source=str(source / "b.jpg"), project=str(tmp_path), **SIDE_OPTIONS)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_leaves_a_video_that_plays_and_status_130(weights, tmp_path):
+    write_video(tmp_path / "long.mp4", 3000)
+    line = [sys.executable, str(ROOT / "detect.py"), "--weights", str(weights), "--source", str(tmp_path / "long.mp4")]
+    line += ["--img", "64", "--project", str(tmp_path / "runs"), "--device", "cpu"]
+    log = tmp_path / "log.txt"
+    with open(log, "w") as file:
+        process = subprocess.Popen(line, stderr=file, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while "(20/3000)" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        status = process.wait(timeout=60)
+    assert status == 130
+    assert "Traceback" not in log.read_text()
+    assert "interrupted. Results so far are in" in log.read_text()
+    played = list(read_frames([str(tmp_path / "runs" / "exp" / "long.mp4")]))
+    assert 20 <= len(played) < 3000
+    assert not any(frame.error for frame in played)
+
+
+def test_help_answers_without_torch_and_prefixes_of_options_are_taken():
+    code = "import sys, runpy; sys.argv = ['detect.py', '--help']\n"
+    code += "try: runpy.run_path('detect.py', run_name='__main__')\n"
+    code += "except SystemExit: print(sorted({'torch', 'cv2', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    options = detect.build_parser().parse_args("--conf 0.3 --iou 0.5 --img 64 96 --line 2 --agn --vid 3".split())
+    assert (options.conf_thres, options.iou_thres, options.imgsz, options.line_thickness) == (0.3, 0.5, [64, 96], 2)
+    assert (options.agnostic_nms, options.vid_stride) == (True, 3)

@@ -1,0 +1,176 @@
+"""What a run of detection writes: names, contents, and nothing of one input in another's files."""
+
+import csv
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from utils.checks import UserError
+from utils.data.sinks import OutputOptions, ResultWriter, folder_names, output_stems
+from utils.data.sources import Frame, read_frames
+
+NAMES = {0: "cat", 1: "a/b"}
+FOUND = np.array([[10, 20, 50, 60, 0.9, 0], [0, 0, 100, 50, 0.5, 1], [20, 20, 40, 40, 0.25, 0]], np.float32)
+NOTHING = np.zeros((0, 6), np.float32)
+
+
+def frame(path: str = "/in/photo.jpg", **fields) -> Frame:
+    return Frame(path, 1, 1, np.full((100, 100, 3), 60, np.uint8), **fields)
+
+
+def write(folder: Path, results: list[tuple[Frame, np.ndarray]], **options) -> ResultWriter:
+    paths = list(dict.fromkeys(frame.path for frame, _ in results))
+    with ResultWriter(folder, paths, NAMES, OutputOptions(**options)) as writer:
+        for one, detections in results:
+            writer.write(one, detections)
+    return writer
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_label_lines_are_normalised_and_least_confident_first(tmp_path):
+    writer = write(tmp_path, [(frame(), FOUND)], save_txt=True, save_images=False)
+    assert (tmp_path / "labels/photo.txt").read_text() == "0 0.3 0.3 0.2 0.2\n1 0.5 0.25 1 0.5\n0 0.3 0.4 0.4 0.4\n"
+    assert writer.labels_written == 1
+    write(tmp_path, [(frame(), FOUND[:1])], save_txt=True, save_conf=True, save_images=False)
+    assert (tmp_path / "labels/photo.txt").read_text() == "0 0.3 0.4 0.4 0.4 0.9\n"
+
+
+def test_second_run_into_the_folder_replaces_and_never_appends(tmp_path):
+    everything = {"save_txt": True, "save_csv": True, "save_crop": True}
+    write(tmp_path, [(frame(), FOUND)], **everything)
+    first = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    write(tmp_path, [(frame(), FOUND)], **everything)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == first
+    write(tmp_path, [(frame(), NOTHING)], save_txt=True)
+    assert not (tmp_path / "labels/photo.txt").exists()
+
+
+def test_picture_without_detections_is_saved_unchanged_and_has_no_label_file(tmp_path):
+    write(tmp_path, [(frame("/in/photo.png"), NOTHING)], save_txt=True, save_crop=True)
+    assert files(tmp_path) == ["photo.png"]
+    assert (cv2.imread(str(tmp_path / "photo.png")) == 60).all()
+
+
+def test_crops_lie_in_folders_of_safe_names_numbered_and_without_drawing(tmp_path):
+    write(tmp_path, [(frame(), FOUND)], save_crop=True)
+    assert files(tmp_path) == ["crops/a_b/photo.jpg", "crops/cat/photo.jpg", "crops/cat/photo2.jpg", "photo.jpg"]
+    crop = cv2.imread(str(tmp_path / "crops/cat/photo2.jpg"))  # the more confident: 40 * 1.02 + 10 = 50.8 a side
+    assert crop.shape[0] in (50, 51)
+    assert np.abs(crop.astype(int) - 60).max() <= 2
+
+
+def test_csv_has_yolov5_s_columns_and_a_row_for_each_detection(tmp_path):
+    write(tmp_path, [(frame(), FOUND), (frame("/in/other.jpg"), NOTHING)], save_csv=True, save_images=False)
+    with open(tmp_path / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [tuple(row) for row in rows[:1]] == [("Image Name", "Prediction", "Confidence")]
+    assert [(row["Image Name"], row["Prediction"], float(row["Confidence"])) for row in rows] == [
+        ("photo.jpg", "cat", 0.25), ("photo.jpg", "a/b", 0.5), ("photo.jpg", "cat", 0.9),
+    ]  # fmt: skip
+
+
+def test_equal_stems_get_numbers_and_the_first_keeps_its_name():
+    paths = ["/a/bus.jpg", "/b/bus.jpg", "/b/bus.png", "/c/BUS.jpg", "/c/bus-2.jpg", "/d/only.jpg"]
+    assert list(output_stems(paths).values()) == ["bus", "bus-3", "bus-4", "BUS-5", "bus-2", "only"]
+
+
+def test_video_gives_way_to_images_named_like_its_frames():
+    assert output_stems(["/a/clip_3.jpg", "/a/clip.mp4"]) == {"/a/clip_3.jpg": "clip_3", "/a/clip.mp4": "clip-2"}
+
+
+def test_equal_names_of_different_folders_are_all_written(tmp_path):
+    results = [(frame("/a/bus.jpg"), FOUND), (frame("/b/bus.jpg"), FOUND[:1])]
+    write(tmp_path, results, save_txt=True, save_crop=True)
+    assert files(tmp_path) == [
+        "bus-2.jpg", "bus.jpg", "crops/a_b/bus.jpg", "crops/cat/bus-2.jpg", "crops/cat/bus.jpg", "crops/cat/bus2.jpg",
+        "labels/bus-2.txt", "labels/bus.txt",
+    ]  # fmt: skip
+
+
+def test_numbered_crops_do_not_overwrite_those_of_an_image_of_that_name(tmp_path):
+    results = [(frame("/a/bus2.jpg"), FOUND[:1]), (frame("/a/bus.jpg"), FOUND[[0, 2]])]
+    write(tmp_path, results, save_crop=True, save_images=False)
+    assert files(tmp_path / "crops/cat") == ["bus.jpg", "bus2.jpg", "bus3.jpg"]
+
+
+def test_class_folders_are_safe_and_distinct_on_every_system():
+    names = {0: "a/b", 1: "a\\b", 2: "..", 3: "CON", 4: "汽车", 5: "", 6: "person.", 7: "Person"}
+    folders = folder_names(names)
+    assert folders[0] == "a_b"
+    assert folders[4] == "汽车"
+    assert len({folder.casefold() for folder in folders.values()}) == len(names)
+    for folder in folders.values():
+        assert folder.strip(" .") == folder != ""
+        assert not set(folder) & set('<>:"/\\|?*')
+        assert folder.casefold() != "con"
+
+
+def test_format_that_opencv_cannot_write_becomes_jpg(tmp_path):
+    write(tmp_path, [(frame("/in/photo.mpo"), NOTHING), (frame("/in/PHOTO2.TIF"), NOTHING)])
+    assert files(tmp_path) == ["PHOTO2.TIF", "photo.jpg"]
+
+
+def video_frames(path: str, count: int) -> list[tuple[Frame, np.ndarray]]:
+    return [(frame(path, number=number, count=count, fps=12.5), FOUND) for number in range(1, count + 1)]
+
+
+def test_videos_become_mp4_files_that_play_at_the_source_s_rate(tmp_path):
+    write(tmp_path, [*video_frames("/in/a.avi", 5), *video_frames("/in/b.mov", 3)], save_txt=True)
+    for name, count in (("a.mp4", 5), ("b.mp4", 3)):
+        played = list(read_frames([str(tmp_path / name)]))
+        assert len(played) == count
+        assert played[0].fps == 12.5
+        assert played[0].image.shape == (100, 100, 3)
+    assert len(files(tmp_path / "labels")) == 8
+    assert "a_5.txt" in files(tmp_path / "labels")
+
+
+def test_video_read_with_a_stride_lasts_as_long_as_its_source(tmp_path):
+    write(tmp_path, video_frames("/in/a.avi", 4), vid_stride=5)
+    assert next(read_frames([str(tmp_path / "a.mp4")])).fps == 2.5
+
+
+def test_video_is_finished_when_the_run_is_interrupted(tmp_path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ResultWriter(tmp_path, ["/in/a.avi"], NAMES, OutputOptions()) as writer,
+    ):
+        for one, detections in video_frames("/in/a.avi", 4):
+            writer.write(one, detections)
+        raise KeyboardInterrupt
+    assert len(list(read_frames([str(tmp_path / "a.mp4")]))) == 4
+
+
+def test_frame_of_another_size_is_resized_instead_of_lost(tmp_path):
+    results = video_frames("/in/a.avi", 3)
+    results[1][0].image = np.zeros((50, 80, 3), np.uint8)
+    write(tmp_path, results)
+    assert len(list(read_frames([str(tmp_path / "a.mp4")]))) == 3
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "labels").write_text("a file where the folder must be")
+    with pytest.raises(UserError, match="labels: the folder cannot be made"):
+        write(tmp_path, [(frame(), FOUND)], save_txt=True)
+    (tmp_path / "photo.jpg").mkdir()
+    with pytest.raises(UserError, match=r"photo\.jpg: cannot be written"):
+        write(tmp_path, [(frame(), FOUND)])
+    with pytest.raises(UserError, match=r"clip\.mp4: OpenCV cannot write an mp4 video"):
+        write(tmp_path / "gone", video_frames("/in/clip.avi", 1))
+
+
+def test_feature_maps_are_written_for_each_picture_and_frame(tmp_path):
+    maps = np.random.default_rng(0).normal(size=(1, 16, 8, 8)).astype(np.float32)
+    with ResultWriter(tmp_path, ["/in/photo.jpg", "/in/a.avi"], NAMES, OutputOptions()) as writer:
+        writer.write_features(frame(), 3, "C3", maps)
+        writer.write_features(frame("/in/a.avi", number=7), 3, "C3", maps)
+    assert files(tmp_path) == [
+        "a_7/stage3_C3_features.npy", "a_7/stage3_C3_features.png",
+        "photo/stage3_C3_features.npy", "photo/stage3_C3_features.png",
+    ]  # fmt: skip
+    np.testing.assert_array_equal(np.load(tmp_path / "photo/stage3_C3_features.npy"), maps)

@@ -1,0 +1,274 @@
+"""What detection writes: annotated images and videos, label files, crops and a CSV table.
+
+A result is written once for each frame, replacing what a former run left in the same folder. Two inputs of one stem
+never share a file: the later one is numbered (`bus.jpg` and `bus.png` give `bus` and `bus-2`).
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import cv2
+import numpy as np
+
+from utils.boxes import xyxy2xywhn
+from utils.checks import UserError
+from utils.data.sources import Frame, suffix_of
+from utils.draw import class_name, crop_box, draw_detections, feature_grid, save_image
+from utils.images import VID_FORMATS
+
+CSV_COLUMNS = ("Image Name", "Prediction", "Confidence")
+VIDEO_CODEC = "mp4v"
+_PORT_NAMES = {f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)}
+_RESERVED_NAMES = frozenset({"con", "prn", "aux", "nul"} | _PORT_NAMES)  # by Windows
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Which results are written, and how pictures look."""
+
+    save_images: bool = True  # annotated images and videos
+    save_txt: bool = False
+    save_conf: bool = False  # confidences in the label files
+    save_crop: bool = False
+    save_csv: bool = False
+    line_width: int | None = None  # px; None suits the picture
+    hide_labels: bool = False
+    hide_conf: bool = False
+    vid_stride: int = 1
+
+    @classmethod
+    def from_options(cls, options: Namespace) -> OutputOptions:
+        """Takes what concerns writing from detect.py's options."""
+        same = ("save_txt", "save_conf", "save_crop", "save_csv", "hide_labels", "hide_conf", "vid_stride")
+        chosen = {name: getattr(options, name) for name in same}
+        return cls(save_images=not options.nosave, line_width=options.line_thickness, **chosen)
+
+
+def output_stems(paths: Sequence[str]) -> dict[str, str]:
+    """Gives each input a stem of its own for the files made from it, told apart without regard to case.
+
+    Args:
+        paths: the inputs. The first of a stem keeps it, later ones become `stem-2`, `stem-3`, ... A video gives way
+            also to images that are named like its frames' label files (`clip_12`).
+    """
+    natural = {Path(path).stem.casefold() for path in paths}
+    like_frames = {stem.rpartition("_")[0] for stem in natural if re.fullmatch(r".+_\d+", stem)}
+    taken: set[str] = set()
+    stems = {}
+    for path in paths:
+        stem = unique = Path(path).stem
+        number, clash = 1, suffix_of(path) in VID_FORMATS and stem.casefold() in like_frames
+        while clash or unique.casefold() in taken or (number > 1 and unique.casefold() in natural):
+            number, clash = number + 1, False
+            unique = f"{stem}-{number}"
+        taken.add(unique.casefold())
+        stems[path] = unique
+    return stems
+
+
+def folder_names(names: Mapping[int, str]) -> dict[int, str]:
+    """Turns class names into names that every file system takes, a different one for each class.
+
+    Separators and characters that Windows refuses become `_`; a name that a former class has gets its number added.
+    """
+    folders: dict[int, str] = {}
+    taken: set[str] = set()
+    for class_id, name in names.items():
+        safe = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "_", str(name)).strip(" .")[:100] or "_"
+        if safe.casefold().split(".")[0] in _RESERVED_NAMES:
+            safe = f"_{safe}"
+        while safe.casefold() in taken:
+            safe = f"{safe}-{class_id}"
+        taken.add(safe.casefold())
+        folders[class_id] = safe
+    return folders
+
+
+class ResultWriter:
+    """Writes the results of a run of detection into one folder; use in a `with` block, which ends videos properly.
+
+    Calls come from one thread at a time, a video's frames in order.
+    """
+
+    def __init__(self, folder: Path, paths: Sequence[str], names: Mapping[int, str], options: OutputOptions) -> None:
+        """Prepares writing below `folder`, which exists, the results for the inputs `paths`."""
+        self.labels_written = 0
+        self._folder, self._names, self._options = folder, names, options
+        self._stems = output_stems(paths)
+        self._crop_folders = folder_names(names)
+        self._crops: set[Path] = set()
+        self._crop_numbers: Counter[Path] = Counter()
+        self._video: VideoFile | None = None
+        self._table_file: IO[str] | None = None
+        self._table: Any = None
+
+    def __enter__(self) -> ResultWriter:
+        """Makes the subfolders and opens the table."""
+        if self._options.save_txt:
+            _make_folder(self._folder / "labels")
+        if self._options.save_csv:
+            path = self._folder / "predictions.csv"
+            try:
+                self._table_file = open(path, "w", newline="", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+            self._table = csv.writer(self._table_file)
+            self._table.writerow(CSV_COLUMNS)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Ends the video and the table that are open."""
+        if self._table_file is not None:
+            self._table_file.close()
+        self._end_video()
+
+    def write(self, frame: Frame, detections: np.ndarray) -> None:
+        """Writes everything asked for about one frame.
+
+        Args:
+            frame: with its picture, which is drawn into.
+            detections: (k, 6) [x1, y1, x2, y2 in whole px of the picture, confidence, class], most confident first.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        stem = self._stems[frame.path]
+        try:
+            if self._options.save_txt:
+                self._write_labels(frame, detections, stem)
+            if self._options.save_csv:
+                self._write_rows(stem + Path(frame.path).suffix, detections)
+            if self._options.save_crop:
+                self._write_crops(frame, detections, stem)
+        except OSError as error:
+            raise UserError(f"{error.filename or self._folder}: cannot be written ({error.strerror}).") from error
+        if self._options.save_images:
+            self._write_picture(frame, detections, stem)
+
+    def write_features(self, frame: Frame, row: int, block: str, maps: np.ndarray) -> None:
+        """Writes what a layer makes of a frame: `STEM/stage<row>_<block>_features.png` and all its channels as `.npy`.
+
+        Args:
+            frame: the frame; a video's frames have folders of their own (`STEM_<number>`).
+            row: the layer's row in the model.
+            block: its block's name.
+            maps: (1, c, h, w) its output.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        stem = self._stems[frame.path]
+        folder = self._folder / (f"{stem}_{frame.number}" if frame.is_video else stem)
+        _make_folder(folder)
+        path = folder / f"stage{row}_{block}_features.png"
+        save_image(path, feature_grid(maps[0]))
+        try:
+            np.save(path.with_suffix(".npy"), maps)
+        except OSError as error:
+            raise UserError(f"{path.with_suffix('.npy')}: cannot be written ({error.strerror}).") from error
+
+    def _write_labels(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
+        """Writes `class x y w h[ confidence]`, normalised, the least confident first; no file without detections."""
+        path = self._folder / "labels" / (f"{stem}_{frame.number}.txt" if frame.is_video else f"{stem}.txt")
+        if not len(detections):
+            path.unlink(missing_ok=True)
+            return
+        height, width = frame.image.shape[:2]
+        boxes_xywh_norm = xyxy2xywhn(detections[:, :4], width, height)
+        columns = [detections[:, 5:6], boxes_xywh_norm] + ([detections[:, 4:5]] if self._options.save_conf else [])
+        lines = [" ".join(f"{value:g}" for value in row) for row in np.concatenate(columns, axis=1)[::-1]]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.labels_written += 1
+
+    def _write_rows(self, name: str, detections: np.ndarray) -> None:
+        """Adds the detections to the table, the least confident first, as in the label files."""
+        for row in detections[::-1]:
+            self._table.writerow((name, class_name(self._names, int(row[5])), f"{row[4]:.4f}"))
+
+    def _write_crops(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
+        """Cuts the detections out of the picture: `crops/CLASS/STEM.jpg`, then `STEM2.jpg` and so on."""
+        for row in detections[::-1]:
+            folder = self._folder / "crops" / self._crop_folders.get(int(row[5]), str(int(row[5])))
+            folder.mkdir(parents=True, exist_ok=True)
+            path = self._next_crop(folder / f"{stem}.jpg")
+            save_image(path, crop_box(frame.image, row[:4]))
+
+    def _next_crop(self, first: Path) -> Path:
+        """Returns `STEM.jpg`, `STEM2.jpg`, ...: the first that this run has not written."""
+        while True:
+            self._crop_numbers[first] += 1
+            number = self._crop_numbers[first]
+            path = first if number == 1 else first.with_name(f"{first.stem}{number}.jpg")
+            if path not in self._crops:
+                self._crops.add(path)
+                return path
+
+    def _write_picture(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
+        """Draws the detections and saves the picture, or adds it to its video."""
+        options = self._options
+        image = np.ascontiguousarray(frame.image)
+        draw_detections(image, detections, self._names, options.line_width, options.hide_labels, options.hide_conf)
+        if frame.is_video:
+            path = self._folder / f"{stem}.mp4"
+            if self._video is None or self._video.path != path:
+                self._end_video()
+                self._video = VideoFile(path, frame.fps / options.vid_stride, (image.shape[1], image.shape[0]))
+            self._video.write(image)
+            return
+        suffix = Path(frame.path).suffix
+        save_image(self._folder / (stem + (suffix if cv2.haveImageWriter(f"x{suffix}") else ".jpg")), image)
+
+    def _end_video(self) -> None:
+        """Finishes the video that is open, if any, so that it plays."""
+        video, self._video = self._video, None
+        if video is not None:
+            video.close()
+
+
+class VideoFile:
+    """An mp4 file being written frame by frame."""
+
+    def __init__(self, path: Path, fps: float, size_wh: tuple[int, int]) -> None:
+        """Opens the file.
+
+        Raises:
+            UserError: OpenCV cannot write a video there.
+        """
+        self.path = path
+        self._size_wh = size_wh
+        self._writer = cv2.VideoWriter(os.fspath(path), cv2.VideoWriter_fourcc(*VIDEO_CODEC), fps, size_wh)
+        if not self._writer.isOpened():
+            raise UserError(f"{path}: OpenCV cannot write an mp4 video of {size_wh[0]}x{size_wh[1]} px there.")
+
+    def write(self, image: np.ndarray) -> None:
+        """Adds a picture (h, w, 3) BGR; one of another size than the first is resized, or it would be left out."""
+        if (image.shape[1], image.shape[0]) != self._size_wh:
+            image = cv2.resize(image, self._size_wh)
+        self._writer.write(image)
+
+    def close(self) -> None:
+        """Finishes the file.
+
+        Raises:
+            UserError: nothing arrived on the disk; OpenCV reports no error of its own.
+        """
+        self._writer.release()
+        if not self.path.is_file() or not self.path.stat().st_size:
+            raise UserError(f"{self.path}: the video could not be written. Is the disk full?")
+
+
+def _make_folder(path: Path) -> None:
+    """Makes a folder, with the reason in words if that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: the folder cannot be made ({error.strerror}).") from error
