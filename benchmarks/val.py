@@ -1,0 +1,101 @@
+"""What val.py costs beside the network itself: the whole command against the plain forward passes of its batches.
+
+The yardstick is the fused float32 model in contiguous (NCHW) layout over the same rectangular batches, already in
+memory. The command is timed from its start to its end: interpreter, imports, label cache, NMS and plots included. Both
+run in turn, and the fastest of each counts. YOLOv5 7.0 needs 2.0 times the yardstick; the aim here is at most 1.4.
+
+    python benchmarks/val.py --weights yolov5n.pt --data coco128.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, help="checkpoint")
+    parser.add_argument("--data", required=True, help="data set YAML")
+    parser.add_argument("--imgsz", "--img", type=int, default=640)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each; the fastest counts")
+    return parser.parse_args()
+
+
+def load_batches(args: argparse.Namespace, stride: int) -> list[Any]:
+    """Returns val.py's image batches, float32 (b, 3, h, w) in 0 to 1, contiguous."""
+    from utils.data.dataset import DetectionDataset
+    from utils.data.labels import load_labels
+    from utils.data.loader import create_loader
+    from utils.data.spec import load_spec
+
+    spec = load_spec(args.data, need=("val",))
+    table = load_labels(spec.val, spec)
+    dataset = DetectionDataset(
+        table, args.imgsz, augment=None, rect=True, batch_size=args.batch_size, stride=stride, pad=0.5
+    )
+    loader = create_loader(dataset, args.batch_size, workers=0, shuffle=False)
+    return [batch.images.float().div_(255) for batch in loader]
+
+
+def time_forward(model: Any, batches: list[Any]) -> float:
+    """Returns the seconds of one pass over the batches."""
+    import torch
+
+    with torch.no_grad():
+        start = time.perf_counter()
+        for images in batches:
+            model(images)
+        return time.perf_counter() - start
+
+
+def time_command(args: argparse.Namespace, folder: str) -> tuple[float, str]:
+    """Runs val.py once; returns its seconds and what it logged."""
+    command = [sys.executable, str(ROOT / "val.py"), "--weights", args.weights, "--data", args.data]
+    command += ["--img", str(args.imgsz), "--batch-size", str(args.batch_size), "--project", folder]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return seconds, done.stderr
+
+
+def main() -> None:
+    """Measures and prints."""
+    args = parse_args()
+    from models.load import load_model
+
+    model = load_model(args.weights, fuse=True)
+    batches = load_batches(args, int(model.stride.max()))
+    images = sum(len(batch) for batch in batches)
+    time_forward(model, batches[:1])  # warm-up
+    forward, command = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        time_command(args, folder)  # makes the label cache
+        for _ in range(args.repeats):
+            forward.append(time_forward(model, batches))
+            seconds, log = time_command(args, folder)
+            command.append((seconds, re.findall(r"^Speed: .*", log, re.MULTILINE)[-1]))
+    fastest, stages = min(command)
+    yardstick = min(forward)
+    print(f"{images} images at {args.imgsz}, batches of {args.batch_size}")
+    print(f"forward passes alone   {yardstick:7.2f} s  {1e3 * yardstick / images:6.1f} ms per image")
+    print(f"val.py, all of it      {fastest:7.2f} s  {1e3 * fastest / images:6.1f} ms per image")
+    print(f"ratio                  {fastest / yardstick:7.2f}    (aim 1.40, YOLOv5 7.0 2.0)")
+    print(stages)
+
+
+if __name__ == "__main__":
+    main()

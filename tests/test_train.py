@@ -1,0 +1,225 @@
+"""train.py as a user runs it: what a run leaves behind, and that an interrupted run ends as if it had not been."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from utils.checkpoint import load_checkpoint
+from utils.checks import UserError
+from utils.train.callbacks import Callbacks
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--cfg", "yolov5n-slimneck.yaml", "--img", "64", "--batch-size", "8", "--amp", "off", "--device", "cpu"]
+SMALL_KEYWORDS = {"cfg": "yolov5n-slimneck.yaml", "imgsz": 64, "batch_size": 8, "amp": "off", "device": "cpu"}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def run_train(*arguments: object, **keywords) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=280, **keywords)
+
+
+def tensors_of(value, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All tensors in nested dicts and lists, by path."""
+    if isinstance(value, torch.Tensor):
+        return {prefix: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    found = {}
+    for key, item in items:
+        found.update(tensors_of(item, f"{prefix}/{key}"))
+    return found
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    states = [load_checkpoint(path) for path in (first, second)]
+    one, other = (tensors_of({key: state[key] for key in ("model", "ema", "optimizer")}) for state in states)
+    assert one.keys() == other.keys()
+    assert len(one) > 500
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, f"{len(different)} of {len(one)} tensors differ, for example {different[:3]}"
+    for key in ("updates", "schedule", "stopper", "best_fitness"):
+        assert states[0][key] == states[1][key]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run of four epochs, in this process, without workers."""
+    project = tmp_path_factory.mktemp("runs")
+    options = train.run(
+        data=str(tiny_shapes), epochs=4, workers=0, save_period=1, project=str(project), name="a", **SMALL_KEYWORDS
+    )
+    return Path(options.save_dir)
+
+
+def test_a_run_leaves_what_users_expect(finished: Path):
+    names = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    curves = {f"{name}_curve.png" for name in ("F1", "P", "PR", "R")}
+    batches = {f"train_batch{index}.jpg" for index in range(3)} | {"val_batch0_labels.jpg", "val_batch0_pred.jpg"}
+    expected = {"hyp.yaml", "opt.yaml", "results.csv", "results.png", "labels.jpg", "labels_correlogram.jpg"}
+    expected |= {"confusion_matrix.png", "weights/best.pt", "weights/last.pt", "weights/epoch3.pt"}
+    assert expected | curves | batches <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_results_have_every_epoch_once_in_yolov5s_columns(finished: Path):
+    lines = (finished / "results.csv").read_text().splitlines()
+    header = [cell.strip() for cell in lines[0].split(",")]
+    assert header[:4] == ["epoch", "train/box_loss", "train/obj_loss", "train/cls_loss"]
+    assert header[-3:] == ["x/lr0", "x/lr1", "x/lr2"]
+    assert all(len(cell) == 20 for line in lines[1:] for cell in line.split(","))
+    assert [int(line.split(",")[0]) for line in lines[1:]] == [0, 1, 2, 3]
+
+
+def test_finished_checkpoints_hold_the_float16_ema_alone(finished: Path):
+    kept = load_checkpoint(finished / "weights" / "epoch3.pt")
+    last = load_checkpoint(finished / "weights" / "last.pt")
+    assert last["epoch"] == -1
+    assert all(last[key] is None for key in ("optimizer", "ema", "updates"))
+    for name, value in last["model"].items():
+        expected = kept["ema"][name]
+        assert torch.equal(value, expected.half() if expected.is_floating_point() else expected)
+
+
+def test_the_same_command_gives_the_same_weights_with_workers(finished: Path, tiny_shapes: Path, tmp_path: Path):
+    options = train.run(
+        data=str(tiny_shapes), epochs=4, workers=2, save_period=1, cache="ram", project=str(tmp_path), **SMALL_KEYWORDS
+    )
+    assert_same_state(finished / "weights" / "epoch3.pt", Path(options.save_dir) / "weights" / "epoch3.pt")
+
+
+@pytest.mark.slow
+def test_kill_and_resume_ends_with_the_same_bits(finished: Path, tiny_shapes: Path, tmp_path: Path):
+    arguments = ["--data", tiny_shapes, "--epochs", 4, "--save-period", 1, "--project", tmp_path, "--workers", 2]
+    process = subprocess.Popen(command(*SMALL, *arguments), stderr=subprocess.DEVNULL)
+    results = tmp_path / "exp" / "results.csv"
+    while process.poll() is None and not (results.exists() and len(results.read_text().splitlines()) >= 3):
+        time.sleep(0.02)  # two epochs are on record: the third is under way, or last.pt is being written
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = load_checkpoint(tmp_path / "exp" / "weights" / "last.pt")["epoch"]
+    assert saved < 3, "the run ended before it could be killed"
+
+    resumed = run_train("--resume", tmp_path / "exp" / "weights" / "last.pt", "--workers", 0)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_state(finished / "weights" / "epoch3.pt", tmp_path / "exp" / "weights" / "epoch3.pt")
+    assert (tmp_path / "exp" / "results.csv").read_text() == (finished / "results.csv").read_text()
+    assert not list((tmp_path / "exp").rglob("*.tmp"))
+
+
+def test_a_finished_run_is_not_resumed(finished: Path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        train.run(resume=str(finished / "weights" / "last.pt"))
+
+
+def test_resume_refuses_options_that_make_it_another_run(finished: Path):
+    with pytest.raises(UserError, match="--epochs 9 differs from the interrupted run's 4"):
+        train.run(resume=str(finished / "weights" / "epoch2.pt"), epochs=9)
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on_and_exits_130(tiny_shapes: Path, tmp_path: Path):
+    arguments = [*SMALL, "--data", tiny_shapes, "--epochs", 50, "--noplots", "--project", tmp_path, "--workers", 2]
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    last = tmp_path / "exp" / "weights" / "last.pt"
+    while process.poll() is None and not last.exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers get it too
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume {last}" in stderr
+    assert "Traceback" not in stderr
+    assert load_checkpoint(last)["optimizer"] is not None
+
+
+@pytest.mark.parametrize(("poison", "term"), [("box", "box"), ("cls", "cls")])
+def test_a_loss_that_is_not_finite_names_place_images_and_term(poison, term, tiny_shapes, tmp_path, monkeypatch):
+    from utils.train import loss
+
+    terms = {"box": "box_term", "cls": "class_term"}
+
+    def broken(logits, *arguments):
+        return loss.Mean(logits.sum() * float("nan"), 1)
+
+    monkeypatch.setattr(loss, terms[poison], broken)
+    with pytest.raises(UserError, match=rf"{term} is nan in epoch 0, batch 0 \(images .*\.jpg"):
+        train.run(data=str(tiny_shapes), epochs=1, workers=0, noplots=True, project=str(tmp_path), **SMALL_KEYWORDS)
+
+
+def test_callbacks_follow_a_run_and_can_stop_it(tiny_shapes: Path, tmp_path: Path):
+    callbacks, seen = Callbacks(), []
+
+    def after_batch(iteration, model, images, targets, paths, plots, sync_bn):
+        seen.append((iteration, tuple(images.shape), len(paths)))
+        callbacks.stop_training = iteration == 1
+
+    callbacks.register_action("on_train_batch_end", callback=after_batch)
+    train.run(
+        callbacks, data=str(tiny_shapes), epochs=1, workers=0, noplots=True, project=str(tmp_path), **SMALL_KEYWORDS
+    )
+    assert seen == [(0, (8, 3, 64, 64), 8), (1, (8, 3, 64, 64), 8)]
+    assert not (tmp_path / "exp" / "weights" / "last.pt").exists()
+
+
+SWITCHES = {
+    "rect and cosine": {"rect": True, "cos_lr": True},
+    "quad and multi-scale": {"quad": True, "multi_scale": True, "imgsz": 96},
+    "AdamW, smoothing, single class": {"optimizer": "AdamW", "label_smoothing": 0.1, "single_cls": True},
+    "image weights, frozen, cached": {"image_weights": True, "freeze": [10], "cache": "disk"},
+}
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+def test_switches_train(switches: dict, tiny_shapes: Path, tmp_path: Path):
+    keywords = {**SMALL_KEYWORDS, "noplots": True, "workers": 0, "project": str(tmp_path), "epochs": 1, **switches}
+    options = train.run(data=str(tiny_shapes), **keywords)
+    values = (Path(options.save_dir) / "results.csv").read_text().splitlines()[1].split(",")
+    assert np.isfinite([float(value) for value in values]).all()
+    checkpoint = load_checkpoint(Path(options.save_dir) / "weights" / "last.pt")
+    assert checkpoint["names"] == ({0: "item"} if "single_cls" in switches else checkpoint["names"])
+    assert checkpoint["nc"] == (1 if "single_cls" in switches else 4)
+
+
+def test_frozen_layers_keep_their_weights(finished: Path, tiny_shapes: Path, tmp_path: Path):
+    start = finished / "weights" / "last.pt"
+    keywords = {**SMALL_KEYWORDS, "cfg": "", "weights": str(start), "noplots": True, "workers": 0}
+    options = train.run(data=str(tiny_shapes), epochs=1, freeze=[3], save_period=1, project=str(tmp_path), **keywords)
+    before = load_checkpoint(start)["model"]
+    after = load_checkpoint(Path(options.save_dir) / "weights" / "last.pt")["model"]
+    frozen = [name for name in before if re.match(r"model\.[012]\.", name) and name.endswith("weight")]
+    assert len(frozen) > 5
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert not torch.equal(before["model.3.conv.weight"], after["model.3.conv.weight"])
+
+
+def test_early_stopping_ends_a_run_that_does_not_improve(tiny_shapes: Path, tmp_path: Path, monkeypatch):
+    from utils.eval.evaluate import EvalResult
+
+    fitnesses = iter([0.5, 0.1, 0.1, 0.1, 0.1])
+    monkeypatch.setattr(EvalResult, "fitness", property(lambda self: next(fitnesses)))
+    options = train.run(
+        data=str(tiny_shapes), epochs=9, patience=2, workers=0, noplots=True, project=str(tmp_path), **SMALL_KEYWORDS
+    )
+    rows = (Path(options.save_dir) / "results.csv").read_text().splitlines()[1:]
+    assert len(rows) == 3  # the best, and two without gain
+
+
+def test_noval_and_nosave_still_end_with_a_validated_checkpoint(tiny_shapes: Path, tmp_path: Path):
+    keywords = {**SMALL_KEYWORDS, "noplots": True, "workers": 0, "noval": True, "nosave": True}
+    options = train.run(data=str(tiny_shapes), epochs=2, project=str(tmp_path), **keywords)
+    rows = (Path(options.save_dir) / "results.csv").read_text().splitlines()[1:]
+    validation_losses = [float(row.split(",")[8]) for row in rows]
+    assert validation_losses[0] == 0
+    assert validation_losses[1] > 0
+    assert (Path(options.save_dir) / "weights" / "last.pt").exists()

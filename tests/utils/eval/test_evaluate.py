@@ -1,0 +1,215 @@
+"""The evaluation loop on scenes that a scripted model 'detects': figures, native pixels, losses, files, hooks."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from utils.checks import UserError
+from utils.data.dataset import ShapeInfo
+from utils.data.loader import Batch
+from utils.eval.evaluate import EvalOptions, evaluate
+from utils.eval.report import HEADER, LabelWriter, speed_line
+from utils.train.callbacks import Callbacks
+
+NAMES = {0: "cat", 1: "dog"}
+
+
+class Scripted(nn.Module):
+    """Returns the given rows [x, y, w, h, obj, class probabilities] for each batch in turn."""
+
+    def __init__(self, *batches):
+        super().__init__()
+        self.batches = [torch.tensor(batch, dtype=torch.float32) for batch in batches]
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(images)
+        return self.batches[len(self.seen) - 1], [torch.ones(1, dtype=torch.bfloat16)]
+
+
+def wide_batch(name="a"):
+    """Image 200 x 100 letterboxed to 128 x 128: ratio 0.6, drawn 120 x 60, padding 4 and 34.
+
+    Its label is a cat with corners (50, 20) to (150, 80), in padded pixels (34, 46) to (94, 82).
+    """
+    target = [0, 0, 64 / 128, 64 / 128, 60 / 128, 36 / 128]
+    shape = ShapeInfo((100, 200), (0.6, 0.6), (4.0, 34.0))
+    images = torch.full((1, 3, 128, 128), 51, dtype=torch.uint8)
+    return Batch(images, torch.tensor([target]), [f"x/{name}.jpg"], [shape])
+
+
+EXACT = [64, 64, 60, 36, 0.9, 1, 0]
+ELSEWHERE = [20, 100, 30, 30, 0.8, 0, 1]
+
+
+def test_exact_detection_scores_0_995_in_native_pixels(tmp_path):
+    result = evaluate(Scripted([[EXACT]]), [wide_batch()], names=NAMES, device="cpu", coco_metrics=True)
+    assert result.as_tuple() == pytest.approx((1, 1, 0.995, 0.995, 0, 0, 0))
+    assert result.maps == pytest.approx([0.995, 0.995])  # no dogs anywhere: the overall figure
+    assert result.fitness == pytest.approx(0.995)
+    assert result.seen == 1
+    (record,) = result.records
+    np.testing.assert_allclose(record.labels, [[0, 50, 20, 150, 80]], atol=1e-4)
+    np.testing.assert_allclose(record.detections, [[50, 20, 150, 80, 0.9, 0]], atol=1e-4)
+    assert result.coco.ap == pytest.approx(1)
+
+
+def test_images_reach_the_model_as_fractions_in_channels_last():
+    model = Scripted([[EXACT]])
+    evaluate(model, [wide_batch()], names=NAMES, device="cpu")
+    (images,) = model.seen
+    assert images.dtype == torch.float32 and images.unique().item() == pytest.approx(0.2)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_boxes_of_labels_and_detections_are_clipped_alike():
+    """A label that reaches into the padding and the detection of its visible part are the same box: IoU 1."""
+    batch = wide_batch()
+    batch.targets[0, 2:] = torch.tensor([64, 40, 60, 36]) / 128  # 22 to 58; the image begins at 34
+    model = Scripted([[[64, 46, 60, 24, 0.9, 1, 0]]])  # 34 to 58
+    assert evaluate(model, [batch], names=NAMES, device="cpu").map == pytest.approx(0.995)
+
+
+def test_single_class_ignores_classes():
+    model = Scripted([[[64, 64, 60, 36, 0.9, 0, 1]]])
+    assert evaluate(model, [wide_batch()], names=NAMES, device="cpu").map == 0
+    model = Scripted([[[64, 64, 60, 36, 0.9, 0, 1]]])
+    result = evaluate(model, [wide_batch()], names=NAMES, device="cpu", single_cls=True)
+    assert result.map == pytest.approx(0.995)
+    assert result.maps.shape == (1,)
+
+
+def test_losses_are_means_over_batches_in_float32():
+    seen = []
+
+    def loss(raw, targets):
+        seen.append((raw[0].dtype, len(targets)))
+        return torch.zeros(1), torch.tensor([1.0, 2.0, 3.0]) * len(seen)
+
+    result = evaluate(
+        Scripted([[EXACT]], [[EXACT]]), [wide_batch(), wide_batch()], names=NAMES, device="cpu", compute_loss=loss
+    )
+    assert result.losses == pytest.approx((1.5, 3, 4.5))
+    assert seen == [(torch.float32, 1)] * 2
+
+
+def test_training_mode_is_restored_and_no_gradients_are_kept():
+    model = Scripted([[EXACT]]).train()
+    evaluate(model, [wide_batch()], names=NAMES, device="cpu", training=True)
+    assert model.training
+    with pytest.raises(RuntimeError, match="stop here"):
+        evaluate(Failing().train(), [wide_batch()], names=NAMES, device="cpu")
+
+
+class Failing(nn.Module):
+    def forward(self, images):
+        assert not self.training and not torch.is_grad_enabled()
+        raise RuntimeError("stop here")
+
+
+def test_table_lists_classes_and_speed(caplog):
+    with caplog.at_level(logging.INFO, "yolov5"):
+        evaluate(Scripted([[EXACT, ELSEWHERE]]), [wide_batch()], names=NAMES, device="cpu")
+    rows = [line.split() for line in caplog.messages]
+    assert ["all", "1", "1", "1", "1", "0.995", "0.995"] in rows
+    assert ["cat", "1", "1", "1", "1", "0.995", "0.995"] in rows
+    assert not any(row[0] == "dog" for row in rows)
+    assert "ms NMS per image at shape (1, 3, 128, 128)" in caplog.messages[-1]
+    assert HEADER.split() == ["Class", "Images", "Labels", "P", "R", "mAP@.5", "mAP@.5:.95"]
+
+
+def test_training_logs_one_row_and_many_classes_need_verbose(caplog):
+    names = {index: f"class{index}" for index in range(60)}
+    for options, classes in (({"training": True}, 0), ({}, 0), ({"verbose": True}, 1)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "yolov5"):
+            evaluate(Scripted([[[*EXACT[:5], 1, *[0] * 59]]]), [wide_batch()], names=names, device="cpu", **options)
+        assert sum("class0" in line for line in caplog.messages) == classes
+
+
+def test_no_labels_is_said(caplog):
+    batch = wide_batch()._replace(targets=torch.zeros(0, 6))
+    with caplog.at_level(logging.WARNING, "yolov5"):
+        result = evaluate(Scripted([[EXACT]]), [batch], names=NAMES, device="cpu")
+    assert result.as_tuple()[:4] == (0, 0, 0, 0)
+    assert result.confusion.matrix[0, 2] == 1
+    assert "no labels" in caplog.text
+
+
+def test_files_of_a_run(tmp_path):
+    model = Scripted([[EXACT, ELSEWHERE]], [[[0] * 7]])
+    evaluate(
+        model,
+        [wide_batch("000012"), wide_batch("b")],
+        names=NAMES,
+        device="cpu",
+        save_dir=tmp_path,
+        plots=True,
+        save_txt=True,
+        save_conf=True,
+        save_json=True,
+        json_name="best_predictions.json",
+        categories=[17, 18],
+    )
+    pictures = {f"val_batch{batch}_{kind}.jpg" for batch in range(2) for kind in ("labels", "pred")}
+    curves = {f"{name}.png" for name in ("PR_curve", "F1_curve", "P_curve", "R_curve", "confusion_matrix")}
+    assert {path.name for path in tmp_path.iterdir()} == pictures | curves | {"labels", "best_predictions.json"}
+    assert [path.name for path in (tmp_path / "labels").iterdir()] == ["000012.txt"]  # none without detections
+    first, *_ = (tmp_path / "labels" / "000012.txt").read_text().splitlines()
+    assert [float(value) for value in first.split()] == pytest.approx([0, 0.5, 0.5, 0.5, 0.6, 0.9], abs=1e-5)
+    rows = json.loads((tmp_path / "best_predictions.json").read_text())
+    assert rows[0] == {"image_id": 12, "category_id": 17, "bbox": [50, 20, 100, 60], "score": 0.9}
+    assert [row["category_id"] for row in rows] == [17, 18]
+
+
+def test_annotations_replace_map_where_they_fit(tmp_path, caplog):
+    annotations = tmp_path / "instances.json"
+    truth = {"id": 1, "image_id": 12, "category_id": 17, "bbox": [50, 20, 100, 60], "area": 6000, "iscrowd": 0}
+    dataset = {"images": [{"id": 12}], "categories": [{"id": 17}, {"id": 18}], "annotations": [truth]}
+    annotations.write_text(json.dumps(dataset))
+    options = {"save_dir": tmp_path, "save_json": True, "categories": [17, 18], "annotations": annotations}
+    result = evaluate(Scripted([[EXACT]]), [wide_batch("12")], names=NAMES, device="cpu", **options)
+    assert (result.map, result.map50) == (1, 1)
+    with caplog.at_level(logging.WARNING, "yolov5"):
+        result = evaluate(Scripted([[EXACT]]), [wide_batch("13")], names=NAMES, device="cpu", **options)
+    assert result.map == pytest.approx(0.995)
+    assert "lists no image 13" in caplog.text
+
+
+def test_images_of_one_name_keep_their_own_label_files(tmp_path):
+    writer = LabelWriter(tmp_path)
+    for folder, class_id in (("x", 0), ("y", 1)):
+        writer.write(f"{folder}/a.jpg", np.array([[0, 0, 5, 10, 0.5, class_id]]), (10, 10))
+    assert (tmp_path / "a.txt").read_text() == "0 0.25 0.5 0.5 1\n"
+    assert (tmp_path / "a_2.txt").read_text() == "1 0.25 0.5 0.5 1\n"
+
+
+def test_label_folder_in_the_way_is_a_clear_error(tmp_path):
+    (tmp_path / "labels").write_text("a file")
+    with pytest.raises(UserError, match="labels"):
+        LabelWriter(tmp_path / "labels")
+
+
+def test_hooks_are_called_in_order():
+    calls, callbacks = [], Callbacks()
+    for hook in ("on_val_start", "on_val_batch_start", "on_val_image_end", "on_val_batch_end", "on_val_end"):
+        callbacks.register_action(hook, callback=lambda *args, hook=hook: calls.append((hook, len(args))))
+    evaluate(Scripted([[EXACT]]), [wide_batch()], names=NAMES, device="cpu", callbacks=callbacks)
+    expected = [("on_val_start", 0), ("on_val_batch_start", 0), ("on_val_image_end", 5), ("on_val_batch_end", 0)]
+    assert calls == [*expected, ("on_val_end", 0)]
+
+
+def test_options_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="save_dir"):
+        EvalOptions(plots=True)
+    with pytest.raises(TypeError):
+        evaluate(Scripted(), [], names=NAMES, device="cpu", colour="red")
+
+
+def test_speed_line_is_what_scripts_look_for():
+    line = speed_line((0.52, 40.16, 3.0), (16, 3, 672, 672))
+    assert line == "Speed: 0.5ms pre-process, 40.2ms inference, 3.0ms NMS per image at shape (16, 3, 672, 672)"

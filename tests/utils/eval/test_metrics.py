@@ -1,0 +1,202 @@
+"""Matching, average precision and the confusion matrix on scenes small enough to work out by hand, and golden AP."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.boxes import box_iou
+from utils.eval.confusion import ConfusionMatrix
+from utils.eval.metrics import IOU_THRESHOLDS, average_precisions, fitness, match_detections
+
+
+def detections(*values):
+    return np.array(values, np.float32).reshape(-1, 6)
+
+
+def labels(*values):
+    return np.array(values, np.float32).reshape(-1, 5)
+
+
+def hits(found, truth):
+    """How many thresholds each detection reaches."""
+    return match_detections(found, truth).sum(1).tolist()
+
+
+def test_each_threshold_is_matched_on_its_own():
+    """Two detections of one label, the confident one loose, the other exact.
+
+    Label 10 x 10. First detection 10 x 14 around it: IoU 100/140 = 0.714, right at 0.5 to 0.7 (5 thresholds). The
+    second has IoU 1: at the thresholds where the first falls short, 0.75 to 0.95, it is right (5 thresholds). Matched
+    once at 0.5, it would be wrong everywhere.
+    """
+    truth = labels([0, 0, 0, 10, 10])
+    found = detections([0, 0, 10, 14, 0.9, 0], [0, 0, 10, 10, 0.8, 0])
+    assert hits(found, truth) == [5, 5]
+
+
+def test_a_detection_has_no_second_choice():
+    """Both detections overlap label A most (IoU 0.9 and 0.8) and label B enough (IoU 0.55 or more).
+
+    A goes to the more confident; the other is wrong at 0.5 although B is free.
+    """
+    truth = labels([0, 0, 0, 10, 10], [0, 0, 0, 10, 6])
+    found = detections([0, 0, 10, 9, 0.9, 0], [0, 0, 10, 8.1, 0.8, 0])
+    assert box_iou(truth[1:, 1:], found[:, :4]).min() > 0.5
+    assert match_detections(found, truth)[:, 0].tolist() == [True, False]
+
+
+def test_other_classes_do_not_match_and_iou_equal_to_the_threshold_does():
+    truth = labels([1, 0, 0, 10, 10])
+    assert hits(detections([0, 0, 10, 10, 0.9, 0]), truth) == [0]
+    assert match_detections(detections([0, 0, 10, 5, 0.9, 1]), truth)[0].tolist() == [True] + [False] * 9  # IoU 0.5
+
+
+def test_of_equal_labels_the_first_is_taken():
+    """Two identical labels: both detections choose the first one, so the second detection is wrong."""
+    truth = labels([0, 0, 0, 10, 10], [0, 0, 0, 10, 10])
+    found = detections([0, 0, 10, 10, 0.9, 0], [0, 0, 10, 10, 0.8, 0])
+    assert hits(found, truth) == [10, 0]
+
+
+@pytest.mark.parametrize("n, m", [(0, 0), (0, 3), (3, 0)])
+def test_nothing_to_match(n, m):
+    assert not match_detections(np.ones((n, 6), np.float32), np.ones((m, 5), np.float32)).any()
+
+
+def slow_match(found, truth, threshold):
+    """The rule in plain loops."""
+    right, taken = [], set()
+    for x1, y1, x2, y2, _, class_id in found:
+        overlaps = [
+            float(box_iou(label[None, 1:], np.array([[x1, y1, x2, y2]], np.float32))[0, 0])
+            if label[0] == class_id
+            else -1.0
+            for label in truth
+        ]
+        best = int(np.argmax(overlaps)) if overlaps else -1
+        good = best >= 0 and overlaps[best] >= threshold and best not in taken
+        if good:
+            taken.add(best)
+        right.append(good)
+    return right
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 30), m=st.integers(1, 12))
+def test_matching_equals_plain_loops(seed, n, m):
+    generator = np.random.default_rng(seed)
+
+    def boxes(count):
+        corner = generator.integers(0, 12, (count, 2))
+        return np.concatenate((corner, corner + generator.integers(4, 16, (count, 2))), 1)
+
+    found = np.concatenate((boxes(n), np.linspace(1, 0.1, n)[:, None], generator.integers(0, 2, (n, 1))), 1)
+    truth = np.concatenate((generator.integers(0, 2, (m, 1)), boxes(m)), 1)
+    found, truth = found.astype(np.float32), truth.astype(np.float32)
+    matched = match_detections(found, truth)
+    for column, threshold in enumerate(IOU_THRESHOLDS):
+        assert matched[:, column].tolist() == slow_match(found, truth, threshold)
+    assert (np.diff(matched.sum(0)) <= 0).all()  # stricter thresholds never find more
+
+
+def test_perfect_detections_score_0_995():
+    """The closing point (recall 1, precision 0) takes half of the last of 100 trapezoids: 1 - 0.5/100."""
+    result = average_precisions(np.ones((4, 10), bool), np.full(4, 0.9), np.zeros(4), np.zeros(4))
+    assert result.map50 == pytest.approx(0.995)
+    assert result.map == pytest.approx(0.995)
+    assert (result.mean_precision, result.mean_recall) == (1, 1)
+
+
+def test_one_false_between_two_right():
+    """Right, wrong, right of two labels: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1.
+
+    The envelope is 1 below recall 1/2, 2/3 from there on, and 0 at 1. Of the 101 recalls 50 (0 to 0.49) read 1, 50
+    (0.50 to 0.99) read 2/3, the last 0. Trapezoids: (1/2 + 49 + 50 * 2/3 + 0) / 100 = 0.828333.
+    """
+    correct = np.array([[1], [0], [1]], bool)
+    result = average_precisions(correct, np.array([0.9, 0.8, 0.7]), np.zeros(3), np.zeros(2))
+    assert result.map50 == pytest.approx((1 / 2 + 49 + 50 * 2 / 3) / 100)
+    assert result.true_positives.tolist() == [2]
+    assert result.false_positives.tolist() == [1]
+
+
+def test_classes_without_detections_count_as_zero_and_without_labels_not_at_all():
+    """Class 0 is perfect, class 2 has labels only, class 3 detections only: mAP is (0.995 + 0) / 2."""
+    correct = np.array([[1], [0]], bool)
+    result = average_precisions(correct, np.array([0.9, 0.8]), np.array([0, 3]), np.array([0, 2, 2]))
+    assert result.classes.tolist() == [0, 2]
+    assert result.label_counts.tolist() == [1, 2]
+    assert result.map50 == pytest.approx(0.995 / 2)
+    np.testing.assert_allclose(result.maps(4), [0.995, 0.995 / 2, 0, 0.995 / 2])
+
+
+def test_equal_confidences_rank_in_the_order_given():
+    """One label, two detections of equal confidence: right first gives 0.995, wrong first precision 1/2.
+
+    With wrong first the envelope is 1/2 for 100 of the recalls and 0 at the last: (1/4 + 99 * 1/2) / 100 = 0.4975.
+    """
+    confidence, classes, target = np.full(2, 0.7), np.zeros(2), np.zeros(1)
+    assert average_precisions(np.array([[1], [0]], bool), confidence, classes, target).map50 == pytest.approx(0.995)
+    assert average_precisions(np.array([[0], [1]], bool), confidence, classes, target).map50 == pytest.approx(0.4975)
+
+
+@pytest.mark.parametrize("detected, labelled", [(0, 0), (0, 3), (3, 0)])
+def test_nothing_detected_or_labelled_is_zero(detected, labelled):
+    correct = np.zeros((detected, 10), bool)
+    result = average_precisions(correct, np.ones(detected), np.zeros(detected), np.zeros(labelled))
+    assert (result.mean_precision, result.mean_recall, result.map50, result.map) == (0, 0, 0, 0)
+    assert result.maps(2).tolist() == [0, 0]
+
+
+def test_golden_average_precision(golden_dir: Path):
+    for case in json.loads((golden_dir / "ap.json").read_text()):
+        arrays = [np.array(case[key]) for key in ("tp", "conf", "pred_cls", "target_cls")]
+        result = average_precisions(*arrays)
+        for key in ("precision", "recall", "f1", "ap", "classes"):
+            np.testing.assert_allclose(getattr(result, key), case[key], atol=1e-6, err_msg=key)
+
+
+def test_fitness_weighs_map50_a_tenth():
+    assert fitness(0.6, 0.4) == pytest.approx(0.1 * 0.6 + 0.9 * 0.4)
+
+
+def test_confusion_matrix_counts_every_image():
+    """Image 1: label 0 found as 1, label 1 missed. Image 2: no labels, one invented 0. Image 3: nothing found."""
+    matrix = ConfusionMatrix(2)
+    matrix.update(detections([0, 0, 10, 10, 0.9, 1]), labels([0, 0, 0, 10, 10], [1, 50, 50, 60, 60]))
+    matrix.update(detections([0, 0, 10, 10, 0.9, 0], [0, 0, 9, 9, 0.2, 0]), labels())  # 0.2 is below the limit
+    matrix.update(detections(), labels([1, 0, 0, 10, 10]))
+    expected = np.zeros((3, 3), int)
+    expected[1, 0] = 1  # 0 taken for 1
+    expected[0, 2] = 1  # invented
+    expected[2, 1] = 2  # missed
+    np.testing.assert_array_equal(matrix.matrix, expected)
+    np.testing.assert_allclose(matrix.normalised()[:, 1], [0, 0, 1])
+
+
+def test_confusion_matrix_pairs_by_overlap_not_by_confidence():
+    """Two detections of one label: the exact one of class 1 wins over the confident, loose one of class 0."""
+    matrix = ConfusionMatrix(2)
+    matrix.update(detections([0, 0, 10, 14, 0.9, 0], [0, 0, 10, 10, 0.5, 1]), labels([1, 0, 0, 10, 10]))
+    assert matrix.matrix[1, 1] == 1
+    assert matrix.matrix[0, 2] == 1
+    assert matrix.matrix.sum() == 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(0, 20), m=st.integers(0, 20))
+def test_confusion_matrix_books_every_box_once(seed, n, m):
+    generator = np.random.default_rng(seed)
+    found = np.concatenate((generator.random((n, 2)) * 9, 9 + generator.random((n, 2)) * 9), 1)
+    truth = np.concatenate((generator.random((m, 2)) * 9, 9 + generator.random((m, 2)) * 9), 1)
+    classes_found, classes_true = generator.integers(0, 3, (n, 1)), generator.integers(0, 3, (m, 1))
+    matrix = ConfusionMatrix(3)
+    found = np.concatenate((found, np.full((n, 1), 0.9), classes_found), 1)
+    matrix.update(found, np.concatenate((classes_true, truth), 1))
+    np.testing.assert_array_equal(matrix.matrix.sum(1)[:3], np.bincount(classes_found[:, 0], minlength=3))
+    np.testing.assert_array_equal(matrix.matrix.sum(0)[:3], np.bincount(classes_true[:, 0], minlength=3))
+    assert matrix.matrix[3, 3] == 0

@@ -1,0 +1,1 @@
+"""Evaluation: metrics, the validation loop, COCO figures, plots and reports."""

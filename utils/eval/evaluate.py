@@ -1,0 +1,394 @@
+"""The evaluation loop: a model over a loader's batches, to metrics, losses, timings, tables, files and pictures.
+
+Used by val.py, and by training after every epoch. Loads nothing and chooses nothing: model, loader and names are
+handed in. Predictions and labels are compared in each image's own pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.boxes import scale_boxes, xywhn2xyxy
+from utils.checks import UserError
+from utils.eval.coco import (
+    CocoFigures,
+    ImageRecord,
+    annotated_figures,
+    coco_figures,
+    figure_lines,
+    predictions,
+    write_predictions,
+)
+from utils.eval.confusion import ConfusionMatrix
+from utils.eval.metrics import IOU_THRESHOLDS, APResult, average_precisions, fitness, match_detections
+from utils.eval.report import HEADER, LabelWriter, speed_line, table_rows
+from utils.log import LOGGER, progress
+from utils.nms import non_max_suppression
+
+DRAWN_BATCHES = 3
+MANY_CLASSES = 50  # from here on the table lists single classes only with `verbose`
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How to evaluate, and what to write; the defaults are those of validation.
+
+    Attributes:
+        conf_thres, iou_thres, max_det: of `non_max_suppression`.
+        single_cls: treat all classes as one.
+        dtype: bfloat16 or float16 run the model under autocast.
+        save_dir: where files go; needed for plots and the save options.
+        plots: draw curves, the confusion matrix and the first batches.
+        save_txt, save_conf: write detections as label files, with confidences.
+        save_json: write detections as COCO results to `json_name`.
+        json_name: that file's name.
+        categories: COCO's category of every class, for the JSON; None takes the class index.
+        annotations: COCO annotation file; where it exists, mAP is what COCO's computation says of the JSON.
+        coco_metrics: compute and log COCO's twelve figures.
+        verbose: list single classes even when they are many.
+        training: log the overall row alone.
+    """
+
+    conf_thres: float = 0.001
+    iou_thres: float = 0.6
+    max_det: int = 300
+    single_cls: bool = False
+    dtype: torch.dtype = torch.float32
+    save_dir: Path | None = None
+    plots: bool = False
+    save_txt: bool = False
+    save_conf: bool = False
+    save_json: bool = False
+    json_name: str = "predictions.json"
+    categories: Sequence[int] | None = None
+    annotations: Path | None = None
+    coco_metrics: bool = False
+    verbose: bool = False
+    training: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses files without a folder."""
+        if self.save_dir is None and (self.plots or self.save_txt or self.save_json):
+            raise ValueError("plots, save_txt and save_json need a save_dir")
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation found.
+
+    Attributes:
+        precision, recall: class means at the confidence of the best mean F1, at IoU 0.5.
+        map50, map: mean average precision at IoU 0.5 and over 0.5 to 0.95.
+        losses: box, objectness and class loss; zeros without `compute_loss`.
+        maps: (nc,) average precision of each class; a class without labels has the overall one.
+        speed_ms: milliseconds per image of pre-processing, inference and NMS.
+        seen: images evaluated.
+        details: figures and curves of each class.
+        confusion: the confusion matrix.
+        coco: COCO's figures, when asked for.
+        records: each image's detections and labels, when COCO's figures or a JSON were asked for.
+    """
+
+    precision: float
+    recall: float
+    map50: float
+    map: float
+    losses: tuple[float, float, float]
+    maps: np.ndarray
+    speed_ms: tuple[float, float, float]
+    seen: int
+    details: APResult
+    confusion: ConfusionMatrix
+    coco: CocoFigures | None = None
+    records: list[ImageRecord] = field(default_factory=list)
+
+    @property
+    def fitness(self) -> float:
+        """The single figure by which checkpoints are compared."""
+        return fitness(self.map50, self.map)
+
+    def as_tuple(self) -> tuple[float, ...]:
+        """(P, R, mAP50, mAP50-95, box loss, objectness loss, class loss)."""
+        return (self.precision, self.recall, self.map50, self.map, *self.losses)
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Any,
+    *,
+    names: Mapping[int, str],
+    device: torch.device | str,
+    compute_loss: Callable[[Sequence[torch.Tensor], torch.Tensor], Any] | None = None,
+    callbacks: Any = None,
+    **options: Any,
+) -> EvalResult:
+    """Evaluates a model on a data set, logs the table of results and writes what is asked for.
+
+    Args:
+        model: maps images (b, 3, h, w) in 0 to 1 to (decoded (b, n, 5 + nc), raw outputs); in evaluation mode while
+            this runs.
+        loader: sized iterable of `Batch`es: uint8 images (b, 3, h, w), targets (m, 6), paths, shapes.
+        names: name of every class.
+        device: where the model is.
+        compute_loss: called with the raw outputs in float32 and the targets; the second item of what it returns
+            holds the three losses.
+        callbacks: object whose `run(hook, ...)` is called at the `on_val_*` hooks.
+        **options: the fields of `EvalOptions`.
+
+    Raises:
+        UserError: a file cannot be written, a threshold is out of range, or COCO's library is missing.
+    """
+    settings = EvalOptions(**options)
+    if settings.single_cls and len(names) != 1:
+        names = {0: "item"}
+    device = torch.device(device)
+    tally = _Tally(len(names), keep_records=settings.save_json or settings.coco_metrics)
+    clock, losses = _Clock(device), torch.zeros(3, device=device)
+    writer = LabelWriter(settings.save_dir / "labels", settings.save_conf) if settings.save_txt else None
+    notify = callbacks.run if callbacks else _ignore
+    notify("on_val_start")
+    with _evaluating(model), _Pictures(settings, names) as pictures:
+        for batch in progress(loader, total=len(loader), desc=HEADER, leave=not settings.training):
+            notify("on_val_batch_start")
+            found, raw = _detect(model, batch.images, device, settings, clock)
+            if compute_loss is not None:
+                losses += compute_loss([layer.float() for layer in raw], batch.targets.to(device))[1].detach()
+            for record, detections in zip(_native_records(batch, found), found, strict=True):
+                tally.add(record)
+                if writer:
+                    writer.write(record.path, record.detections, record.shape_hw)
+                notify("on_val_image_end", detections, record.detections, record.path, names, batch.images)
+            pictures.add(batch, found)
+            notify("on_val_batch_end")
+        result = _result(tally, losses / max(len(loader), 1), clock, settings)
+        _report(result, names, settings, clock.shape)
+        if settings.plots:
+            _plot(result, names, settings)
+        if settings.save_json:
+            result = _save_json(result, settings)
+    notify("on_val_end")
+    return result
+
+
+def _ignore(*_args: Any) -> None:
+    """Stands in for callbacks that nobody gave."""
+
+
+def _detect(
+    model: nn.Module, images: torch.Tensor, device: torch.device, settings: EvalOptions, clock: _Clock
+) -> tuple[list[np.ndarray], Sequence[torch.Tensor]]:
+    """Runs the model and NMS on one batch.
+
+    Args:
+        model: the model.
+        images: uint8 (b, 3, h, w).
+        device: the model's.
+        settings: thresholds and precision.
+        clock: counts the stages' time.
+
+    Returns:
+        For each image its detections (k, 6) in pixels of the padded image; the model's raw outputs.
+    """
+    clock.start(images.shape)
+    # One byte per value while it is moved and laid out, four only afterwards.
+    images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last).float().div_(255)
+    clock.lap("pre")
+    with torch.autocast(device.type, settings.dtype, enabled=settings.dtype != torch.float32):
+        decoded, raw = model(images)
+    clock.lap("inference")
+    found = non_max_suppression(
+        decoded,
+        settings.conf_thres,
+        settings.iou_thres,
+        agnostic=settings.single_cls,
+        multi_label=True,
+        max_det=settings.max_det,
+    )
+    found = [detections.cpu().numpy() for detections in found]
+    clock.lap("nms")
+    if settings.single_cls:
+        for detections in found:
+            detections[:, 5] = 0
+    return found, raw
+
+
+def _native_records(batch: Any, found: Sequence[np.ndarray]) -> Iterator[ImageRecord]:
+    """Takes detections and labels of a batch to each image's own pixels.
+
+    Labels go through the padded image's pixels as the detections do, so that rounding and clipping treat both alike.
+
+    Args:
+        batch: b images with targets (m, 6) [image, class, x, y, w, h normalised] and shapes.
+        found: b arrays (k, 6) in pixels of the padded image.
+    """
+    targets = batch.targets.numpy()
+    padded_hw = tuple(batch.images.shape[2:])
+    for index, (path, shape, detections) in enumerate(zip(batch.paths, batch.shapes, found, strict=True)):
+        image_hw, *ratio_pad = shape
+        mine = targets[targets[:, 0] == index]
+        labels_xyxy = xywhn2xyxy(mine[:, 2:6], w=padded_hw[1], h=padded_hw[0])
+        labels = np.concatenate((mine[:, 1:2], scale_boxes(padded_hw, labels_xyxy, image_hw, ratio_pad)), 1)
+        boxes_xyxy = scale_boxes(padded_hw, detections[:, :4], image_hw, ratio_pad)
+        yield ImageRecord(path, tuple(image_hw), np.concatenate((boxes_xyxy, detections[:, 4:]), 1), labels)
+
+
+class _Tally:
+    """Adds up images: right and wrong detections, label classes, the confusion matrix, records if wanted."""
+
+    def __init__(self, nc: int, keep_records: bool):
+        self.nc = nc
+        self.seen = 0
+        self.confusion = ConfusionMatrix(nc)
+        self.records: list[ImageRecord] = []
+        self._keep_records = keep_records
+        self._correct = [np.zeros((0, len(IOU_THRESHOLDS)), dtype=bool)]
+        self._scores = [np.zeros((0, 2), dtype=np.float32)]  # confidence, class
+        self._label_classes = [np.zeros(0, dtype=np.float32)]
+
+    def add(self, record: ImageRecord) -> None:
+        self.seen += 1
+        self._correct.append(match_detections(record.detections, record.labels))
+        self._scores.append(record.detections[:, 4:6])
+        self._label_classes.append(record.labels[:, 0])
+        self.confusion.update(record.detections, record.labels)
+        if self._keep_records:
+            self.records.append(record)
+
+    def average_precisions(self) -> APResult:
+        scores = np.concatenate(self._scores)
+        labels = np.concatenate(self._label_classes)
+        return average_precisions(np.concatenate(self._correct), scores[:, 0], scores[:, 1], labels)
+
+
+class _Clock:
+    """Adds up the time of each stage, waiting for the device at the end of each."""
+
+    def __init__(self, device: torch.device):
+        self.seconds = {"pre": 0.0, "inference": 0.0, "nms": 0.0}
+        self.shape: tuple[int, ...] = (0, 3, 0, 0)  # of the largest batch
+        self._wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, _ignore)
+        self._last = 0.0
+
+    def start(self, shape: Sequence[int]) -> None:
+        self.shape = max(self.shape, tuple(shape))
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        self._wait()
+        now = time.perf_counter()
+        self.seconds[stage] += now - self._last
+        self._last = now
+
+    def per_image_ms(self, images: int) -> tuple[float, float, float]:
+        return tuple(1e3 * seconds / max(images, 1) for seconds in self.seconds.values())
+
+
+class _Pictures:
+    """Draws the first batches with their labels and detections in a thread, while the next batches are computed."""
+
+    def __init__(self, settings: EvalOptions, names: Mapping[int, str]):
+        self._folder = settings.save_dir
+        self._limit = DRAWN_BATCHES if settings.plots else 0
+        self._names = names
+        self._count = 0
+        self._pending: list[Future] = []
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+
+    def __enter__(self) -> _Pictures:
+        return self
+
+    def __exit__(self, exception_type: type | None, *_: Any) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=exception_type is not None)
+        if exception_type is None:
+            for future in self._pending:
+                future.result()  # raises what went wrong while drawing
+
+    def add(self, batch: Any, found: Sequence[np.ndarray]) -> None:
+        if self._count >= self._limit:
+            return
+        from utils.draw import draw_batch
+
+        for content, boxes in (("labels", batch.targets), ("pred", list(found))):
+            file = self._folder / f"val_batch{self._count}_{content}.jpg"
+            self._pending.append(self._pool.submit(draw_batch, batch.images, boxes, batch.paths, self._names, file))
+        self._count += 1
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; puts a model that was in training mode back into it.
+
+    Not torch.inference_mode: what modules keep from call to call (grids of anchors) would be unusable in training.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _result(tally: _Tally, losses: torch.Tensor, clock: _Clock, settings: EvalOptions) -> EvalResult:
+    """Puts the figures together."""
+    details = tally.average_precisions()
+    return EvalResult(
+        precision=details.mean_precision,
+        recall=details.mean_recall,
+        map50=details.map50,
+        map=details.map,
+        losses=tuple(losses.tolist()),
+        maps=details.maps(tally.nc),
+        speed_ms=clock.per_image_ms(tally.seen),
+        seen=tally.seen,
+        details=details,
+        confusion=tally.confusion,
+        coco=coco_figures(tally.records, tally.nc) if settings.coco_metrics else None,
+        records=tally.records,
+    )
+
+
+def _report(result: EvalResult, names: Mapping[int, str], settings: EvalOptions, shape: Sequence[int]) -> None:
+    """Logs the table, the speed and COCO's figures."""
+    per_class = len(names) > 1 and (settings.verbose or (len(names) < MANY_CLASSES and not settings.training))
+    for row in table_rows(result.details, names, result.seen, per_class):
+        LOGGER.info(row)
+    if not result.details.label_counts.sum():
+        LOGGER.warning("WARNING: these images have no labels: there is nothing to measure against")
+    if result.coco:
+        LOGGER.info("\n".join(figure_lines(result.coco)))
+    if not settings.training:
+        LOGGER.info(speed_line(result.speed_ms, shape))
+
+
+def _plot(result: EvalResult, names: Mapping[int, str], settings: EvalOptions) -> None:
+    """Draws curves and confusion matrix."""
+    from utils.eval.plots import plot_evaluation
+
+    plot_evaluation(result.details, result.confusion, names, settings.save_dir)
+
+
+def _save_json(result: EvalResult, settings: EvalOptions) -> EvalResult:
+    """Writes the JSON; returns the result with COCO's mAP where there are annotations that fit."""
+    rows = predictions(result.records, settings.categories or range(len(result.maps)))
+    write_predictions(rows, settings.save_dir / settings.json_name)
+    LOGGER.info(f"Detections saved to {settings.save_dir / settings.json_name}")
+    if settings.annotations is None or not settings.annotations.is_file():
+        return result
+    try:
+        figures = annotated_figures(rows, [record.image_id for record in result.records], settings.annotations)
+    except UserError as error:  # an extra: the evaluation itself stands
+        LOGGER.warning(f"WARNING: COCO's annotations were not used: {error}")
+        return result
+    LOGGER.info("\n".join([f"COCO's figures by {settings.annotations}:", *figure_lines(figures)]))
+    return replace(result, map=figures.ap, map50=figures.ap50, coco=figures)

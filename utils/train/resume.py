@@ -1,0 +1,77 @@
+"""Going on with an interrupted run: which checkpoint, and with which options.
+
+The run's own options hold; a few that do not change its result may be given anew. The checkpoint's state is taken
+over by `utils.train.engine.Trainer`.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import load_checkpoint
+from utils.checks import UserError
+from utils.log import LOGGER, colorstr
+
+CHANGEABLE = ("cache", "device", "noplots", "patience", "resume", "save_period", "workers")
+
+
+def find_resumable(resume: str | bool) -> Path:
+    """Returns the checkpoint that `--resume` names, or the newest `last*.pt` below the working folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if isinstance(resume, str):
+        path = Path(resume)
+        if not path.is_file():
+            raise UserError(f"--resume {resume}: no such file. Give a run's weights/last.pt.")
+        return path
+    found = sorted(Path().glob("**/last*.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"--resume: no last*.pt below {Path().resolve()}. Give its path.")
+    return found[-1]
+
+
+def load_resumable(path: Path) -> dict:
+    """Loads a checkpoint that still holds its optimizer.
+
+    Raises:
+        UserError: the run is finished, or the file is no checkpoint of this program's.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint.get("optimizer") is None:
+        epochs = (checkpoint.get("opt") or {}).get("epochs", "its")
+        raise UserError(f"{path}: training has finished {epochs} epochs, nothing to resume. Start anew with --weights.")
+    return checkpoint
+
+
+def resume_options(options: Namespace, given: set[str], defaults: Mapping[str, Any]) -> dict:
+    """Finds the checkpoint that `options.resume` means and replaces the other options by that run's own.
+
+    Args:
+        options: changed in place; `save_dir` is added.
+        given: the options that the user named; those in CHANGEABLE stay as given.
+        defaults: of all options, for those that the interrupted run did not know.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: no such checkpoint, a finished run, or an option that would make it another run.
+    """
+    path = find_resumable(options.resume)
+    checkpoint = load_resumable(path)
+    stored = {**defaults, **checkpoint["opt"]}
+    for name in sorted(given - set(CHANGEABLE)):
+        if getattr(options, name) != stored[name]:
+            raise UserError(
+                f"--resume: --{name.replace('_', '-')} {getattr(options, name)} differs from the interrupted run's "
+                f"{stored[name]}. Leave it out, or start a new run with --weights {path}."
+            )
+    kept = {name: getattr(options, name) for name in given & set(CHANGEABLE)}
+    vars(options).update({**stored, **kept, "resume": str(path), "save_dir": str(path.parent.parent)})
+    LOGGER.info(f"Resuming training from {colorstr(str(path), 'bold')}")
+    return checkpoint
