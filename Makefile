@@ -1,0 +1,59 @@
+# Needs Python 3.10 to 3.13 and make. Everything is installed into $(VENV); another interpreter: make PYTHON=python3.12
+# On a machine without an NVIDIA GPU the CPU build of PyTorch saves 5 GB:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --no-compile
+DEMO := runs/demo
+
+.PHONY: help setup demo test check clean
+
+help:
+	@echo "make setup   install what the program needs into $(VENV)"
+	@echo "make demo    train, validate and detect on the embedded data set (minutes on a CPU)"
+	@echo "make test    run all tests"
+	@echo "make check   run the linter and the quick tests"
+	@echo "make clean   remove .venv, runs/demo and tool caches"
+
+setup: $(VENV)/.installed
+
+$(PY):
+	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), sys.version' || \
+		{ echo "Python 3.10 to 3.13 is needed; choose one with: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(PY)
+	@echo "Installing requirements.txt into $(VENV): some minutes, PyTorch is large ..."
+	$(PIP_INSTALL) -r requirements.txt
+	@$(PY) -c 'import cv2' || { echo "OpenCV lacks a system library; on Debian: apt install libgl1 libglib2.0-0"; exit 1; }
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt requirements-extras.txt $(VENV)/.installed
+	$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.installed
+	rm -rf $(DEMO)
+	$(PY) train.py --cfg yolov5n-slimneck.yaml --data shapes.yaml --hyp hyp.demo.yaml --optimizer AdamW --img 224 \
+		--epochs 40 --batch-size 8 --project $(DEMO) --name train
+	$(PY) val.py --weights $(DEMO)/train/weights/best.pt --data shapes.yaml --img 224 --project $(DEMO) --name val
+	$(PY) detect.py --weights $(DEMO)/train/weights/best.pt --source data/images --img 320 --project $(DEMO) --name detect
+	@echo
+	@echo "Done. Look at"
+	@echo "  $(DEMO)/detect/                           the sample images with what was found"
+	@echo "  $(DEMO)/train/results.png                 how training went"
+	@echo "  $(DEMO)/val/                              curves and the confusion matrix"
+	@echo "  $(DEMO)/train/weights/best.pt             the trained model"
+
+test: $(VENV)/.installed-dev
+	$(PY) -m pytest
+
+check: $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m pytest -m "not slow"
+
+clean:
+	rm -rf .venv $(DEMO) .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
