@@ -167,11 +167,8 @@ def check_classes(weights: Weights, spec: DataSpec, single_cls: bool, path: Path
         )
     differing = [class_id for class_id in spec.names if weights.names.get(class_id) != spec.names[class_id]]
     if differing and not single_cls:
-        first = differing[0]
-        LOGGER.warning(
-            f"WARNING: {len(differing)} class names differ between checkpoint and data set, such as {first}: "
-            f"'{weights.names.get(first)}' and '{spec.names[first]}'; the data set's are shown"
-        )
+        known, shown = weights.names.get(differing[0]), spec.names[differing[0]]
+        LOGGER.warning(f"WARNING: {len(differing)} class names are not the checkpoint's: '{shown}' was '{known}', ...")
 
 
 def make_loader(options: argparse.Namespace, weights: Weights, spec: DataSpec) -> DetectionLoader:
@@ -185,9 +182,8 @@ def make_loader(options: argparse.Namespace, weights: Weights, spec: DataSpec) -
     trained = (weights.meta.get("opt") or {}).get("imgsz")
     if trained and trained != imgsz:
         LOGGER.info(f"Image size {imgsz}; the checkpoint was trained at {trained} (--img {trained})")
-    table = load_labels(
-        getattr(spec, options.task), spec, options.single_cls, options.workers, prefix=f"{options.task}: "
-    )
+    sources, prefix = getattr(spec, options.task), f"{options.task}: "
+    table = load_labels(sources, spec, options.single_cls, options.workers, prefix)
     dataset = DetectionDataset(
         table, imgsz, augment=None, rect=True, batch_size=options.batch_size, stride=stride, pad=PAD_STRIDES
     )

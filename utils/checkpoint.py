@@ -10,6 +10,7 @@ nc, stride, hyp, opt, data, versions, date. Building a model from one, and what 
 from __future__ import annotations
 
 import pickle
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ from utils.files import atomic_write
 
 FORMAT, FORMAT_VERSION = "yolov5-slim", 1
 TRAINING_STATE = ("best_fitness", "ema", "updates", "optimizer", "scaler", "schedule", "stopper", "generators")
+
+FULL_DISK_BYTES = 1 << 20  # a disk with less room than this has no room for a checkpoint
 
 # What torch's readers raise on damaged or foreign content.
 _DAMAGE = (
@@ -61,8 +64,9 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     with atomic_write(path) as temporary:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:  # how torch's zip writer reports a full disk
-            raise OSError(None, str(error).splitlines()[0]) from error
+        except RuntimeError as error:  # how torch's zip writer reports a full disk, in words of its own
+            full = shutil.disk_usage(temporary.parent).free < FULL_DISK_BYTES
+            raise OSError(None, "the disk is full" if full else str(error).splitlines()[0]) from error
 
 
 def plain_data(value: Any, where: str = "checkpoint") -> Any:

@@ -117,9 +117,7 @@ def _place(array: Array) -> dict[str, Any]:
     return {} if isinstance(array, np.ndarray) else {"device": array.device}
 
 
-def _candidates(
-    xp: Any, rows: Array, conf_thres: float, multi_label: bool, classes: Sequence[int] | None
-) -> Array:
+def _candidates(xp: Any, rows: Array, conf_thres: float, multi_label: bool, classes: Sequence[int] | None) -> Array:
     """Turns rows (r, 5 + nc) into candidate detections (c, 6), most confident first, at most MAX_CANDIDATES."""
     scores = rows[:, 5:] * rows[:, 4:5]
     if multi_label:

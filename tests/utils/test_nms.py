@@ -57,9 +57,7 @@ def test_one_class_scores_objectness_times_probability():
     np.testing.assert_allclose(both(rows([9, 9, 4, 4, 0.5, 0.8], nc=1), multi_label=True)[0][:, 4:], [[0.4, 0]])
 
 
-@pytest.mark.parametrize(
-    "side, kept", [(1.9, False), (2, True), (MAX_SIDE_PX, True), (MAX_SIDE_PX + 1, False)]
-)
+@pytest.mark.parametrize("side, kept", [(1.9, False), (2, True), (MAX_SIDE_PX, True), (MAX_SIDE_PX + 1, False)])
 def test_size_limits(side, kept):
     assert len(both(rows([50, 50, side, 100, 0.9, 1, 0]))[0]) == kept
 

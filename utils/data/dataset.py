@@ -248,11 +248,12 @@ def rectangular_batches(
         pad: added to shapes, in strides.
 
     Returns:
-        The order (N,) of the images (equal ratios stay in theirs) and the batches' shapes (batches, 2), height and
-        width in px.
+        The order (N,) of the images and the batches' shapes (batches, 2), height and width in px. Images of equal
+        ratio come in the order of NumPy's default sort, as in YOLOv5: with another one they would share batches, and
+        so paddings, with other images, which moves mAP50-95 on coco128 by 0.001.
     """
     ratios = sizes_wh[:, 1] / sizes_wh[:, 0]
-    order = np.argsort(ratios, kind="stable")
+    order = np.argsort(ratios)
     sorted_ratios = ratios[order]
     shares_hw = np.ones((-(-len(order) // batch_size), 2))
     for batch, start in enumerate(range(0, len(order), batch_size)):

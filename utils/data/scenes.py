@@ -17,9 +17,9 @@ import numpy as np
 
 NAMES = ("circle", "square", "triangle", "star")
 SCALE = (0.06, 0.60)  # longer side of a shape's box / shorter side of the image
-VISIBLE = 0.4  # least part of a shape's area that others may leave in sight
-INSIDE = 0.6  # least part of a shape's area that lies within the image
-USUAL_HUE = 0.9  # share of the shapes whose hue is in their class's range
+VISIBLE = 0.6  # least part of a shape's area that others may leave in sight
+INSIDE = 0.7  # least part of a shape's area that lies within the image
+USUAL_HUE = 0.95  # share of the shapes whose hue is in their class's range
 HUE_RANGE = 0.22  # width of that range on the colour circle; the classes' ranges do not touch
 SUPERSAMPLE = 4  # mask pixels per image pixel and axis, for smooth edges
 
@@ -93,7 +93,7 @@ def _random_shape(rng: np.random.Generator, width: int, height: int) -> Shape:
     low, high = outline.min(axis=0), outline.max(axis=0)
     longer_side = np.exp(rng.uniform(*np.log(SCALE))) * min(width, height)
     outline = (outline - (low + high) / 2) * (longer_side / (high - low).max())
-    hole = float(rng.uniform(0.45, 0.65)) if rng.random() < 0.15 else 0.0
+    hole = float(rng.uniform(0.45, 0.65)) if rng.random() < 0.1 else 0.0
     return Shape(class_id, outline + rng.uniform((0, 0), (width, height)), hole)
 
 
@@ -156,13 +156,13 @@ def _stripes(rng: np.random.Generator, width: int, height: int, period_px: tuple
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """A muted, textured ground with a few thin lines that belong to no class, (h, w, 3) float32."""
-    first, second = (_colour(rng, (0.05, 0.5), (0.2, 0.9)) for _ in range(2))
+    first, second = (_colour(rng, (0.05, 0.35), (0.2, 0.9)) for _ in range(2))
     clouds = _clouds(rng, width, height)[..., None]
     canvas = first * clouds + second * (1 - clouds)
     if rng.random() < 0.5:
-        canvas += _stripes(rng, width, height, (6, 40))[..., None] * rng.uniform(4, 18)
+        canvas += _stripes(rng, width, height, (6, 40))[..., None] * rng.uniform(3, 12)
     canvas = np.clip(canvas, 0, 255).astype(np.uint8)  # OpenCV smooths lines on 8-bit images only
-    for _ in range(rng.integers(0, 5)):
+    for _ in range(rng.integers(0, 4)):
         start, end = (rng.uniform((0, 0), (width, height)).astype(int).tolist() for _ in range(2))
         cv2.line(canvas, start, end, _colour(rng, (0, 0.8), (0.1, 1.0)).tolist(), int(rng.integers(1, 4)), cv2.LINE_AA)
     return canvas.astype(np.float32)
@@ -173,7 +173,7 @@ def _fill(rng: np.random.Generator, class_id: int, patch: Patch, beneath: np.nda
     height, width = patch.alpha.shape
     ground = beneath.mean(axis=(0, 1))
     hue = _hue(rng, class_id)
-    candidates = [_colour(rng, (0.4, 1.0), (0.3, 1.0), hue) for _ in range(4)]
+    candidates = [_colour(rng, (0.5, 1.0), (0.4, 1.0), hue) for _ in range(4)]
     distances = [float(np.linalg.norm(candidate - ground)) for candidate in candidates]
     enough = [distance > 110 for distance in distances]
     base = candidates[enough.index(True) if any(enough) else int(np.argmax(distances))]
@@ -201,7 +201,7 @@ def _camera(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     canvas = canvas * (1 + strength * (across + down))[..., None].astype(np.float32)
     if rng.random() < 0.3:
         canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.5, 1.3))
-    noise = rng.standard_normal(canvas.shape, dtype=np.float32) * rng.uniform(3, 14)
+    noise = rng.standard_normal(canvas.shape, dtype=np.float32) * rng.uniform(2, 10)
     return np.clip(np.rint(canvas + noise), 0, 255).astype(np.uint8)
 
 
@@ -229,7 +229,7 @@ def _place(rng: np.random.Generator, owner: np.ndarray, placed: list[Shape]) -> 
 
 
 def render_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
-    """Paints one picture of 1 to 8 shapes (3 % of the pictures have none).
+    """Paints one picture of 1 to 7 shapes (3 % of the pictures have none).
 
     Args:
         rng: Source of every random choice.
@@ -243,7 +243,7 @@ def render_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
     owner = np.full((height, width), -1, np.int16)
     shapes: list[Shape] = []
     boxes: list[np.ndarray] = []
-    for _ in range(0 if rng.random() < 0.03 else rng.integers(1, 9)):
+    for _ in range(0 if rng.random() < 0.03 else rng.integers(1, 8)):
         placement = _place(rng, owner, shapes)
         if placement is None:
             break

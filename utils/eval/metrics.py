@@ -75,9 +75,7 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else 0.0
 
 
-def match_detections(
-    detections: np.ndarray, labels: np.ndarray, thresholds: np.ndarray = IOU_THRESHOLDS
-) -> np.ndarray:
+def match_detections(detections: np.ndarray, labels: np.ndarray, thresholds: np.ndarray = IOU_THRESHOLDS) -> np.ndarray:
     """Says which detections of one image are right, for each IoU threshold on its own.
 
     Each detection goes to the label of its class that it overlaps most (the first of equals), if the overlap reaches

@@ -54,9 +54,7 @@ class Lettering(NamedTuple):
     families: list[str]
 
 
-def plot_evaluation(
-    result: APResult, confusion: ConfusionMatrix, names: Mapping[int, str], folder: Path
-) -> list[Path]:
+def plot_evaluation(result: APResult, confusion: ConfusionMatrix, names: Mapping[int, str], folder: Path) -> list[Path]:
     """Draws PR_curve.png, F1_curve.png, P_curve.png, R_curve.png and confusion_matrix.png.
 
     Args:

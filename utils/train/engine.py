@@ -279,15 +279,14 @@ class Trainer:
             self.loaders.val,
             names=self.model.names,
             device=self.device,
-            iou_thres=0.65 if final and self.loaders.is_coco else 0.6,
             single_cls=self.options.single_cls,
             compute_loss=self.loss,
             save_dir=self.save_dir,
             plots=final and not self.options.noplots,
-            save_json=final and self.loaders.is_coco,
             verbose=final,
             training=not final,
             callbacks=self.callbacks,
+            **(self.loaders.final if final else {}),
         )
 
     # --------------------------------------------------------------------------------------------- checkpoints

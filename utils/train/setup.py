@@ -24,10 +24,12 @@ from utils.data.labels import load_labels
 from utils.data.loader import create_loader
 from utils.data.spec import DataSpec
 from utils.data.table import LabelTable
+from utils.eval.coco import COCO80_TO_91, category_ids
 from utils.log import LOGGER
 from utils.train.anchors import check_anchors
 from utils.train.hyp import Hyp
 
+COCO_IOU_THRES = 0.65
 VAL_PAD = 0.5  # of a stride, around validation's rectangles
 
 
@@ -45,7 +47,7 @@ class Loaders(NamedTuple):
     val: Any
     imgsz: int  # image side in pixels
     grid_stride: int  # sides are multiples of it
-    is_coco: bool
+    final: dict[str, Any]  # what the last validation is told beside the usual; something on COCO only
 
 
 def load_tables(spec: DataSpec, single_cls: bool, workers: int) -> Tables:
@@ -55,9 +57,12 @@ def load_tables(spec: DataSpec, single_cls: bool, workers: int) -> Tables:
         UserError: no images, no labels, or labels that are wrong.
     """
     splits = {"train": spec.train, "val": spec.val}
-    return Tables(**{
-        name: load_labels(sources, spec, single_cls, workers, prefix=f"{name}: ") for name, sources in splits.items()
-    })
+    return Tables(
+        **{
+            name: load_labels(sources, spec, single_cls, workers, prefix=f"{name}: ")
+            for name, sources in splits.items()
+        }
+    )
 
 
 def image_side(model: nn.Module, options: Namespace) -> int:
@@ -106,8 +111,18 @@ def build_loaders(tables: Tables, spec: DataSpec, model: nn.Module, hyp: Hyp, op
         create_loader(val, val_batch, workers=options.workers, shuffle=False),
         side,
         stride,
-        is_coco=any(str(path).replace("\\", "/").endswith("coco/val2017.txt") for path in spec.val),
+        final_keywords(spec),
     )
+
+
+def final_keywords(spec: DataSpec) -> dict[str, Any]:
+    """Returns keywords of `evaluate` for the last validation: on COCO its NMS threshold and a results file."""
+    categories = category_ids(spec.val, spec.nc)
+    if categories != COCO80_TO_91:
+        return {}
+    annotations = spec.root / "annotations" / "instances_val2017.json"
+    json = {"save_json": True, "json_name": "best_predictions.json", "categories": categories}
+    return {"iou_thres": COCO_IOU_THRES, "annotations": annotations, **json}
 
 
 def settle_weights(model: nn.Module, table: LabelTable, hyp: Hyp, options: Namespace) -> None:

@@ -1,0 +1,186 @@
+"""val.py from the command line and from Python: golden figures, defaults, what is written, mistakes refused."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import val
+from models.load import read_weights
+from models.yolo import Model
+from utils.checkpoint import save_checkpoint
+from utils.checks import UserError
+from utils.eval import evaluate
+from utils.files import ROOT, write_yaml
+
+NAMES = {0: "cat", 1: "dog", 2: "cow"}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Four small images with a box each, as a data set YAML."""
+    generator = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    for index in range(4):
+        image = generator.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / "set" / "images" / f"{index}.png"), image)
+        (tmp_path / "set" / "labels" / f"{index}.txt").write_text(f"{index % 3} 0.5 0.5 0.4 0.6\n")
+    file = tmp_path / "set" / "data.yaml"
+    write_yaml(file, {"path": str(tmp_path / "set"), "train": "images", "val": "images", "names": NAMES})
+    return file
+
+
+@pytest.fixture
+def weights(tmp_path, data):
+    """An untrained yolov5n for the three classes that says it was trained on `data` at 64 pixels."""
+    torch.manual_seed(0)
+    model = Model("yolov5n.yaml", nc=3)
+    checkpoint = {
+        "format": "yolov5-slim",
+        "format_version": 1,
+        "epoch": -1,
+        "model": model.state_dict(),
+        "ema": None,
+        "yaml": model.yaml,
+        "names": NAMES,
+        "nc": 3,
+        "stride": [8, 16, 32],
+        "opt": {"imgsz": 64},
+        "hyp": {},
+        "data": str(data),
+    }
+    file = tmp_path / "best.pt"
+    save_checkpoint(file, checkpoint)
+    assert read_weights(file).source == "ours"
+    return file
+
+
+def run(tmp_path, **options):
+    return val.run(**{"device": "cpu", "workers": 0, "project": str(tmp_path / "runs"), "imgsz": 64, **options})
+
+
+def test_checkpoint_of_ours_needs_no_data_option(tmp_path, weights):
+    figures, maps, speed = run(tmp_path, weights=str(weights), save_txt=True, save_json=True, save_conf=True)
+    assert len(figures) == 7 and all(0 <= value <= 1 for value in figures)
+    assert maps.shape == (3,) and len(speed) == 3
+    folder = tmp_path / "runs" / "exp"
+    written = {path.name for path in folder.iterdir()}
+    assert {"PR_curve.png", "confusion_matrix.png", "val_batch0_pred.jpg", "best_predictions.json"} <= written
+    assert {path.stem for path in (folder / "labels").iterdir()} <= {"0", "1", "2", "3"}
+    assert all(row["image_id"] in range(4) for row in json.loads((folder / "best_predictions.json").read_text()))
+
+
+def test_runs_are_numbered_and_noplots_draws_nothing(tmp_path, weights):
+    for _ in range(2):
+        run(tmp_path, weights=str(weights), plots=False)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["exp", "exp2"]
+    assert not list((tmp_path / "runs" / "exp").iterdir())
+
+
+def test_reduced_precision_and_batch_size_change_little(tmp_path, weights):
+    plain = run(tmp_path, weights=str(weights), plots=False)[0]
+    assert run(tmp_path, weights=str(weights), plots=False, bf16=True)[0] == pytest.approx(plain, abs=0.05)
+    assert run(tmp_path, weights=str(weights), plots=False, batch_size=1)[0] == pytest.approx(plain, abs=1e-3)
+
+
+def test_single_class_takes_any_data_set(tmp_path, weights):
+    figures, maps, _ = run(tmp_path, weights=str(weights), single_cls=True, plots=False)
+    assert maps.shape == (1,)
+
+
+def test_size_is_rounded_up_and_the_trained_size_named(tmp_path, weights, caplog):
+    with caplog.at_level(logging.INFO, "yolov5"):
+        run(tmp_path, weights=str(weights), imgsz=70, plots=False)
+    assert "--img-size 70 must be a multiple of the model's stride 32" in caplog.text
+    assert "trained at 64" in caplog.text
+
+
+def other_classes(data):
+    file = data.with_name("two.yaml")
+    write_yaml(file, {"path": str(data.parent), "train": "images", "val": "images", "names": ["cat", "dog"]})
+    return file
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"half": True}, "--half .* needs a CUDA GPU"),
+        ({"half": True, "bf16": True}, "choose one"),
+        ({"task": "test"}, "test"),
+        ({"weights": "nosuch.pt"}, "nosuch.pt"),
+        ({"data": "nosuch.yaml"}, "nosuch.yaml"),
+        ({"iou_thress": 0.5}, "unknown option 'iou_thress'.*iou_thres"),
+        ({"data": other_classes}, "knows 3 classes, .*two.yaml has 2"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, weights, data, options, message):
+    options = {key: str(value(data)) if callable(value) else value for key, value in options.items()}
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, **{"weights": str(weights), **options})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_original_checkpoint_without_data_is_refused(tmp_path, golden_dir):
+    with pytest.raises(UserError, match="give --data"):
+        run(tmp_path, weights=str(golden_dir / "yolov5n-v6-coco.pt"))
+
+
+def test_names_that_differ_are_pointed_out(tmp_path, weights, data, caplog):
+    file = data.with_name("renamed.yaml")
+    names = {0: "cat", 1: "hound", 2: "cow"}
+    write_yaml(file, {"path": str(data.parent), "train": "images", "val": "images", "names": names})
+    with caplog.at_level(logging.WARNING, "yolov5"):
+        run(tmp_path, weights=str(weights), data=str(file), plots=False)
+    assert "'hound' was 'dog'" in caplog.text
+
+
+def test_high_confidence_threshold_is_warned_of(tmp_path, weights, caplog):
+    with caplog.at_level(logging.WARNING, "yolov5"):
+        run(tmp_path, weights=str(weights), conf_thres=0.25, plots=False)
+    assert "mAP comes out too low" in caplog.text
+
+
+def test_help_is_free_of_torch_and_prefixes_work():
+    code = (
+        "import sys, val\n"
+        "options = val.build_parser().parse_args('--batch 2 --conf 0.001 --iou 0.65 --img 64'.split())\n"
+        "assert (options.batch_size, options.conf_thres, options.iou_thres, options.imgsz) == (2, 0.001, 0.65, 64)\n"
+        "heavy = {'torch', 'cv2', 'numpy', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_command_line_says_what_is_wrong_without_a_traceback(tmp_path):
+    text = tmp_path / "text.pt"
+    text.write_text("not a checkpoint")
+    done = subprocess.run([sys.executable, "val.py", "--weights", text], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "text.pt" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_golden_figures_on_coco128(tmp_path, golden_dir, datasets_dir, monkeypatch):
+    """YOLOv5 7.0's four figures within 0.001; COCO's own mAP within 0.003 of ours."""
+    results = []
+    measured = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **kw: results.append(measured(*args, **kw)) or results[-1])
+    figures, _, _ = val.run(
+        datasets_dir / "coco128" / "coco128.yaml",
+        weights=str(golden_dir / "yolov5n-v6-coco.pt"),
+        batch_size=16,
+        device="cpu",
+        coco_metrics=True,
+        plots=False,
+        project=str(tmp_path),
+    )
+    golden = json.loads((golden_dir / "val_coco128.json").read_text())
+    ours = dict(zip(("P", "R", "mAP50", "mAP50-95"), figures[:4], strict=True))
+    assert ours == pytest.approx(golden, abs=0.001)
+    assert results[0].coco.ap == pytest.approx(ours["mAP50-95"], abs=0.003)
