@@ -99,9 +99,9 @@ def validate(options: argparse.Namespace) -> EvalResult:
     weights = read_weights(path)
     spec = load_spec(options.data or training_data(weights, path), need=(options.task,))
     check_classes(weights, spec, options.single_cls, path)
-    loader = make_loader(options, weights, spec)
+    loader = make_loader(options, weights, spec).start()  # it decodes while the model is built
     model = model_from(weights).fuse()
-    LOGGER.info(f"{device_line(device)}\n{path}: {model.info(loader.dataset.imgsz)}")
+    LOGGER.info(f"{device_line(device)}\n{path}: {model.info(gflops=False)}")
     save_dir = increment_path(Path(options.project) / options.name, options.exist_ok, mkdir=True)
     try:
         result = evaluate(

@@ -138,7 +138,7 @@ def load_model(weights: str | Path, device: str | torch.device = "cpu", fuse: bo
     if fuse:
         LOGGER.info("Fusing layers... ")
         model.fuse()
-        LOGGER.info(model.info())
+        LOGGER.info(model.info(gflops=False))
     return model.to(device)
 
 

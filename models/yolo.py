@@ -31,7 +31,7 @@ from utils.files import ROOT
 from utils.log import LOGGER, progress
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03  # part of the trained weights' meaning, though no state dict holds them
-STRIDE_IMAGE_PX = 256  # side of the image on which strides are measured
+STRIDE_IMAGE_PX = 128  # side of the image on which strides are measured: the largest stride there is (P7)
 INPLACE_ACTIVATIONS = (nn.Hardswish, nn.LeakyReLU, nn.ReLU, nn.ReLU6, nn.SiLU)
 
 
@@ -292,13 +292,13 @@ class Model(nn.Module):
         """Folds batch norm into the convolutions, in place, and returns the model, which then only evaluates."""
         return fold_model(self)
 
-    def info(self, imgsz: int = 640) -> str:
-        """Returns the summary line: modules, parameters, trained ones, and, where thop is, GFLOPs at `imgsz`."""
+    def info(self, imgsz: int = 640, gflops: bool = True) -> str:
+        """Returns the summary line: modules, parameters, trained ones and GFLOPs (thop's, half a second) at `imgsz`."""
         parameters = list(self.parameters())
         total = sum(parameter.numel() for parameter in parameters)
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        gflops = count_gflops(self, imgsz)
-        cost = "" if gflops is None else f", {gflops:.1f} GFLOPs"
+        counted = count_gflops(self, imgsz) if gflops else None
+        cost = "" if counted is None else f", {counted:.1f} GFLOPs"
         layers = sum(1 for _ in self.modules())
         return f"Model Summary: {layers} layers, {total} parameters, {trained} gradients{cost}"
 

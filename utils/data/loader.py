@@ -164,6 +164,7 @@ class DetectionLoader:
         self.sampler = EpochSampler(dataset, shuffle)
         self.collate = Collate(dataset.seed, quad)
         self._loader: DataLoader | None = None
+        self._ahead: Iterator[Batch | Failure] | None = None  # of an iteration that was started but not entered yet
 
     @property
     def batch_size(self) -> int:
@@ -180,15 +181,25 @@ class DetectionLoader:
         Raises:
             UserError: an image is gone or was damaged since the labels were read.
         """
-        if self._loader is None:
-            self._loader = self._make_loader()
-        for batch in self._loader:
+        self.start()
+        batches, self._ahead = self._ahead, None
+        for batch in batches:
             if isinstance(batch, Failure):
                 raise UserError(batch.message)
             yield batch
 
+    def start(self) -> DetectionLoader:
+        """Lets the workers begin with the epoch that was set, ahead of its iteration; returns the loader."""
+        if self._loader is None:
+            self._loader = self._make_loader()
+        if self._ahead is None:
+            self._ahead = iter(self._loader)
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch the next iteration is of."""
+        if epoch != self.sampler.epoch:
+            self._ahead = None
         self.sampler.epoch = epoch
 
     def set_image_weights(self, weights: np.ndarray) -> None:
@@ -198,7 +209,7 @@ class DetectionLoader:
 
     def drop_workers(self) -> None:
         """Ends the worker processes; another iteration starts new ones."""
-        self._loader = None
+        self._loader = self._ahead = None
 
     close = drop_workers
 
