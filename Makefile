@@ -36,10 +36,11 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements-extras.txt $(VENV)/.in
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
-	$(PY) train.py --cfg yolov5n-slimneck.yaml --data shapes.yaml --hyp hyp.demo.yaml --optimizer AdamW --img 224 \
+	$(PY) train.py --cfg yolov5n-slimneck.yaml --data shapes.yaml --hyp hyp.demo.yaml --optimizer AdamW --img 192 \
 		--epochs 40 --batch-size 8 --project $(DEMO) --name train
-	$(PY) val.py --weights $(DEMO)/train/weights/best.pt --data shapes.yaml --img 224 --project $(DEMO) --name val
-	$(PY) detect.py --weights $(DEMO)/train/weights/best.pt --source data/images --img 320 --project $(DEMO) --name detect
+	$(PY) val.py --weights $(DEMO)/train/weights/best.pt --data shapes.yaml --img 192 --project $(DEMO) --name val
+	$(PY) detect.py --weights $(DEMO)/train/weights/best.pt --source data/images --img 320 \
+		--conf-thres 0.4 --line-thickness 2 --project $(DEMO) --name detect
 	@echo
 	@echo "Done. Look at"
 	@echo "  $(DEMO)/detect/                           the sample images with what was found"

@@ -110,11 +110,12 @@ def train(hyp: Any, options: argparse.Namespace, callbacks: Any, checkpoint: dic
         checkpoint: of the run to be resumed.
     """
     from utils.data.spec import load_spec
-    from utils.devices import device_line, select_device
+    from utils.devices import device_line, prepare_cpu_memory, select_device
     from utils.train import setup
     from utils.train.engine import Trainer
 
     device = select_device(options.device, options.batch_size)
+    prepare_cpu_memory(device)
     LOGGER.info(device_line(device) + "\n")
     spec = load_spec(options.data)
     names = {0: "item"} if options.single_cls and spec.nc != 1 else spec.names

@@ -85,11 +85,12 @@ def validate(options: argparse.Namespace) -> EvalResult:
 
     from models.load import model_from, read_weights
     from utils.data.spec import load_spec
-    from utils.devices import device_line, select_device
+    from utils.devices import device_line, prepare_cpu_memory, select_device
     from utils.eval.coco import category_ids, require_coco_tools
     from utils.eval.evaluate import evaluate
 
     device = select_device(options.device, options.batch_size)
+    prepare_cpu_memory(device)
     dtype = precision(options, device)
     if options.coco_metrics:
         require_coco_tools()  # missed before the work, not after it

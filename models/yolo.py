@@ -290,7 +290,7 @@ class Model(nn.Module):
 
     def fuse(self) -> Model:
         """Folds batch norm into the convolutions, in place, and returns the model, which then only evaluates."""
-        return fold_model(self)
+        return fold_model(self).requires_grad_(False)
 
     def info(self, imgsz: int = 640, gflops: bool = True) -> str:
         """Returns the summary line: modules, parameters, trained ones and GFLOPs (thop's, half a second) at `imgsz`."""

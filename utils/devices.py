@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -11,6 +12,8 @@ import torch
 from utils.checks import UserError
 
 AMP_MODES = ("auto", "off", "fp16", "bf16")
+# mallopt(3): M_MMAP_MAX (-4) no blocks mapped on their own, M_TRIM_THRESHOLD (-1) never, M_TOP_PAD (-2) grow by 64 MiB
+GLIBC_KEEPS_MEMORY = {-4: 0, -1: -1, -2: 64 << 20}
 
 
 def select_device(device: str = "", batch_size: int = 0) -> torch.device:
@@ -73,6 +76,22 @@ def resolve_amp(mode: str, device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else None
+
+
+def prepare_cpu_memory(device: torch.device) -> bool:
+    """Lets a process that computes on the CPU keep the memory it frees, where the C library is glibc.
+
+    Every batch takes and frees hundreds of megabytes. By default glibc hands large blocks back to the kernel, which
+    maps and clears them anew for the next batch: a quarter of the time of a forward pass. The process then stays at
+    its peak size until it ends.
+
+    Returns:
+        Whether anything was changed.
+    """
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return all(libc.mallopt(parameter, value) == 1 for parameter, value in GLIBC_KEEPS_MEMORY.items())
 
 
 def cpu_has_bf16() -> bool:

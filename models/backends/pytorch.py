@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.backends.base import Backend, LayerHook
 from models.load import load_model
 from utils.checks import grid_stride
-from utils.devices import device_line, select_device
+from utils.devices import device_line, prepare_cpu_memory, select_device
 from utils.log import LOGGER
 
 
@@ -67,6 +67,7 @@ def load(weights: str | Path, device: str = "", half: bool = False) -> PyTorchBa
         UserError: no checkpoint, or an unknown device.
     """
     chosen = select_device(device)
+    prepare_cpu_memory(chosen)
     LOGGER.info(device_line(chosen))
     if half and chosen.type != "cuda":
         LOGGER.warning(f"WARNING: --half needs a CUDA device; computing in float32 on {chosen.type}.")

@@ -1,11 +1,18 @@
 """Which device a name stands for, and which precision mixed precision takes on it."""
 
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from utils import devices
 from utils.checks import UserError
-from utils.devices import device_line, resolve_amp, select_device
+from utils.devices import device_line, prepare_cpu_memory, resolve_amp, select_device
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -100,3 +107,24 @@ def test_a_precision_that_cannot_be_is_refused(mode, device, reason):
 def test_the_device_line_names_versions_and_threads():
     line = device_line(torch.device("cpu"))
     assert f"torch-{torch.__version__} CPU" in line and f"{torch.get_num_threads()} threads" in line
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_cpu_process_keeps_its_memory():
+    """Freed blocks stay with the process: its size does not fall when a large tensor goes."""
+    program = (
+        "import torch\n"
+        "from utils.devices import prepare_cpu_memory\n"
+        "def pages(): return int(open('/proc/self/statm').read().split()[1])\n"
+        "changed = prepare_cpu_memory(torch.device('cpu'))\n"
+        "tensor = torch.ones(64 << 20, dtype=torch.uint8)\n"
+        "full = pages()\n"
+        "del tensor\n"
+        "print(changed, full - pages() < 1000)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+def test_other_devices_are_left_alone():
+    assert prepare_cpu_memory(torch.device("cuda")) is False

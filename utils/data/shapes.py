@@ -52,7 +52,7 @@ class Sample(NamedTuple):
 SAMPLES = (
     Sample("shapes-wide.jpg", 640, 480, 5),
     Sample("shapes-tall.jpg", 480, 640, 8),
-    Sample("shapes-square.jpg", 512, 512, 7),
+    Sample("shapes-square.jpg", 512, 512, 1),
 )
 
 

@@ -18,7 +18,7 @@ from utils.data import shapes
 from utils.data.scenes import NAMES, render_scene
 
 ROOT = Path(__file__).resolve().parents[3]
-PINNED_ROWS, PINNED_FIRST_ROW = 1303, (1, 0.962109, 0.442578, 0.074219, 0.071094)
+PINNED_ROWS, PINNED_FIRST_ROW = 1159, (1, 0.962109, 0.442578, 0.074219, 0.071094)
 FOLDERS = ("images/train", "images/val", "labels/train", "labels/val")
 
 
