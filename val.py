@@ -89,8 +89,7 @@ def validate(options: argparse.Namespace) -> EvalResult:
     from utils.eval.coco import category_ids, require_coco_tools
     from utils.eval.evaluate import evaluate
 
-    device = select_device(options.device, options.batch_size)
-    prepare_cpu_memory(device)
+    prepare_cpu_memory(device := select_device(options.device, options.batch_size))
     dtype = precision(options, device)
     if options.coco_metrics:
         require_coco_tools()  # missed before the work, not after it

@@ -16,7 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 WINDOW = 64
 # the default hyperparameters, hyp.scratch-low.yaml
@@ -26,7 +27,7 @@ DEFAULT_SETS = ("coco128/images/train2017:640", "bccd/images/train:320")
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    datasets = Path(os.environ.get("DATASETS_DIR", "../datasets"))
+    datasets = Path(os.environ.get("DATASETS_DIR", ROOT / "../shared/datasets"))
     default = [str(datasets / name) for name in DEFAULT_SETS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(

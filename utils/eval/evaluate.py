@@ -31,6 +31,7 @@ from utils.eval.coco import (
 )
 from utils.eval.confusion import ConfusionMatrix
 from utils.eval.metrics import IOU_THRESHOLDS, APResult, average_precisions, fitness, match_detections
+from utils.eval.plots import load_libraries, plot_evaluation
 from utils.eval.report import HEADER, LabelWriter, speed_line, table_rows
 from utils.log import LOGGER, progress
 from utils.nms import non_max_suppression
@@ -305,6 +306,8 @@ class _Pictures:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="pictures")
 
     def __enter__(self) -> _Pictures:
+        if self._limit:
+            self._pending.append(self._pool.submit(load_libraries))
         return self
 
     def __exit__(self, exception_type: type | None, *_: Any) -> None:
@@ -373,8 +376,6 @@ def _report(result: EvalResult, names: Mapping[int, str], settings: EvalOptions,
 
 def _plot(result: EvalResult, names: Mapping[int, str], settings: EvalOptions) -> None:
     """Draws curves and confusion matrix."""
-    from utils.eval.plots import plot_evaluation
-
     plot_evaluation(result.details, result.confusion, names, settings.save_dir)
 
 
