@@ -14,7 +14,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -66,23 +65,21 @@ def main() -> None:
     """Runs the campaign; exits with status 1 at the first promise that does not hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--seconds", type=float, nargs=2, default=[4, 9], help="when to kill, start-up included")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         last_epoch = f"epoch{options.epochs - 1}.pt"
         common = [*RUN, "--epochs", str(options.epochs), "--save-period", "1", "--project", folder]
-        started = time.monotonic()
         subprocess.run([*TRAIN, *common, "--name", "whole"], check=True, stderr=subprocess.DEVNULL)
-        whole_seconds = time.monotonic() - started
         run, kills = Path(folder) / "killed", 0
         command = [*TRAIN, *common, "--name", "killed", "--exist-ok"]
         while kills < options.kills:
-            moment = moments.uniform(0.3, 1.0) * whole_seconds / options.kills + whole_seconds / 4
+            moment = moments.uniform(*options.seconds)
             if not killed_run(command, moment):
-                print(f"the run ended after {kills} kills: more --epochs are needed for {options.kills}")
-                break
+                sys.exit(f"the run ended after {kills} kills: more --epochs are needed for {options.kills}")
             kills += 1
             saved, on_record = saved_epochs(run), finished_epochs(run)
             print(f"kill {kills:2d} after {moment:5.1f} s: {on_record} epochs on record, {saved} saved")

@@ -43,7 +43,9 @@ def tensors_of(value, prefix: str = "") -> dict[str, torch.Tensor]:
 
 def assert_same_state(first: Path, second: Path) -> None:
     states = [load_checkpoint(path) for path in (first, second)]
-    one, other = (tensors_of({key: state[key] for key in ("model", "ema", "optimizer")}) for state in states)
+    one, other = (
+        tensors_of({key: state[key] for key in ("model", "ema", "optimizer", "generators")}) for state in states
+    )
     assert one.keys() == other.keys()
     assert len(one) > 500
     different = [name for name in one if not torch.equal(one[name], other[name])]

@@ -100,6 +100,8 @@ class Trainer:
         self.maps = np.zeros(detect.nc)  # mAP50-95 of each class at the last validation
         self.best_fitness = 0.0
         self.last_step = -1  # iteration of the last optimizer step
+        # of torch's own generator, which no layer here reads, but one of somebody's may (dropout)
+        self.rng_state = torch.Generator().manual_seed(options.seed).get_state()
         self.epoch = -1  # the last finished epoch
         self.complete = False  # whether that was the run's last
         if checkpoint:
@@ -118,7 +120,8 @@ class Trainer:
         """
         started, first = time.monotonic(), self.epoch + 1
         self._announce()
-        with deterministic_algorithms(self.device):
+        with deterministic_algorithms(self.device), torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.rng_state)
             self.callbacks.run("on_train_start")
             while not self.complete:
                 items = self._train_epoch(self.epoch + 1)
@@ -324,7 +327,7 @@ class Trainer:
         self.validation, self.maps = schedule["validation"], np.array(schedule["maps"])
         self.loss.load_state_dict(schedule["loss"])
         self.stopper.load_state_dict(checkpoint["stopper"])
-        torch.set_rng_state(checkpoint["generators"]["torch"])
+        self.rng_state = checkpoint["generators"]["torch"]
         self.best_fitness, self.epoch = checkpoint["best_fitness"], checkpoint["epoch"]
 
     def _save(self, epoch: int, is_best: bool) -> None:
