@@ -169,12 +169,6 @@ def _minimum(first: Array, second: Array) -> Array:
     return -_maximum(-first, -second)
 
 
-def segments2boxes(segments: Sequence[np.ndarray]) -> np.ndarray:
-    """Polygons [(k, 2), ...] to their enclosing boxes xywh (n, 4), in the polygons' own unit."""
-    corners = [(*points.min(axis=0), *points.max(axis=0)) for points in segments]
-    return xyxy2xywh(np.array(corners, dtype=np.float32).reshape(-1, 4))
-
-
 def resample_segment(points: np.ndarray, count: int = 1000) -> np.ndarray:
     """Returns `count` points (count, 2) at equal steps of index along the closed polygon `points` (k, 2)."""
     closed = np.concatenate([points, points[:1]], axis=0)

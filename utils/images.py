@@ -308,21 +308,8 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(rgb[:, :, ::-1])
 
 
-def resize_long_side(image: np.ndarray, size: int, augment: bool = False) -> np.ndarray:
-    """Resizes so that the long side is `size` px; the other side rounds up.
-
-    Bilinear when augmenting or enlarging, area averaging when shrinking for evaluation.
-    """
-    height, width = image.shape[:2]
-    ratio = size / max(height, width)
-    if ratio == 1:
-        return image
-    method = cv2.INTER_LINEAR if augment or ratio > 1 else cv2.INTER_AREA
-    return cv2.resize(image, resized_wh((width, height), size), interpolation=method)
-
-
 def resized_wh(size_wh: Sequence[int], long_side: int) -> tuple[int, int]:
-    """Returns (width, height) after `resize_long_side`: each at most `long_side`, rounded up."""
+    """Returns (width, height) of an image whose long side becomes `long_side`: the other side rounds up."""
     ratio = long_side / max(size_wh)
     return tuple(min(math.ceil(side * ratio), long_side) for side in size_wh)
 

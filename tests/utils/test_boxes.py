@@ -176,12 +176,6 @@ def test_the_aspect_weight_of_ciou_is_a_constant_to_the_gradient():
     assert box.grad[0, 2].item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_segments_become_their_enclosing_boxes():
-    triangle, line = np.array([[0.0, 0], [4, 0], [2, 6]]), np.array([[1.0, 1], [3, 1]])
-    np.testing.assert_allclose(boxes.segments2boxes([triangle, line]), [[2, 3, 4, 6], [2, 1, 2, 0]])
-    assert boxes.segments2boxes([]).shape == (0, 4)
-
-
 def test_a_polygon_is_resampled_along_its_closed_line():
     square = np.array([[0.0, 0], [4, 0], [4, 4], [0, 4]])
     expected = [[0, 0], [2, 0], [4, 0], [4, 2], [4, 4], [2, 4], [0, 4], [0, 2], [0, 0]]

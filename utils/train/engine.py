@@ -182,11 +182,11 @@ class Trainer:
             images = self._rescaled(images, iteration)
         with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             outputs = self.model(images)
-        total, items = self.loss(outputs, batch.targets.to(self.device))
-        items = items.cpu()
-        if not torch.isfinite(items).all():
-            raise self._not_finite(source, dict(zip(TERMS, items.tolist(), strict=True)))
-        self.scaler.scale(total * 4 if self.options.quad else total).backward()
+        loss = self.loss(outputs, batch.targets.to(self.device))
+        items, term = loss.items.cpu(), loss.bad_term()
+        if term:
+            raise self._not_finite(source, term, items[TERMS.index(term)].item())
+        self.scaler.scale(loss.total * 4 if self.options.quad else loss.total).backward()
         if iteration - self.last_step >= settings.accumulate:
             self._step(source)
             self.last_step = iteration
@@ -198,7 +198,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         if not self.scaler.is_enabled() and not torch.isfinite(norm):  # the scaler skips such steps by itself
-            raise self._not_finite(source, {"gradient norm": norm.item()})
+            raise self._not_finite(source, "gradient norm", norm.item())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -240,9 +240,8 @@ class Trainer:
         used = torch.cuda.memory_reserved(self.device) / 1e9 if self.device.type == "cuda" else 0
         return f"{used:.3g}G"
 
-    def _not_finite(self, source: BatchSource, values: dict[str, float]) -> UserError:
+    def _not_finite(self, source: BatchSource, term: str, value: float) -> UserError:
         """Returns the error that stops a run whose numbers are lost, naming where and on which images."""
-        term, value = next((name, value) for name, value in values.items() if not np.isfinite(value))
         images = ", ".join(source.paths[:8]) + (f" and {len(source.paths) - 8} more" if len(source.paths) > 8 else "")
         return UserError(
             f"training stopped: {term} is {value} in epoch {source.epoch}, batch {source.index} (images {images}). "
