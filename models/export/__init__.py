@@ -1,0 +1,1 @@
+"""Exports of a checkpoint, one file per format; `formats` lists them."""
