@@ -150,7 +150,7 @@ def test_help_is_free_of_torch_and_prefixes_work():
     code = (
         "import sys, val\n"
         "options = val.build_parser().parse_args('--batch 2 --conf 0.001 --iou 0.65 --img 64'.split())\n"
-        "assert (options.batch_size, options.conf_thres, options.iou_thres, options.imgsz) == (2, 0.001, 0.65, 64)\n"
+        "assert (options.batch_size, options.conf_thres, options.iou_thres, options.imgsz) == (2, 0.001, 0.65, [64])\n"
         "heavy = {'torch', 'cv2', 'numpy', 'matplotlib', 'pandas'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -60,6 +60,10 @@ class ImageError(Exception):
     """One image that cannot be used; the text says why, without its path."""
 
 
+class ImageTooLargeError(ImageError):
+    """An image whose header states more pixels than Pillow would decode: a decompression bomb, or nearly."""
+
+
 class ImageInfo(NamedTuple):
     """What a header says, after EXIF orientation."""
 
@@ -112,7 +116,11 @@ def read_image(path: str | Path, min_side_hint: int | None = None) -> np.ndarray
     Raises:
         ImageError: unreadable, damaged or truncated.
     """
-    data = _read_bytes(path)
+    return decode_image(_read_bytes(path), min_side_hint)
+
+
+def decode_image(data: bytes, min_side_hint: int | None = None) -> np.ndarray:
+    """Decodes an image file's content as `read_image` does."""
     header = _read_header(data)
     _check_end(data, header)
     return _decode(data, header, min_side_hint)
@@ -124,7 +132,16 @@ def image_size(path: str | Path) -> ImageInfo:
     Raises:
         ImageError: not an image, or its header is damaged.
     """
-    return _read_header(_read_bytes(path)).upright
+    return image_info(_read_bytes(path))
+
+
+def image_info(data: bytes) -> ImageInfo:
+    """Reads size and format from the header of an image file's content, as `image_size` does.
+
+    Raises:
+        ImageError: not an image, or its header is damaged; `ImageTooLargeError` where Pillow refuses its size.
+    """
+    return _read_header(data).upright
 
 
 def check_image(path: str | Path) -> ImageInfo:
@@ -177,6 +194,8 @@ def _read_header(data: bytes) -> _Header:
             if kind == "tiff":  # some versions of Pillow swap the sides by themselves, some do not
                 width, height = image.tag_v2[_TIFF_WIDTH_TAG], image.tag_v2[_TIFF_HEIGHT_TAG]
             return _Header(width, height, kind, _orientation(image, data), 0)
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError("has too many pixels to be decoded safely") from error
     except _DAMAGE as error:
         raise ImageError(f"is not a readable image ({_reason(error)})") from error
 
@@ -308,10 +327,11 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(rgb[:, :, ::-1])
 
 
-def resized_wh(size_wh: Sequence[int], long_side: int) -> tuple[int, int]:
-    """Returns (width, height) of an image whose long side becomes `long_side`: the other side rounds up."""
-    ratio = long_side / max(size_wh)
-    return tuple(min(math.ceil(side * ratio), long_side) for side in size_wh)
+def resized_wh(size_wh: Sequence[int], new_shape: int | Sequence[int]) -> tuple[int, int]:
+    """Returns (width, height) of an image scaled to fit a square of side `new_shape`, or (height, width); rounds up."""
+    target_h, target_w = (new_shape, new_shape) if isinstance(new_shape, int) else new_shape
+    ratio = min(target_w / size_wh[0], target_h / size_wh[1])
+    return (min(math.ceil(size_wh[0] * ratio), target_w), min(math.ceil(size_wh[1] * ratio), target_h))
 
 
 def letterbox_geometry(

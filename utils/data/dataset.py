@@ -63,7 +63,7 @@ class DetectionDataset(Dataset):
     def __init__(
         self,
         table: LabelTable,
-        imgsz: int,
+        imgsz: int | tuple[int, int],
         *,
         augment: AugmentParams | None,
         rect: bool = False,
@@ -79,7 +79,7 @@ class DetectionDataset(Dataset):
 
         Args:
             table: images and labels.
-            imgsz: long side of the images, px.
+            imgsz: long side of the images, px; for evaluation without `rect` also the (height, width) of all of them.
             augment: hyperparameters for training; None for evaluation.
             rect: give each batch the smallest shape that its images' aspect ratios allow; no mosaics then.
             batch_size: images in a batch; more than N counts as N.
@@ -93,6 +93,8 @@ class DetectionDataset(Dataset):
         Raises:
             UserError: an image is gone, or there is no room for the cache.
         """
+        if not isinstance(imgsz, int) and (rect or augment is not None):
+            raise ValueError(f"{imgsz}: images of a given height and width are for evaluation without rect")
         batch_size = max(min(batch_size, len(table)), 1)
         self.batch_shapes_hw = None
         if rect:
@@ -105,7 +107,8 @@ class DetectionDataset(Dataset):
         self.batch_size = batch_size
         self.seed = seed
         self.image_weights: np.ndarray | None = None
-        self.plan = plan or PartnerPlan.for_images(len(table), batch_size, imgsz)
+        long_side = imgsz if isinstance(imgsz, int) else max(imgsz)
+        self.plan = plan or PartnerPlan.for_images(len(table), batch_size, long_side)
         self.images = make_source(table, imgsz, augment is not None, cache, prefix)
         self.albumentations = augment is not None and albumentations_available(prefix)
         self._mosaic = augment is not None and not rect and augment.mosaic > 0
@@ -265,7 +268,9 @@ def rectangular_batches(
     return order, (np.ceil(shares_hw * imgsz / stride + pad) * stride).astype(np.int64)
 
 
-def make_source(table: LabelTable, imgsz: int, augment: bool, cache: str | None, prefix: str) -> ImageSource:
+def make_source(
+    table: LabelTable, imgsz: int | tuple[int, int], augment: bool, cache: str | None, prefix: str
+) -> ImageSource:
     """Returns where images are read from; a cache is filled before."""
     files = ImageFiles(table, imgsz, augment)
     if cache is None:

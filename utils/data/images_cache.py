@@ -44,8 +44,11 @@ class ImageFiles:
     pixels, as detection does.
     """
 
-    def __init__(self, table: LabelTable, imgsz: int, augment: bool) -> None:
-        """Reads the images of `table` with their long sides at `imgsz` px, the training way if `augment`."""
+    def __init__(self, table: LabelTable, imgsz: int | tuple[int, int], augment: bool) -> None:
+        """Reads the images of `table` with their long sides at `imgsz` px, the training way if `augment`.
+
+        For evaluation `imgsz` may be (height, width) that the images are scaled to fit.
+        """
         self.table = table
         self.imgsz = imgsz
         self.augment = augment

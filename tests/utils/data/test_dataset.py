@@ -143,3 +143,29 @@ def test_image_weights_must_fit(pictures):
     for weights in (np.ones(3), -np.ones(21), np.full(21, np.nan)):
         with pytest.raises(ValueError, match="21 finite numbers"):
             dataset.set_image_weights(weights)
+
+
+def test_every_image_is_padded_to_a_given_height_and_width(pictures):
+    dataset = DetectionDataset(pictures, (64, 128), augment=None, batch_size=4)
+    items = [dataset[SampleKey(0, index, index)] for index in range(len(dataset))]
+    assert {tuple(item.image.shape) for item in items} == {(3, 64, 128)}
+    assert [item.path for item in items] == list(pictures.image_paths)  # not sorted by shape
+    wide, high, strip = items[0], items[1], items[3]  # 128 x 96, 96 x 128 and 200 x 50 px
+    assert wide.shape == ((96, 128), pytest.approx((64 / 96, 86 / 128)), (21.0, 0.0))  # 85.3 px rounds up to 86
+    assert high.shape == ((128, 96), (0.5, 0.5), (40.0, 0.0))
+    assert strip.shape == ((50, 200), (0.64, 0.64), (0.0, 16.0))
+    x, y, w, h = high.targets[0, 2:].tolist()
+    assert (x, y, w, h) == pytest.approx((0.5, 0.5, 0.4 * 48 / 128, 0.6), abs=1e-6)
+
+
+def test_a_given_square_is_the_same_as_its_side(pictures):
+    by_side = DetectionDataset(pictures, 96, augment=None)
+    by_both = DetectionDataset(pictures, (96, 96), augment=None)
+    keys = [SampleKey(0, index, index) for index in range(len(pictures))]
+    assert same_items([by_side[key] for key in keys], [by_both[key] for key in keys])
+
+
+@pytest.mark.parametrize("options", [{"augment": None, "rect": True}, {"augment": FULL}])
+def test_height_and_width_are_for_plain_evaluation_alone(pictures, options):
+    with pytest.raises(ValueError, match="evaluation"):
+        DetectionDataset(pictures, (64, 128), **options)

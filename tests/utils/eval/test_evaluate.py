@@ -213,3 +213,49 @@ def test_options_that_make_no_sense_are_refused():
 def test_speed_line_is_what_scripts_look_for():
     line = speed_line((0.52, 40.16, 3.0), (16, 3, 672, 672))
     assert line == "Speed: 0.5ms pre-process, 40.2ms inference, 3.0ms NMS per image at shape (16, 3, 672, 672)"
+
+
+class Runtime:
+    """A predictor that is no PyTorch module: answers NumPy arrays, and counts what it is asked."""
+
+    def __init__(self, rows, chosen=False):
+        self.rows, self.chosen, self.images, self.waited = np.float32([rows]), chosen, None, 0
+        self.rows.flags.writeable = False
+
+    def preprocess(self, images):
+        self.images = images
+        return "inputs"
+
+    def infer(self, inputs):
+        assert inputs == "inputs"
+        return self.rows
+
+    def synchronize(self):
+        self.waited += 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_runtime_of_numpy_rows_scores_as_a_module_does():
+    runtime = Runtime([EXACT, ELSEWHERE])
+    result = evaluate(runtime, [wide_batch()], names=NAMES)
+    module = evaluate(Scripted([[EXACT, ELSEWHERE]]), [wide_batch()], names=NAMES)
+    assert result.as_tuple() == module.as_tuple()
+    assert isinstance(runtime.images, np.ndarray) and runtime.images.dtype == np.uint8 and runtime.waited == 3
+
+
+def test_detections_chosen_by_the_model_are_taken_as_they_are():
+    """Two boxes that NMS would make one of stay two; the zeros that fill the list up are no detections."""
+    rows = [[34, 46, 94, 82, 0.9, 0], [34, 46, 94, 82, 0.8, 0], [0, 0, 0, 0, 0, 0]]
+    result = evaluate(Runtime(rows, chosen=True), [wide_batch()], names=NAMES, coco_metrics=True)
+    np.testing.assert_allclose(result.records[0].detections[:, 4], [0.9, 0.8])
+    assert result.map == pytest.approx(0.995)
+    result = evaluate(Runtime(rows, chosen=True), [wide_batch()], names=NAMES, coco_metrics=True, conf_thres=0.85)
+    assert len(result.records[0].detections) == 1
+    rows = [[34, 46, 94, 82, 0.9, 1]]
+    assert evaluate(Runtime(rows, chosen=True), [wide_batch()], names=NAMES, single_cls=True).map50 > 0.99
+
+
+def test_quiet_evaluation_logs_nothing(caplog):
+    with caplog.at_level(logging.INFO, "yolov5"):
+        evaluate(Scripted([[EXACT]]), [wide_batch()], names=NAMES, quiet=True)
+    assert not caplog.records
