@@ -16,8 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LONG_FILES = {"models/common.py"}  # a catalogue of blocks
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 SOURCES = sorted(
-    path for pattern in ("*.py", "models/**/*.py", "utils/**/*.py", "benchmarks/**/*.py") for path in ROOT.glob(pattern)
+    path
+    for pattern in ("*.py", "models/**/*.py", "utils/**/*.py", "service/**/*.py", "benchmarks/**/*.py")
+    for path in ROOT.glob(pattern)
 )
+REQUIREMENTS = ("requirements.txt", "requirements-serve.txt")  # what may be imported at the top of a file
 READMES = ("README.md", "README.zh-CN.md")
 UNSAFE_CALLS = {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load_all", "os.system"}
 
@@ -106,8 +109,9 @@ def test_model_table_of_the_readme_agrees_with_the_yaml_headers():
 
 
 def test_requirements_name_every_package_that_is_imported():
-    named = set(re.findall(r"^([\w-]+)", (ROOT / "requirements.txt").read_text(), re.M))
-    packages = {"cv2": "opencv-python", "yaml": "pyyaml", "PIL": "pillow"}
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in REQUIREMENTS]
+    named = set(re.findall(r"^([\w-]+)", "".join(texts), re.M))
+    packages = {"cv2": "opencv-python", "yaml": "pyyaml", "PIL": "pillow", "prometheus_client": "prometheus-client"}
     for path in SOURCES:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

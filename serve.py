@@ -1,0 +1,138 @@
+"""Serve a trained model over HTTP: POST an image, get its objects as JSON; a page for people at `/`.
+
+Examples:
+    python serve.py --weights best.onnx                                                 # then open http://127.0.0.1:5000
+    curl -F image=@photo.jpg http://127.0.0.1:5000/v1/detect                            # JSON
+    curl -F image=@photo.jpg "http://127.0.0.1:5000/v1/detect?annotated=1" -o boxes.jpg # the picture with its boxes
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.checks import UserError
+from utils.cli import echo_options, newest_weights, number, options_from, run_command
+from utils.files import ROOT
+from utils.log import LOGGER, colorstr
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+SHUTDOWN_S = 30  # that requests in progress have left when the service is stopped
+MAX_CONNECTIONS = 1000
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Declares the options and the defaults' only home."""
+    parser = argparse.ArgumentParser("serve.py", description="Serve a trained model over HTTP.")
+    add = parser.add_argument
+    add("--weights", default="", help="checkpoint or exported model; default: the newest runs/train/*/weights/best.pt")
+    add("--imgsz", "--img", "--img-size", nargs="+", type=number(int, 1), default=None, help="default: as exported")
+    add("--conf-thres", type=number(float, 0, 1), default=0.25, help="confidence threshold where a request names none")
+    add("--iou-thres", type=number(float, 0, 1), default=0.45, help="IoU threshold where a request names none")
+    add("--max-det", type=number(int, 1), default=1000, help="most detections per image")
+    add("--device", default="", help="cpu, mps, or a CUDA device such as 0")
+    add("--half", action="store_true", help="compute in float16 (CUDA only)")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    add("--port", type=number(int, 0, 65535), default=5000, help="port to listen on; 0 takes a free one")
+    add("--batch-size", type=number(int, 1), default=8, help="most images in a batch")
+    add("--batch-wait-ms", type=number(float, 0, 1000), default=5, help="longest wait for more images of a batch")
+    add("--max-image-mb", type=number(float, 0.001), default=16, help="largest image file in MB")
+    add("--max-pixels", type=number(float, 1), default=50e6, help="most pixels in an image")
+    add("--queue", type=number(int, 1), default=64, help="most requests in progress; more are told to come back")
+    return parser
+
+
+def run(**keywords: Any) -> None:
+    """Serves from Python's main thread until interrupted: `run(weights="best.onnx", port=8000)`.
+
+    Raises:
+        UserError: what the command line would have refused.
+    """
+    main(options_from(build_parser(), keywords))
+
+
+def main(options: argparse.Namespace) -> None:
+    """Loads the model and serves it until SIGINT or SIGTERM; requests in progress are finished."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} is not installed: pip install -r requirements-serve.txt")
+    echo_options("serve", options)
+    listener = listen(options.host, options.port)  # mistakes are told before a model is loaded
+    try:
+        app = build_app(options)
+        serve_forever(app, listener)
+    finally:
+        listener.close()
+
+
+def build_app(options: argparse.Namespace) -> FastAPI:
+    """Loads the model and makes the application around it."""
+    from models.backends import load_backend
+    from service.app import Batching, create_app
+    from service.predictor import Predictor, Thresholds
+    from service.uploads import Limits
+
+    weights = options.weights or str(newest_weights(ROOT))
+    backend = load_backend(weights, options.device, options.half)
+    predictor = Predictor(backend, options.imgsz, Thresholds(options.conf_thres, options.iou_thres), options.max_det)
+    batch_size = options.batch_size if backend.dynamic else min(options.batch_size, backend.metadata.batch)
+    if batch_size < options.batch_size:
+        LOGGER.info(f"the model was exported for batches of {batch_size}: larger ones would gain nothing")
+    limits = Limits(int(options.max_image_mb * 2**20), int(options.max_pixels), options.queue)
+    return create_app(predictor, Path(weights).name, limits, Batching(batch_size, options.batch_wait_ms / 1000))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens on the address.
+
+    Raises:
+        UserError: no such address, or the port is taken.
+    """
+    if host not in LOCAL_HOSTS:
+        LOGGER.warning(
+            f"WARNING: --host {host} lets other machines in; the service knows no passwords and no encryption. "
+            "Put it behind a firewall or a reverse proxy."
+        )
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}, port {port} ({error.strerror}): choose another --port.") from error
+
+
+def serve_forever(app: FastAPI, listener: socket.socket) -> None:
+    """Serves until the first SIGINT or SIGTERM, then finishes what is in progress; a second SIGINT cuts it off."""
+    import uvicorn
+
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+    for number_ in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it is done: that is no error here
+        signal.signal(number_, _ignore)
+    LOGGER.info(f"Serving on {colorstr(f'http://{shown}:{port}')} (Ctrl-C stops)")
+    uvicorn.Server(config).run(sockets=[listener])
+    LOGGER.info("Stopped.")
+
+
+def _ignore(_signal: int, _frame: object) -> None:
+    """Does nothing at a signal."""
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, build_parser()))

@@ -1,0 +1,280 @@
+"""The service's routes: an image in, boxes or a picture with boxes out; health, metrics, and one page for people.
+
+A request is admitted (or refused at once), read and decoded within limits, letterboxed in a thread, queued, and
+answered; when its client leaves it is dropped. Not here: the server and its options (`serve.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, NamedTuple
+
+import cv2
+import numpy as np
+from fastapi import FastAPI, HTTPException, Query
+from fastapi.exceptions import RequestValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from service.batching import Batcher, InferenceError, Outcome
+from service.guard import HEADERS, Guard
+from service.metrics import CONTENT_TYPE, Metrics
+from service.page import build_page
+from service.predictor import Predictor, Prepared, Thresholds
+from service.uploads import FIELD, Limits, Upload, decode_upload
+from utils.checks import UserError
+from utils.draw import PALETTE, draw_detections
+
+YOLOV5_ROUTE, ROUTE = "/v1/object-detection/yolov5s", "/v1/detect"
+MAX_DECODERS = 4
+JPEG_QUALITY, JPEG_MAX_SIDE = 90, 65_500  # px, the format's own
+RETRY_AFTER_S = 1
+CLIENT_LEFT = 499  # nobody sees it; the number that servers log by custom
+
+Share = Annotated[float | None, Query(ge=0, le=1, allow_inf_nan=False)]
+UPLOAD_SCHEMA = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": [FIELD],
+                    "properties": {FIELD: {"type": "string", "format": "binary"}},
+                }
+            },
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+class Batching(NamedTuple):
+    """How requests are gathered."""
+
+    size: int = 8
+    wait_s: float = 0.005
+
+
+class Service:
+    """A model behind HTTP: what one request goes through.
+
+    Attributes:
+        predictor: the model.
+        limits: what a request may ask for.
+        batcher: the queue before the model.
+        metrics: the counters.
+    """
+
+    def __init__(self, predictor: Predictor, limits: Limits, batching: Batching) -> None:
+        """Prepares a service; `running` starts it."""
+        self.predictor, self.limits = predictor, limits
+        self._active = 0
+        self.metrics = Metrics(lambda: len(self.batcher), lambda: self._active)
+        counters = (self.metrics.batch, self.metrics.dropped)
+        self.batcher = Batcher(predictor.detect, batching.size, batching.wait_s, *counters)
+        self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_DECODERS), "decode")
+
+    @asynccontextmanager
+    async def running(self, _app: FastAPI) -> AsyncIterator[None]:
+        """Works for the time of the block; on leaving it finishes what is queued."""
+        self.batcher.start()
+        yield
+        await self.batcher.close()
+        self._pool.shutdown()
+
+    async def answer(self, request: Request, thresholds: Thresholds, annotated: bool) -> Response:
+        """Answers a request for detection; refuses it at once when too many are in progress.
+
+        Raises:
+            HTTPException: the request is refused.
+        """
+        upload = Upload(request, self.limits)
+        try:
+            if self._active >= self.limits.requests:
+                wait = {"Retry-After": str(RETRY_AFTER_S)}
+                raise HTTPException(503, f"{self._active} requests are in progress: try again later", wait)
+            self._active += 1
+            try:
+                return await self._detect(upload, thresholds, annotated)
+            finally:
+                self._active -= 1
+        except HTTPException:
+            await upload.drain()
+            raise
+        except InferenceError as error:
+            raise HTTPException(500, "the model failed on this image: the service's log says why") from error
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_LEFT)
+
+    async def _detect(self, upload: Upload, thresholds: Thresholds, annotated: bool) -> Response:
+        """Reads an admitted request's image, detects, and writes the answer."""
+
+        def prepare(data: bytes) -> tuple[Prepared, np.ndarray]:
+            image = decode_upload(data, self.limits)
+            return self.predictor.prepare(image, thresholds), image
+
+        clock = StageClock(self.metrics)
+        with self.batcher.expected():
+            data = await upload.read()
+            clock.lap("read")
+            prepared, image = await self._in_pool(prepare, data)
+            clock.lap("decode")
+            queued = self.batcher.enqueue(prepared)
+        if not annotated:
+            del image  # it would lie in memory as long as the request waits
+        outcome = await _unless_client_leaves(upload, queued)
+        clock.add("queue", outcome.queue_s)
+        clock.add("inference", outcome.inference_s)
+        clock.restart()
+        if annotated:
+            response = Response(await self._in_pool(self._annotate, image, outcome.detections), media_type="image/jpeg")
+        else:
+            response = JSONResponse(self.predictor.records(outcome.detections))
+        clock.lap("encode")
+        response.headers["Server-Timing"] = clock.header()
+        return response
+
+    def _in_pool(self, function: Callable[..., Any], *arguments: Any) -> Coroutine[Any, Any, Any]:
+        """Runs a function of pixels beside the event loop."""
+        return asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def _annotate(self, image: np.ndarray, detections: np.ndarray) -> bytes:
+        """Draws detections (k, 6) into a picture (h, w, 3) BGR and returns it as JPEG."""
+        if max(image.shape) > JPEG_MAX_SIDE:
+            raise HTTPException(422, f"a JPEG has at most {JPEG_MAX_SIDE} px a side: ask for JSON")
+        drawn = draw_detections(image, detections, self.predictor.backend.names)
+        return cv2.imencode(".jpg", drawn, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
+
+
+async def _unless_client_leaves(upload: Upload, queued: asyncio.Future[Outcome]) -> Outcome:
+    """Waits for a queued picture; takes it out of the queue when its client leaves, or this request is cancelled.
+
+    Raises:
+        ClientDisconnect: the client left.
+    """
+    gone = asyncio.ensure_future(upload.wait_until_gone())
+    try:
+        await asyncio.wait({queued, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not queued.done():
+            raise ClientDisconnect
+        return queued.result()
+    finally:
+        queued.cancel()
+        gone.cancel()
+
+
+class StageClock:
+    """Times the stages of one request, for the metrics and for its client."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        """Starts the first stage."""
+        self._metrics, self._taken_s = metrics, {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a stage."""
+        self._start_s = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        """Ends a stage and starts the next."""
+        self.add(stage, time.monotonic() - self._start_s)
+        self.restart()
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Notes a stage that was timed elsewhere."""
+        self._taken_s[stage] = seconds
+        self._metrics.stage(stage, seconds)
+
+    def header(self) -> str:
+        """Returns the stages in milliseconds as a Server-Timing header."""
+        return ", ".join(f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in self._taken_s.items())
+
+
+def create_app(
+    predictor: Predictor, model: str, limits: Limits | None = None, batching: Batching | None = None
+) -> FastAPI:
+    """Makes the application.
+
+    Args:
+        predictor: the model.
+        model: its name for people.
+        limits: what a request may ask for; None takes the defaults.
+        batching: how requests are gathered; None takes the defaults.
+    """
+    service = Service(predictor, limits or Limits(), batching or Batching())
+    app = FastAPI(title="Object detection", docs_url=None, redoc_url=None, lifespan=service.running)
+    app.add_middleware(Guard, answered=service.metrics.answered, paths=(YOLOV5_ROUTE, ROUTE, "/health", "/"))
+    app.add_exception_handler(RequestValidationError, _tell_mistake)
+    app.add_exception_handler(Exception, _tell_failure)
+    _add_detection(app, service)
+    _add_information(app, service, model)
+    return app
+
+
+def _add_detection(app: FastAPI, service: Service) -> None:
+    """Adds the routes that take an image."""
+
+    @app.post(ROUTE, openapi_extra=UPLOAD_SCHEMA)
+    @app.post(YOLOV5_ROUTE, openapi_extra=UPLOAD_SCHEMA)
+    async def detect(request: Request, conf: Share = None, iou: Share = None, annotated: bool = False) -> Response:
+        """Takes an image; returns its detections as JSON, or with `annotated=1` the image with them as JPEG."""
+        try:
+            thresholds = service.predictor.thresholds(conf, iou)
+        except UserError as error:
+            raise HTTPException(422, str(error)) from error
+        return await service.answer(request, thresholds, annotated or _wants_picture(request))
+
+
+def _add_information(app: FastAPI, service: Service, model: str) -> None:
+    """Adds the routes that tell about the service."""
+    predictor, limits = service.predictor, service.limits
+    about = {
+        "model": model,
+        "runtime": type(predictor.backend).__module__.rpartition(".")[2],
+        "device": predictor.backend.device,
+        "classes": len(predictor.backend.names),
+        "imgsz": list(predictor.shape_hw),
+        "max_image_bytes": limits.image_bytes,
+        "max_pixels": limits.pixels,
+    }
+    shown = {"conf": predictor.defaults.conf, "lowestConf": predictor.lowest_conf, "palette": PALETTE}
+    page = build_page(model, {**shown, "device": about["device"], "maxBytes": limits.image_bytes, "route": ROUTE})
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Tells whether the model works: 503 while its last batch failed."""
+        status = "failing" if service.batcher.failing else "ok"
+        return JSONResponse({"status": status, **about}, 200 if status == "ok" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Returns the counters in Prometheus' text format."""
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        """Returns the page."""
+        return HTMLResponse(page.html, headers={"Content-Security-Policy": page.policy})
+
+
+def _wants_picture(request: Request) -> bool:
+    """Whether the Accept header asks for a JPEG and not for JSON."""
+    kinds = {part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")}
+    return "image/jpeg" in kinds and "application/json" not in kinds
+
+
+async def _tell_mistake(_request: Request, error: RequestValidationError) -> Response:
+    """Returns FastAPI's findings about the query as one sentence."""
+    found = (f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in error.errors())
+    return JSONResponse({"detail": "; ".join(found)}, 422)
+
+
+async def _tell_failure(_request: Request, _error: Exception) -> Response:
+    """Answers where the program itself is at fault; the server logs the error. Stands outside of `Guard`."""
+    return JSONResponse({"detail": "the service failed: its log says why"}, 500, HEADERS)

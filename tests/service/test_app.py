@@ -1,0 +1,181 @@
+"""The routes of a running service: answers, refusals, health, metrics, headers."""
+
+import io
+import re
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+YOLOV5_ROUTE, ROUTE = "/v1/object-detection/yolov5s", "/v1/detect"
+
+
+def post(client, data, **keywords):
+    headers = {"Content-Type": "image/png", **keywords.pop("headers", {})}
+    return client.post(keywords.pop("route", ROUTE), content=data, headers=headers, **keywords)
+
+
+def metric(client, name):
+    found = re.search(rf"^{re.escape(name)} (\S+)$", client.get("/metrics").text, re.M)
+    return float(found[1]) if found else 0.0
+
+
+def png_header(width, height):
+    """A PNG that promises so many pixels and holds one row's worth of zeros."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def test_form_on_the_route_of_yolov5_gives_the_records_of_its_hub(client, encoded, picture, expected, agrees):
+    answer = client.post(YOLOV5_ROUTE, files={"image": ("../../etc/passwd", encoded(1), "image/png")})
+    assert answer.status_code == 200, answer.text
+    records = answer.json()
+    assert list(records[0]) == ["xmin", "ymin", "xmax", "ymax", "confidence", "class", "name"]
+    assert {record["name"] for record in records} <= {"cat", "红绿灯"}
+    assert agrees(records, expected(picture(1)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 33), (300, 20), (1, 90)])
+def test_body_that_is_the_image_gives_what_the_detector_finds(
+    client, encoded, picture, expected, agrees, height, width
+):
+    found = expected(picture(2, height, width))
+    answer = post(client, encoded(2, height, width))
+    assert agrees(answer.json(), found)
+    assert len(found) or (height, width) == (1, 90)
+
+
+def test_query_sets_the_thresholds_of_one_request(client, encoded, picture, expected, agrees):
+    few, many = (post(client, encoded(3), params={"conf": conf, "iou": 0.9}).json() for conf in (0.5, 0.1))
+    assert agrees(few, expected(picture(3), 0.5, 0.9)) and agrees(many, expected(picture(3), 0.1, 0.9))
+    assert len(few) < len(many)
+
+
+def test_turned_photograph_is_read_upright(client, picture, expected, agrees):
+    upright = picture(4, 40, 64)
+    stored = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me clockwise"
+    Image.fromarray(cv2.rotate(upright, cv2.ROTATE_90_COUNTERCLOCKWISE)[..., ::-1]).save(stored, "PNG", exif=exif)
+    assert agrees(post(client, stored.getvalue()).json(), expected(upright))
+
+
+@pytest.mark.parametrize("how", [{"params": {"annotated": 1}}, {"headers": {"Accept": "image/jpeg"}}])
+def test_annotated_picture_comes_as_jpeg_of_the_same_size(client, encoded, picture, how):
+    answer = post(client, encoded(5, 96, 128), **how)
+    assert answer.headers["content-type"] == "image/jpeg"
+    drawn = cv2.imdecode(np.frombuffer(answer.content, np.uint8), cv2.IMREAD_COLOR)
+    assert drawn.shape == (96, 128, 3)
+    assert np.abs(drawn.astype(int) - picture(5, 96, 128)).max() > 100, "nothing was drawn"
+
+
+def test_answer_tells_the_time_of_every_stage(client, encoded):
+    stages = re.findall(r"(\w+);dur=[\d.]+", post(client, encoded()).headers["Server-Timing"])
+    assert stages == ["read", "decode", "queue", "inference", "encode"]
+
+
+REFUSALS = {
+    "no image": (b"<!doctype html><p>hello", 400, "not a readable image"),
+    "nothing": (b"", 400, "empty"),
+    "too many pixels": (png_header(1001, 1000), 413, "1001x1000 px; at most 1 million"),
+    "a bomb": (png_header(30000, 30000), 413, "too many pixels"),
+    "too many bytes": (bytes(600_000), 413, "larger than 0.5 MB"),
+    "damaged": (png_header(100, 100), 400, "the image"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", 415, "format eps"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_unfit_image_is_refused_in_words(client, case):
+    data, status, words = REFUSALS[case]
+    answer = post(client, data)
+    assert (answer.status_code, list(answer.json())) == (status, ["detail"]), answer.text
+    assert words in answer.json()["detail"]
+
+
+def test_truncated_jpeg_is_refused(client, encoded):
+    answer = post(client, encoded(0, 200, 200, ".jpg")[:-300])
+    assert answer.status_code == 400 and "truncated JPEG" in answer.json()["detail"]
+
+
+def test_jpeg_of_a_thousand_scans_is_refused(client, encoded):
+    data = encoded(0, 20, 20, ".jpg")
+    answer = post(client, data[:-2] + b"\xff\xda" * 1000 + data[-2:])
+    assert answer.status_code == 400 and "scans" in answer.json()["detail"]
+
+
+def test_body_of_unknown_length_is_given_up_once_it_is_too_long(client):
+    def pieces():
+        for _ in range(20):
+            yield bytes(50_000)
+
+    assert post(client, pieces()).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "words"),
+    [
+        ({"json": {"image": "x"}}, 415, "application/json is not taken"),
+        ({"files": {"file": ("a.png", b"x")}}, 422, "its fields: 'file'"),
+        ({"files": {"other": ("", b"x")}, "data": {"image": "text"}}, 422, "no file in a field 'image'"),
+        ({"files": [("image", ("a", b"x")), ("image", ("b", b"x"))]}, 400, "form cannot be read"),
+        ({"content": b"--", "headers": {"Content-Type": "multipart/form-data"}}, 400, "form cannot be read"),
+        ({"files": {"image": ("a.png", bytes(700_000))}}, 413, "larger"),
+        ({"content": b"x", "params": {"conf": 1.5}}, 422, "conf: "),
+        ({"content": b"x", "params": {"conf": "nan"}}, 422, "conf: "),
+        ({"content": b"x", "params": {"annotated": "perhaps"}}, 422, "annotated: "),
+    ],
+)
+def test_unfit_request_is_refused_in_words(client, request_, status, words):
+    answer = client.post(ROUTE, **request_)
+    assert answer.status_code == status, answer.text
+    assert words in answer.json()["detail"]
+
+
+def test_other_paths_and_methods_do_not_exist(client):
+    assert client.get(ROUTE).status_code == 405
+    for path in ("/docs", "/service/page.html", "/..%2f..%2fserve.py"):
+        assert client.get(path).status_code == 404
+
+
+def test_health_names_the_model(client):
+    answer = client.get("/health").json()
+    assert (answer["status"], answer["model"], answer["runtime"]) == ("ok", "tiny.onnx", "onnxruntime")
+    assert (answer["classes"], answer["imgsz"]) == (2, [64, 64])
+
+
+def test_metrics_count_requests_images_and_stages(client, encoded):
+    names = ['yolov5_requests_total{path="/v1/detect",status="200"}', "yolov5_images_total", "yolov5_batch_size_count"]
+    names += ['yolov5_stage_seconds_count{stage="inference"}', 'yolov5_request_seconds_count{path="/v1/detect"}']
+    before = [metric(client, name) for name in names]
+    for _ in range(2):
+        assert post(client, encoded()).status_code == 200
+    assert [metric(client, name) - count for name, count in zip(names, before, strict=True)] == [2] * len(names)
+    refused = 'yolov5_requests_total{path="/v1/detect",status="415"}'
+    count = metric(client, refused)
+    post(client, b"x", headers={"Content-Type": "text/plain"})
+    assert metric(client, refused) == count + 1
+    assert "yolov5_queue_length 0.0" in client.get("/metrics").text
+
+
+def test_every_answer_carries_security_headers_and_none_opens_it_to_other_sites(client, encoded):
+    for answer in (client.get("/"), client.get("/health"), client.get("/no"), post(client, b"")):
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+    assert "script-src 'sha256-" in client.get("/").headers["content-security-policy"]
+
+
+def test_schema_describes_the_upload(client):
+    operation = client.get("/openapi.json").json()["paths"][ROUTE]["post"]
+    assert {"multipart/form-data", "image/*"} == set(operation["requestBody"]["content"])
+    assert {"conf", "iou", "annotated"} == {parameter["name"] for parameter in operation["parameters"]}

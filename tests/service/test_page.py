@@ -1,0 +1,152 @@
+"""The page in a headless Chromium: an image is chosen, boxes appear, the slider thins them out, errors are told."""
+
+import base64
+import shutil
+import subprocess
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+httpx = pytest.importorskip("httpx")
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+LIMIT_S = 30
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the WebDriver standard's name for a reference
+
+
+class Browser:
+    """The few commands of the WebDriver protocol that are needed."""
+
+    def __init__(self, address, width=1200, height=800, flags=()):
+        self._client = httpx.Client(base_url=address, timeout=60)
+        flags = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}", *flags]
+        options = {"binary": CHROMIUM, "args": flags}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        opened = self._post("/session", {"capabilities": {"alwaysMatch": wanted}})
+        self._session = f"/session/{opened['sessionId']}"
+
+    def _post(self, path, content):
+        answer = self._client.post(path, json=content).json()["value"]
+        assert not (isinstance(answer, dict) and "error" in answer), answer
+        return answer
+
+    def open(self, url):
+        self._post(self._session + "/url", {"url": url})
+
+    def run(self, script):
+        return self._post(self._session + "/execute/sync", {"script": script, "args": []})
+
+    def choose(self, path):
+        found = self._post(self._session + "/element", {"using": "css selector", "value": "#file"})
+        self._post(f"{self._session}/element/{found[ELEMENT]}/value", {"text": str(path)})
+
+    def wait_for(self, script):
+        end_s = time.monotonic() + LIMIT_S
+        while not (value := self.run(f"return {script}")):
+            assert time.monotonic() < end_s, f"never true: {script}; errors: {self.errors()}"
+            time.sleep(0.02)
+        return value
+
+    def screenshot(self):
+        data = base64.b64decode(self._client.get(self._session + "/screenshot").json()["value"])
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+
+    def errors(self):
+        return [entry["message"] for entry in self._post(self._session + "/se/log", {"type": "browser"})]
+
+    def close(self):
+        self._client.delete(self._session)
+        self._client.close()
+
+
+@pytest.fixture(scope="module")
+def driver():
+    process = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
+    port = next(line.rsplit(" ", 1)[1].strip().rstrip(".") for line in process.stdout if "successfully on port" in line)
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.fixture
+def open_page(driver, server):
+    opened = []
+
+    def start(**how):
+        opened.append(Browser(driver, **how))
+        opened[-1].open(server.url)
+        return opened[-1]
+
+    yield start
+    for browser in opened:
+        browser.close()
+
+
+def text_of(browser, element):
+    return browser.run(f"return document.getElementById('{element}').textContent")
+
+
+def test_chosen_image_shows_its_boxes_and_the_slider_thins_them_out(open_page, picture, expected, tmp_path):
+    image = picture(1, 96, 128)
+    found = expected(image, 0.05)
+    cv2.imwrite(str(tmp_path / "scene.png"), image)
+    page = open_page()
+    page.choose(tmp_path / "scene.png")
+    count = page.wait_for("document.getElementById('found').dataset.count")
+    assert int(count) == (found[:, 4] >= 0.25).sum()
+    assert page.run("return document.querySelectorAll('#objects li').length") == int(count)
+    assert "ms in all" in text_of(page, "time") and "inference" in text_of(page, "time")
+    assert page.run("return document.getElementById('canvas').getAttribute('aria-label')").startswith("The image with")
+    move = "const at = document.getElementById('threshold'); at.value = 0.5; at.dispatchEvent(new Event('input'))"
+    page.run(move)
+    fewer = page.run("return document.getElementById('found').dataset.count")
+    assert int(fewer) == (found[:, 4] >= 0.5).sum() < int(count)
+    assert page.errors() == []
+
+
+def test_boxes_are_drawn_where_they_were_found(open_page, expected, tmp_path):
+    image = np.full((64, 64, 3), 114, np.uint8)
+    image[16:48, 16:48] = (20, 200, 240)
+    cv2.imwrite(str(tmp_path / "square.png"), image)
+    best = expected(image, 0.05)[0]
+    page = open_page()
+    page.choose(tmp_path / "square.png")
+    page.wait_for("document.getElementById('found').dataset.count")
+    script = (
+        f"const at = document.getElementById('threshold'); at.value = {best[4] - 0.001}; at.step = 'any';"
+        f"at.value = {best[4] - 0.001}; at.dispatchEvent(new Event('input'));"
+        "const c = document.getElementById('canvas'), scale = c.width / 64;"
+        f"const x = {(best[0] + best[2]) / 2} * scale, y = Math.min({best[3]} * scale, c.height - 1);"
+        "return [...c.getContext('2d').getImageData(x, y, 1, 1).data].slice(0, 3)"
+    )
+    from utils.draw import color
+
+    assert np.allclose(page.run(script), color(int(best[5]), bgr=False), atol=60)
+
+
+def test_file_that_is_no_image_is_told_in_words(open_page, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    page = open_page()
+    for name, words in (("broken.png", "is not a readable image"), ("notes.txt", "is not an image")):
+        page.choose(tmp_path / name)
+        page.wait_for(f"document.getElementById('error').textContent.includes({words!r})")
+        assert text_of(page, "found") == "No result"
+
+
+def test_page_fits_a_phone_and_follows_the_dark_setting(open_page):
+    light = open_page(width=500, height=800)
+    assert light.run("return document.documentElement.scrollWidth <= innerWidth")
+    dark = open_page(width=500, height=800, flags=("--blink-settings=preferredColorScheme=0",))
+    assert light.screenshot()[5, 5].min() > 200 and dark.screenshot()[5, 5].max() < 60
+
+
+def test_page_needs_nothing_from_elsewhere(client):
+    import re
+
+    page = client.get("/").text
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page) and "//cdn" not in page and "@import" not in page
+    assert "tiny.onnx" in page and "{{" not in page
