@@ -3,6 +3,7 @@
 Examples:
     python detect.py --weights runs/train/exp/weights/best.pt --source photos/          # a folder
     python detect.py --source clip.mp4 --conf 0.4 --save-txt                            # the newest model, a video
+    python detect.py --weights best.onnx --source photos/                               # an export; needs no PyTorch
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.checks import UserError, check_image_size
+from utils.checks import UserError
 from utils.cli import ReportedError, echo_options, newest_weights, number, options_from, run_command
 from utils.files import ROOT, find_file, increment_path, read_yaml
 from utils.log import LOGGER, colorstr
@@ -24,15 +25,22 @@ if TYPE_CHECKING:
 
     from models.detector import Detector
 
+DEFAULT_PX = 640
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Declares the options: YOLOv5 6.1's names and meanings, and the defaults' only home."""
     parser = argparse.ArgumentParser("detect.py", description="Find objects in images and videos.")
     add = parser.add_argument
-    add("--weights", default="", help="checkpoint; default: the newest runs/train/*/weights/best.pt")
+    add("--weights", default="", help="checkpoint or export; default: the newest runs/train/*/weights/best.pt")
     add("--source", default=str(ROOT / "data" / "images"), help="image, video, folder, glob, or .txt list of paths")
     add("--data", default="", help="data set YAML whose class names are shown instead of the model's own")
-    add("--imgsz", "--img", "--img-size", nargs="+", type=number(int, 1), default=[640], help="image size: h w")
+    add(
+        *("--imgsz", "--img", "--img-size"),
+        nargs="+",
+        type=number(int, 1),
+        help=f"image size: h w; default: {DEFAULT_PX}, or the one size that an export takes",
+    )
     add("--conf-thres", type=number(float, 0, 1), default=0.25, help="confidence threshold")
     add("--iou-thres", type=number(float, 0, 1), default=0.45, help="IoU threshold of the suppression")
     add("--max-det", type=number(int, 1), default=1000, help="most detections per image")
@@ -52,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--line-thickness", type=number(int, 1), default=3, help="width of the boxes' lines in pixels")
     add("--hide-labels", action="store_true", help="draw no class names")
     add("--hide-conf", action="store_true", help="draw no confidences")
-    add("--half", action="store_true", help="compute in float16 (CUDA only)")
+    add("--half", action="store_true", help="compute in 16 bits where the device can")
+    add("--dnn", action="store_true", help="run an ONNX file in OpenCV")
     add("--vid-stride", type=number(int, 1), default=1, help="read every so many frames of a video")
     return parser
 
@@ -78,22 +87,24 @@ def main(options: argparse.Namespace) -> None:
 
     echo_options("detect", options)
     paths = find_sources(options.source)  # mistakes are told before a model is loaded
-    shape_hw = list(options.imgsz) * 2 if len(options.imgsz) == 1 else list(options.imgsz)
-    if len(shape_hw) != 2:
-        raise UserError(f"--img-size {' '.join(map(str, shape_hw))}: one side, or height and width, are expected.")
+    if options.imgsz is not None and len(options.imgsz) not in (1, 2):
+        sides = " ".join(map(str, options.imgsz))
+        raise UserError(f"--img-size {sides}: one side, or height and width, are expected.")
     weights = options.weights or str(newest_weights(ROOT))
 
-    from models.backends import load_backend
-    from models.detector import Detector
+    from models.backends import load_backend, runtime_of
+    from models.detector import Detector, shape_for
 
-    backend = load_backend(weights, options.device, options.half)
+    for option in ("update", "visualize"):
+        if getattr(options, option) and runtime_of(weights) != "pytorch":
+            raise UserError(f"--{option} is for checkpoints (.pt); {weights} is an export. Leave it out.")
+    backend = load_backend(weights, options.device, options.half, options.dnn)
     names = _names_of(options.data, backend.names)
     unknown = sorted(set(options.classes or ()) - set(names))
     if unknown:
         raise UserError(f"--classes {unknown[0]}: the model has the classes 0 to {max(names)}.")
     limits = {name: getattr(options, name) for name in ("conf_thres", "iou_thres", "max_det", "classes")}
-    shape_hw = check_image_size(shape_hw, backend.stride)
-    detector = Detector(backend, shape_hw, agnostic=options.agnostic_nms, **limits)
+    detector = Detector(backend, shape_for(backend, options.imgsz, DEFAULT_PX), agnostic=options.agnostic_nms, **limits)
     folder = increment_path(Path(options.project) / options.name, exist_ok=options.exist_ok, mkdir=True)
     try:
         damaged = detect_all(detector, paths, folder, names, options)

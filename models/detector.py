@@ -7,17 +7,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from models.backends.base import Backend, LayerHook
+from models.backends.base import Array, Backend, LayerHook
+from models.backends.metadata import Suppression
 from utils.boxes import scale_boxes
+from utils.checks import UserError, check_image_size
 from utils.data.sources import Frame
 from utils.images import letterbox
+from utils.log import LOGGER
 from utils.nms import non_max_suppression
 
 STAGES = ("pre-process", "inference", "NMS")
+
+
+class Limits(NamedTuple):
+    """Which detections are kept; see `Detector`."""
+
+    conf_thres: float
+    iou_thres: float
+    classes: Sequence[int] | None
+    agnostic: bool
+    max_det: int
+
+    def suppress(self, rows: Array) -> Array:
+        """Returns the detections (k, 6) among a model's rows (1, n, 5 + nc)."""
+        return non_max_suppression(rows, **self._asdict())[0]
+
+    def narrow(self, detections: Array) -> np.ndarray:
+        """Returns those of detections (m, 6), chosen inside a model and filled up with zeros, that are wanted."""
+        found = detections if isinstance(detections, np.ndarray) else detections.cpu().numpy()
+        wanted = found[:, 4] > self.conf_thres
+        if self.classes is not None:
+            wanted &= np.isin(found[:, 5], list(self.classes))
+        return found[wanted][: self.max_det]
 
 
 class Detector:
@@ -50,8 +76,9 @@ class Detector:
         """
         self.last_s = dict.fromkeys(STAGES, 0.0)
         self._backend, self._shape_hw = backend, shape_hw
-        self._limits = {"conf_thres": conf_thres, "iou_thres": iou_thres, "classes": classes}
-        self._limits |= {"agnostic": agnostic, "max_det": max_det}
+        self._limits = Limits(conf_thres, iou_thres, classes, agnostic, max_det)
+        if backend.chosen:
+            _tell_what_is_fixed(self._limits, backend.metadata.nms)
         self._total_s, self._seen = dict.fromkeys(STAGES, 0.0), 0
         backend.warm_up(*shape_hw)
 
@@ -80,7 +107,7 @@ class Detector:
         clock.append(self._now())
         rows = self._backend.infer(inputs, visualize)
         clock.append(self._now())
-        found = non_max_suppression(rows, **self._limits)[0]
+        found = self._limits.narrow(rows[0]) if self._backend.chosen else self._limits.suppress(rows)
         clock.append(self._now())
         for stage, start, end in zip(STAGES, clock, clock[1:], strict=False):
             self.last_s[stage] = end - start
@@ -101,3 +128,44 @@ class Detector:
         """Returns the time once the device has done its work."""
         self._backend.synchronize()
         return time.perf_counter()
+
+
+def shape_for(backend: Backend, imgsz: Sequence[int] | None, default_px: int) -> list[int]:
+    """Returns height and width that pictures are scaled to: what was asked for, else what suits the model.
+
+    Args:
+        backend: the model.
+        imgsz: --imgsz, one side or two; None where it was not given.
+        default_px: the side then, where the model takes any.
+
+    Raises:
+        UserError: the model takes one size only, and it is another.
+    """
+    asked = None if imgsz is None else list(imgsz) * 2 if len(imgsz) == 1 else list(imgsz)
+    if backend.dynamic:
+        return check_image_size(asked or [default_px, default_px], backend.stride)
+    only = list(backend.metadata.shape_hw)
+    if asked is None:
+        LOGGER.info(f"Image size {only[0]}x{only[1]}, the one that the model was exported for")
+    elif asked != only:
+        sides, fixed = (" ".join(map(str, shape)) for shape in (asked, only))
+        raise UserError(
+            f"--img-size {sides}: the model was exported for {fixed} (height, width) and takes no other: leave the "
+            "option out, or export the checkpoint with --dynamic or for that size."
+        )
+    return only
+
+
+def _tell_what_is_fixed(limits: Limits, inside: Suppression) -> None:
+    """Says where a model that chooses detections itself cannot do as asked."""
+    fixed = []
+    if limits.conf_thres < inside.conf_thres:
+        fixed.append(f"--conf-thres at least {inside.conf_thres}")
+    if limits.iou_thres != inside.iou_thres:
+        fixed.append(f"--iou-thres {inside.iou_thres}")
+    if limits.max_det > inside.max_det:
+        fixed.append(f"--max-det at most {inside.max_det}")
+    if limits.agnostic != inside.agnostic:
+        fixed.append("--agnostic-nms" if inside.agnostic else "no --agnostic-nms")
+    if fixed:
+        LOGGER.info(f"The model chooses detections itself (export.py --nms): {', '.join(fixed)} holds")

@@ -231,12 +231,16 @@ def mistakes(weights: Path, source: Path, tmp_path: Path) -> list[tuple[dict, st
     (tmp_path / "text.pt").write_text("no checkpoint")
     (tmp_path / "empty.pt").touch()
     (tmp_path / "file").touch()
+    exported = tmp_path / "best.onnx"
     return [
         ({"source": str(source / "b.jgp")}, r"--source .*b\.jgp.*Did you mean 'b\.jpg'"),
         ({"weights": str(weights.with_name("tyni.pt"))}, r"tyni\.pt: no such file.*Did you mean 'tiny\.pt'"),
         ({"weights": str(tmp_path / "text.pt")}, r"text\.pt"),
         ({"weights": str(tmp_path / "empty.pt")}, r"empty\.pt"),
         ({"weights": "model.h5"}, r"no runtime for files ending in '\.h5'"),
+        ({"weights": str(exported), "visualize": True}, r"--visualize is for checkpoints \(\.pt\); .* is an export"),
+        ({"weights": str(exported), "update": True}, r"--update is for checkpoints \(\.pt\)"),
+        ({"dnn": True}, r"--dnn runs ONNX files in OpenCV"),
         ({"imgsz": [64, 64, 64]}, r"--img-size 64 64 64: one side, or height and width"),
         ({"classes": [0, 2]}, r"--classes 2: the model has the classes 0 to 1"),
         ({"data": "nothing.yaml"}, r"--data 'nothing\.yaml'"),
@@ -246,7 +250,7 @@ def mistakes(weights: Path, source: Path, tmp_path: Path) -> list[tuple[dict, st
     ]
 
 
-@pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("index", range(14))
 def test_mistakes_are_refused_with_what_is_wrong(weights, source, tmp_path, index):
     keywords, message = mistakes(weights, source, tmp_path)[index]
     given = {"weights": str(weights), "source": str(source / "b.jpg"), "project": str(tmp_path / "runs")} | SIDE_OPTIONS

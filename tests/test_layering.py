@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train", "val", "detect", "export", "hubconf")
+SCRIPTS = ("train", "val", "detect", "export", "serve", "hubconf")
 PLAIN = ("archives", "background", "checkpoint", "checks", "cli", "devices", "download", "files", "fonts", "log")
 GEOMETRY = ("boxes", "nms", "images", "draw")
 FLOOR_OF_ROOM = {
@@ -22,8 +22,12 @@ FLOOR_OF_ROOM = {
 }
 # Other people's scripts import these names from here; the module's `__getattr__` finds them where they are defined.
 FORWARDING = ("models.common", "models.experimental")
-TORCH_FREE = ("utils.boxes", "utils.images", "utils.nms", "utils.draw", "utils.data.sources", "models.backends")
-TORCH_BACKENDS = ("models.backends.pytorch",)  # they need it by nature; load_backend imports them lazily
+TORCH_FREE = (
+    *("utils.boxes", "utils.images", "utils.nms", "utils.draw", "utils.background", "utils.data.sources"),
+    *("utils.data.sinks", "models.backends", "models.detector", "service"),
+)
+# They need it by nature; load_backend imports them lazily.
+TORCH_BACKENDS = ("models.backends.pytorch", "models.backends.tensorrt", "models.backends.torchscript")
 TORCH = {"torch", "torchvision"}
 DRAWING = {"matplotlib", "pandas", "seaborn"}
 
@@ -43,7 +47,7 @@ def module_name(path):
 
 def source_files():
     files = [ROOT / f"{name}.py" for name in SCRIPTS]
-    for folder in ("models", "utils", "benchmarks"):
+    for folder in ("models", "utils", "service", "benchmarks"):
         files += sorted((ROOT / folder).rglob("*.py"))
     return {module_name(path): path for path in files if path.exists()}
 
@@ -176,6 +180,19 @@ def test_models_use_utils_but_not_training(module):
     for item in ours(module):
         assert inside(item.module, ("models", "utils")), f"{module}:{item.line} imports {item.module}"
         assert not inside(item.module, ("utils.train",)), f"{module}:{item.line} imports {item.module}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if inside(name, ("service",))])
+def test_the_service_uses_models_and_utils_but_not_training(module):
+    for item in ours(module):
+        assert inside(item.module, ("models", "utils", "service")), f"{module}:{item.line} imports {item.module}"
+        assert not inside(item.module, ("utils.train",)), f"{module}:{item.line} imports {item.module}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not inside(name, ("serve", "service"))])
+def test_only_its_script_imports_the_service(module):
+    wrong = [item for item in ours(module) if inside(item.module, ("service",))]
+    assert not wrong, f"{module} imports {wrong}"
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "hubconf"])

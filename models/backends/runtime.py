@@ -1,0 +1,171 @@
+"""What the runtimes of exported models share: finding the file, importing the library, filling in what it leaves out.
+
+Free of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from models.backends.metadata import Metadata
+from utils.checks import UserError, did_you_mean
+from utils.files import read_yaml
+from utils.log import LOGGER
+
+UNKNOWN_STRIDE = 64  # of files that do not say: no YOLOv5 needs more, and multiples of it are multiples of 32
+UNKNOWN_SHAPE_HW = (640, 640)  # px, likewise
+
+
+class Graph(NamedTuple):
+    """What a model's graph says of its input and output; None where it leaves a length open."""
+
+    batch: int | None
+    height: int | None
+    width: int | None
+    rows: int | None
+    columns: int | None
+
+
+def find_export(weights: str | Path) -> Path:
+    """Returns the file or folder of an exported model.
+
+    Raises:
+        UserError: there is none; the nearest names beside it are shown.
+    """
+    path = Path(weights)
+    if path.exists():
+        return path
+    nearby = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise UserError(f"--weights {path}: no such file or folder.{did_you_mean(path.name, nearby)}")
+
+
+def find_part(folder: Path, pattern: str, what: str) -> Path:
+    """Returns the one file of a model's folder that fits a glob pattern.
+
+    Raises:
+        UserError: there is none, or several.
+    """
+    found = sorted(folder.glob(pattern)) if folder.is_dir() else []
+    if len(found) != 1:
+        have = f"{len(found)} of them" if found else "none"
+        raise UserError(f"--weights {folder}: one {what} ({pattern}) is expected in this folder, there is {have}.")
+    return found[0]
+
+
+def require(module: str, packages: str, weights: str | Path) -> ModuleType:
+    """Imports a runtime's library.
+
+    Args:
+        module: what to import.
+        packages: what pip calls it.
+        weights: the file that needs it, for the message.
+
+    Raises:
+        UserError: it is not installed, or does not work here.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == module.split(".")[0]:
+            raise UserError(f"{weights} needs {packages}: pip install {packages}") from error
+        raise UserError(f"{packages}, which {weights} needs, lacks {error.name}: pip install {error.name}") from error
+    except ImportError as error:
+        raise UserError(f"{packages}, which {weights} needs, cannot be loaded here ({error}): reinstall it.") from error
+
+
+def cpu_only(device: str, runtime: str) -> None:
+    """Refuses any other device than the CPU.
+
+    Raises:
+        UserError: another was named.
+    """
+    if device.strip().lower() not in ("", "cpu"):
+        raise UserError(f"--device {device}: {runtime} runs on the CPU here. Leave --device out, or give cpu.")
+
+
+def without_half(half: bool, runtime: str) -> None:
+    """Says that --half changes nothing here, if it was given."""
+    if half:
+        LOGGER.warning(f"WARNING: --half: {runtime} computes in the precision of the file (export.py --half sets it).")
+
+
+def thread_count() -> int:
+    """Returns how many threads a runtime is to use: $OMP_NUM_THREADS, else all cores that this process may use."""
+    wished = os.environ.get("OMP_NUM_THREADS", "")
+    if wished.isdecimal() and int(wished) > 0:
+        return int(wished)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def texts_of_yaml(path: Path) -> dict[str, str]:
+    """Returns the texts of a YAML file beside a model, as `Metadata.from_texts` takes them."""
+    content = read_yaml(path)
+    return plain_texts(content) if isinstance(content, dict) else {}
+
+
+def plain_texts(content: Mapping[Any, Any]) -> dict[str, str]:
+    """Turns parsed values into the texts that they were written from: JSON for `metadata`, else Python's."""
+    return {
+        str(key): value if isinstance(value, str) else json.dumps(value) if key == "metadata" else str(value)
+        for key, value in content.items()
+    }
+
+
+def describe(texts: Mapping[str, str], graph: Graph, where: str | Path, boxes_normalised: bool = False) -> Metadata:
+    """Returns what a file says of itself, completed and checked by what its graph says.
+
+    Files of other people's may say nothing: their classes are then called class0, class1, ...
+
+    Args:
+        texts: the texts found in the file.
+        graph: lengths of its input (batch, height, width) and first output (rows, columns).
+        where: the file, for messages.
+        boxes_normalised: whether files of this format that are not ours have boxes as fractions of the image.
+
+    Raises:
+        UserError: the texts are damaged, or the output is not a YOLOv5 detector's.
+    """
+    found = Metadata.from_texts(texts, str(where))
+    if found is None or found.nms is None:
+        _check_rows(graph, where)
+        names = {number: f"class{number}" for number in range(graph.columns - 5)}
+        found = found or Metadata({}, UNKNOWN_STRIDE, UNKNOWN_SHAPE_HW, licence="", preprocessing="")
+        found = found if found.names else replace(found, names=names)
+        if len(found.names) != len(names):
+            raise UserError(
+                f"{where}: names {len(found.names)} classes, but its rows tell {len(names)}: export it again."
+            )
+    if "metadata" not in texts:
+        found = replace(found, boxes_normalised=boxes_normalised, shape_hw=UNKNOWN_SHAPE_HW)
+    fixed = graph.height is not None and graph.width is not None
+    shape_hw = (graph.height, graph.width) if fixed else found.shape_hw
+    return replace(found, dynamic=not fixed, shape_hw=shape_hw, batch=graph.batch or 1)
+
+
+def _check_rows(graph: Graph, where: str | Path) -> None:
+    """Refuses outputs that are not rows [x, y, w, h, objectness, class probabilities].
+
+    Raises:
+        UserError: too few columns, or rows and columns have changed places, as in later YOLO versions.
+    """
+    if graph.columns is None or graph.columns < 6 or (graph.rows is not None and graph.rows < graph.columns):
+        shape = f"{graph.rows or '?'} x {graph.columns or '?'}"
+        raise UserError(
+            f"{where}: its first output is {shape} per image, not rows of x, y, w, h, objectness and classes: "
+            "this is no YOLOv5 detector, or one exported with --train."
+        )
+
+
+def graph_of(input_shape: Sequence[Any], output_shape: Sequence[Any], channels_last: bool = False) -> Graph:
+    """Reads the lengths of an input (b, 3, h, w) or (b, h, w, 3) and an output (b, n, columns); texts are open ones."""
+    batch, height, width = (input_shape[axis] for axis in ((0, 1, 2) if channels_last else (0, 2, 3)))
+    rows, columns = output_shape[1:] if len(output_shape) == 3 else (None, None)
+    lengths = (batch, height, width, rows, columns)
+    return Graph(*(length if isinstance(length, int) and length > 0 else None for length in lengths))

@@ -1,0 +1,168 @@
+"""Files of other people's: YOLOv5's own exports, with less said in them, and int8 inputs; what is no detector."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models.backends import load_backend
+from models.backends.coreml import CoreMlBackend
+from models.backends.load_order import before_tensorflow
+from models.backends.tflite import _floats, _quantised
+from utils.checks import UserError
+from utils.files import write_yaml
+
+
+class Raw(nn.Module):
+    """Rows from pixels, with the maps behind them, as YOLOv5 6.1 exports them."""
+
+    def __init__(self, columns=7, rows=40):
+        super().__init__()
+        self.columns, self.rows = columns, rows
+
+    def forward(self, images):
+        rows = images.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, self.rows, self.columns)
+        return rows + 0.0, images * 2, images * 3
+
+
+def write_onnx(path, module, dynamic=False):
+    pytest.importorskip("onnx")
+    import warnings
+
+    axes = {"images": {0: "batch", 2: "height", 3: "width"}, "output": {0: "batch"}} if dynamic else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module, (torch.zeros(1, 3, 64, 64),), str(path), dynamo=False, opset_version=12,
+            input_names=["images"], output_names=["output", "maps8", "maps16"], dynamic_axes=axes,
+        )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_onnx_of_yolov5_6_1_says_nothing_and_its_first_output_counts(tmp_path, dynamic):
+    pytest.importorskip("onnxruntime")
+    backend = load_backend(write_onnx(tmp_path / "v6.onnx", Raw(), dynamic), "cpu")
+    images = np.full((2, 3, 64, 64), 51, np.uint8)
+    np.testing.assert_allclose(backend.predict(images), np.full((2, 40, 7), 0.2), rtol=1e-5)
+    assert (backend.names, backend.stride) == ({0: "class0", 1: "class1"}, 64)
+    assert (backend.dynamic, backend.metadata.shape_hw) == (dynamic, (640, 640) if dynamic else (64, 64))
+
+
+def test_onnx_that_is_no_yolov5_detector_is_told(tmp_path):
+    pytest.importorskip("onnxruntime")
+    path = write_onnx(tmp_path / "v8.onnx", Raw(columns=8400, rows=84))
+    with pytest.raises(UserError, match=r"first output is 84 x 8400 per image, not rows of x, y, w, h"):
+        load_backend(path, "cpu")
+
+
+def test_raw_maps_are_told(exported):
+    with pytest.raises(UserError, match="--train"):
+        load_backend(exported("onnx", train=True), "cpu")
+
+
+def test_openvino_folder_of_yolov5_has_its_names_beside(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    folder = tmp_path / "v6_openvino_model"
+    folder.mkdir()
+    model = openvino.Core().read_model(write_onnx(tmp_path / "v6.onnx", Raw()))
+    openvino.save_model(model, folder / "v6.xml", compress_to_fp16=False)
+    write_yaml(folder / "v6.yaml", {"stride": 32, "names": ["a", "b"]})
+    backend = load_backend(folder, "cpu")
+    assert (backend.names, backend.stride, backend.metadata.shape_hw) == ({0: "a", 1: "b"}, 32, (64, 64))
+    found = backend.predict(np.full((2, 3, 64, 64), 51, np.uint8))
+    np.testing.assert_allclose(found, np.full((2, 40, 7), 0.2), rtol=1e-5)
+    write_yaml(folder / "v6.yaml", {"stride": 32, "names": ["a", "b", "c"]})
+    with pytest.raises(UserError, match="names 3 classes, but its rows tell 2"):
+        load_backend(folder, "cpu")
+
+
+def test_ncnn_folder_of_another_exporter(exported, tmp_path, images, rows):
+    folder = tmp_path / "v5_ncnn_model"
+    shutil.copytree(exported("ncnn"), folder)
+    write_yaml(folder / "metadata.yaml", {"stride": 32, "imgsz": [64, 96], "names": {0: "a", 1: "b", 2: "c"}})
+    backend = load_backend(folder, "cpu")
+    np.testing.assert_allclose(backend.predict(images), rows, atol=0.02)
+    (folder / "metadata.yaml").write_text("stride: 32\n")
+    with pytest.raises(UserError, match="says neither stride nor names"):
+        load_backend(folder, "cpu")
+
+
+def test_torchscript_of_yolov5_with_its_config(tmp_path):
+    path = tmp_path / "v6.torchscript"
+    config = {"shape": [1, 3, 64, 64], "stride": 32, "names": ["a", "b"]}
+    traced = torch.jit.trace(Raw(), torch.zeros(1, 3, 64, 64))
+    torch.jit.save(traced, str(path), _extra_files={"config.txt": json.dumps(config)})
+    backend = load_backend(path, "cpu")
+    found = backend.predict(np.full((3, 3, 64, 64), 51, np.uint8))
+    torch.testing.assert_close(found, torch.full((3, 40, 7), 0.2))
+    assert (backend.names, backend.stride, backend.metadata.shape_hw) == ({0: "a", 1: "b"}, 32, (64, 64))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8])
+def test_int8_tensors_are_scaled_by_what_the_file_says(kind):
+    zero_point = 3 if kind == np.uint8 else -120
+    details = {"dtype": kind, "quantization": (0.5, zero_point)}
+    quantised = _quantised(np.array([0, 0.2, 0.6, 1.0, 1e6], np.float32), details)
+    assert quantised.dtype == kind
+    limit = np.iinfo(kind).max
+    assert quantised.tolist() == [zero_point, zero_point, zero_point + 1, zero_point + 2, limit]
+    np.testing.assert_array_equal(_floats(quantised[:4], details), np.array([0, 0, 0.5, 1], np.float32))
+
+
+def core_ml_description(height, width, output_shape):
+    """What coremltools says of a model with a picture as input."""
+    picture = SimpleNamespace(imageType=SimpleNamespace(height=height, width=width), WhichOneof=lambda _: "imageType")
+    array = SimpleNamespace(multiArrayType=SimpleNamespace(shape=output_shape))
+    ends = {"input": SimpleNamespace(name="image", type=picture), "output": SimpleNamespace(name="output", type=array)}
+    return SimpleNamespace(description=SimpleNamespace(**{name: [end] for name, end in ends.items()}))
+
+
+def test_core_ml_model_gets_pictures_and_gives_rows(images, rows):
+    class Model:
+        user_defined_metadata = {"stride": "32", "names": "{0: 'a', 1: 'b', 2: 'c'}"}
+
+        def get_spec(self):
+            return core_ml_description(64, 96, rows[:1].shape)
+
+        def predict(self, inputs):
+            picture = np.asarray(inputs["image"]).transpose(2, 0, 1)
+            number = next(index for index, own in enumerate(images) if (own == picture).all())
+            return {"output": rows[number : number + 1]}
+
+    backend = CoreMlBackend(Model(), "best.mlmodel", "Core ML")
+    np.testing.assert_array_equal(backend.predict(images), rows)
+    assert backend.names[2] == "c"
+
+
+@pytest.fixture(scope="module")
+def tensorflow():
+    before_tensorflow()
+    return pytest.importorskip("tensorflow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["saved_model", "pb"])
+def test_tensorflow_models_give_boxes_as_fractions_and_say_nothing(tensorflow, tmp_path, kind):
+    """The mean of an image, as YOLOv5's SavedModel and frozen graph would give it."""
+    variable = tensorflow.Variable(np.ones((1, 40, 7), np.float32))
+    signature = [tensorflow.TensorSpec((1, 64, 64, 3), tensorflow.float32, name="x")]
+    function = tensorflow.function(lambda x: tensorflow.reduce_mean(x) * variable, input_signature=signature)
+    path = tmp_path / ("v6_saved_model" if kind == "saved_model" else "v6.pb")
+    if kind == "saved_model":
+        module = tensorflow.Module()
+        module.function, module.variable = function, variable
+        tensorflow.saved_model.save(module, str(path), signatures=function.get_concrete_function())
+    else:
+        from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+        frozen = convert_variables_to_constants_v2(function.get_concrete_function())
+        path.write_bytes(frozen.graph.as_graph_def().SerializeToString())
+    backend = load_backend(path, "cpu")
+    found = backend.predict(np.full((2, 3, 64, 64), 51, np.uint8))
+    np.testing.assert_allclose(found, np.tile([12.8] * 4 + [0.2] * 3, (2, 40, 1)), rtol=1e-5)
+    assert (backend.names, backend.metadata.shape_hw) == ({0: "class0", 1: "class1"}, (64, 64))

@@ -1,0 +1,87 @@
+"""From pictures to boxes on any runtime: letterbox to the model's size, thresholds, suppression inside the model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from models.backends.base import ArrayBackend
+from models.backends.metadata import Metadata, Suppression
+from models.detector import Detector, shape_for
+from utils.checks import UserError
+from utils.data.sources import Frame
+
+
+class Fixed(ArrayBackend):
+    """A runtime that answers every image with the same array."""
+
+    device = "nowhere"
+
+    def __init__(self, answer, **said):
+        self.answer, self.batch, self.seen = np.array([answer], np.float32), 1, []
+        self.metadata = replace(Metadata({0: "a", 1: "b"}, 32, (64, 96)), **said)
+        self.dynamic = self.metadata.dynamic
+
+    def run(self, inputs):
+        self.seen.append(inputs.shape)
+        return self.answer
+
+
+INSIDE = Suppression(conf_thres=0.25, iou_thres=0.45, max_det=4, agnostic=False)
+CHOSEN = [[10, 10, 30, 30, 0.9, 1], [40, 10, 60, 30, 0.5, 0], [70, 10, 90, 30, 0.3, 1], [0, 0, 0, 0, 0, 0]]
+
+
+def found(backend, picture_hw=(64, 96), **limits):
+    detector = Detector(backend, [64, 96], **limits)
+    frame = Frame("picture", 1, 1, np.zeros((*picture_hw, 3), np.uint8))
+    ((_, images),) = detector.letterboxed([frame])
+    return detector(images, picture_hw)
+
+
+def test_detections_chosen_inside_lose_the_filling_and_go_back_to_the_picture():
+    detections = found(Fixed(CHOSEN, nms=INSIDE), picture_hw=(128, 192))
+    np.testing.assert_array_equal(detections[:, :4], np.array([row[:4] for row in CHOSEN[:3]]) * 2)
+    np.testing.assert_allclose(detections[:, 4:], np.array([row[4:] for row in CHOSEN[:3]]))
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [({"conf_thres": 0.4}, [0.9, 0.5]), ({"classes": [1]}, [0.9, 0.3]), ({"max_det": 1}, [0.9]), ({"classes": []}, [])],
+)
+def test_detections_chosen_inside_can_be_narrowed(limits, kept):
+    np.testing.assert_allclose(found(Fixed(CHOSEN, nms=INSIDE), **limits)[:, 4], kept)
+
+
+def test_what_is_fixed_inside_is_said(caplog):
+    caplog.set_level("INFO", "yolov5")
+    found(Fixed(CHOSEN, nms=INSIDE), conf_thres=0.1, iou_thres=0.6, max_det=1000, agnostic=True)
+    assert "--conf-thres at least 0.25, --iou-thres 0.45, --max-det at most 4, no --agnostic-nms holds" in caplog.text
+    caplog.clear()
+    found(Fixed(CHOSEN, nms=INSIDE), max_det=2)
+    assert not caplog.text
+
+
+def test_normalised_boxes_become_pixels():
+    row = [0.5, 0.5, 0.25, 0.5, 1, 0.2, 0.8]  # x, y, w, h of 96x64
+    np.testing.assert_allclose(found(Fixed([row], boxes_normalised=True))[0], [36, 16, 60, 48, 0.8, 1])
+
+
+def test_pictures_are_padded_to_the_one_size_of_a_fixed_model_and_to_rectangles_else():
+    for dynamic, expected in ((False, (1, 3, 64, 96)), (True, (1, 3, 64, 64))):
+        backend = Fixed([[0.0] * 7], dynamic=dynamic)
+        found(backend, picture_hw=(60, 60))
+        assert backend.seen == [expected]
+
+
+def test_size_is_what_was_asked_for_or_what_the_model_takes(caplog):
+    caplog.set_level("INFO", "yolov5")
+    fixed, free = Fixed([]), Fixed([], dynamic=True)
+    assert shape_for(free, None, 640) == [640, 640]
+    assert shape_for(free, [64], 640) == [64, 64]
+    assert shape_for(free, [60, 90], 640) == [64, 96]
+    assert shape_for(fixed, [64, 96], 640) == [64, 96]
+    assert "Image size" not in caplog.text
+    assert shape_for(fixed, None, 640) == [64, 96]
+    assert "Image size 64x96, the one that the model was exported for" in caplog.text
+    with pytest.raises(UserError, match=r"--img-size 64 64: the model was exported for 64 96 .*takes no other"):
+        shape_for(fixed, [64], 640)
