@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CONVERTER_VENV ?= .venv-onnx2tf
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --no-compile
 DEMO := runs/demo
@@ -15,7 +16,7 @@ help:
 	@echo "make demo    train, validate and detect on the embedded data set (minutes on a CPU)"
 	@echo "make test    run all tests"
 	@echo "make check   run the linter and the quick tests"
-	@echo "make clean   remove .venv, runs/demo and tool caches"
+	@echo "make clean   remove .venv, .venv-onnx2tf, runs/demo and tool caches"
 
 setup: $(VENV)/.installed
 
@@ -34,6 +35,12 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements-extras.txt $(VENV)/.in
 	$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
+$(CONVERTER_VENV)/.installed: requirements-onnx2tf.txt | $(PY)
+	@echo "Installing requirements-onnx2tf.txt into $(CONVERTER_VENV): a minute or two ..."
+	$(PY) -m venv $(CONVERTER_VENV)
+	$(CONVERTER_VENV)/bin/python -m pip install --disable-pip-version-check --no-compile -r requirements-onnx2tf.txt
+	@touch $@
+
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(PY) train.py --cfg yolov5n-slimneck.yaml --data shapes.yaml --hyp hyp.demo.yaml --optimizer AdamW --img 192 \
@@ -48,7 +55,7 @@ demo: $(VENV)/.installed
 	@echo "  $(DEMO)/val/                              curves and the confusion matrix"
 	@echo "  $(DEMO)/train/weights/best.pt             the trained model"
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(CONVERTER_VENV)/.installed
 	$(PY) -m pytest
 
 check: $(VENV)/.installed-dev
@@ -56,5 +63,5 @@ check: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not slow"
 
 clean:
-	rm -rf .venv $(DEMO) .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .venv-onnx2tf $(DEMO) .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

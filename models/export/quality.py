@@ -15,7 +15,7 @@ from utils.eval.evaluate import evaluate
 from utils.nms import non_max_suppression
 
 BATCH_SIZE = 16
-WORKERS = 8
+WORKERS = 0  # exporters leave threads behind that forked loader processes might hang on
 
 
 class MapComparison(NamedTuple):

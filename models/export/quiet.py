@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from utils.checks import UserError
@@ -48,13 +48,12 @@ def _streams_to(target: int) -> Iterator[None]:
         yield
 
 
-def run_tool(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> str:
+def run_tool(command: Sequence[str], folder: Path) -> str:
     """Runs a program without a word, in a folder of its own; returns what it printed.
 
     Args:
         command: program and arguments.
         folder: its working folder.
-        environment: variables set beside those of this process.
 
     Raises:
         UserError: it cannot be started or fails; the message holds the last lines that it printed.
@@ -63,7 +62,6 @@ def run_tool(command: Sequence[str], folder: Path, environment: Mapping[str, str
         done = subprocess.run(
             list(command),
             cwd=folder,
-            env={**os.environ, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,0 +1,165 @@
+"""TensorRT engines for NVIDIA GPUs, built from ONNX on the GPU that is to run them.
+
+Types are those of the ONNX file (a strongly typed network): float32, with --half float16, with --int8 quantised as
+TensorRT wants it, symmetric, decoder and head in float. With --dynamic an engine takes 1 to --batch-size images whose
+sides are multiples of the stride up to the longer side of --imgsz and one stride more (validation pads so). What the
+engine says of itself is in its name. Needs TensorRT 10 or newer.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.backends.metadata import Metadata
+from models.export.job import ExportJob
+from models.export.onnx import INPUT, QUANTISED_OPSET, write_onnx
+from models.export.quiet import quietly
+from utils.checks import UserError
+from utils.files import atomic_write
+from utils.log import LOGGER
+
+LEAST_VERSION = 10
+LEAST_OPSET = 13
+WORKSPACE_GIB = 4  # where --workspace is not given
+NAME_BYTES = 4095  # the longest name that TensorRT keeps
+
+
+def export(job: ExportJob) -> Path:
+    """Writes `<stem>.engine`; returns its path.
+
+    Raises:
+        UserError: no CUDA device, TensorRT is too old, or it cannot build the model.
+    """
+    if job.device.type != "cuda":
+        raise UserError(f"is built on the CUDA GPU that is to run it, and this is {job.device.type}: add --device 0.")
+    import tensorrt
+
+    if int(tensorrt.__version__.split(".")[0]) < LEAST_VERSION:
+        raise UserError(f"needs TensorRT {LEAST_VERSION} or newer, this is {tensorrt.__version__}.")
+    path = job.path(job.format.suffix)
+    with tempfile.TemporaryDirectory() as folder, torch.cuda.device(job.device):
+        engine = build(tensorrt, _onnx(job, Path(folder)).read_bytes(), job)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(engine)
+    return path
+
+
+def _onnx(job: ExportJob, folder: Path) -> Path:
+    """Writes the ONNX file that the engine is built from; returns its path."""
+    path = folder / "model.onnx"
+    write_onnx(job, path, least_opset=QUANTISED_OPSET if job.options.int8 else LEAST_OPSET)
+    if not job.options.int8:
+        return path
+    from models.export.onnx_int8 import CALIBRATION_IMAGES
+
+    quantised = folder / "int8.onnx"
+    quantize_symmetric(path, quantised, job.calibration(CALIBRATION_IMAGES), job.metadata.batch)
+    return quantised
+
+
+def build(tensorrt: Any, content: bytes, job: ExportJob) -> bytes:
+    """Returns an engine.
+
+    Args:
+        tensorrt: the library.
+        content: an ONNX model with the input `images`.
+        job: whose options and metadata apply.
+
+    Raises:
+        UserError: TensorRT does not know an operator, or finds no way to run the model.
+    """
+    level = tensorrt.Logger.VERBOSE if job.options.verbose else tensorrt.Logger.WARNING
+    logger = tensorrt.Logger(level)
+    builder = tensorrt.Builder(logger)
+    network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = tensorrt.OnnxParser(network, logger)
+    if not parser.parse(content):
+        reasons = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
+        raise UserError(f"TensorRT {tensorrt.__version__} cannot read the model: {reasons}.")
+    network.name = engine_name(job.metadata)
+    config = builder.create_builder_config()
+    workspace = WORKSPACE_GIB if job.options.workspace is None else job.options.workspace
+    config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, int(workspace * (1 << 30)))
+    if job.metadata.dynamic:
+        profile = builder.create_optimization_profile()
+        profile.set_shape(INPUT, *profile_shapes(job))
+        config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise UserError(f"TensorRT {tensorrt.__version__} could not build the model; --verbose tells why.")
+    return bytes(engine)
+
+
+def profile_shapes(job: ExportJob) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Returns the least, the likeliest and the largest shape (b, c, h, w) of a dynamic engine's images."""
+    batch, channels, height, width = job.shape
+    stride = job.metadata.stride
+    longest = max(height, width) + stride
+    return (1, channels, stride, stride), (batch, channels, height, width), (batch, channels, longest, longest)
+
+
+def engine_name(metadata: Metadata) -> str:
+    """Returns what an engine is called: its metadata as JSON, the less important parts left out where it is long."""
+    shorter = replace(metadata, preprocessing="", versions={})
+    for candidate in (metadata, shorter):
+        text = candidate.texts()["metadata"]
+        if len(text.encode()) <= NAME_BYTES:
+            return text
+    LOGGER.warning(
+        f"WARNING: an engine has no room for the names of {len(metadata.names)} classes: they will be called class0, "
+        "class1, ..."
+    )
+    return ""
+
+
+def quantize_symmetric(full: Path, quantised: Path, images: Sequence[np.ndarray], batch: int) -> None:
+    """Quantises an ONNX file as TensorRT reads it: every zero point 0, biases and everything behind the trunk in float.
+
+    Args:
+        full: the float32 file.
+        quantised: the file to write.
+        images: calibration images, uint8 (1, 3, h, w) RGB.
+        batch: images that the file takes at a time.
+    """
+    import onnx
+    from onnxruntime import quantization
+
+    from models.export.calibrate import calibration_batches, log_ranges
+    from models.export.onnx_int8 import activation_ranges, float_nodes
+
+    prepared = full.with_suffix(".prepared.onnx")
+    with quietly():
+        quantization.quant_pre_process(str(full), str(prepared), skip_symbolic_shape=True)
+        kept = float_nodes(onnx.load(prepared).graph)
+        quantization.quantize_static(
+            str(prepared),
+            str(quantised),
+            _Reader({INPUT: images} for images in calibration_batches(images, batch)),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            per_channel=True,
+            activation_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
+            nodes_to_exclude=kept,
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+        )
+    graph = onnx.load(quantised).graph
+    layers = sum(node.op_type == "Conv" and node.name not in kept for node in graph.node)
+    log_ranges(activation_ranges(graph), layers, len(images))
+
+
+class _Reader:
+    """Hands out a model's inputs one after the other, in the way of `CalibrationDataReader`."""
+
+    def __init__(self, inputs: Iterator[dict[str, np.ndarray]]):
+        self._inputs = inputs
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._inputs, None)
