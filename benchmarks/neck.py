@@ -1,274 +1,296 @@
-"""What a slim neck saves in time: each neck as trained and rewritten for inference, in each runtime.
+"""What the slim-neck saves: costs and latency of YOLOv5 with its C3 neck and with the GSConv family.
 
-Weights are random, for speed does not depend on them. "As trained" has its batch norm folded and is otherwise what
-training left; "rewritten" is what `models.deploy.rewrite` makes of it. Timed is one image from pixels to decoded rows.
-In a runtime all models take turns, round after round, and the median of each counts; every runtime has a process of
-its own, since ONNX Runtime's waiting threads slow the others. The last column is the share of the C3 neck's time,
-rewritten.
-
-    python benchmarks/neck.py --size s --imgsz 640 --json neck.json
+For each model as trained (batch norm folded, as YOLOv5 runs it) and rewritten for inference: parameters, GFLOPs, nodes
+of the ONNX graph, and the median latency in PyTorch, ONNX Runtime and OpenVINO (float32 and int8). Weights are random:
+they change no latency. Each runtime has a process of its own, since spinning threads of one slow the other; in it the
+models take turns, so that whatever else the machine does meets all alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.checks import UserError
 from utils.cli import number, run_command
-from utils.files import ROOT
 
-NECKS = {"C3": "", "gsneck": "-gsneck", "gsconv": "-gsconv", "slimneck": "-slimneck", "slimneck-c": "-slimneck-c"}
+NECKS = ("", "-gsneck", "-gsconv", "-slimneck", "-slimneck-c")
 FORMS = ("as trained", "rewritten")
-RUNTIMES = {"torch": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino", "openvino int8": "openvino"}
-WARM_UP_ROUNDS = 2
-Inference = Callable[[], Any]
+LIST = "models.json"  # of the graphs in the folder
+RUNTIMES = ("torch", "onnxruntime", "openvino", "openvino-int8")
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+CALIBRATION_IMAGES = 4  # ranges change no latency
+OPSET = 17
+
+Run = Callable[[], Any]
 
 
-class Subject(NamedTuple):
-    """A model that is timed: a neck in one of its forms."""
+@dataclass(frozen=True)
+class Entry:
+    """One model in one form.
 
-    neck: str
+    Attributes:
+        model: name of the model YAML.
+        form: one of FORMS.
+        parameters: number of weights.
+        gflops: for one image.
+        nodes: of the ONNX graph.
+        file: the ONNX graph.
+    """
+
+    model: str
     form: str
-
-    def file(self, folder: Path, suffix: str) -> Path:
-        """Returns where the exported model is."""
-        return folder / f"{self.neck}-{self.form.replace(' ', '-')}{suffix}"
-
-
-SUBJECTS = [Subject(neck, form) for neck in NECKS for form in FORMS]
+    parameters: int
+    gflops: float
+    nodes: int
+    file: str
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Declares the options."""
     parser = argparse.ArgumentParser("benchmarks/neck.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--size", choices=["n", "s", "m", "l"], default="s", help="size of the models")
-    add("--imgsz", "--img", type=number(int, 32), default=640, help="image side in pixels")
-    add("--repeats", type=number(int, 1), default=20, help="rounds")
-    every = list(RUNTIMES)
-    add("--runtimes", nargs="+", choices=every, default=every, metavar="RUNTIME", help=f"of {every}")
-    add("--json", type=Path, help="write the figures to this file")
-    add("--measure", nargs=2, help=argparse.SUPPRESS)  # runtime and folder: one runtime in this process, JSON
+    add("--size", default="s", choices=tuple("nsmlx"), help="size of the models")
+    add("--imgsz", "--img", "--img-size", type=number(int, 32), default=640, help="image side in pixels")
+    add("--repeats", type=number(int, 1), default=30, help="rounds; the median counts")
+    add("--threads", type=number(int, 1), default=os.cpu_count(), help="threads of each runtime")
+    add("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES, help="where to run")
+    add("--clock", default="wall", choices=tuple(CLOCKS), help="cpu: CPU time, for busy machines; with --threads 1")
+    add("--json", default="", metavar="FILE", help="write the results there as well")
+    add("--measure", default="", choices=RUNTIMES, help=argparse.SUPPRESS)  # this process measures one runtime
+    add("--folder", default="", help=argparse.SUPPRESS)  # of the graphs and their list
     return parser
 
 
 def main(options: argparse.Namespace) -> None:
-    """Prints the table, or with --measure one runtime's times as JSON."""
+    """Builds the models, measures each runtime in a process of its own and prints the table."""
+    if options.imgsz % 32:
+        raise UserError(f"--imgsz {options.imgsz}: a multiple of 32 is needed")
     if options.measure:
-        runtime, folder = options.measure
-        print(json.dumps(measure(runtime, Path(folder), options)))
+        print(json.dumps(measure(options)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        facts = write_models(Path(folder), options)
-        times = {runtime: measure_apart(runtime, folder, options) for runtime in options.runtimes}
-    about = f"yolov5{options.size}, {options.imgsz} px, median of {options.repeats} rounds, {cpu_name()}"
-    versions = {package: version(package) for package in dict.fromkeys(RUNTIMES[name] for name in options.runtimes)}
-    print(f"{about}; {', '.join(f'{name} {number_}' for name, number_ in versions.items())}")
-    print_table(facts, times)
+        entries = write_graphs(Path(folder), options)
+        results = [measure_apart(runtime, folder, options) for runtime in options.runtimes]
+    print(f"{processor()}, {options.threads} threads, {options.imgsz} px, batch 1, median of {options.repeats}", end="")
+    print(f" ({options.clock} time), Python {platform.python_version()}")
+    print_table(entries, results)
     if options.json:
-        rows = [
-            {**subject._asdict(), **facts[i], **{name: times[name][i] for name in times}}
-            for i, subject in enumerate(SUBJECTS)
-        ]
-        options.json.write_text(json.dumps({"about": about, "versions": versions, "rows": rows}, indent=1))
+        rows = [asdict(entry) | {"file": Path(entry.file).name} for entry in entries]
+        report = {"processor": processor(), "options": vars(options), "models": rows, "runtimes": results}
+        Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
 
 
-def cpu_name() -> str:
-    """Returns what the CPU calls itself, and the cores that this process may use."""
-    from models.backends.runtime import thread_count
-
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {thread_count()} threads"
-
-
-def forms_of(neck: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Returns a neck's model in its forms, as modules that return decoded rows."""
-    import copy
-
-    import torch
-
-    from models.decode import Decoder
-    from models.deploy import InferenceModel, fold_model, rewrite
-    from models.yolo import Model
-
-    torch.manual_seed(0)
-    trained = Model(f"yolov5{options.size}{NECKS[neck]}.yaml").eval().requires_grad_(False)
-    rewritten = rewrite(trained)
-    head = Decoder.of(trained.detect, (options.imgsz, options.imgsz))
-    rewritten = InferenceModel(rewritten.trunk, head, rewritten.names, rewritten.stride).eval()
-    folded = fold_model(copy.deepcopy(trained))
-    folded.detect.inplace = False  # exporters cannot follow it
-    return {"as trained": folded, "rewritten": rewritten}
-
-
-def write_models(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Exports every model to every runtime; returns parameters, GFLOPs and nodes of each."""
-    import torch
-
-    facts = []
-    image = torch.zeros(1, 3, options.imgsz, options.imgsz)
-    for neck in NECKS:
-        for form, model in forms_of(neck, options).items():
-            subject = Subject(neck, form)
-            print(f"preparing {neck} {form} ...", file=sys.stderr)
-            nodes = write_onnx(model, image, subject.file(folder, ".onnx"))
-            write_openvino(subject, folder, options)
-            facts.append(
-                {
-                    "params": sum(parameter.numel() for parameter in model.parameters()),
-                    "gflops": count_gflops(model, image),
-                    "nodes": nodes,
-                }
-            )
-    return facts
-
-
-def count_gflops(model: Any, image: Any) -> float:
-    """Returns the floating-point operations, 1e9, of a module's convolutions and products on an image (1, 3, h, w)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        model(image)
-    return counter.get_total_flops() / 1e9
-
-
-def write_onnx(model: Any, image: Any, path: Path) -> int:
-    """Writes a module, (b, 3, h, w) to rows, as ONNX; returns the number of its nodes."""
+def write_graphs(folder: Path, options: argparse.Namespace) -> list[Entry]:
+    """Writes every model in both forms as ONNX, and their list as JSON; returns the list."""
     import onnx
     import torch
 
-    class Rows(torch.nn.Module):
-        """The module's rows alone."""
+    entries = []
+    image = torch.zeros(1, 3, options.imgsz, options.imgsz)
+    for name in model_names(options.size):
+        for form, module in both_forms(name, options.imgsz).items():
+            file = folder / f"{name} {form}.onnx"
+            export(module, image, file)
+            parameters = sum(parameter.numel() for parameter in module.parameters())
+            nodes = len(onnx.load(str(file)).graph.node)
+            entries.append(Entry(name, form, parameters, count_gflops(module, image), nodes, str(file)))
+    (folder / LIST).write_text(json.dumps([asdict(entry) for entry in entries]))
+    return entries
 
-        def __init__(self) -> None:
+
+def model_names(size: str) -> list[str]:
+    """Returns the models of a size; the first is the one with the C3 neck."""
+    return [f"yolov5{size}{neck}" for neck in NECKS]
+
+
+def both_forms(name: str, imgsz: int) -> dict[str, Any]:
+    """Builds a model as trained, giving rows alone, and rewritten for images of side `imgsz`; by FORMS."""
+    import torch
+    from torch import nn
+
+    from models.decode import head_for
+    from models.deploy import rewrite
+    from models.yolo import Model
+
+    class Rows(nn.Module):
+        def __init__(self, detector: nn.Module):
             super().__init__()
-            self.model = model
+            self.detector = detector
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            """Maps images to rows."""
-            output = self.model(x)
-            return output[0] if isinstance(output, tuple) else output
+        def forward(self, x):
+            return self.detector(x)[0]
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(Rows().eval(), (image,), path, dynamo=False, opset_version=17, input_names=["images"])
-    return len(onnx.load(path).graph.node)
-
-
-def write_openvino(subject: Subject, folder: Path, options: argparse.Namespace) -> None:
-    """Writes a model for OpenVINO in float32 and, calibrated on the sample pictures, in int8, where they are wanted."""
-    if not any(RUNTIMES[runtime] == "openvino" for runtime in options.runtimes):
-        return
-    import numpy as np
-    import openvino
-
-    from models.export.openvino_int8 import quantize
-    from models.export.telemetry import without_telemetry
-    from utils.images import letterbox, read_image
-
-    with without_telemetry():
-        model = openvino.convert_model(subject.file(folder, ".onnx"))
-    openvino.save_model(model, subject.file(folder, ".xml"), compress_to_fp16=False)
-    if "openvino int8" in options.runtimes:
-        paths = sorted((ROOT / "data" / "images").glob("*.jpg"))[:8]
-        boxed = [letterbox(read_image(path), options.imgsz, auto=False).image for path in paths]
-        images = [np.ascontiguousarray(image[None, :, :, ::-1].transpose(0, 3, 1, 2)) for image in boxed]
-        openvino.save_model(quantize(model, images, 1), subject.file(folder, "-int8.xml"), compress_to_fp16=False)
+    torch.manual_seed(0)
+    model = Model(f"{name}.yaml").eval()
+    rewritten = rewrite(model)
+    rewritten.decoder = head_for(model.detect, (imgsz, imgsz))
+    model.detect.inplace = False  # exporters know no writing in place
+    return dict(zip(FORMS, (Rows(model.fuse()).eval(), rewritten.eval()), strict=True))
 
 
-def measure_apart(runtime: str, folder: str, options: argparse.Namespace) -> list[float]:
-    """Returns the median milliseconds of each model in a runtime, measured in a process of its own."""
-    command = [sys.executable, __file__, "--measure", runtime, folder, "--size", options.size]
-    command += ["--imgsz", str(options.imgsz), "--repeats", str(options.repeats)]
-    print(f"timing {runtime} ...", file=sys.stderr)
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+def export(module, image, file: Path) -> None:
+    """Writes a module as ONNX for images of the shape of `image`."""
+    import warnings
 
-
-def measure(runtime: str, folder: Path, options: argparse.Namespace) -> list[float]:
-    """Times all models of a runtime by turns; returns the median milliseconds of each."""
-    import numpy as np
-
-    load = {"torch": load_torch, "onnxruntime": load_onnxruntime}.get(runtime, load_openvino)
-    image = np.random.default_rng(0).random((1, 3, options.imgsz, options.imgsz), np.float32)
-    inferences = load(folder, image, options, "-int8.xml" if runtime == "openvino int8" else ".xml")
-    seconds: list[list[float]] = [[] for _ in inferences]
-    for _ in range(WARM_UP_ROUNDS + options.repeats):
-        for taken, inference in zip(seconds, inferences, strict=True):
-            start = time.perf_counter()
-            inference()
-            taken.append(time.perf_counter() - start)
-    return [1e3 * float(np.median(taken[WARM_UP_ROUNDS:])) for taken in seconds]
-
-
-def load_torch(_folder: Path, image: Any, options: argparse.Namespace, _suffix: str) -> list[Inference]:
-    """Builds the models anew."""
     import torch
 
-    from utils.devices import prepare_cpu_memory
-
-    prepare_cpu_memory(torch.device("cpu"))
-    inputs = torch.from_numpy(image).to(memory_format=torch.channels_last)
-
-    def inference_of(model: torch.nn.Module) -> Inference:
-        model = model.to(memory_format=torch.channels_last)
-        return torch.inference_mode()(lambda: model(inputs))
-
-    return [inference_of(model) for neck in NECKS for model in forms_of(neck, options).values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the exporter torch recommends needs onnxscript
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are meant to be fixed
+        names = {"input_names": ["images"], "output_names": ["output"]}
+        torch.onnx.export(module, (image,), str(file), dynamo=False, opset_version=OPSET, **names)
 
 
-def load_onnxruntime(folder: Path, image: Any, _options: argparse.Namespace, _suffix: str) -> list[Inference]:
-    """Loads the ONNX files."""
+def count_gflops(module, image) -> float:
+    """Returns the floating point operations of one run, two a multiply-add, in 1e9."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(image)
+    return counter.get_total_flops() / 1e9
+
+
+def measure_apart(runtime: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measures one runtime in a new process; returns what `measure` returned there.
+
+    Raises:
+        UserError: it failed; the end of its output is in the message.
+    """
+    command = [sys.executable, __file__, "--measure", runtime, "--folder", folder, "--size", options.size]
+    for name in ("imgsz", "repeats", "threads", "clock"):
+        command += [f"--{name}", str(getattr(options, name))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{runtime} failed:\n{(done.stdout + done.stderr)[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures all models in one runtime: its name, its version, and each model's median in ms, in the list's order."""
+    import numpy as np
+
+    entries = [Entry(**values) for values in json.loads(Path(options.folder, LIST).read_text())]
+    image = np.random.default_rng(0).random((1, 3, options.imgsz, options.imgsz), dtype=np.float32)
+    runs, version = LOADERS[options.measure](entries, image, options.threads)
+    clock = CLOCKS[options.clock]
+    for run in runs * 2:  # the first runs lay out memory
+        run()
+    seconds = np.empty((options.repeats, len(runs)))
+    for repeat in range(options.repeats):
+        order = range(len(runs)) if repeat % 2 else reversed(range(len(runs)))
+        for place in order:
+            start = clock()
+            runs[place]()
+            seconds[repeat, place] = clock() - start
+    medians_ms = (1000 * np.median(seconds, 0)).tolist()
+    return {"runtime": options.measure, "version": version, "ms": medians_ms}
+
+
+def load_torch(entries: Sequence[Entry], image, threads: int) -> tuple[list[Run], str]:
+    """Returns a function for each model that runs it in PyTorch, and the version."""
+    import torch
+
+    torch.set_num_threads(threads)
+    inputs = torch.from_numpy(image).contiguous(memory_format=torch.channels_last)
+
+    def loaded(module) -> Run:
+        module = module.to(memory_format=torch.channels_last)
+        return torch.inference_mode()(lambda: module(inputs))
+
+    names = list(dict.fromkeys(entry.model for entry in entries))
+    forms = {name: both_forms(name, image.shape[2]) for name in names}
+    return [loaded(forms[entry.model][entry.form]) for entry in entries], torch.__version__
+
+
+def load_onnxruntime(entries: Sequence[Entry], image, threads: int) -> tuple[list[Run], str]:
+    """Returns a function for each model that runs it in ONNX Runtime, and the version."""
     import onnxruntime
 
-    from models.backends.runtime import thread_count
-
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = thread_count()
+    settings.intra_op_num_threads = threads
 
-    def inference_of(path: Path) -> Inference:
-        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    def loaded(file: str) -> Run:
+        session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
         return lambda: session.run(None, {"images": image})
 
-    return [inference_of(subject.file(folder, ".onnx")) for subject in SUBJECTS]
+    return [loaded(entry.file) for entry in entries], onnxruntime.__version__
 
 
-def load_openvino(folder: Path, image: Any, _options: argparse.Namespace, suffix: str) -> list[Inference]:
-    """Loads the files of this suffix, to be computed in float32 where they are not quantised."""
+def load_openvino(
+    entries: Sequence[Entry], image, threads: int, change: Callable[[Any], Any] = lambda model: model
+) -> tuple[list[Run], str]:
+    """Returns a function for each model that runs it in OpenVINO, after a `change`, and the version."""
     import openvino
 
     core = openvino.Core()
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
 
-    def inference_of(path: Path) -> Inference:
-        request = core.compile_model(path, "CPU", settings).create_infer_request()
+    def loaded(file: str) -> Run:
+        request = core.compile_model(change(core.read_model(file)), "CPU", config).create_infer_request()
         return lambda: request.infer({0: image}, share_inputs=True, share_outputs=True)
 
-    return [inference_of(subject.file(folder, suffix)) for subject in SUBJECTS]
+    return [loaded(entry.file) for entry in entries], openvino.__version__.split("-")[0]
 
 
-def print_table(facts: list[dict[str, Any]], times: dict[str, list[float]]) -> None:
-    """Prints a line for each model as a Markdown table: milliseconds, and the share of the rewritten C3 neck's."""
-    print(f"| neck | form | params | GFLOPs | nodes | {' | '.join(f'{name}, ms' for name in times)} |")
-    print("| --- | --- | ---: | ---: | ---: |" + " ---: |" * len(times))
-    first = SUBJECTS.index(Subject("C3", "rewritten"))
-    for i, (neck, form) in enumerate(SUBJECTS):
-        figures = " | ".join(f"{taken[i]:.1f} ({taken[i] / taken[first]:.3f})" for taken in times.values())
-        fact = facts[i]
-        print(f"| {neck} | {form} | {fact['params']} | {fact['gflops']:.1f} | {fact['nodes']} | {figures} |")
+def load_openvino_int8(entries: Sequence[Entry], image, threads: int) -> tuple[list[Run], str]:
+    """Does the same for the models quantised as export.py does it."""
+    import numpy as np
+
+    from models.export.openvino_int8 import quantize
+
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, image.shape, dtype=np.uint8) for _ in range(CALIBRATION_IMAGES)]
+    return load_openvino(entries, image, threads, lambda model: quantize(model, images, batch=1))
+
+
+LOADERS: dict[str, Callable[[Sequence[Entry], Any, int], tuple[list[Run], str]]] = {
+    "torch": load_torch,
+    "onnxruntime": load_onnxruntime,
+    "openvino": load_openvino,
+    "openvino-int8": load_openvino_int8,
+}
+
+
+def print_table(entries: Sequence[Entry], results: Sequence[dict[str, Any]]) -> None:
+    """Prints a line for each model and form: costs, and for each runtime ms and two shares of the C3 neck's time."""
+    for result in results:
+        print(f"{result['runtime']} {result['version']}")
+    print("ms; in brackets the share of the C3 neck's time, of the same form's and of the one's as trained")
+    header = f"{'model':20} {'form':11} {'parameters':>10} {'GFLOPs':>6} {'nodes':>5}"
+    print(header + "".join(f"{result['runtime']:>23}" for result in results))
+    for place, entry in enumerate(entries):
+        costs = f"{entry.model:20} {entry.form:11} {entry.parameters:10} {entry.gflops:6.2f} {entry.nodes:5}"
+        print(costs + "".join(f"{cell(result['ms'], place):>23}" for result in results))
+
+
+def cell(medians_ms: Sequence[float], place: int) -> str:
+    """Returns a time with its share of the first model's in the same form, and of the first model's as trained."""
+    baseline = place % len(FORMS)
+    spent_ms = medians_ms[place]
+    return f"{spent_ms:.1f} ({spent_ms / medians_ms[baseline]:.3f} {spent_ms / medians_ms[0]:.3f})"
+
+
+def processor() -> str:
+    """Returns the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":
