@@ -141,6 +141,6 @@ def documented_commands():
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_documented_commands_are_understood():
     commands = documented_commands()
-    assert {script for script, _ in commands} == {"train", "val", "detect"} and len(commands) >= 7
+    assert {script for script, _ in commands} == {"train", "val", "detect", "export", "serve"} and len(commands) >= 7
     for script, arguments in commands:
         importlib.import_module(script).build_parser().parse_args(shlex.split(arguments))  # exits when it is not
