@@ -126,8 +126,8 @@ class _LevelDecoder(_Float32):
     """The decoder of one level.
 
     Boxes are decoded while the channels still stand before the cells, where taking four of them apart is cheap: on a
-    CPU the whole decoder takes a third less time in PyTorch and a fifth less in ONNX Runtime and OpenVINO than one
-    that works on finished rows.
+    CPU that takes less than half the time of working on finished rows in PyTorch, a fifth less in ONNX Runtime and
+    OpenVINO.
     """
 
     def __init__(
@@ -231,12 +231,28 @@ class NMSHead(_Float32):
 
         The most confident comes first; what is left over at the end is zero.
         """
-        found, score = self._best(self._scored(self.decoder(maps)), self.candidates)
-        kept = self._kept(found, (score > 0).float().unsqueeze(2))
+        found = self._candidates(self.decoder(maps))
+        kept = self._kept(found, (found[..., 4:5] > 0).float())
         found = torch.cat((found[..., :4], found[..., 4:5] * kept, found[..., 5:]), dim=2)
-        best, score = self._best(found, min(self.suppression.max_det, self.candidates))
-        best = best * (score > 0).float().unsqueeze(2) / self.unit
+        score, index = torch.topk(found[..., 4], min(self.suppression.max_det, self.candidates), dim=1)
+        best = _picked(found, index) * (score > 0).float().unsqueeze(2) / self.unit
         return _lengthened(best, self.suppression.max_det - self.candidates)
+
+    def _candidates(self, rows: Tensor) -> Tensor:
+        """Turns rows (b, n, 5 + nc) into candidates (b, k, 6) [x1, y1, x2, y2 in px, score or 0, class], best first."""
+        sides = rows[..., 2:4]
+        score = rows[..., 4] * rows[..., 5:].amax(dim=2)
+        # No probability exceeds 1, so that the objectness is above the threshold wherever the score is
+        passes = (score > self.suppression.conf_thres).float()
+        passes = passes * (sides.amin(dim=2) >= MIN_SIDE_PX).float() * (sides.amax(dim=2) <= MAX_SIDE_PX).float()
+        score = (score * passes).unsqueeze(2)
+        if self.decoder.row_count is None:  # small images have fewer rows
+            rows, score = _lengthened(rows, self.candidates), _lengthened(score, self.candidates)
+        score, index = torch.topk(score[..., 0], self.candidates, dim=1)
+        rows = _picked(rows, index)
+        label = (rows[..., 5:] * rows[..., 4:5]).argmax(dim=2, keepdim=True).float()  # slow, so not of all rows
+        half = rows[..., 2:4] / 2
+        return torch.cat((rows[..., :2] - half, rows[..., :2] + half, score.unsqueeze(2), label), dim=2)
 
     def _kept(self, found: Tensor, valid: Tensor) -> Tensor:
         """Returns (b, k, 1), 1 for the candidates that are detections, else 0.
@@ -260,23 +276,6 @@ class NMSHead(_Float32):
             kept = kept * (torch.bmm(like, kept) < self.topk_per_class).float()
         return kept
 
-    def _scored(self, rows: Tensor) -> Tensor:
-        """Turns rows (b, n, 5 + nc) into (b, n, 6) [x1, y1, x2, y2 in px, score or 0, class]."""
-        centre, sides, objectness = rows[..., :2], rows[..., 2:4], rows[..., 4:5]
-        score, label = (rows[..., 5:] * objectness).max(dim=2, keepdim=True)
-        # No probability exceeds 1, so that the objectness is above the threshold wherever the score is
-        passes = (score > self.suppression.conf_thres).float()
-        passes = passes * (sides.amin(dim=2, keepdim=True) >= MIN_SIDE_PX).float()
-        passes = passes * (sides.amax(dim=2, keepdim=True) <= MAX_SIDE_PX).float()
-        half = sides / 2
-        found = torch.cat((centre - half, centre + half, score * passes, label.float()), dim=2)
-        return _lengthened(found, self.candidates if self.decoder.row_count is None else 0)
-
-    def _best(self, found: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Returns the `count` of highest score out of (b, n, 6), best first, and their scores (b, count)."""
-        score, index = torch.topk(found[..., 4], count, dim=1)
-        return torch.gather(found, 1, index.unsqueeze(2).expand(-1, -1, 6)), score
-
     def _overlapping(self, found: Tensor) -> Tensor:
         """Returns (b, k, k), 1 where two of the boxes [x1, y1, x2, y2, ...] (b, k, 6) overlap too much, else 0."""
         x1, y1, x2, y2 = (found[..., side : side + 1] for side in range(4))
@@ -288,6 +287,11 @@ class NMSHead(_Float32):
         return (shared > self.suppression.iou_thres * union).float()
 
 
-def _lengthened(found: Tensor, count: int) -> Tensor:
-    """Returns (b, n, 6) with `count` rows of zeros more at the end, where it is above zero."""
-    return torch.cat((found, found.new_zeros(found.shape[0], count, 6)), dim=1) if count > 0 else found
+def _picked(table: Tensor, index: Tensor) -> Tensor:
+    """Returns the rows of (b, n, c) that index (b, k) names, (b, k, c)."""
+    return torch.gather(table, 1, index.unsqueeze(2).expand(-1, -1, table.shape[2]))
+
+
+def _lengthened(table: Tensor, count: int) -> Tensor:
+    """Returns (b, n, c) with `count` rows of zeros more at the end, where it is above zero."""
+    return torch.cat((table, table.new_zeros(table.shape[0], count, table.shape[2])), dim=1) if count > 0 else table

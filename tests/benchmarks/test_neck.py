@@ -1,0 +1,35 @@
+"""benchmarks/neck.py runs as a command and reports every model in both forms."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from utils.files import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_command_prints_and_writes_costs_and_times(tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    report = tmp_path / "neck.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "neck.py"), "--size", "n", "--imgsz", "64", "--repeats", "1"]
+    command += ["--threads", "1", "--runtimes", "onnxruntime", "torch", "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(report.read_text())
+    assert [runtime["runtime"] for runtime in result["runtimes"]] == ["onnxruntime", "torch"]
+    trained, rewritten = result["models"][::2], result["models"][1::2]
+    assert len(trained) == len(rewritten) == 5
+    for before, after in zip(trained, rewritten, strict=True):
+        assert before["model"] == after["model"]
+        assert before["model"] in done.stdout
+        assert before["parameters"] == after["parameters"]
+        assert after["nodes"] < before["nodes"]
+        assert after["gflops"] < before["gflops"]
+    for runtime in result["runtimes"]:
+        assert runtime["version"] in done.stdout
+        assert len(runtime["ms"]) == 10
+        assert all(spent_ms > 0 for spent_ms in runtime["ms"])
