@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from models.backends.runtime import processor_name
 from utils.checks import UserError
 from utils.cli import number, run_command
 
@@ -84,12 +85,12 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         entries = write_graphs(Path(folder), options)
         results = [measure_apart(runtime, folder, options) for runtime in options.runtimes]
-    print(f"{processor()}, {options.threads} threads, {options.imgsz} px, batch 1, median of {options.repeats}", end="")
-    print(f" ({options.clock} time), Python {platform.python_version()}")
+    how = f"{options.imgsz} px, batch 1, median of {options.repeats} ({options.clock} time)"
+    print(f"{processor_name()}, {options.threads} threads, {how}, Python {platform.python_version()}")
     print_table(entries, results)
     if options.json:
         rows = [asdict(entry) | {"file": Path(entry.file).name} for entry in entries]
-        report = {"processor": processor(), "options": vars(options), "models": rows, "runtimes": results}
+        report = {"processor": processor_name(), "options": vars(options), "models": rows, "runtimes": results}
         Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -282,15 +283,6 @@ def cell(medians_ms: Sequence[float], place: int) -> str:
     baseline = place % len(FORMS)
     spent_ms = medians_ms[place]
     return f"{spent_ms:.1f} ({spent_ms / medians_ms[baseline]:.3f} {spent_ms / medians_ms[0]:.3f})"
-
-
-def processor() -> str:
-    """Returns the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

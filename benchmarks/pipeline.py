@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.backends.runtime import thread_count
+from models.backends.runtime import processor_name, thread_count
 from utils.checks import UserError
 from utils.cli import newest_weights, number, run_command
 from utils.files import ROOT
@@ -198,10 +198,7 @@ def table(results: Sequence[Result]) -> str:
 
 def machine() -> str:
     """Returns what the figures were taken on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    cpu = model or platform.processor() or platform.machine()
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    return f"{processor_name()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

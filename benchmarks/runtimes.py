@@ -22,8 +22,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models.backends.runtime import processor_name
+from utils.files import ROOT
 
 CONFIDENT = 0.25  # boxes of rows above this are compared
 COLUMNS = ("mAP50", "mAP50-95", "diff", "raw px", "raw score", "pre ms", "infer ms", "NMS ms", "MB", "RAM MB")
@@ -207,13 +209,6 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
-def machine() -> str:
-    """Returns the name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.*)", info.read_text(encoding="utf-8")) if info.is_file() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def line_of(row: Row, figures: dict[str, Any], table: dict[str, dict[str, Any]]) -> str:
     """Returns a row of the printed table; `table` holds the rows measured so far."""
     if "why" in figures:
@@ -231,7 +226,8 @@ def line_of(row: Row, figures: dict[str, Any], table: dict[str, dict[str, Any]])
 def compare(args: argparse.Namespace) -> None:
     """Measures all rows, prints the table and writes the JSON."""
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
-    about = {"cpu": machine(), "cores": os.cpu_count(), "threads": int(threads), "python": platform.python_version()}
+    about = {"cpu": processor_name(), "cores": os.cpu_count(), "threads": int(threads)}
+    about["python"] = platform.python_version()
     about |= {"weights": args.weights.name, "data": args.data, "imgsz": args.imgsz, "batch_size": args.batch_size}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print("timed: milliseconds per image of pre-processing, inference and NMS (from confidence 0.001)")

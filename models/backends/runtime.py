@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,14 @@ def thread_count() -> int:
     if wished.isdecimal() and int(wished) > 0:
         return int(wished)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """Returns what the CPU calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def texts_of_yaml(path: Path) -> dict[str, str]:
