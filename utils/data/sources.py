@@ -1,17 +1,20 @@
 """What detection reads: files, folders, globs and list files, images and videos, as one stream of frames.
 
 A damaged image or video frame does not end the stream: it arrives as a frame with `error` set and no picture. Every
-picture is upright uint8 BGR. Not here: cameras and network streams; training's images (`utils.data.dataset`).
+picture is upright uint8 BGR. `Source` is what every kind of input offers; `utils.data.inputs.open_source` chooses one.
+Not here: cameras and network streams (`utils.data.streams`); training's images (`utils.data.dataset`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -19,6 +22,7 @@ import numpy as np
 from utils.checks import UserError, did_you_mean
 from utils.images import IMG_FORMATS, MAX_ASPECT, VID_FORMATS, ImageError, read_image
 
+LIST_FORMATS = frozenset({"streams", "txt"})
 DEFAULT_FPS = 30.0  # for videos that do not say
 _COUNTING_FORMATS = frozenset({"avi", "m4v", "mov", "mp4"})  # their headers count the frames; others estimate
 _ESTIMATE_TOLERANCE = 0.05  # of the frames declared
@@ -28,26 +32,72 @@ _ESTIMATE_TOLERANCE = 0.05  # of the frames declared
 class Frame:
     """One picture of the stream, or the place where one is missing."""
 
-    path: str
+    path: str  # of the file; a live input's name
     file_number: int  # from 1
-    file_count: int
+    file_count: int  # files, or live inputs
     image: np.ndarray | None = None  # uint8 (h, w, 3) BGR; None when it could not be read
     error: str = ""  # why not
-    number: int = 0  # in a video, from 1; 0 for an image
+    number: int = 0  # in a video or a live input, from 1; 0 for an image
     count: int = 0  # frames that the video declares; 0 if unknown
     fps: float = 0.0
+    live: bool = False  # from a camera, a network stream or the screen
 
     @property
     def is_video(self) -> bool:
-        """Whether this frame belongs to a video."""
+        """Whether this frame is one of a sequence: a video's or a live input's."""
         return self.number > 0
 
     @property
     def where(self) -> str:
-        """Returns what stands before a message about this frame: `image 1/2 PATH` or `video 1/1 (12/300) PATH`."""
+        """Returns what stands before a message about this frame.
+
+        `image 1/2 PATH`, `video 1/1 (12/300) PATH`, or a live input's number from 0.
+        """
+        if self.live:
+            return str(self.file_number - 1)
         if self.is_video:
             return f"video {self.file_number}/{self.file_count} ({self.number}/{self.count or '?'}) {self.path}"
         return f"image {self.file_number}/{self.file_count} {self.path}"
+
+
+class Source(Protocol):
+    """What detection reads from, whatever stands behind it."""
+
+    inputs: list[str]  # what results are filed under: absolute paths, or distinct names of live inputs
+    live: bool  # frames are worth most when they are new: whoever reads must not read ahead
+
+    def __iter__(self) -> Iterator[list[Frame]]:
+        """Yields what has come: one frame of a file, or one of every live input that has a new one."""
+
+    def close(self) -> None:
+        """Ends the reading and gives devices back; may be called again."""
+
+    def report(self) -> list[str]:
+        """Returns what there is to say about inputs that lost frames, a line each."""
+
+
+class FileSource:
+    """Images and videos as a `Source`, one after the other."""
+
+    live = False
+
+    def __init__(self, paths: Sequence[str], vid_stride: int = 1) -> None:
+        """Takes absolute paths (`find_sources`); of a video every `vid_stride`-th frame is read."""
+        self.inputs = list(paths)
+        self._vid_stride = vid_stride
+
+    def __iter__(self) -> Iterator[list[Frame]]:
+        """Yields lists of one frame, as `read_frames` orders them; from the first file again each time."""
+        with contextlib.closing(read_frames(self.inputs, self._vid_stride)) as frames:
+            for frame in frames:
+                yield [frame]
+
+    def close(self) -> None:
+        """Does nothing: a file is open only while its frames are read."""
+
+    def report(self) -> list[str]:
+        """Returns nothing: what is wrong with a file stands in its frames."""
+        return []
 
 
 def suffix_of(path: str | Path) -> str:
@@ -60,7 +110,7 @@ def find_sources(source: str | Path) -> list[str]:
 
     Args:
         source: an image or video; a folder (its own files, not its subfolders'); a glob (`**` goes into subfolders);
-            or a `.txt` file with one image or video path a line, relative to the working folder or to the list.
+            or a list file with one image or video path a line, relative to the working folder or to the list.
 
     Returns:
         Absolute paths; those of a folder or glob are sorted, those of a list keep its order.
@@ -72,7 +122,7 @@ def find_sources(source: str | Path) -> list[str]:
     if os.path.isdir(text):
         candidates = sorted(entry.path for entry in os.scandir(text) if entry.is_file())
     elif os.path.isfile(text):
-        return _order(_read_list(text), text) if suffix_of(text) == "txt" else _single_file(text)
+        return files_of_list(text, read_list(text)) if suffix_of(text) in LIST_FORMATS else _single_file(text)
     elif glob.has_magic(text):
         candidates = sorted(path for path in glob.glob(text, recursive=True) if os.path.isfile(path))
     else:
@@ -99,15 +149,28 @@ def _order(paths: Sequence[str], source: str) -> list[str]:
     return sorted(unique, key=lambda path: suffix_of(path) in VID_FORMATS)
 
 
-def _read_list(path: str) -> list[str]:
-    """Reads a list file: one path a line, blank lines and lines that begin with # left out."""
+def read_list(path: str | Path) -> list[str]:
+    """Reads a list file: one entry a line, blank lines and lines that begin with # left out.
+
+    Raises:
+        UserError: not a text in UTF-8.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--source '{path}': cannot be read as a list of paths ({error}).") from error
     lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def files_of_list(path: str, entries: Sequence[str]) -> list[str]:
+    """Returns the files that a list file at `path` names, relative to the working folder or to the list.
+
+    Raises:
+        UserError: there are none.
+    """
     folder = os.path.dirname(os.path.abspath(path))
-    return [_resolve(line, folder) for line in lines if line and not line.startswith("#")]
+    return _order([_resolve(entry, folder) for entry in entries], path)
 
 
 def _resolve(entry: str, folder: str) -> str:
