@@ -1,4 +1,4 @@
-"""Boxes on pictures: the palette, labelled boxes, crops, and mosaics of whole batches.
+"""Boxes on pictures: the palette, labelled boxes, what is counted, crops, and mosaics of whole batches.
 
 Images are uint8 (h, w, 3) in BGR unless said otherwise. Labels are measured before they are drawn: they stay inside
 the picture and, where there is room, off each other. Torch tensors are taken (`draw_batch`) without importing torch.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,6 +18,9 @@ import numpy as np
 from utils.boxes import clip_boxes, xywh2xyxy, xywhn2xyxy, xyxy2xywh
 from utils.checks import UserError
 from utils.fonts import ASCENT, LINE_HEIGHT, draw_text, fit_text, text_width
+
+if TYPE_CHECKING:
+    from utils.counting import Counts
 
 Array = Any  # np.ndarray or torch.Tensor
 Color = tuple[int, int, int]
@@ -27,6 +30,8 @@ PALETTE = (
     "2C99A8", "00C2FF", "344593", "6473FF", "0018EC", "8438FF", "520085", "CB38FF", "FF95C8", "FF37C7",
 )  # fmt: skip
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+GRAY = (160, 160, 160)  # of objects that have no track (yet)
+COUNTING_COLOR = (0, 235, 255)  # yellow, on a black rim: seen on any ground
 SMALLEST_FONT_PX = 9
 BATCH_CONF_THRES = 0.25  # predictions below it are not shown in mosaics
 TILE_NAME_LENGTH = 40
@@ -62,8 +67,19 @@ def class_name(names: Mapping[int, str] | Sequence[str], class_id: int) -> str:
 def detection_labels(
     detections: np.ndarray, names: Mapping[int, str] | Sequence[str], hide_conf: bool = False
 ) -> list[str]:
-    """Returns `name 0.87`, or `name` alone, for detections (k, 6) [x1, y1, x2, y2, confidence, class]."""
-    return [class_name(names, int(row[5])) + ("" if hide_conf else f" {row[4]:.2f}") for row in np.asarray(detections)]
+    """Returns `name 0.87`, `name`, or `id:3 name 0.87` for detections (k, 6) or (k, 7), see `draw_detections`."""
+    labels = []
+    for row in np.asarray(detections):
+        track = f"id:{int(row[6])} " if len(row) > 6 and row[6] >= 0 else ""
+        labels.append(track + class_name(names, int(row[5])) + ("" if hide_conf else f" {row[4]:.2f}"))
+    return labels
+
+
+def detection_color(row: Sequence[float]) -> Color:
+    """Returns the colour of a detection's class, or of its track where there are tracks: gray for none."""
+    if len(row) <= 6:
+        return color(int(row[5]))
+    return color(int(row[6])) if row[6] >= 0 else GRAY
 
 
 def default_line_width(shape_hw: Sequence[int]) -> int:
@@ -107,11 +123,77 @@ def draw_detections(
     line_width: int | None = None,
     hide_labels: bool = False,
     hide_conf: bool = False,
+    counts: Counts | None = None,
 ) -> np.ndarray:
-    """Draws detections (k, 6) [x1, y1, x2, y2 in px of the image, confidence, class] into it, in place."""
+    """Draws what was found in an image into it, in place.
+
+    Args:
+        image: uint8 (h, w, 3) BGR, contiguous.
+        detections: (k, 6) [x1, y1, x2, y2 in px of the image, confidence, class], or (k, 7) with the track, -1 for
+            none: colours then tell tracks apart, not classes.
+        names: the classes' names.
+        line_width: of the boxes, in pixels; None suits the image.
+        hide_labels: draw boxes alone.
+        hide_conf: leave the confidences out of the labels.
+        counts: draw this line or zone, and the numbers into the top left corner.
+
+    Returns:
+        The same image.
+    """
     labels = [""] * len(detections) if hide_labels else detection_labels(detections, names, hide_conf)
-    items = [Annotation(row[:4], label, color(int(row[5]))) for row, label in zip(detections, labels, strict=True)]
-    return annotate(image, items, line_width)
+    items = [Annotation(row[:4], label, detection_color(row)) for row, label in zip(detections, labels, strict=True)]
+    if counts is None:
+        return annotate(image, items, line_width)
+    captions = _draw_counting(image, counts, names)
+    annotate(image, items, line_width, keep_clear_xyxy=[caption.box_xyxy for caption in captions])
+    for caption in captions:
+        caption.draw(image, WHITE)
+    return image
+
+
+class _Caption(NamedTuple):
+    """A line of text on a dark ground."""
+
+    text: str
+    left: int  # px, as all of these
+    top: int
+    font_px: int
+
+    @property
+    def box_xyxy(self) -> tuple[int, int, int, int]:
+        """What it covers, nothing without text."""
+        width = text_width(self.text, self.font_px) + 8 if self.text else 0
+        return self.left, self.top, self.left + width, self.top + math.ceil(LINE_HEIGHT * self.font_px)
+
+    def draw(self, image: np.ndarray, text_bgr: Color) -> None:
+        """Draws it into an image (h, w, 3), in place."""
+        left, top, right, bottom = self.box_xyxy
+        image[top:bottom, left:right] //= 4
+        draw_text(image, self.text, left + 4, top + round(ASCENT * self.font_px), self.font_px, text_bgr)
+
+
+def _draw_counting(image: np.ndarray, counts: Counts, names: Mapping[int, str] | Sequence[str]) -> list[_Caption]:
+    """Draws the line with an arrow that points inwards, or the zone; returns captions, which are to be drawn last."""
+    (height, width), stroke_px = image.shape[:2], default_line_width(image.shape)
+    texts, font_px = counts.describe(names), max(7 * stroke_px, SMALLEST_FONT_PX + 3)
+    font_px = min(fit_text(text, width - 8, font_px, SMALLEST_FONT_PX)[1] for text in texts)
+    texts = [fit_text(text, width - 8, font_px, font_px)[0] for text in texts]
+    captions = [_Caption(text, 0, row * math.ceil(LINE_HEIGHT * font_px), font_px) for row, text in enumerate(texts)]
+    shapes = [np.array(counts.points_xy)]  # corners in px
+    if not counts.is_zone:
+        start, end = shapes[0]
+        middle, along = (start + end) / 2, (end - start) / np.linalg.norm(end - start)
+        inwards = np.array([-along[1], along[0]])  # to the right of the line, as y points down
+        tip = middle + inwards * 2 * font_px
+        wings = [tip + (side * along * 0.5 - inwards * 0.7) * font_px for side in (-1, 1)]
+        shapes += [np.array([middle, tip]), np.array([wings[0], tip, wings[1]])]
+        farthest = np.maximum([width - 2 * font_px, height - 2 * font_px], 0)  # that is still in the picture
+        x, y = np.rint(tip + (inwards - 0.7) * font_px).clip(0, farthest).astype(int)
+        captions.append(_Caption(counts.headings[0], x, y, font_px))
+    for stroke_bgr, thickness in ((BLACK, stroke_px + 2), (COUNTING_COLOR, stroke_px)):
+        for corners in [np.rint(shape).astype(np.int32) for shape in shapes]:
+            cv2.polylines(image, [corners], counts.is_zone, stroke_bgr, thickness, cv2.LINE_AA)
+    return captions
 
 
 def _draw_labels(
@@ -261,7 +343,8 @@ def draw_batch(
     mosaic = np.full((rows_columns * tile_h, rows_columns * tile_w, 3), 255, np.uint8)
     boxes = targets if isinstance(targets, (list, tuple)) else _split_targets(_to_numpy(targets), count, height, width)
     for index in range(count):
-        tile = images[index] if scale == 1 else cv2.resize(images[index], (tile_w, tile_h), cv2.INTER_AREA)
+        tile = images[index]
+        tile = tile if scale == 1 else cv2.resize(tile, (tile_w, tile_h), interpolation=cv2.INTER_AREA)
         tile = np.ascontiguousarray(tile)
         name = Path(paths[index]).name[:TILE_NAME_LENGTH] if paths else ""
         _annotate_tile(tile, _to_numpy(boxes[index]), names, scale, name)
@@ -303,15 +386,14 @@ def _annotate_tile(
 
     The file name stands in the top left corner, on a dark ground; labels keep off it.
     """
-    (height, width), side = tile.shape[:2], max(tile.shape[:2])
+    side = max(tile.shape[:2])
     font_px = max(min(side // 36, 16), SMALLEST_FONT_PX)
-    file_name, name_px = fit_text(file_name, width - 8, max(min(side // 32, 14), SMALLEST_FONT_PX), SMALLEST_FONT_PX)
-    bar_w = min(text_width(file_name, name_px) + 8, width) if file_name else 0
-    bar_h = min(math.ceil(LINE_HEIGHT * name_px), height) if file_name else 0
+    name_px = max(min(side // 32, 14), SMALLEST_FONT_PX)
+    file_name, name_px = fit_text(file_name, tile.shape[1] - 8, name_px, SMALLEST_FONT_PX)
+    caption = _Caption(file_name, 0, 0, name_px)
     annotations = []
     for row in rows[~(rows[:, 4] <= BATCH_CONF_THRES)]:
         label = class_name(names, int(row[5])) + ("" if np.isnan(row[4]) else f" {row[4]:.1f}")
         annotations.append(Annotation(row[:4] * scale, label, color(int(row[5]))))
-    annotate(tile, annotations, 2 if side > 240 else 1, font_px, [(0, 0, bar_w, bar_h)])
-    tile[:bar_h, :bar_w] //= 4
-    draw_text(tile, file_name, 4, round(ASCENT * name_px), name_px, (220, 220, 220))
+    annotate(tile, annotations, 2 if side > 240 else 1, font_px, [caption.box_xyxy])
+    caption.draw(tile, (220, 220, 220))

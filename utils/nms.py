@@ -72,6 +72,22 @@ def non_max_suppression(
     return results
 
 
+def suppress(detections: Array, iou_thres: float = 0.45, agnostic: bool = False, max_det: int = 300) -> Array:
+    """Suppresses boxes that were detected already, such as those of several views of one image.
+
+    Args:
+        detections: (k, 6) [x1, y1, x2, y2, confidence, class] in any order.
+        iou_thres: boxes of one class that overlap a more confident one by more than this are dropped.
+        agnostic: boxes suppress each other whatever their classes.
+        max_det: at most this many are returned.
+
+    Returns:
+        The rows (m, 6) that are kept, most confident first; equal ones stay in order.
+    """
+    order = _falling_order(_library(detections), detections[:, 4])
+    return _suppress(_library(detections), detections[order], iou_thres, agnostic, max_det)
+
+
 def _library(array: Array) -> Any:
     """Returns the module (NumPy or torch) whose functions take `array`."""
     if isinstance(array, np.ndarray):

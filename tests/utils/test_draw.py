@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from utils import draw
 from utils.checks import UserError
+from utils.counting import Counts, Tally
 from utils.draw import Annotation
 
 SIDE = 200
+NOTHING = np.zeros((0, 6), np.float32)
 
 
 def blank(height: int = SIDE, width: int = SIDE, value: int = 114) -> np.ndarray:
@@ -94,6 +96,63 @@ def test_confidence_is_shown_with_two_digits_and_can_be_hidden():
     detections = np.array([[0, 0, 9, 9, 0.876, 1], [0, 0, 9, 9, 0.5, 7]])
     assert draw.detection_labels(detections, ["a", "b"]) == ["b 0.88", "7 0.50"]
     assert draw.detection_labels(detections, {1: "b"}, hide_conf=True) == ["b", "7"]
+
+
+def test_track_stands_before_the_name_and_gives_the_colour():
+    tracked = np.array(
+        [[50, 60, 90, 100, 0.876, 1, 3], [110, 60, 150, 100, 0.5, 1, -1], [110, 120, 150, 160, 0.5, 1, 23]]
+    )
+    assert draw.detection_labels(tracked, ["a", "b"]) == ["id:3 b 0.88", "b 0.50", "id:23 b 0.50"]
+    assert draw.detection_labels(tracked[:1], ["a", "b"], hide_conf=True) == ["id:3 b"]
+    picture = draw.draw_detections(blank(), tracked, ["a", "b"], 1, hide_labels=True)
+    assert tuple(picture[60, 70]) == draw.color(3) == tuple(picture[120, 130]) != draw.color(1)
+    assert tuple(picture[60, 130]) == draw.GRAY
+
+
+def with_counts(points, detections=NOTHING, height=SIDE, width=SIDE):
+    """Draws a line or zone with one crossing of class x and nothing else but the detections."""
+    counts = Counts(tuple(points), (Tally(0, 1, 0),))
+    return draw.draw_detections(blank(height, width), detections, {0: "x"}, counts=counts)
+
+
+def yellow(picture):
+    return (picture == draw.COUNTING_COLOR).all(2)
+
+
+def test_line_is_drawn_with_an_arrow_to_the_side_that_is_in():
+    down, up = with_counts([(20, 100), (180, 100)]), with_counts([(180, 100), (20, 100)])
+    assert yellow(down)[100, 20:181].all()
+    assert yellow(up)[100, 20:181].all()
+    assert yellow(down)[105:125].any() and not yellow(down)[:95].any()  # right of a line to the right is below
+    assert yellow(up)[75:95].any() and not yellow(up)[105:].any()
+    assert (down[126:150, 80:120] == draw.WHITE).all(2).any()  # "in"
+
+
+@pytest.mark.parametrize("points", [[(20, 199), (180, 199)][::-1], [(20, 199), (180, 199)], [(199, 180), (199, 60)]])
+def test_arrow_s_word_stays_in_the_picture(points):
+    zone = with_counts([(0, 60), (50, 60), (50, 120)])  # has no word, only the numbers at the top
+    assert not (zone[40:] == draw.WHITE).all(2).any()
+    assert (with_counts(points)[40:] == draw.WHITE).all(2).any()
+
+
+def test_zone_is_drawn_closed():
+    picture = yellow(with_counts([(40, 80), (160, 80), (160, 160), (40, 160)]))
+    assert picture[80, 40:161].all() and picture[160, 40:161].all() and picture[80:161, 40].all()
+    assert not picture[90:150, 50:150].any()
+
+
+def test_labels_keep_off_the_numbers_and_boxes_do_not_strike_them():
+    box = np.array([[2, 2, 150, 150, 0.9, 0]])
+    plain, crowded = (with_counts([(20, 190), (180, 190)], found) for found in (NOTHING, box))
+    panel = (plain[:60] == draw.WHITE).all(2)
+    assert panel.any()
+    assert (crowded[:60][panel] == draw.WHITE).all()
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (8, 300), (300, 8), (40, 60)])
+def test_numbers_are_drawn_on_pictures_of_any_size(height, width):
+    for points in ([(0, 0), (width, height)], [(1e6, 0), (0, 1e6)], [(0, 0), (1e6, 0), (0, 1e6)]):
+        assert with_counts(points, height=height, width=width).shape == (height, width, 3)
 
 
 def test_crop_is_2_percent_and_10_px_larger_and_clipped():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from utils.boxes import scale_boxes
 from utils.checks import UserError
 from utils.images import letterbox, read_image
-from utils.nms import MAX_SIDE_PX, non_max_suppression
+from utils.nms import MAX_SIDE_PX, non_max_suppression, suppress
 
 
 def rows(*values, nc=2):
@@ -170,3 +170,14 @@ def test_detections_of_the_golden_checkpoint(golden_dir: Path):
         np.testing.assert_allclose(boxes.round(), wanted[:, :4], atol=1)
         np.testing.assert_allclose(found[:, 4], wanted[:, 4], atol=1e-3)
         assert found[:, 5].tolist() == wanted[:, 5].tolist()
+
+
+def test_detections_are_suppressed_as_they_were_when_they_were_rows():
+    generator = np.random.default_rng(3)
+    prediction = generator.random((1, 400, 7), np.float32) * np.float32([200, 200, 60, 60, 1, 1, 1])
+    everything = non_max_suppression(prediction, 0.1, iou_thres=1.0, max_det=400)[0]
+    for agnostic in (False, True):
+        (expected,) = non_max_suppression(prediction, 0.1, 0.4, agnostic=agnostic, max_det=50)
+        shuffled = everything[generator.permutation(len(everything))]
+        for found in (suppress(shuffled, 0.4, agnostic, 50), suppress(torch.from_numpy(shuffled), 0.4, agnostic, 50)):
+            np.testing.assert_array_equal(found, expected)

@@ -1,7 +1,8 @@
-"""What detection writes: annotated images and videos, label files, crops and a CSV table.
+"""What detection writes: annotated images and videos, label files, crops and CSV tables.
 
 A result is written once for each frame, replacing what a former run left in the same folder. Two inputs of one stem
-never share a file: the later one is numbered (`bus.jpg` and `bus.png` give `bus` and `bus-2`).
+never share a file: the later one is numbered (`bus.jpg` and `bus.png` give `bus` and `bus-2`). Live inputs are written
+side by side, each to a video of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,11 +23,13 @@ import numpy as np
 
 from utils.boxes import xyxy2xywhn
 from utils.checks import UserError
+from utils.counting import Counts
 from utils.data.sources import Frame, suffix_of
 from utils.draw import class_name, crop_box, draw_detections, feature_grid, save_image
 from utils.images import VID_FORMATS
 
 CSV_COLUMNS = ("Image Name", "Prediction", "Confidence")
+TRACK_COLUMN = "Track"  # with tracking
 VIDEO_CODEC = "mp4v"
 _PORT_NAMES = {f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)}
 _RESERVED_NAMES = frozenset({"con", "prn", "aux", "nul"} | _PORT_NAMES)  # by Windows
@@ -40,6 +44,7 @@ class OutputOptions:
     save_conf: bool = False  # confidences in the label files
     save_crop: bool = False
     save_csv: bool = False
+    track: bool = False  # detections have the number of their track in a seventh column
     line_width: int | None = None  # px; None suits the picture
     hide_labels: bool = False
     hide_conf: bool = False
@@ -48,7 +53,7 @@ class OutputOptions:
     @classmethod
     def from_options(cls, options: Namespace) -> OutputOptions:
         """Takes what concerns writing from detect.py's options."""
-        same = ("save_txt", "save_conf", "save_crop", "save_csv", "hide_labels", "hide_conf", "vid_stride")
+        same = ("save_txt", "save_conf", "save_crop", "save_csv", "track", "hide_labels", "hide_conf", "vid_stride")
         chosen = {name: getattr(options, name) for name in same}
         return cls(save_images=not options.nosave, line_width=options.line_thickness, **chosen)
 
@@ -96,7 +101,7 @@ def folder_names(names: Mapping[int, str]) -> dict[int, str]:
 class ResultWriter:
     """Writes the results of a run of detection into one folder; use in a `with` block, which ends videos properly.
 
-    Calls come from one thread at a time, a video's frames in order.
+    Calls of `write` come from one thread at a time, the frames of a video in order; those of live inputs may alternate.
     """
 
     def __init__(self, folder: Path, paths: Sequence[str], names: Mapping[int, str], options: OutputOptions) -> None:
@@ -107,7 +112,8 @@ class ResultWriter:
         self._crop_folders = folder_names(names)
         self._crops: set[Path] = set()
         self._crop_numbers: Counter[Path] = Counter()
-        self._video: VideoFile | None = None
+        self._videos: dict[str, VideoFile] = {}  # open ones, by stem
+        self._counts: dict[str, Counts] = {}  # the latest, by name
         self._table_file: IO[str] | None = None
         self._table: Any = None
 
@@ -116,43 +122,52 @@ class ResultWriter:
         if self._options.save_txt:
             _make_folder(self._folder / "labels")
         if self._options.save_csv:
-            path = self._folder / "predictions.csv"
-            try:
-                self._table_file = open(path, "w", newline="", encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+            self._table_file = _open_table(self._folder / "predictions.csv")
             self._table = csv.writer(self._table_file)
-            self._table.writerow(CSV_COLUMNS)
+            self._table.writerow((*CSV_COLUMNS, *([TRACK_COLUMN] if self._options.track else [])))
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        """Ends the video and the table that are open."""
-        if self._table_file is not None:
-            self._table_file.close()
-        self._end_video()
+        """Ends all that is open, one after the other even if an end fails, and writes what was counted."""
+        with ExitStack() as ends:
+            for stem in list(self._videos):
+                ends.callback(self._end_video, stem)
+            if self._table_file is not None:
+                ends.callback(self._table_file.close)
+            if self._counts:
+                ends.callback(self._write_counts)
 
-    def write(self, frame: Frame, detections: np.ndarray) -> None:
+    def write(self, frame: Frame, detections: np.ndarray, counts: Counts | None = None) -> None:
         """Writes everything asked for about one frame.
 
         Args:
             frame: with its picture, which is drawn into.
-            detections: (k, 6) [x1, y1, x2, y2 in whole px of the picture, confidence, class], most confident first.
+            detections: (k, 6) [x1, y1, x2, y2 in whole px of the picture, confidence, class], most confident first, or
+                with tracking (k, 7): the last column is the number of the track, -1 for none.
+            counts: what was counted in this input up to this frame.
 
         Raises:
             UserError: a file cannot be written.
         """
         stem = self._stems[frame.path]
+        name = stem + Path(frame.path).suffix
+        if counts is not None:
+            self._counts[name] = counts
         try:
             if self._options.save_txt:
                 self._write_labels(frame, detections, stem)
             if self._options.save_csv:
-                self._write_rows(stem + Path(frame.path).suffix, detections)
+                self._write_rows(name, detections)
             if self._options.save_crop:
                 self._write_crops(frame, detections, stem)
         except OSError as error:
             raise UserError(f"{error.filename or self._folder}: cannot be written ({error.strerror}).") from error
         if self._options.save_images:
-            self._write_picture(frame, detections, stem)
+            self._write_picture(frame, self._draw(np.ascontiguousarray(frame.image), detections, counts), stem)
+
+    def drawn(self, frame: Frame, detections: np.ndarray, counts: Counts | None = None) -> np.ndarray:
+        """Returns the picture (h, w, 3) as `write` saves it, drawn into a copy; from any thread."""
+        return self._draw(frame.image.copy(), detections, counts)
 
     def write_features(self, frame: Frame, row: int, block: str, maps: np.ndarray) -> None:
         """Writes what a layer makes of a frame: `STEM/stage<row>_<block>_features.png` and all its channels as `.npy`.
@@ -177,7 +192,10 @@ class ResultWriter:
             raise UserError(f"{path.with_suffix('.npy')}: cannot be written ({error.strerror}).") from error
 
     def _write_labels(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
-        """Writes `class x y w h[ confidence]`, normalised, the least confident first; no file without detections."""
+        """Writes `class x y w h[ confidence][ track]`, the box normalised; the least confident detection comes first.
+
+        Without detections there is no file.
+        """
         path = self._folder / "labels" / (f"{stem}_{frame.number}.txt" if frame.is_video else f"{stem}.txt")
         if not len(detections):
             path.unlink(missing_ok=True)
@@ -185,14 +203,27 @@ class ResultWriter:
         height, width = frame.image.shape[:2]
         boxes_xywh_norm = xyxy2xywhn(detections[:, :4], width, height)
         columns = [detections[:, 5:6], boxes_xywh_norm] + ([detections[:, 4:5]] if self._options.save_conf else [])
-        lines = [" ".join(f"{value:g}" for value in row) for row in np.concatenate(columns, axis=1)[::-1]]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = [" ".join(f"{value:g}" for value in row) for row in np.concatenate(columns, axis=1)]
+        if detections.shape[1] > 6:
+            lines = [f"{line} {int(track)}" for line, track in zip(lines, detections[:, 6], strict=True)]
+        path.write_text("\n".join(lines[::-1]) + "\n", encoding="utf-8")
         self.labels_written += 1
 
     def _write_rows(self, name: str, detections: np.ndarray) -> None:
         """Adds the detections to the table, the least confident first, as in the label files."""
         for row in detections[::-1]:
-            self._table.writerow((name, class_name(self._names, int(row[5])), f"{row[4]:.4f}"))
+            track = [int(row[6])] if self._options.track else []
+            self._table.writerow((name, class_name(self._names, int(row[5])), f"{row[4]:.4f}", *track))
+
+    def _write_counts(self) -> None:
+        """Writes the table of what was counted: a row for each class that was tracked in an input."""
+        with _open_table(self._folder / "counts.csv") as file:
+            table = csv.writer(file)
+            headings = next(iter(self._counts.values())).headings
+            table.writerow(("Input", "Class", *(heading.capitalize() for heading in headings)))
+            for name, counts in self._counts.items():
+                for class_id, *numbers in counts.tallies:
+                    table.writerow((name, class_name(self._names, class_id), *numbers))
 
     def _write_crops(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
         """Cuts the detections out of the picture: `crops/CLASS/STEM.jpg`, then `STEM2.jpg` and so on."""
@@ -212,26 +243,32 @@ class ResultWriter:
                 self._crops.add(path)
                 return path
 
-    def _write_picture(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
-        """Draws the detections and saves the picture, or adds it to its video."""
+    def _draw(self, image: np.ndarray, detections: np.ndarray, counts: Counts | None) -> np.ndarray:
+        """Draws the detections and what was counted into the picture (h, w, 3), contiguous; returns it."""
         options = self._options
-        image = np.ascontiguousarray(frame.image)
-        draw_detections(image, detections, self._names, options.line_width, options.hide_labels, options.hide_conf)
+        look = (options.line_width, options.hide_labels, options.hide_conf)
+        return draw_detections(image, detections, self._names, *look, counts)
+
+    def _write_picture(self, frame: Frame, image: np.ndarray, stem: str) -> None:
+        """Saves the drawn picture (h, w, 3), or adds it to its video."""
         if frame.is_video:
-            path = self._folder / f"{stem}.mp4"
-            if self._video is None or self._video.path != path:
-                self._end_video()
-                self._video = VideoFile(path, frame.fps / options.vid_stride, (image.shape[1], image.shape[0]))
-            self._video.write(image)
+            self._video_of(frame, image, stem).write(image)
             return
         suffix = Path(frame.path).suffix
         save_image(self._folder / (stem + (suffix if cv2.haveImageWriter(f"x{suffix}") else ".jpg")), image)
 
-    def _end_video(self) -> None:
-        """Finishes the video that is open, if any, so that it plays."""
-        video, self._video = self._video, None
-        if video is not None:
-            video.close()
+    def _video_of(self, frame: Frame, image: np.ndarray, stem: str) -> VideoFile:
+        """Returns the video that a frame goes into; the first frame of a file ends the video of the file before it."""
+        if stem not in self._videos:
+            for former in list(self._videos) if not frame.live else []:
+                self._end_video(former)
+            path, size_wh = self._folder / f"{stem}.mp4", (image.shape[1], image.shape[0])
+            self._videos[stem] = VideoFile(path, frame.fps / self._options.vid_stride, size_wh)
+        return self._videos[stem]
+
+    def _end_video(self, stem: str) -> None:
+        """Finishes a video, so that it plays."""
+        self._videos.pop(stem).close()
 
 
 class VideoFile:
@@ -272,3 +309,11 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: the folder cannot be made ({error.strerror}).") from error
+
+
+def _open_table(path: Path) -> IO[str]:
+    """Opens a table for writing, with the reason in words if that fails."""
+    try:
+        return open(path, "w", newline="", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}).") from error

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from utils.checks import UserError
+from utils.counting import Counts, Tally
 from utils.data.sinks import OutputOptions, ResultWriter, folder_names, output_stems
 from utils.data.sources import Frame, read_frames
 
 NAMES = {0: "cat", 1: "a/b"}
 FOUND = np.array([[10, 20, 50, 60, 0.9, 0], [0, 0, 100, 50, 0.5, 1], [20, 20, 40, 40, 0.25, 0]], np.float32)
 NOTHING = np.zeros((0, 6), np.float32)
+TRACKED = np.concatenate([FOUND, [[7], [-1], [1234567]]], axis=1)
+LINE = ((0.0, 50.0), (100.0, 50.0))
 
 
 def frame(path: str = "/in/photo.jpg", **fields) -> Frame:
@@ -174,3 +177,119 @@ def test_feature_maps_are_written_for_each_picture_and_frame(tmp_path):
         "photo/stage3_C3_features.npy", "photo/stage3_C3_features.png",
     ]  # fmt: skip
     np.testing.assert_array_equal(np.load(tmp_path / "photo/stage3_C3_features.npy"), maps)
+
+
+def test_tracks_are_the_last_column_of_label_lines_and_of_the_table(tmp_path):
+    results = [(frame("/in/a.mp4", number=3, fps=25.0), TRACKED)]
+    write(tmp_path, results, save_txt=True, save_conf=True, save_csv=True, track=True, save_images=False)
+    lines = (tmp_path / "labels/a_3.txt").read_text().splitlines()
+    assert lines == ["0 0.3 0.3 0.2 0.2 0.25 1234567", "1 0.5 0.25 1 0.5 0.5 -1", "0 0.3 0.4 0.4 0.4 0.9 7"]
+    with open(tmp_path / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["Image Name", "Prediction", "Confidence", "Track"]
+    assert [(row["Prediction"], int(row["Track"])) for row in rows] == [("cat", 1234567), ("a/b", -1), ("cat", 7)]
+    write(tmp_path, results, save_txt=True, save_images=False)
+    assert (tmp_path / "labels/a_3.txt").read_text().splitlines()[2] == "0 0.3 0.4 0.4 0.4 7"
+
+
+def test_crops_do_not_depend_on_tracks(tmp_path):
+    for folder, detections in (("plain", FOUND), ("tracked", TRACKED)):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, [(frame(), detections)], save_crop=True, save_images=False)
+    crops = files(tmp_path / "plain")
+    assert crops == files(tmp_path / "tracked") != []
+    assert all((tmp_path / "plain" / name).read_bytes() == (tmp_path / "tracked" / name).read_bytes() for name in crops)
+
+
+def live_frames(count: int, height: int = 100) -> list[tuple[Frame, np.ndarray]]:
+    """Two cameras by turns; each picture's brightness tells the camera and the frame."""
+    results = []
+    for number in range(1, count + 1):
+        for camera, fps in (("hall", 12.5), ("rtsp_gate_1", 30.0)):
+            one = frame(camera, number=number, fps=fps, live=True)
+            one.image = np.full((height, 100, 3), 20 * number + 100 * (camera == "hall"), np.uint8)
+            results.append((one, NOTHING))
+    return results
+
+
+def brightness(path: Path) -> list[int]:
+    return [round(float(np.median(one.image)) / 10) * 10 for one in read_frames([str(path)])]
+
+
+def test_live_inputs_are_written_side_by_side_at_their_own_rates(tmp_path):
+    write(tmp_path, [(one, FOUND) for one, _ in live_frames(2)], save_txt=True, save_images=False)
+    assert files(tmp_path / "labels") == ["hall_1.txt", "hall_2.txt", "rtsp_gate_1_1.txt", "rtsp_gate_1_2.txt"]
+    write(tmp_path, live_frames(4))
+    assert files(tmp_path)[:1] + files(tmp_path)[-1:] == ["hall.mp4", "rtsp_gate_1.mp4"]
+    assert brightness(tmp_path / "hall.mp4") == [120, 140, 160, 180]
+    assert brightness(tmp_path / "rtsp_gate_1.mp4") == [20, 40, 60, 80]
+    assert next(read_frames([str(tmp_path / "hall.mp4")])).fps == 12.5
+    assert next(read_frames([str(tmp_path / "rtsp_gate_1.mp4")])).fps == 30
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, UserError])
+def test_all_videos_play_after_an_interruption(tmp_path, ending):
+    with pytest.raises(ending), ResultWriter(tmp_path, ["hall", "rtsp_gate_1"], NAMES, OutputOptions()) as writer:
+        for one, detections in live_frames(3):
+            writer.write(one, detections, Counts(LINE, ()))
+        raise ending
+    assert brightness(tmp_path / "hall.mp4") == [120, 140, 160]
+    assert brightness(tmp_path / "rtsp_gate_1.mp4") == [20, 40, 60]
+    assert (tmp_path / "counts.csv").is_file()
+
+
+def test_one_video_that_cannot_be_ended_leaves_the_others_whole(tmp_path):
+    writer = ResultWriter(tmp_path, ["hall", "rtsp_gate_1"], NAMES, OutputOptions(save_csv=True))
+    with pytest.raises(UserError, match=r"rtsp_gate_1\.mp4: the video could not be written"), writer:
+        for one, detections in live_frames(3):
+            writer.write(one, detections)
+        (tmp_path / "rtsp_gate_1.mp4").unlink()
+    assert brightness(tmp_path / "hall.mp4") == [120, 140, 160]
+    assert writer._table_file.closed
+
+
+def test_stream_whose_pictures_change_their_size_goes_on(tmp_path):
+    write(tmp_path, live_frames(2) + live_frames(2, height=60))
+    assert [one.image.shape for one in read_frames([str(tmp_path / "hall.mp4")])] == [(100, 100, 3)] * 4
+
+
+def test_video_file_is_ended_when_the_next_begins(tmp_path):
+    with ResultWriter(tmp_path, ["/in/a.avi", "/in/b.avi"], NAMES, OutputOptions()) as writer:
+        for one, detections in [*video_frames("/in/a.avi", 3), *video_frames("/in/b.avi", 1)]:
+            writer.write(one, detections)
+        assert len(list(read_frames([str(tmp_path / "a.mp4")]))) == 3
+
+
+def test_what_was_counted_last_is_in_a_table(tmp_path):
+    early, late = Counts(LINE, (Tally(0, 1, 0),)), Counts(LINE, (Tally(0, 2, 1), Tally(1, 0, 3)))
+    with ResultWriter(tmp_path, ["/in/a.avi", "hall"], NAMES, OutputOptions(save_images=False)) as writer:
+        for number, counts in enumerate((early, late), start=1):
+            writer.write(frame("/in/a.avi", number=number), NOTHING, counts)
+        writer.write(frame("hall", number=1, live=True), NOTHING, early)
+    assert (tmp_path / "counts.csv").read_text().splitlines() == [
+        "Input,Class,In,Out", "a.avi,cat,2,1", "a.avi,a/b,0,3", "hall,cat,1,0",
+    ]  # fmt: skip
+    zone = Counts((*LINE, (50.0, 90.0)), (Tally(1, 4, 1),))
+    with ResultWriter(tmp_path, ["/in/a.avi"], NAMES, OutputOptions(save_images=False)) as writer:
+        writer.write(frame("/in/a.avi", number=1), NOTHING, zone)
+    assert (tmp_path / "counts.csv").read_text().splitlines() == [
+        "Input,Class,Inside so far,Inside now",
+        "a.avi,a/b,4,1",
+    ]
+
+
+def test_table_of_counts_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "counts.csv").mkdir()
+    writer = ResultWriter(tmp_path, ["/in/a.avi"], NAMES, OutputOptions())
+    with pytest.raises(UserError, match=r"counts\.csv: cannot be written"), writer:
+        writer.write(frame("/in/a.avi", number=1, fps=25.0), NOTHING, Counts(LINE, ()))
+    assert len(list(read_frames([str(tmp_path / "a.mp4")]))) == 1
+
+
+def test_picture_to_show_is_the_one_that_is_saved_and_leaves_the_frame_alone(tmp_path):
+    one, counts = frame("/in/photo.png"), Counts(LINE, (Tally(0, 2, 1),))
+    with ResultWriter(tmp_path, ["/in/photo.png"], NAMES, OutputOptions()) as writer:
+        shown = writer.drawn(one, TRACKED, counts)
+        assert (one.image == 60).all()
+        writer.write(one, TRACKED, counts)
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "photo.png")), shown)
