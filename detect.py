@@ -1,50 +1,56 @@
-"""Find objects in images and videos with a trained model.
+"""Find objects in images, videos and streams with a trained model.
 
 Examples:
     python detect.py --weights runs/train/exp/weights/best.pt --source photos/          # a folder
     python detect.py --source clip.mp4 --conf 0.4 --save-txt                            # the newest model, a video
     python detect.py --weights best.onnx --source photos/                               # an export; needs no PyTorch
+    python detect.py --source 0 --view-img                                              # a camera, in a window
+    python detect.py --source rtsp://10.0.0.7/gate --track --count "0,400,1280,400"     # who crosses a line
+    python detect.py --source aerial.png --tile 640                                     # small objects, large pictures
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.checks import UserError
-from utils.cli import ReportedError, echo_options, newest_weights, number, options_from, run_command
-from utils.files import ROOT, find_file, increment_path, read_yaml
+from utils.cli import ReportedError, echo_options, number, options_from, run_command
+from utils.files import ROOT, increment_path
 from utils.log import LOGGER, colorstr
 
 if TYPE_CHECKING:
-    import numpy as np
+    from models.pipeline import Pipeline, Result
+    from utils.display import Window
 
-    from models.detector import Detector
-
-DEFAULT_PX = 640
+IMGSZ_HELP = "image size: h w; default: 640, or the one size that an export takes"
+NEWEST = "default: the newest runs/train/*/weights/best.pt"
+SOURCE_HELP = "image, video, folder, glob, list of paths or streams (.txt), URL, camera number, or screen"
+COUNT_HELP = 'count tracks that cross the line "x1,y1,x2,y2" or enter the zone of three or more points, in pixels'
+# options that say what is written or shown, and mean nothing where results are handed to a caller
+WRITING = frozenset(
+    "view_img save_txt save_conf save_crop save_csv nosave visualize update project name exist_ok line_thickness "
+    "hide_labels hide_conf".split()
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Declares the options: YOLOv5 6.1's names and meanings, and the defaults' only home."""
-    parser = argparse.ArgumentParser("detect.py", description="Find objects in images and videos.")
+    parser = argparse.ArgumentParser("detect.py", description="Find objects in images, videos and streams.")
     add = parser.add_argument
-    add("--weights", default="", help="checkpoint or export; default: the newest runs/train/*/weights/best.pt")
-    add("--source", default=str(ROOT / "data" / "images"), help="image, video, folder, glob, or .txt list of paths")
+    add("--weights", nargs="+", default=[], help=f"checkpoint or export ({NEWEST}); several checkpoints: an ensemble")
+    add("--source", default=str(ROOT / "data" / "images"), help=SOURCE_HELP)
     add("--data", default="", help="data set YAML whose class names are shown instead of the model's own")
-    add(
-        *("--imgsz", "--img", "--img-size"),
-        nargs="+",
-        type=number(int, 1),
-        help=f"image size: h w; default: {DEFAULT_PX}, or the one size that an export takes",
-    )
+    add("--imgsz", "--img", "--img-size", nargs="+", type=number(int, 1), help=IMGSZ_HELP)
     add("--conf-thres", type=number(float, 0, 1), default=0.25, help="confidence threshold")
     add("--iou-thres", type=number(float, 0, 1), default=0.45, help="IoU threshold of the suppression")
     add("--max-det", type=number(int, 1), default=1000, help="most detections per image")
     add("--device", default="", help="cpu, mps, or a CUDA device such as 0")
+    add("--view-img", action="store_true", help="show the results in a window; q ends")
     add("--save-txt", action="store_true", help="write labels/*.txt")
     add("--save-conf", action="store_true", help="write confidences into the label files as well")
     add("--save-crop", action="store_true", help="cut the detections out into crops/<class>/")
@@ -52,6 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--nosave", action="store_true", help="write no annotated images and videos")
     add("--classes", nargs="+", type=number(int, 0), default=None, help="keep these class numbers only")
     add("--agnostic-nms", action="store_true", help="suppress across classes")
+    add("--augment", action="store_true", help="look at every picture in three sizes, mirrored too")
+    add("--tile", type=number(int, 32), help="cut pictures into overlapping tiles of so many pixels, for small objects")
+    add("--tile-overlap", type=number(float, 0, 0.9), default=0.2, help="share of a tile that its neighbour sees too")
+    add("--track", action="store_true", help="follow objects through videos and streams: each gets a number")
+    add("--count", default="", help=COUNT_HELP)
     add("--visualize", action="store_true", help="write every layer's feature maps")
     add("--update", action="store_true", help="strip the weights of what only training needs, after the run")
     add("--project", default=str(ROOT / "runs" / "detect"), help="folder of the runs")
@@ -62,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hide-conf", action="store_true", help="draw no confidences")
     add("--half", action="store_true", help="compute in 16 bits where the device can")
     add("--dnn", action="store_true", help="run an ONNX file in OpenCV")
-    add("--vid-stride", type=number(int, 1), default=1, help="read every so many frames of a video")
+    add("--vid-stride", type=number(int, 1), default=1, help="take every so many frames of a video or stream")
     return parser
 
 
@@ -71,116 +82,113 @@ def parse_opt() -> argparse.Namespace:
     return build_parser().parse_args()
 
 
-def run(**keywords: Any) -> None:
+def run(stream: bool = False, **keywords: Any) -> Iterator[Result] | None:
     """Detects from Python: `run(weights="best.pt", source="photos")`; the options' names as keywords.
+
+    Args:
+        stream: hand over the results (`models.pipeline.Result`), one for every picture as it comes, and write nothing.
+        **keywords: the options.
+
+    Returns:
+        With `stream` an iterator of results; closing it ends the run. Else None.
 
     Raises:
         UserError: what the command line would have refused; `ReportedError` at the end of a run that had to skip
             damaged inputs.
     """
-    main(options_from(build_parser(), keywords))
+    options = options_from(build_parser(), keywords)
+    if not stream:
+        return main(options)
+    needless = sorted(WRITING & set(keywords))
+    if needless:
+        raise UserError(f"detect.run(stream=True) writes and shows nothing: leave {', '.join(needless)} out.")
+    from models.pipeline import open_pipeline
+
+    return _handed_over(open_pipeline(options))
+
+
+def _handed_over(pipeline: Pipeline) -> Iterator[Result]:
+    """Yields the results of a run that writes nothing, then reports what was damaged."""
+    yield from pipeline
+    _report_damaged(pipeline.damaged)
 
 
 def main(options: argparse.Namespace) -> None:
     """Runs the detector over all sources and writes what was asked for."""
-    from utils.data.sources import find_sources
+    from models.pipeline import open_pipeline
 
     echo_options("detect", options)
-    paths = find_sources(options.source)  # mistakes are told before a model is loaded
-    if options.imgsz is not None and len(options.imgsz) not in (1, 2):
-        sides = " ".join(map(str, options.imgsz))
-        raise UserError(f"--img-size {sides}: one side, or height and width, are expected.")
-    weights = options.weights or str(newest_weights(ROOT))
-
-    from models.backends import load_backend, runtime_of
-    from models.detector import Detector, shape_for
-
-    for option in ("update", "visualize"):
-        if getattr(options, option) and runtime_of(weights) != "pytorch":
-            raise UserError(f"--{option} is for checkpoints (.pt); {weights} is an export. Leave it out.")
-    backend = load_backend(weights, options.device, options.half, options.dnn)
-    names = _names_of(options.data, backend.names)
-    unknown = sorted(set(options.classes or ()) - set(names))
-    if unknown:
-        raise UserError(f"--classes {unknown[0]}: the model has the classes 0 to {max(names)}.")
-    limits = {name: getattr(options, name) for name in ("conf_thres", "iou_thres", "max_det", "classes")}
-    detector = Detector(backend, shape_for(backend, options.imgsz, DEFAULT_PX), agnostic=options.agnostic_nms, **limits)
+    pipeline = open_pipeline(options)
+    window = _open_window(options.view_img, pipeline.source.live)
     folder = increment_path(Path(options.project) / options.name, exist_ok=options.exist_ok, mkdir=True)
     try:
-        damaged = detect_all(detector, paths, folder, names, options)
+        write_all(pipeline, folder, options, window)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"Results so far are in {folder}") from interrupt
     if options.update:
-        _strip(weights)
-    if damaged:
-        count = "1 damaged input was" if len(damaged) == 1 else f"{len(damaged)} damaged inputs were"
-        summary = f"{count} skipped, all others are done:\n  " + "\n  ".join(damaged)
-        LOGGER.error(summary)
-        raise ReportedError(summary)
+        _strip(options.weights)
+    _report_damaged(pipeline.damaged)
 
 
-def detect_all(
-    detector: Detector, paths: Sequence[str], folder: Path, names: dict[int, str], options: argparse.Namespace
-) -> list[str]:
-    """Reads, detects and writes, the first and the last in threads of their own; logs a line for every picture.
-
-    Returns:
-        What was damaged, one line each.
-    """
-    from utils.background import Background, ReadAhead
+def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, window: Window | None = None) -> None:
+    """Writes all results in a thread of its own, logs a line for each and shows them, until the window is closed."""
+    from utils.background import Background
     from utils.data.sinks import OutputOptions, ResultWriter
-    from utils.data.sources import read_frames
 
-    damaged = []
-    writer = ResultWriter(folder, paths, names, OutputOptions.from_options(options))
-    pictures = detector.letterboxed(read_frames(paths, options.vid_stride))
-    with writer, Background(writer.write) as sink, ReadAhead(pictures) as reader:
-        for frame, images in reader:
-            if images is None:
-                damaged.append(f"{frame.where}: {frame.error}")
-                LOGGER.warning(f"WARNING: {damaged[-1]}; skipped")
-                continue
-            visualize = functools.partial(writer.write_features, frame) if options.visualize else None
-            detections = detector(images, frame.image.shape[:2], visualize)
-            sink.put(frame, detections)
-            size = f"{images.shape[2]}x{images.shape[3]}"
-            took_s = detector.last_s["inference"]
-            LOGGER.info(f"{frame.where}: {size} {_counts(detections, names)}Done. ({took_s:.3f}s)")
-    LOGGER.info(f"{detector.speed()}Results saved to {colorstr(str(folder), 'bold')}")
+    writer = ResultWriter(folder, pipeline.source.inputs, pipeline.names, OutputOptions.from_options(options))
+    feature_sink = writer.write_features if options.visualize else None
+    try:
+        with writer, Background(writer.write) as sink, closing(window) if window else nullcontext():
+            for result in pipeline.results(feature_sink):
+                height, width = result.input_hw
+                found = f"{result.summary()}, " if len(result.detections) else ""
+                took = f"Done. ({result.inference_s:.3f}s)"
+                LOGGER.info(f"{result.frame.where}: {height}x{width} {found}{took}")
+                shown = writer.drawn(*result[:2], result.counts) if window else None
+                sink.put(result.frame, result.detections, result.counts)
+                if window and not window.show(result.path, shown):
+                    break
+    finally:
+        for line in pipeline.summary():
+            LOGGER.info(line)
+    LOGGER.info(f"Results saved to {colorstr(str(folder), 'bold')}")
     if options.save_txt:
         LOGGER.info(f"{writer.labels_written} labels saved to {folder / 'labels'}")
-    return damaged
 
 
-def _strip(weights: str) -> None:
-    """Strips a checkpoint of what only training needs, and says so."""
+def _open_window(asked: bool, live: bool) -> Window | None:
+    """Returns a window where one was asked for, or the source is live, and there is a display; says if there is none.
+
+    Watching is what live inputs are mostly for, so they are shown without being asked where they can be.
+    """
+    from utils.display import Window, display_problem
+
+    if not asked and not live:
+        return None
+    problem = display_problem()
+    if problem and asked:
+        LOGGER.warning(f"WARNING: --view-img: {problem}; going on without a window")
+    return None if problem else Window()
+
+
+def _strip(weights: list[str]) -> None:
+    """Strips checkpoints of what only training needs, and says so."""
     from models.load import find_weights
     from utils.checkpoint import strip_checkpoint
 
-    path = find_weights(weights)
-    strip_checkpoint(path)
-    LOGGER.info(f"Optimizer stripped from {path}, {path.stat().st_size / 1e6:.1f}MB")
+    for path in map(find_weights, weights):
+        strip_checkpoint(path)
+        LOGGER.info(f"Optimizer stripped from {path}, {path.stat().st_size / 1e6:.1f}MB")
 
 
-def _counts(detections: np.ndarray, names: dict[int, str]) -> str:
-    """Returns `2 persons, 1 tie, ` for detections (k, 6), in the order of the classes; empty for none."""
-    classes = detections[:, 5].astype(int).tolist()
-    counts = [(classes.count(class_id), names[class_id]) for class_id in sorted(set(classes))]
-    return "".join(f"{count} {name}{'s' * (count > 1 and name.isascii())}, " for count, name in counts)
-
-
-def _names_of(data: str, model_names: dict[int, str]) -> dict[int, str]:
-    """Returns the class names of a data set YAML where they fit the model's classes, else the model's own."""
-    if not data:
-        return model_names
-    content = read_yaml(find_file(data, (".yaml", ".yml"), "--data"))
-    names = content.get("names") if isinstance(content, dict) else None
-    names = dict(enumerate(names)) if isinstance(names, list) else names if isinstance(names, dict) else {}
-    if set(names) != set(model_names):
-        counts = f"names {len(names)} classes, the model has {len(model_names)}"
-        LOGGER.warning(f"WARNING: --data {data} {counts}: the model's own names are used")
-        return model_names
-    return {class_id: str(name) for class_id, name in names.items()}
+def _report_damaged(damaged: list[str]) -> None:
+    """Ends a run that had to skip something with an error that names it."""
+    if not damaged:
+        return
+    count = "1 damaged input was" if len(damaged) == 1 else f"{len(damaged)} damaged inputs were"
+    summary = f"{count} skipped, all others are done:\n  " + "\n  ".join(damaged)
+    LOGGER.error(summary)
+    raise ReportedError(summary)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ def measure(weights: str, options: argparse.Namespace) -> Result:
     backend = load_backend(weights, options.device)
     detector = Detector(backend, shape_for(backend, options.imgsz, 640))
     paths = find_sources(options.source)[: options.pictures]
-    inputs = [images for _, images in detector.letterboxed(read_frames(paths)) if images is not None]
+    pictures = [frame.image for frame in read_frames(paths) if frame.image is not None]
+    inputs = [batch.images for picture in pictures for batch in detector.prepare([picture])]
     for images in inputs[:WARM_UP_RUNS]:
         backend.infer(backend.preprocess(images))
     alone_s, alone_cpu_s = timed(lambda: infer_all(backend, inputs))
@@ -167,16 +168,15 @@ def infer_all(backend: Any, inputs: Sequence[Any]) -> None:
 
 def detect_all(detector: Any, paths: Sequence[str], names: dict[int, str]) -> None:
     """Reads, detects, draws and writes, as detect.py does: reading and writing in threads of their own."""
-    from utils.background import Background, ReadAhead
+    from models.pipeline import Pipeline
+    from utils.background import Background
     from utils.data.sinks import OutputOptions, ResultWriter
-    from utils.data.sources import read_frames
+    from utils.data.sources import FileSource
 
     with tempfile.TemporaryDirectory() as folder, ResultWriter(Path(folder), paths, names, OutputOptions()) as writer:
-        pictures = detector.letterboxed(read_frames(paths))
-        with Background(writer.write) as sink, ReadAhead(pictures) as reader:
-            for frame, images in reader:
-                if images is not None:
-                    sink.put(frame, detector(images, frame.image.shape[:2]))
+        with Background(writer.write) as sink:
+            for result in Pipeline(FileSource(paths), detector, names):
+                sink.put(result.frame, result.detections)
 
 
 def table(results: Sequence[Result]) -> str:

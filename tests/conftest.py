@@ -1,9 +1,13 @@
-"""Fixtures that the whole suite shares: the folders of golden numbers and of real images."""
+"""What the whole suite shares: folders of golden numbers and real images, a small data set, weights, a camera."""
 
+import http.server
 import logging
 import os
+import threading
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,13 +44,162 @@ def tiny_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_scenes(root: Path, split: str, scenes: list, label_text) -> None:
-    import cv2
-
     for kind in ("images", "labels"):
         (root / kind / split).mkdir(parents=True)
     for index, scene in enumerate(scenes):
         cv2.imwrite(str(root / "images" / split / f"{index}.jpg"), scene.image)
         (root / "labels" / split / f"{index}.txt").write_text(label_text(scene))
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Small models gain nothing from more, and lose much where the machine is busy."""
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for commands
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """A small model of the classes cat and 红绿灯, sure of itself everywhere: there is always something to draw."""
+    return save_weights(tmp_path_factory.mktemp("weights") / "tiny.pt", {0: "cat", 1: "红绿灯"})
+
+
+@pytest.fixture(scope="session")
+def more_weights():
+    """Makes another such model at a path, of other classes or with another seed."""
+    return save_weights
+
+
+def save_weights(path: Path, names: dict[int, str], seed: int = 0) -> Path:
+    import torch
+
+    from models.yolo import Model
+    from utils.checkpoint import TRAINING_STATE, save_checkpoint
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Model("yolov5n.yaml", nc=len(names))
+    for conv in model.detect.m:
+        conv.bias.data.view(3, -1)[:, 4:] = torch.tensor([2.0, 2.5, *[1.0] * (len(names) - 1)])
+    content = {"epoch": 3, "model": model.state_dict(), "yaml": model.yaml, "names": names, "nc": len(names)}
+    content |= {"stride": [8, 16, 32], "hyp": {}, "opt": {}, "data": None, "versions": {}, "date": ""}
+    content |= {"format": "yolov5-slim", "format_version": 1, **dict.fromkeys(TRAINING_STATE), "updates": 7}
+    save_checkpoint(path, content)
+    return path
+
+
+class Numbered:
+    """Pictures that carry their number where compression does not harm it, on a texture that shows what is missing."""
+
+    HEIGHT, WIDTH, BITS, CELL_PX = 96, 128, 8, 16
+
+    def __init__(self):
+        texture = np.random.default_rng(0).integers(60, 200, (12, 16, 3)).astype(np.uint8)
+        self.texture = cv2.resize(texture, (self.WIDTH, self.HEIGHT))
+
+    def draw(self, number: int) -> np.ndarray:
+        """Draws picture `number`, 0 to 255: bits as light or dark cells in the upper row, the rest moves."""
+        image = np.roll(self.texture, 5 * number, axis=1)
+        for bit in range(self.BITS):
+            cell = image[: self.CELL_PX, bit * self.CELL_PX : (bit + 1) * self.CELL_PX]
+            cell[:] = 230 if number >> bit & 1 else 25
+        return image
+
+    def read(self, image: np.ndarray) -> int:
+        """Returns the number of a picture that is whole: it must look as drawn, all over."""
+        assert image.shape == (self.HEIGHT, self.WIDTH, 3)
+        cells = image[4 : self.CELL_PX - 4].reshape(-1, self.BITS, self.CELL_PX, 3)[:, :, 4:-4]
+        number = sum(1 << bit for bit in range(self.BITS) if cells[:, bit].mean() > 128)
+        blocks = np.abs(image.astype(int) - self.draw(number)).reshape(6, 16, 8, 16, 3).mean((1, 3, 4))
+        assert blocks.max() < 25, f"picture {number} is damaged: {blocks.round()}"
+        return number
+
+
+@pytest.fixture(scope="session")
+def numbered() -> Numbered:
+    """Draws and reads pictures with numbers."""
+    return Numbered()
+
+
+class MjpegServer(http.server.ThreadingHTTPServer):
+    """Sends numbered pictures, the numbers going on from connection to connection; `plan` says how each ends.
+
+    A connection sends `frames` pictures and then: "cut" breaks off within the next one, "stall" keeps the line open
+    in silence, "end" closes it, "corrupt" sends rubbish once and goes on to "end". "refuse" answers 503 at once.
+    Where `go` was cleared, the plan begins when it is set; until then pictures come slowly.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, numbered, plan: list[str], frames: int = 12) -> None:
+        super().__init__(("127.0.0.1", 0), MjpegHandler)
+        self.numbered, self.plan, self.frames = numbered, list(plan), frames
+        self.sent: list[list[int]] = []
+        self.number, self.finished, self.go = 0, threading.Event(), threading.Event()
+        self.go.set()
+        self.address = f"http://127.0.0.1:{self.server_port}/camera"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        self.finished.set()
+        self.go.set()
+        self.shutdown()
+        self.server_close()
+
+
+class MjpegHandler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_arguments) -> None:
+        """Says nothing."""
+
+    def do_GET(self) -> None:
+        ending = self.server.plan.pop(0) if self.server.plan else "refuse"
+        if ending == "refuse":
+            self.send_error(503)
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        self.end_headers()
+        sent = []
+        self.server.sent.append(sent)
+        while not self.server.go.is_set():
+            sent.append(self.send_part())
+            self.server.go.wait(0.2)
+        for _ in range(self.server.frames):
+            sent.append(self.send_part())
+        if ending == "corrupt":
+            self.send_part(lambda data: data[:200] + bytes(len(data) - 200))
+            sent.append(self.send_part())
+        elif ending == "cut":
+            self.send_part(lambda data: data[: len(data) // 2], whole=False)
+        elif ending == "stall":
+            self.server.finished.wait(60)
+
+    def send_part(self, change=bytes, whole: bool = True) -> int:
+        self.server.number += 1
+        data = cv2.imencode(".jpg", self.server.numbered.draw(self.server.number))[1].tobytes()
+        head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
+        self.wfile.write(head.encode() + change(data) + b"\r\n" * whole)
+        self.server.finished.wait(0.02)
+        return self.server.number
+
+
+@pytest.fixture
+def mjpeg_server(numbered):
+    """Starts servers that play a plan; see `MjpegServer`."""
+    servers = []
+
+    def start(plan: list[str]) -> MjpegServer:
+        servers.append(MjpegServer(numbered, plan))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
 
 
 @pytest.fixture(autouse=True)

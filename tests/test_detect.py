@@ -13,7 +13,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 
 import detect
 from utils.checks import UserError
@@ -21,37 +20,9 @@ from utils.cli import ReportedError
 from utils.data.sources import read_frames
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = {0: "cat", 1: "红绿灯"}
 SIDE_OPTIONS = {"imgsz": [64], "device": "cpu", "max_det": 3}
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Small models gain nothing from more, and lose much where the machine is busy."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for commands
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory) -> Path:
-    """A small model of two classes that is sure of itself everywhere, so that there is always something to draw."""
-    from models.yolo import Model
-    from utils.checkpoint import TRAINING_STATE, save_checkpoint
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Model("yolov5n.yaml", nc=len(NAMES))
-    for conv in model.detect.m:
-        conv.bias.data.view(3, -1)[:, 4:] = torch.tensor([2.0, 2.5, 1.0])
-    content = {"epoch": 3, "model": model.state_dict(), "yaml": model.yaml, "names": NAMES, "nc": len(NAMES)}
-    content |= {"stride": [8, 16, 32], "hyp": {}, "opt": {}, "data": None, "versions": {}, "date": ""}
-    content |= {"format": "yolov5-slim", "format_version": 1, **dict.fromkeys(TRAINING_STATE), "updates": 7}
-    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    save_checkpoint(path, content)
-    return path
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def picture(seed: int = 0, height: int = 48, width: int = 64) -> np.ndarray:
@@ -109,7 +80,7 @@ def test_command_line_on_a_folder_writes_and_says_what_yolov5_does(weights, sour
     folder = tmp_path / "runs" / "exp"
     pattern = r"(1 cat|\d cats)?(, )?(\d 红绿灯)?, Done\. \(\d\.\d{3}s\)"
     lines = done.stderr.splitlines()
-    assert lines[0].startswith(f"detect: weights={weights}, source={source}, ")
+    assert lines[0].startswith(f"detect: weights=['{weights}'], source={source}, ")
     for start in (
         f"image 1/3 {source / 'a.png'}: 64x64 ",
         f"image 2/3 {source / 'b.jpg'}: 64x64 ",
@@ -268,7 +239,7 @@ def test_mistake_on_the_command_line_is_one_message_and_status_1(tmp_path):
 
 def test_newest_weights_are_the_default_and_their_absence_is_told(weights, source, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "yolov5")
-    monkeypatch.setattr(detect, "ROOT", tmp_path)
+    monkeypatch.setattr("models.pipeline.ROOT", tmp_path)
     common = {"source": str(source / "b.jpg"), "project": str(tmp_path / "out"), **SIDE_OPTIONS}
     with pytest.raises(UserError, match="no --weights given and none trained yet.*run train.py first"):
         detect.run(**common)

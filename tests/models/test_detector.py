@@ -7,9 +7,9 @@ import pytest
 
 from models.backends.base import ArrayBackend
 from models.backends.metadata import Metadata, Suppression
-from models.detector import Detector, shape_for
+from models.detector import MAX_BATCH, Detector, shape_for
 from utils.checks import UserError
-from utils.data.sources import Frame
+from utils.tiles import Tiling
 
 
 class Fixed(ArrayBackend):
@@ -32,10 +32,7 @@ CHOSEN = [[10, 10, 30, 30, 0.9, 1], [40, 10, 60, 30, 0.5, 0], [70, 10, 90, 30, 0
 
 
 def found(backend, picture_hw=(64, 96), **limits):
-    detector = Detector(backend, [64, 96], **limits)
-    frame = Frame("picture", 1, 1, np.zeros((*picture_hw, 3), np.uint8))
-    ((_, images),) = detector.letterboxed([frame])
-    return detector(images, picture_hw)
+    return Detector(backend, [64, 96], **limits).detect(np.zeros((*picture_hw, 3), np.uint8))
 
 
 def test_detections_chosen_inside_lose_the_filling_and_go_back_to_the_picture():
@@ -85,3 +82,42 @@ def test_size_is_what_was_asked_for_or_what_the_model_takes(caplog):
     assert "Image size 64x96, the one that the model was exported for" in caplog.text
     with pytest.raises(UserError, match=r"--img-size 64 64: the model was exported for 64 96 .*takes no other"):
         shape_for(fixed, [64], 640)
+
+
+def test_pictures_of_one_shape_share_a_batch_and_each_gets_its_own_detections():
+    backend = Fixed([[48, 32, 20, 20, 1, 0.9, 0.1]], dynamic=True)
+    detector = Detector(backend, [64, 96])
+    pictures = [np.zeros((height, width, 3), np.uint8) for height, width in ((64, 96), (60, 60), (128, 192))]
+    batches = detector.prepare(pictures)
+    assert [(batch.images.shape, batch.pictures) for batch in batches] == [
+        ((2, 3, 64, 96), [0, 2]),
+        ((1, 3, 64, 64), [1]),
+    ]
+    for picture, found in zip(pictures, detector(batches, 3), strict=True):
+        np.testing.assert_array_equal(found, detector.detect(picture))
+    assert detector.speed().startswith("Speed: ")
+
+
+def test_a_large_picture_is_run_in_batches_of_bounded_size_and_its_tiles_are_joined():
+    backend = Fixed([[48, 32, 20, 20, 1, 0.9, 0.1]])  # in the middle of every window
+    detector = Detector(backend, [64, 96], tiling=Tiling(64, 0.0))
+    batches = detector.prepare([np.zeros((320, 448, 3), np.uint8)])
+    assert sum(len(batch.images) for batch in batches) == 5 * 7 + 1
+    assert max(len(batch.images) for batch in batches) == MAX_BATCH
+    found = detector(batches, 1)[0]
+    centres = {tuple(row) for row in ((found[:, :2] + found[:, 2:4]) / 2).tolist()}
+    assert {(32 + 64 * x, 32 + 64 * y) for x in range(7) for y in range(5)} <= centres
+    assert np.array_equal(found[:, :4], found[:, :4].round())
+
+
+def test_layers_are_shown_for_each_picture_of_a_batch():
+    class Showing(Fixed):
+        def infer(self, inputs, visualize=None, augment=False):
+            visualize(7, "Conv", np.arange(len(inputs) * 2.0).reshape(-1, 2, 1, 1))
+            return super().infer(inputs)
+
+    seen = []
+    detector = Detector(Showing([[0.0] * 7]), [64, 96])
+    batches = detector.prepare([np.zeros((64, 96, 3), np.uint8)] * 2)
+    detector(batches, 2, lambda *told: seen.append((*told[:3], told[3].ravel().tolist())))
+    assert seen == [(0, 7, "Conv", [0, 1]), (1, 7, "Conv", [2, 3])]

@@ -145,14 +145,11 @@ def expected(exported):
     """What detect.py's own function finds in a picture, as the service's records."""
     from models.backends import load_backend
     from models.detector import Detector
-    from utils.data.sources import Frame
 
     backend = load_backend(exported, "cpu")
 
     def detect(image: np.ndarray, conf: float = 0.25, iou: float = 0.45) -> np.ndarray:
-        detector = Detector(backend, (64, 64), conf_thres=conf, iou_thres=iou)
-        (_, inputs), *_ = detector.letterboxed([Frame("", 1, 1, image)])
-        return detector(inputs, image.shape[:2])
+        return Detector(backend, (64, 64), conf_thres=conf, iou_thres=iou).detect(image)
 
     return detect
 

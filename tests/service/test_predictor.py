@@ -28,7 +28,6 @@ class ChoosingBackend(ArrayBackend):
 def test_batch_gives_what_the_detector_finds_in_each_picture(exported, picture, fixed):
     from models.backends import load_backend
     from models.detector import Detector
-    from utils.data.sources import Frame
 
     backend = load_backend(exported, "cpu")
     backend.dynamic = not fixed
@@ -40,8 +39,7 @@ def test_batch_gives_what_the_detector_finds_in_each_picture(exported, picture, 
     batch = [predictor.prepare(image, wanted) for image, wanted in zip(pictures, thresholds, strict=True)]
     for image, wanted, found in zip(pictures, thresholds, predictor.detect(batch), strict=True):
         alone = Detector(backend, (64, 96), wanted.conf, wanted.iou)
-        (_, inputs), *_ = alone.letterboxed([Frame("", 1, 1, image)])
-        expected = alone(inputs, image.shape[:2])
+        expected = alone.detect(image)
         assert len(found) == len(expected) > 0
         assert np.allclose(found, expected, atol=(1, 1, 1, 1, 1e-4, 0))
 
