@@ -127,7 +127,7 @@ class _Tracer(fx.Tracer):
 
 def _trace(model: nn.Module) -> fx.GraphModule:
     """Returns the graph from images to the outputs of the head's convolutions."""
-    graph = _Tracer().trace(model, concrete_args={"visualize": None})
+    graph = _Tracer().trace(model, concrete_args={"augment": False, "visualize": None})
     for node in graph.find_nodes(op="placeholder"):
         if not node.users:  # the record of the argument that was left out
             graph.erase_node(node)

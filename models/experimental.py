@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.common import Conv
+
+
+def __getattr__(name: str) -> Any:
+    """Finds `attempt_load`, which other people's programs import from here, where it is defined: above this file."""
+    if name == "attempt_load":
+        from models.multibackend import attempt_load
+
+        return attempt_load
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 class CrossConv(nn.Module):
@@ -109,6 +119,6 @@ class Ensemble(nn.ModuleList):
         """Strides (nl,) of the member whose largest stride is the largest."""
         return max((member.stride for member in self), key=lambda stride: float(stride.max()))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """Maps images (b, 3, h, w) to (detections of all members (b, rows, 5 + nc), None)."""
-        return torch.cat([member(x)[0] for member in self], dim=1), None
+    def forward(self, x: Tensor, augment: bool = False) -> tuple[Tensor, None]:
+        """Maps images (b, 3, h, w) to (detections of all members (b, rows, 5 + nc), None); `augment` as in `Model`."""
+        return torch.cat([member(x, augment)[0] for member in self], dim=1), None

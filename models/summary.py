@@ -1,4 +1,4 @@
-"""What a model costs: its table of layers, GFLOPs, and the time each layer takes.
+"""What a model costs: its summary, its table of layers, GFLOPs, and the time each layer takes.
 
 All take a `models.yolo.Model`; nothing here changes it.
 """
@@ -22,6 +22,17 @@ def log_layers(model: nn.Module) -> None:
     for layer in model.model:
         numbers = f"{layer.i:>3}{str(layer.f):>18}{layer.repeats:>3}{layer.np:>10}"
         LOGGER.info(f"{numbers}  {layer.type:<40}{str(layer.arguments):<30}")
+
+
+def summary_line(model: nn.Module, imgsz: int = 640, gflops: bool = True) -> str:
+    """Returns modules, parameters and trained ones, and with `gflops` the GFLOPs for an image of side `imgsz`."""
+    parameters = list(model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    counted = count_gflops(model, imgsz) if gflops else None
+    cost = "" if counted is None else f", {counted:.1f} GFLOPs"
+    layers = sum(1 for _ in model.modules())
+    return f"Model Summary: {layers} layers, {total} parameters, {trained} gradients{cost}"
 
 
 def count_gflops(model: nn.Module, imgsz: int = 640) -> float | None:

@@ -6,18 +6,19 @@ itself (`utils.eval.evaluate`), options and folders (`val.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from models.backends import Backend, load_backend, runtime_of
+from models.backends import Backend, load_backend, runtime_of, weight_files
 from models.backends.metadata import Suppression
-from models.backends.pytorch import PyTorchBackend, describe_model
+from models.backends.pytorch import PyTorchBackend, check_members, describe_model, ensemble_of
 from models.load import Weights, find_weights, model_from, read_weights
-from utils.checks import UserError, check_image_size, grid_stride
+from utils.checks import MIN_GRID_STRIDE, UserError, check_image_size, grid_stride
 from utils.data.dataset import DetectionDataset
 from utils.data.labels import load_labels
 from utils.data.loader import DetectionLoader, create_loader
@@ -45,7 +46,7 @@ class Subject:
         data: the data set YAML that it was trained on; empty when the file does not say.
         trained_px: the image size that it was trained at; None when the file does not say.
         nms: how detections are chosen inside; None for raw rows.
-        build: makes it ready to run.
+        build: makes it ready to run: a runtime of `models.backends`, or the model that was held.
     """
 
     path: Path
@@ -56,43 +57,82 @@ class Subject:
     data: str
     trained_px: int | None
     nms: Suppression | None
-    build: Callable[[], Backend]
+    build: Callable[[], Any]
 
 
 def open_subject(
-    weights: str | Path, device: str = "", dtype: torch.dtype = torch.float32, dnn: bool = False
+    weights: str | Path | Sequence[str | Path],
+    device: str = "",
+    dtype: torch.dtype = torch.float32,
+    dnn: bool = False,
 ) -> Subject:
-    """Opens a checkpoint or an export.
+    """Opens a checkpoint or an export; or several checkpoints, as one model.
 
     Args:
-        weights: a file of any format, or a released checkpoint's name.
+        weights: a file of any format, or a released checkpoint's name; several make an ensemble, which is known by the
+            first one's path, data set and size.
         device: as `--device`; empty chooses.
         dtype: bfloat16 or float16 where the format leaves the choice: checkpoints, and OpenVINO by what it can.
         dnn: run an ONNX file in OpenCV.
 
     Raises:
-        UserError: it cannot be loaded, or the device or the precision is not for it.
+        UserError: it cannot be loaded, the device or the precision is not for it, or the models of an ensemble do not
+            have the same classes.
     """
-    if dnn or runtime_of(weights) != "pytorch":
-        return _open_export(weights, device, dtype, dnn)
+    files = weight_files(weights)
+    if dnn or runtime_of(files[0]) != "pytorch":
+        return _open_export(files[0], device, dtype, dnn)
     chosen = select_device(device)
     prepare_cpu_memory(chosen)
-    if dtype == torch.float16 and chosen.type != "cuda":
-        raise UserError(f"--half (float16) needs a CUDA GPU, this is {chosen.type}: use --bf16, or neither.")
-    path = find_weights(weights)
-    content = read_weights(path)
-    trained_px = (content.meta.get("opt") or {}).get("imgsz")
+    check_half(dtype, chosen)
+    paths = [find_weights(file) for file in files]
+    contents = [read_weights(path) for path in paths]
+    check_members(paths, [content.names for content in contents])
+    first = contents[0]
+    trained_px = (first.meta.get("opt") or {}).get("imgsz")
     return Subject(
-        path,
-        content.names,
+        paths[0],
+        first.names,
         named=True,
-        stride=grid_stride(content.stride),
+        stride=max(grid_stride(content.stride) for content in contents),
         shape_hw=None,
-        data=content.meta.get("data") or "" if content.source == "ours" else "",
+        data=first.meta.get("data") or "" if first.source == "ours" else "",
         trained_px=trained_px if isinstance(trained_px, int) else None,
         nms=None,
-        build=partial(_build, content, path, chosen, dtype),
+        build=partial(_build, contents, paths, chosen, dtype),
     )
+
+
+def held_subject(model: Any) -> Subject:
+    """Describes a model that is in memory already.
+
+    Args:
+        model: a PyTorch module or a predictor; what it says of `names` and `stride` is taken.
+    """
+    names = getattr(model, "names", {})
+    stride = getattr(model, "stride", MIN_GRID_STRIDE)
+    said = getattr(model, "metadata", None)  # of a runtime
+    return Subject(
+        Path("model"),
+        dict(names) if isinstance(names, Mapping) else dict(enumerate(names)),
+        named=True,
+        stride=grid_stride([stride] if isinstance(stride, int) else stride),
+        shape_hw=said.shape_hw if said and not model.dynamic else None,
+        data="",
+        trained_px=None,
+        nms=said.nms if said else None,
+        build=lambda: model,
+    )
+
+
+def check_half(dtype: torch.dtype, device: torch.device) -> None:
+    """Makes sure that a device computes in float16 where that is wanted.
+
+    Raises:
+        UserError: it does not.
+    """
+    if dtype == torch.float16 and device.type != "cuda":
+        raise UserError(f"--half (float16) needs a CUDA GPU, this is {device.type}: use --bf16, or neither.")
 
 
 def _open_export(weights: str | Path, device: str, dtype: torch.dtype, dnn: bool) -> Subject:
@@ -119,12 +159,16 @@ def _open_export(weights: str | Path, device: str, dtype: torch.dtype, dnn: bool
     )
 
 
-def _build(content: Weights, path: Path, device: torch.device, dtype: torch.dtype) -> Backend:
-    """Builds a checkpoint's model, rewritten for inference; logs what it is and where it runs."""
-    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave no trace in the generator
-        model = model_from(content).requires_grad_(False).fuse()
-    LOGGER.info(f"{device_line(device)}\n{path}: {model.info(gflops=False)}")
-    return PyTorchBackend(model, device, dtype, describe_model(model, content, dtype))
+def _build(contents: Sequence[Weights], paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> Backend:
+    """Builds the models of checkpoints, rewritten for inference; logs what they are and where they run."""
+    LOGGER.info(device_line(device))
+    members = []
+    for content, path in zip(contents, paths, strict=True):
+        with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave no trace in the generator
+            model = model_from(content).requires_grad_(False).fuse()
+        LOGGER.info(f"{path}: {model.info(gflops=False)}")
+        members.append(PyTorchBackend(model, device, dtype, describe_model(model, content, dtype)))
+    return members[0] if len(members) == 1 else ensemble_of(paths, members)
 
 
 def image_shape(subject: Subject, imgsz: int | Sequence[int] | None) -> Shape:
@@ -189,11 +233,15 @@ def make_loader(
     batch_size: int = 32,
     workers: int = 8,
     single_cls: bool = False,
+    pad: float = PAD_STRIDES,
 ) -> DetectionLoader:
-    """Makes the loader of a split: rectangular batches for a long side, else every image padded to height and width."""
+    """Makes the loader of a split: rectangular batches for a long side, else every image padded to height and width.
+
+    `pad` is the border that rectangular batches get, in strides.
+    """
     table = load_labels(getattr(spec, task), spec, single_cls, workers, f"{task}: ")
     rect = isinstance(shape, int)
     dataset = DetectionDataset(
-        table, shape, augment=None, rect=rect, batch_size=batch_size, stride=subject.stride, pad=PAD_STRIDES
+        table, shape, augment=None, rect=rect, batch_size=batch_size, stride=subject.stride, pad=pad
     )
     return create_loader(dataset, batch_size, workers=workers, shuffle=False)

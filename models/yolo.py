@@ -1,13 +1,12 @@
 """The detector: `Detect`, `Model`, and how the rows of a model YAML become layers.
 
 `BLOCKS` says for each name that a row may use which class it means and how the row's arguments become the class's;
-`register_block` adds to it. As a script (`python models/yolo.py --cfg yolov5s.yaml`) it builds and times a model.
+`register_block` adds to it. As a script it builds a model and shows its layers (`models.show`).
 Not here: the layers (`models.common`), weights (`models.load`), test-time augmentation.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +22,10 @@ from torch import Tensor, nn
 
 from models import common, config, experimental
 from models.deploy import fold_model
-from models.summary import count_gflops, log_layers, profile_layers
+from models.summary import log_layers, summary_line
+from models.tta import augmented_rows
 from utils.checks import UserError, did_you_mean
-from utils.cli import ReportedError, run_command
-from utils.devices import select_device
-from utils.files import ROOT
-from utils.log import LOGGER, progress
+from utils.log import LOGGER
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03  # part of the trained weights' meaning, though no state dict holds them
 STRIDE_IMAGE_PX = 128  # side of the image on which strides are measured: the largest stride there is (P7)
@@ -268,16 +265,20 @@ class Model(nn.Module):
         """The last layer."""
         return self.model[-1]
 
-    def forward(self, x: Tensor, visualize: Callable[[nn.Module, Tensor], None] | None = None):
+    def forward(self, x: Tensor, augment: bool = False, visualize: Callable[[nn.Module, Tensor], None] | None = None):
         """Predicts from images.
 
         Args:
             x: (b, ch, h, w), values 0 to 1, h and w multiples of the largest stride.
+            augment: look at the images in several sizes, mirrored too (in evaluation, `visualize` is not called).
             visualize: called with every layer but Detect and its output.
 
         Returns:
-            What `Detect.forward` returns: logits in training, (decoded, logits) in evaluation.
+            What `Detect.forward` returns: logits in training, (decoded, logits) in evaluation; with `augment` the rows
+            of all views and None.
         """
+        if augment:
+            return augmented_rows(lambda images: self(images)[0], x, self.stride), None
         outputs: list[Tensor | None] = []
         for layer in self.model:
             if layer.f != -1:
@@ -294,13 +295,7 @@ class Model(nn.Module):
 
     def info(self, imgsz: int = 640, gflops: bool = True) -> str:
         """Returns the summary line: modules, parameters, trained ones and GFLOPs (thop's, half a second) at `imgsz`."""
-        parameters = list(self.parameters())
-        total = sum(parameter.numel() for parameter in parameters)
-        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        counted = count_gflops(self, imgsz) if gflops else None
-        cost = "" if counted is None else f", {counted:.1f} GFLOPs"
-        layers = sum(1 for _ in self.modules())
-        return f"Model Summary: {layers} layers, {total} parameters, {trained} gradients{cost}"
+        return summary_line(self, imgsz, gflops)
 
     def _measure_strides(self, ch: int) -> Tensor:
         """Returns pixels per cell of each level, float32 (nl,), from one blank image.
@@ -354,47 +349,7 @@ class Model(nn.Module):
 DetectionModel = Model  # YOLOv5's name for it since 6.2
 
 
-def build_all() -> None:
-    """Builds every model YAML of the repository.
-
-    Raises:
-        ReportedError: some do not build; they have been logged.
-    """
-    failures = 0
-    for path in progress(sorted((ROOT / "models").rglob("yolo*.yaml")), desc="building"):
-        try:
-            with torch.device("meta"):
-                Model(path)
-        except UserError as error:
-            failures += 1
-            LOGGER.error(f"{path}: {error}")
-    if failures:
-        raise ReportedError(f"{failures} model YAMLs do not build")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the script's options."""
-    parser = argparse.ArgumentParser(prog="yolo.py", description="Build a model and show its layers.")
-    parser.add_argument("--cfg", default="yolov5s.yaml", help="model YAML")
-    parser.add_argument("--device", default="", help="cuda device (0), mps or cpu; empty chooses")
-    parser.add_argument("--profile", action="store_true", help="time every layer on a random image of 640 px")
-    parser.add_argument("--test", action="store_true", help="build every models/**/yolo*.yaml")
-    return parser
-
-
-def main(options: argparse.Namespace) -> None:
-    """Builds the model that the options name; times its layers, builds all others, as they say."""
-    device = select_device(options.device)
-    model = Model(options.cfg, verbose=True).to(device)
-    if options.profile:
-        image = torch.rand(8 if device.type == "cuda" else 1, model.yaml["ch"], 640, 640, device=device)
-        with torch.no_grad():
-            profile_layers(model.eval(), image)
-    if options.test:
-        build_all()
-
-
 if __name__ == "__main__":
-    from models import yolo  # again, under the name that the classes and their checkpoints carry
+    from models import show  # imports this file again, under the name that the classes and their checkpoints carry
 
-    sys.exit(run_command(yolo.main, yolo.build_parser()))
+    sys.exit(show.run())

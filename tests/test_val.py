@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import val
+from models import val_tasks
 from models.load import read_weights
 from models.yolo import Model
 from utils.checkpoint import save_checkpoint
 from utils.checks import UserError
-from utils.eval import evaluate
 from utils.files import ROOT, write_yaml
 
 NAMES = {0: "cat", 1: "dog", 2: "cow"}
@@ -169,8 +169,8 @@ def test_command_line_says_what_is_wrong_without_a_traceback(tmp_path):
 def test_golden_figures_on_coco128(tmp_path, golden_dir, datasets_dir, monkeypatch):
     """YOLOv5 7.0's four figures within 0.001; COCO's own mAP within 0.003 of ours."""
     results = []
-    measured = evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **kw: results.append(measured(*args, **kw)) or results[-1])
+    measured = val_tasks.evaluate
+    monkeypatch.setattr(val_tasks, "evaluate", lambda *args, **kw: results.append(measured(*args, **kw)) or results[-1])
     figures, _, _ = val.run(
         datasets_dir / "coco128" / "coco128.yaml",
         weights=str(golden_dir / "yolov5n-v6-coco.pt"),

@@ -6,13 +6,14 @@ A runtime's libraries are imported only when a file of its kind is loaded, torch
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from models.backends.base import ArrayBackend, Backend
 from models.backends.metadata import Metadata
 from utils.checks import UserError
 
-__all__ = ["BACKENDS", "ArrayBackend", "Backend", "Metadata", "load_backend", "runtime_of"]
+__all__ = ["BACKENDS", "ArrayBackend", "Backend", "Metadata", "load_backend", "runtime_of", "weight_files"]
 
 # what a file's or folder's name ends in -> module of this package with a `load(weights, device, half)`
 BACKENDS = {
@@ -30,25 +31,46 @@ BACKENDS = {
     ".engine": "tensorrt",
 }
 BROWSER_SUFFIX = "_web_model"
+ENSEMBLE_RUNTIME = "pytorch"  # the only one that runs several models as one
 
 
-def load_backend(weights: str | Path, device: str = "", half: bool = False, dnn: bool = False) -> Backend:
+def load_backend(
+    weights: str | Path | Sequence[str | Path], device: str = "", half: bool = False, dnn: bool = False
+) -> Backend:
     """Loads a model for inference on the runtime that its name stands for; logs the runtime and its device.
 
     Args:
-        weights: a checkpoint or an exported model.
+        weights: a checkpoint or an exported model; or several checkpoints, which make an ensemble.
         device: as `--device`; empty chooses.
         half: compute in 16 bits where the device can; elsewhere in float32, and says so.
         dnn: run an ONNX file in OpenCV.
 
     Raises:
         UserError: no such file, a name that stands for no runtime, a library that is missing, a file that cannot be
-            loaded, or a device that the runtime does not have.
+            loaded, a device that the runtime does not have, or models that make no ensemble.
     """
-    runtime = runtime_of(weights)
+    files = weight_files(weights)
+    file, runtime = files[0], runtime_of(files[0])
     if dnn and runtime != "onnxruntime":
-        raise UserError(f"--dnn runs ONNX files in OpenCV, and {weights} is none: give an .onnx file, or leave it out.")
-    return importlib.import_module(f"models.backends.{'opencv' if dnn else runtime}").load(weights, device, half)
+        raise UserError(f"--dnn runs ONNX files in OpenCV, and {file} is none: give an .onnx file, or leave it out.")
+    module = importlib.import_module(f"models.backends.{'opencv' if dnn else runtime}")
+    return module.load(file, device, half) if len(files) == 1 else module.load_ensemble(files, device, half)
+
+
+def weight_files(weights: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """Returns the files that `--weights` names.
+
+    Raises:
+        UserError: none, or several that are not all checkpoints.
+    """
+    files = [weights] if isinstance(weights, (str, Path)) else list(weights)
+    if not files:
+        raise UserError("--weights names no file.")
+    if len(files) > 1:
+        for file in files:
+            if runtime_of(file) != ENSEMBLE_RUNTIME:
+                raise UserError(f"--weights: several files make an ensemble of checkpoints (.pt), and {file} is none.")
+    return files
 
 
 def runtime_of(weights: str | Path) -> str:

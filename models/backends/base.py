@@ -14,6 +14,8 @@ from utils.checks import UserError
 Array = Any  # np.ndarray or torch.Tensor
 LayerHook = Callable[[int, str, np.ndarray], None]  # (row of the model, block's name, output float32 (b, c, h, w))
 
+AUGMENT_NEEDS_CHECKPOINT = "--augment is for checkpoints (.pt), not for exported models: give one, or leave it out."
+
 
 class Backend(ABC):
     """A loaded model.
@@ -49,12 +51,13 @@ class Backend(ABC):
         """Turns letterboxed images, uint8 (b, 3, h, w) RGB, into the runtime's input on its device."""
 
     @abstractmethod
-    def infer(self, inputs: Array, visualize: LayerHook | None = None) -> Array:
+    def infer(self, inputs: Array, visualize: LayerHook | None = None, augment: bool = False) -> Array:
         """Runs the model on preprocessed images.
 
         Args:
             inputs: what `preprocess` returned.
             visualize: called with every layer's output where the runtime shows them.
+            augment: look at every image in several sizes, mirrored too, and return the rows of all (`models.tta`).
 
         Returns:
             Rows (b, n, 5 + nc) [x, y, w, h in px, objectness, class probabilities]; where `chosen`, detections
@@ -62,7 +65,8 @@ class Backend(ABC):
             Float32; the next call may write over them.
 
         Raises:
-            UserError: `visualize` on a runtime that hides its layers, or images of a size that it does not take.
+            UserError: `visualize` or `augment` on a runtime other than PyTorch, or images of a size that it does not
+                take.
         """
 
     @abstractmethod
@@ -105,10 +109,12 @@ class ArrayBackend(Backend):
         scaled = np.empty(images.shape, self.input_dtype)
         return np.divide(images, 255, out=scaled, dtype=self.input_dtype)
 
-    def infer(self, inputs: np.ndarray, visualize: LayerHook | None = None) -> np.ndarray:
+    def infer(self, inputs: np.ndarray, visualize: LayerHook | None = None, augment: bool = False) -> np.ndarray:
         """Runs the model, a fixed number of images at a time where it knows no other; see `Backend.infer`."""
         if visualize is not None:
             raise UserError("--visualize shows the layers of a checkpoint (.pt); an exported model hides its own.")
+        if augment:
+            raise UserError(AUGMENT_NEEDS_CHECKPOINT)
         height, width = inputs.shape[1:3] if self.channels_last else inputs.shape[2:4]
         self._check_shape(height, width)
         size = self.batch or min(self.most or len(inputs), len(inputs))

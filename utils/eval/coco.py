@@ -33,9 +33,14 @@ class ImageRecord(NamedTuple):
 
     @property
     def image_id(self) -> int | str:
-        """COCO's identifier: the file name's stem, as a number where it is one."""
-        stem = Path(self.path).stem
-        return int(stem) if stem.isdecimal() else stem
+        """COCO's identifier."""
+        return image_id(self.path)
+
+
+def image_id(path: str | Path) -> int | str:
+    """Returns COCO's identifier of an image: the file name's stem, as a number where it is one."""
+    stem = Path(path).stem
+    return int(stem) if stem.isdecimal() else stem
 
 
 class CocoFigures(NamedTuple):
@@ -159,26 +164,34 @@ def category_ids(sources: Sequence[Path], nc: int) -> Sequence[int]:
 
 
 def predictions(records: Sequence[ImageRecord], categories: Sequence[int]) -> list[dict[str, Any]]:
-    """Detections as COCO's results format: `bbox` [left, top, width, height] in pixels to 0.001, score to 0.00001.
+    """Detections as COCO's results format.
 
     Args:
         records: the images' detections.
         categories: the category of every class.
     """
-    rows = []
-    for record in records:
-        boxes_xywh = xyxy2xywh(record.detections[:, :4])
-        boxes_xywh[:, :2] -= boxes_xywh[:, 2:] / 2  # the corner instead of the centre
-        for box, (confidence, class_id) in zip(boxes_xywh.tolist(), record.detections[:, 4:6].tolist(), strict=True):
-            rows.append(
-                {
-                    "image_id": record.image_id,
-                    "category_id": categories[int(class_id)],
-                    "bbox": [round(value, 3) for value in box],
-                    "score": round(confidence, 5),
-                }
-            )
-    return rows
+    return [row for record in records for row in detection_rows(record.path, record.detections, categories)]
+
+
+def detection_rows(path: str | Path, detections: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
+    """One image's detections in COCO's results format: `bbox` [left, top, width, height] to 0.001 px, score to 0.00001.
+
+    Args:
+        path: the image's; its stem is the identifier, as a number where it is one.
+        detections: (n, 6) [x1, y1, x2, y2, confidence, class].
+        categories: the category of every class.
+    """
+    boxes_xywh = xyxy2xywh(detections[:, :4])
+    boxes_xywh[:, :2] -= boxes_xywh[:, 2:] / 2  # the corner instead of the centre
+    return [
+        {
+            "image_id": image_id(path),
+            "category_id": categories[int(class_id)],
+            "bbox": [round(value, 3) for value in box],
+            "score": round(confidence, 5),
+        }
+        for box, (confidence, class_id) in zip(boxes_xywh.tolist(), detections[:, 4:6].tolist(), strict=True)
+    ]
 
 
 def write_predictions(rows: Sequence[dict[str, Any]], file: Path) -> None:

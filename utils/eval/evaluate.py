@@ -51,6 +51,7 @@ class EvalOptions:
         save_dir: where files go; needed for plots and the save options.
         plots: draw curves, the confusion matrix and the first batches.
         save_txt, save_conf: write detections as label files, with confidences.
+        save_hybrid: labels join the candidates of NMS, sure of themselves; the figures then mean nothing.
         save_json: write detections as COCO results to `json_name`.
         json_name: that file's name.
         categories: COCO's category of every class, for the JSON; None takes the class index.
@@ -70,6 +71,7 @@ class EvalOptions:
     plots: bool = False
     save_txt: bool = False
     save_conf: bool = False
+    save_hybrid: bool = False
     save_json: bool = False
     json_name: str = "predictions.json"
     categories: Sequence[int] | None = None
@@ -141,9 +143,9 @@ def evaluate(
         model: a predictor, or a module as `ModulePredictor` takes it; in evaluation mode while this runs.
         loader: sized iterable of `Batch`es: uint8 images (b, 3, h, w), targets (m, 6), paths, shapes.
         names: name of every class.
-        device: where the module is; predictors know it themselves.
-        compute_loss: for modules that return raw outputs: called with them in float32 and the targets; the second
-            item of what it returns holds the three losses.
+        device: where the module is, and the loss is computed.
+        compute_loss: for modules that return raw outputs, and `ModulePredictor`s of such: called with the outputs in
+            float32 and the targets; the second item of what it returns holds the three losses.
         callbacks: object whose `run(hook, ...)` is called at the `on_val_*` hooks.
         **options: the fields of `EvalOptions`.
 
@@ -165,9 +167,9 @@ def evaluate(
     with running or contextlib.nullcontext(), _Pictures(settings, names) as pictures:
         for batch in progress(loader, total=len(loader), desc=HEADER, leave=leave):
             notify("on_val_batch_start")
-            found = _detect(predictor, batch.images.numpy(), settings, clock)
+            found = _detect(predictor, batch, settings, clock)
             if compute_loss is not None:
-                raw = [layer.float() for layer in running.raw]
+                raw = [layer.float() for layer in predictor.raw]
                 losses += compute_loss(raw, batch.targets.to(device))[1].detach()
             for record, detections in zip(_native_records(batch, found), found, strict=True):
                 tally.add(record)
@@ -191,32 +193,42 @@ def _ignore(*_args: Any) -> None:
     """Stands in for callbacks that nobody gave."""
 
 
-def _detect(predictor: Predictor, images: np.ndarray, settings: EvalOptions, clock: Clock) -> list[np.ndarray]:
+def _known_boxes(batch: Any) -> list[torch.Tensor]:
+    """Returns for each image of a batch its labels (m, 5) [class, x, y, w, h in pixels of the padded image]."""
+    height, width = batch.images.shape[2:]
+    scale = torch.tensor([1, width, height, width, height])
+    return [batch.targets[batch.targets[:, 0] == image, 1:] * scale for image in range(len(batch.images))]
+
+
+def _detect(predictor: Predictor, batch: Any, settings: EvalOptions, clock: Clock) -> list[np.ndarray]:
     """Runs the model and NMS on one batch.
 
     Args:
         predictor: the model.
-        images: uint8 (b, 3, h, w).
-        settings: thresholds.
+        batch: b images uint8 (b, 3, h, w), with targets.
+        settings: thresholds, and whether labels join the candidates of NMS.
         clock: counts the stages' time.
 
     Returns:
         For each image its detections (k, 6) in pixels of the padded image.
     """
-    clock.start(images.shape)
-    inputs = predictor.preprocess(images)
+    known = _known_boxes(batch) if settings.save_hybrid else []
+    clock.start(batch.images.shape)
+    inputs = predictor.preprocess(batch.images.numpy())
     clock.lap("pre")
     output = predictor.infer(inputs)
     clock.lap("inference")
     if predictor.chosen:
         found = [detections[detections[:, 4] > settings.conf_thres] for detections in np.asarray(output)]
     else:
+        rows = _tensor(output)
         found = non_max_suppression(
-            _tensor(output),
+            rows,
             settings.conf_thres,
             settings.iou_thres,
             agnostic=settings.single_cls,
             multi_label=True,
+            labels=[boxes.to(rows.device) for boxes in known],
             max_det=settings.max_det,
         )
         found = [detections.cpu().numpy() for detections in found]

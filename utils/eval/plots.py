@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: precision, recall and F1 curves, the confusion matrix.
+"""Pictures of an evaluation: precision, recall and F1 curves, the confusion matrix; and of a study of image sizes.
 
 Drawn on matplotlib figures of their own (Agg), so that no display, window or global state is involved; matplotlib is
 imported when something is drawn. Names in any script are shown where an installed font has their characters.
@@ -7,7 +7,7 @@ Pictures of images with boxes are made by `utils.draw`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from unicodedata import east_asian_width
@@ -34,6 +34,7 @@ MAX_NAMED_TICKS = 98
 MAX_NAME_LENGTH = 22
 MIN_SHOWN_SHARE = 0.005  # smaller cells of the confusion matrix stay blank
 MEAN_COLOR = "#0018EC"
+STUDY_MAP, STUDY_INFERENCE_MS = 3, 8  # columns of a study's rows
 CJK_FAMILIES = (
     "Noto Sans CJK SC",
     "Noto Sans SC",
@@ -172,6 +173,39 @@ def _annotate(axes: Axes, shares: np.ndarray, size: float) -> None:
         share = shares[row, column]
         color = "white" if share > 0.5 else "black"
         axes.text(column, row, f"{share:.2f}", ha="center", va="center", color=color, fontsize=size)
+
+
+def plot_study(studies: Mapping[str, np.ndarray], sizes_px: Sequence[int], file: Path) -> None:
+    """Draws mAP50-95 over the time of inference, one line for each model with the image sizes along it, into a PNG.
+
+    Args:
+        studies: for each model, by name, a row for each size (n, 10): P, R, mAP50, mAP50-95, box, objectness and class
+            loss, milliseconds per image of pre-processing, inference and NMS.
+        sizes_px: the n image sizes.
+        file: the PNG.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    lettering = drawable_names(dict(enumerate(studies)))
+    figure = Figure(figsize=CURVE_SIZE_INCHES)
+    axes = figure.add_axes(CURVE_AREA)
+    for number, rows in enumerate(studies.values()):
+        maps, milliseconds = rows[:, STUDY_MAP], rows[:, STUDY_INFERENCE_MS]
+        axes.plot(milliseconds, maps, ".-", linewidth=2, markersize=8, label=lettering.names[number])
+        for size_px, place in zip(sizes_px, zip(milliseconds, maps, strict=True), strict=True):
+            axes.annotate(str(size_px), place, (3, -9), textcoords="offset points", fontsize=7, color="0.4")
+    axes.set(
+        xlabel="Inference, milliseconds per image", ylabel="mAP@0.5:0.95", title="Accuracy over speed by image size"
+    )
+    axes.margins(x=0.1)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    style = {"family": lettering.families, "size": 9}
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, prop=style)
+    _save(figure, file)
 
 
 def drawable_names(names: Mapping[int, str]) -> Lettering:

@@ -83,11 +83,12 @@ class ModulePredictor:
         moved = torch.from_numpy(images).to(self._device, non_blocking=True)
         return moved.contiguous(memory_format=torch.channels_last).float().div_(255)
 
-    def infer(self, inputs: Tensor) -> Tensor:
-        """Returns decoded rows (b, n, 5 + nc); keeps the raw outputs."""
+    def infer(self, inputs: Tensor, augment: bool = False) -> Tensor:
+        """Returns decoded rows (b, n, 5 + nc), with `augment` of several views of each image; keeps the raw outputs."""
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            output = self._module(inputs)
-        rows, self.raw = output if isinstance(output, tuple) else (output, ())
+            output = self._module(inputs, augment=True) if augment else self._module(inputs)
+        rows, raw = output if isinstance(output, tuple) else (output, None)
+        self.raw = raw or ()
         return rows
 
     def synchronize(self) -> None:
@@ -95,6 +96,21 @@ class ModulePredictor:
         wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(self._device.type)
         if wait:
             wait()
+
+
+class AugmentedPredictor:
+    """A predictor that looks at every image in several sizes, mirrored too (`models.tta`)."""
+
+    chosen = False
+
+    def __init__(self, predictor: Any) -> None:
+        """Takes a checkpoint's runtime of `models.backends`, or a `ModulePredictor` of one."""
+        self._predictor = predictor
+        self.preprocess, self.synchronize = predictor.preprocess, predictor.synchronize
+
+    def infer(self, inputs: Any) -> Array:
+        """Returns the rows of all views (b, n, 5 + nc)."""
+        return self._predictor.infer(inputs, augment=True)
 
 
 class Clock:

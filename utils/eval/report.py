@@ -45,6 +45,19 @@ def speed_line(speed_ms: Sequence[float], shape: Sequence[int]) -> str:
     return stages.format(*speed_ms, tuple(shape))
 
 
+def label_lines(detections: np.ndarray, shape_hw: Sequence[int], save_conf: bool = False) -> list[str]:
+    """Returns lines `class x y w h[ confidence]`, box normalised, of one image's detections, in their order.
+
+    Args:
+        detections: (n, 6) [x1, y1, x2, y2 in the image's pixels, confidence, class].
+        shape_hw: the image's (height, width).
+        save_conf: whether lines end with the confidence.
+    """
+    boxes_norm = xyxy2xywhn(detections[:, :4], w=shape_hw[1], h=shape_hw[0])
+    columns = [detections[:, 5:6], boxes_norm] + ([detections[:, 4:5]] if save_conf else [])
+    return [" ".join(f"{value:g}" for value in row) for row in np.concatenate(columns, 1).tolist()]
+
+
 class LabelWriter:
     """Writes detections as YOLO label files, one for each image that has any.
 
@@ -80,9 +93,7 @@ class LabelWriter:
         self._used[stem] += 1
         if not len(detections):
             return
-        boxes_norm = xyxy2xywhn(detections[:, :4], w=shape_hw[1], h=shape_hw[0])
-        columns = [detections[:, 5:6], boxes_norm] + ([detections[:, 4:5]] if self.save_conf else [])
-        lines = [" ".join(f"{value:g}" for value in row) for row in np.concatenate(columns, 1).tolist()]
+        lines = label_lines(detections, shape_hw, self.save_conf)
         file = self.folder / (f"{stem}.txt" if self._used[stem] == 1 else f"{stem}_{self._used[stem]}.txt")
         try:
             file.write_text("\n".join(lines) + "\n", encoding="utf-8")

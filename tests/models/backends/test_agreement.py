@@ -46,12 +46,14 @@ def test_files_say_what_they_are(exported, form):
 
 
 @pytest.mark.parametrize("form", FIXED)
-def test_a_fixed_file_refuses_other_sizes_and_the_layers_of_any(exported, images, form):
+def test_a_fixed_file_refuses_other_sizes_the_layers_of_any_and_views(exported, images, form):
     backend = load_backend(exported(form), "cpu")
     with pytest.raises(UserError, match=r"exported for images of 64x96 px .*not 64x64: use --imgsz 64 96"):
         backend.predict(images[:, :, :, :64])
     with pytest.raises(UserError, match=r"--visualize shows the layers of a checkpoint"):
         backend.infer(backend.preprocess(images), lambda *_: None)
+    with pytest.raises(UserError, match=r"--augment is for checkpoints \(\.pt\), not for exported models"):
+        backend.infer(backend.preprocess(images), augment=True)
 
 
 @pytest.mark.parametrize("form", DYNAMIC)

@@ -12,6 +12,7 @@ from utils.checks import UserError
 from utils.data.dataset import ShapeInfo
 from utils.data.loader import Batch
 from utils.eval.evaluate import EvalOptions, evaluate
+from utils.eval.predictor import AugmentedPredictor, ModulePredictor
 from utils.eval.report import HEADER, LabelWriter, speed_line
 from utils.train.callbacks import Callbacks
 
@@ -81,6 +82,33 @@ def test_single_class_ignores_classes():
     result = evaluate(model, [wide_batch()], names=NAMES, device="cpu", single_cls=True)
     assert result.map == pytest.approx(0.995)
     assert result.maps.shape == (1,)
+
+
+def test_labels_join_the_candidates_as_sure_detections():
+    """The model sees a dog in the cat's place, half as sure: its label stands beside it, in native pixels."""
+    model = Scripted([[[64, 64, 60, 36, 0.5, 0, 1]]])
+    result = evaluate(model, [wide_batch()], names=NAMES, device="cpu", save_hybrid=True, coco_metrics=True)
+    np.testing.assert_allclose(
+        result.records[0].detections, [[50, 20, 150, 80, 1, 0], [50, 20, 150, 80, 0.5, 1]], atol=1e-4
+    )
+    model = Scripted([[[64, 64, 60, 36, 0.5, 0, 1]]])
+    assert evaluate(model, [wide_batch()], names=NAMES, device="cpu", save_hybrid=True, single_cls=True).map > 0.99
+
+
+class Viewed(Scripted):
+    """Moves what it finds when asked to look in several views."""
+
+    def forward(self, images, augment=False):
+        rows, raw = super().forward(images)
+        return (rows + torch.tensor([100, 0, 0, 0, 0, 0, 0]), None) if augment else (rows, raw)
+
+
+def test_a_module_is_asked_for_its_views_through_the_predictor():
+    with ModulePredictor(Viewed([[EXACT]], [[EXACT]]).train(), torch.device("cpu")) as predictor:
+        assert evaluate(predictor, [wide_batch()], names=NAMES).map > 0.99
+        assert len(predictor.raw) == 1
+        assert evaluate(AugmentedPredictor(predictor), [wide_batch()], names=NAMES).map == 0
+        assert len(predictor.raw) == 0  # views have no raw outputs
 
 
 def test_losses_are_means_over_batches_in_float32():

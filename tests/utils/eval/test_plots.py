@@ -51,6 +51,21 @@ def test_legend_belongs_to_the_curves_when_a_class_has_no_detection(monkeypatch)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
 
 
+def test_a_study_is_one_line_for_each_model_with_its_sizes(tmp_path, monkeypatch):
+    rows = np.zeros((2, 10))
+    rows[:, 3], rows[:, 8] = (0.3, 0.4), (5, 9)
+    plots.plot_study({"small": rows, "large": rows + 0.1}, [256, 384], tmp_path / "study.png")
+    with Image.open(tmp_path / "study.png") as picture:
+        assert picture.size == (9 * 250, 6 * 250)
+    saved = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file, dpi=0: saved.append(figure))
+    plots.plot_study({"small": rows, "large": rows + 0.1}, [256, 384], tmp_path / "study.png")
+    (axes,) = saved[0].axes
+    assert [line.get_label() for line in axes.lines] == ["small", "large"]
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[5, 0.3], [9, 0.4]])
+    assert [text.get_text() for text in axes.texts] == ["256", "384"] * 2
+
+
 def test_best_mean_and_its_confidence_stand_in_the_legend(monkeypatch):
     figures = curve_figure(monkeypatch, result([0, 1], [0, 1]), {0: "cat", 1: "dog"})
     assert figures["F1_curve.png"].axes[0].lines[-1].get_label() == "all classes 1.00 at 0.000"
