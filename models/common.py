@@ -12,14 +12,30 @@ n inner repeats; act True for the model's activation, a module for that one, any
 from __future__ import annotations
 
 import ast
+import importlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utils.checks import did_you_mean
+
+# Other people's programs import these names from here; they are defined where they belong, above this file.
+DEFINED_ABOVE = {
+    "AutoShape": "models.autoshape",
+    "Detections": "models.hub_results",
+    "DetectMultiBackend": "models.multibackend",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Finds the names of DEFINED_ABOVE when they are asked for."""
+    if name in DEFINED_ABOVE:
+        return getattr(importlib.import_module(DEFINED_ABOVE[name]), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def autopad(k: int | Sequence[int], p: int | Sequence[int] | None = None) -> int | Sequence[int]:

@@ -1,0 +1,153 @@
+"""`torch.hub.load` on this repository: every entry, from any folder, and plain errors."""
+
+import logging
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def hub(entry, *arguments, **options):
+    return torch.hub.load(str(ROOT), entry, *arguments, source="local", **options)
+
+
+@pytest.fixture(scope="module")
+def hubconf():
+    """The file as torch.hub imports it."""
+    from torch.hub import _import_module
+
+    return _import_module("hubconf", str(ROOT / "hubconf.py"))
+
+
+@pytest.fixture(scope="module")
+def weights(golden_dir):
+    return golden_dir / "yolov5n-v6-coco.pt"
+
+
+@pytest.mark.slow
+def test_loads_a_checkpoint_from_another_folder(weights, golden_dir, tmp_path):
+    """As a user's program does: with no file of ours beside it."""
+    program = (
+        "import sys, torch\n"
+        f"model = torch.hub.load({str(ROOT)!r}, 'custom', path={str(weights)!r}, source='local')\n"
+        "model.conf = 0.4\n"
+        f"results = model({str(golden_dir / 'images' / 'zidane.jpg')!r}, augment=True)\n"
+        "results.print()\n"
+        "results.save()\n"
+        "assert not {'pandas', 'matplotlib', 'export', 'train'} & set(sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("image 1/1: 720x1280 2 persons"), run.stdout
+    assert [path.name for path in tmp_path.rglob("*.jpg")] == ["zidane.jpg"]
+
+
+def test_loads_a_checkpoint_by_a_relative_path(weights, golden_dir, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    model = torch.hub.load(".", "custom", path=weights, source="local", device="cpu")
+    assert next(model.parameters()).device.type == "cpu" and not model.training
+    results = model(golden_dir / "images" / "bus.jpg", size=320)
+    assert results.pred[0][:, 5].tolist().count(5) == 1, "the bus"
+
+
+def test_there_is_an_entry_for_every_model_of_the_table(hubconf):
+    """What torch.hub lists: the callables without an underscore."""
+    entries = {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
+    yamls = {path.stem for folder in ("models", "models/hub") for path in (ROOT / folder).glob("yolov5[nsmlx]*.yaml")}
+    yamls -= {"yolov5s-ghost", "yolov5s-transformer"}
+    assert entries == {"custom"} | {name.replace("-", "_") for name in yamls}
+    assert len(entries) == 31
+    entry = hubconf.yolov5m_slimneck_c
+    assert entry.__name__ in entries and entry.__doc__.startswith(
+        "yolov5m-slimneck-c, with pretrained=False: no weights"
+    )
+
+
+def test_all_its_dependencies_are_named_and_here(hubconf):
+    assert {"torch", "numpy", "cv2", "PIL", "yaml"} <= set(hubconf.dependencies)
+    torch.hub._check_dependencies(hubconf)
+
+
+@pytest.mark.parametrize(
+    "name", ["yolov5n", "yolov5n_slimneck", "yolov5n_slimneck_c", "yolov5n_gsneck", "yolov5n_gsconv"]
+)
+def test_builds_untrained_models(name):
+    model = hub(name, pretrained=False, channels=4, classes=3, autoshape=False, device="cpu")
+    assert model.yaml_file == f"{name.replace('_', '-')}.yaml"
+    assert model.nc == 3 and model.model[0].conv.weight.shape[1] == 4 and model.training
+    assert model.eval()(torch.zeros(1, 4, 64, 64))[0].shape == (1, 252, 8)
+
+
+def test_autoshape_wraps_what_was_built():
+    model = hub("yolov5n6", pretrained=False, device="cpu")
+    assert type(model).__name__ == "AutoShape" and model.stride.tolist() == [8, 16, 32, 64] and not model.training
+
+
+@pytest.mark.parametrize("classes", [80, 3])
+def test_released_weights_are_taken(weights, monkeypatch, tmp_path, classes):
+    """A file of the name in the working folder is taken as it is; with other classes, what fits."""
+    shutil.copy(weights, tmp_path / "yolov5n.pt")
+    monkeypatch.chdir(tmp_path)
+    model = hub("yolov5n", classes=classes, autoshape=False, device="cpu")
+    detector = model.model if classes == 80 else model
+    from models.load import read_weights
+
+    state = read_weights(weights).state_dict
+    own = detector.state_dict()
+    assert torch.equal(own["model.0.conv.weight"], state["model.0.conv.weight"])
+    assert detector.nc == classes and own["model.24.m.0.bias"].shape == (3 * (classes + 5),)
+    assert detector.names[0] == ("person" if classes == 80 else "0")
+    assert any(".bn." in key for key in own), "without AutoShape it is a model to train"
+
+
+def test_slim_models_have_no_released_weights():
+    from utils.checks import UserError
+
+    with pytest.raises(UserError, match="no released weights for yolov5s-slimneck.*pretrained=False"):
+        hub("yolov5s_slimneck")
+
+
+def test_says_when_weights_cannot_be_fetched(monkeypatch, tmp_path):
+    from utils import download
+    from utils.checks import UserError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(download.RELEASES, "yolov5x.pt", download.Release("http://127.0.0.1:9/yolov5x.pt", "0" * 64))
+    for classes in (80, 3):
+        with pytest.raises(UserError, match="127.0.0.1 cannot be reached.*Offline") as told:
+            hub("yolov5x", classes=classes)
+        assert "force_reload" not in str(told.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_says_when_a_file_is_missing(tmp_path):
+    from utils.checks import UserError
+
+    with pytest.raises(UserError, match="lost.pt: no such file"):
+        hub("custom", str(tmp_path / "lost.pt"))
+
+
+def test_verbose_sets_the_level(hubconf, weights):
+    logger = logging.getLogger("yolov5")
+    hubconf.custom(weights, autoshape=False, device="cpu")
+    assert logger.level == logging.INFO
+    hubconf.custom(weights, autoshape=False, verbose=False, device="cpu")
+    assert logger.level == logging.WARNING
+    hub("yolov5n", pretrained=False, device="cpu")
+    assert logger.level == logging.INFO
+    hub("yolov5n", pretrained=False, device="cpu", _verbose=False)  # torch.hub.load keeps `verbose` for itself
+    assert logger.level == logging.WARNING
+
+
+def test_foreign_packages_of_our_names_are_told(hubconf, monkeypatch):
+    foreign = types.ModuleType("utils")
+    foreign.__file__ = "/somewhere/utils.py"
+    monkeypatch.setitem(sys.modules, "utils", foreign)
+    with pytest.raises(ImportError, match="'utils' is loaded already, from /somewhere/utils.py"):
+        hubconf.custom("best.pt")
