@@ -12,19 +12,40 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train", "val", "detect", "export", "serve", "hubconf")
 PLAIN = ("archives", "background", "checkpoint", "checks", "cli", "devices", "download", "files", "fonts", "log")
-GEOMETRY = ("boxes", "nms", "images", "draw")
+GEOMETRY = ("boxes", "nms", "images", "draw", "tiles", "display", "tracking", "counting")
+# What scripts written for YOLOv5 import: on top of all, and for them alone
+YOLOV5_NAMES = (
+    *("activations", "augmentations", "autoanchor", "autobatch", "callbacks", "dataloaders", "datasets", "downloads"),
+    *("general", "loss", "metrics", "plots", "torch_utils"),
+)
 FLOOR_OF_ROOM = {
     **{f"utils.{name}": 0 for name in PLAIN},
     **{f"utils.{name}": 1 for name in GEOMETRY},
     "utils.data": 2,
     "utils.eval": 2,
     "utils.train": 3,
+    "utils.compat": 4,
+    **{f"utils.{name}": 5 for name in YOLOV5_NAMES},
 }
 # Other people's scripts import these names from here; the module's `__getattr__` finds them where they are defined.
 FORWARDING = ("models.common", "models.experimental")
 TORCH_FREE = (
     *("utils.boxes", "utils.images", "utils.nms", "utils.draw", "utils.background", "utils.data.sources"),
-    *("utils.data.sinks", "models.backends", "models.detector", "service"),
+    *(
+        "utils.data.capture",
+        "utils.data.inputs",
+        "utils.data.remote",
+        "utils.data.screen",
+        "utils.data.sinks",
+        "utils.data.streams",
+        "utils.display",
+        "utils.tiles",
+        "utils.tracking",
+        "utils.counting",
+        "models.backends",
+        "models.detector",
+        "service",
+    ),
 )
 # They need it by nature; load_backend imports them lazily.
 TORCH_BACKENDS = ("models.backends.pytorch", "models.backends.tensorrt", "models.backends.torchscript")
@@ -198,6 +219,12 @@ def test_only_its_script_imports_the_service(module):
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "hubconf"])
 def test_nobody_imports_a_script(module):
     wrong = [item for item in ours(module) if item.module in SCRIPTS]
+    assert not wrong, f"{module} imports {wrong}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if FLOOR_OF_ROOM.get(room_of(name), 0) < 4])
+def test_the_names_of_yolov5_are_for_scripts_alone(module):
+    wrong = [item for item in ours(module) if FLOOR_OF_ROOM.get(room_of(item.module), 0) >= 4]
     assert not wrong, f"{module} imports {wrong}"
 
 

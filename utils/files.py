@@ -157,17 +157,18 @@ def remove_temporaries(folder: str | Path, name: str = "") -> list[Path]:
     return stale
 
 
-def increment_path(path: str | Path, exist_ok: bool = False, mkdir: bool = False) -> Path:
-    """Returns `path`, or the next free `path2`, `path3`, ... beside it (numbers go before a file's suffix).
+def increment_path(path: str | Path, exist_ok: bool = False, sep: str = "", mkdir: bool = False) -> Path:
+    """Returns `path`, or the next free `path2`, `path3`, ... beside it.
 
-    With `mkdir` the folder is made by this call alone: two processes that start at once get different ones.
+    The number goes before a file's suffix and behind `sep`. With `mkdir` the folder is made by this call alone: two
+    processes that start at once get different ones.
 
     Raises:
         UserError: the folder cannot be made, or nothing can be written into it.
     """
     path = Path(path)
     while True:
-        target = path if exist_ok or not os.path.lexists(path) else _next_free(path)
+        target = path if exist_ok or not os.path.lexists(path) else _next_free(path, sep)
         if not mkdir or _make_folder(target, exist_ok):
             return target
 
@@ -190,12 +191,12 @@ def _make_folder(folder: Path, exist_ok: bool) -> bool:
         ) from error
 
 
-def _next_free(path: Path) -> Path:
+def _next_free(path: Path, sep: str) -> Path:
     """Returns the sibling of `path` numbered one above the highest number in use, at least 2."""
     stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
-    pattern = re.compile(re.escape(stem) + r"(\d+)" + re.escape(suffix))
+    pattern = re.compile(re.escape(stem + sep) + r"(\d+)" + re.escape(suffix))
     numbers = [int(match[1]) for entry in path.parent.iterdir() if (match := pattern.fullmatch(entry.name))]
-    return path.with_name(f"{stem}{max([1, *numbers]) + 1}{suffix}")
+    return path.with_name(f"{stem}{sep}{max([1, *numbers]) + 1}{suffix}")
 
 
 def find_file(name: str | Path, suffixes: Sequence[str] = (), what: str = "file") -> Path:

@@ -157,6 +157,7 @@ def test_a_files_number_stands_before_its_suffix(tmp_path):
     for name in ("bus.jpg", "bus4.jpg", "bus7.png"):
         (tmp_path / name).touch()
     assert increment_path(tmp_path / "bus.jpg").name == "bus5.jpg"
+    assert increment_path(tmp_path / "bus.jpg", sep="_").name == "bus_2.jpg"
 
 
 def test_processes_that_start_at_once_get_different_folders(tmp_path):
