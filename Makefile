@@ -8,6 +8,8 @@ CONVERTER_VENV ?= .venv-onnx2tf
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --no-compile
 DEMO := runs/demo
+# One process a core, each of one thread: small models gain nothing from more threads, and lose much by sharing cores.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: help setup demo test check clean
 
@@ -56,11 +58,11 @@ demo: $(VENV)/.installed
 	@echo "  $(DEMO)/train/weights/best.pt             the trained model"
 
 test: $(VENV)/.installed-dev $(CONVERTER_VENV)/.installed
-	$(PY) -m pytest
+	$(PYTEST)
 
 check: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 clean:
 	rm -rf .venv .venv-onnx2tf $(DEMO) .pytest_cache .hypothesis .ruff_cache

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.checks import UserError
-from utils.cli import ReportedError, echo_options, number, options_from, run_command
+from utils.cli import CommandParser, ReportedError, echo_options, number, options_from, run_command
 from utils.files import ROOT, increment_path
 from utils.log import LOGGER, colorstr
 
@@ -40,7 +40,7 @@ WRITING = frozenset(
 
 def build_parser() -> argparse.ArgumentParser:
     """Declares the options: YOLOv5 6.1's names and meanings, and the defaults' only home."""
-    parser = argparse.ArgumentParser("detect.py", description="Find objects in images, videos and streams.")
+    parser = CommandParser("detect.py", description="Find objects in images, videos and streams.")
     add = parser.add_argument
     add("--weights", nargs="+", default=[], help=f"checkpoint or export ({NEWEST}); several checkpoints: an ensemble")
     add("--source", default=str(ROOT / "data" / "images"), help=SOURCE_HELP)
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--project", default=str(ROOT / "runs" / "detect"), help="folder of the runs")
     add("--name", default="exp", help="the run's folder in it")
     add("--exist-ok", action="store_true", help="write into an existing folder")
-    add("--line-thickness", type=number(int, 1), default=3, help="width of the boxes' lines in pixels")
+    add("--line-thickness", type=number(int, 1, 1000), default=3, help="width of the boxes' lines in pixels")
     add("--hide-labels", action="store_true", help="draw no class names")
     add("--hide-conf", action="store_true", help="draw no confidences")
     add("--half", action="store_true", help="compute in 16 bits where the device can")
@@ -124,7 +124,7 @@ def main(options: argparse.Namespace) -> None:
     try:
         write_all(pipeline, folder, options, window)
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"Results so far are in {folder}") from interrupt
+        raise type(interrupt)(f"Results so far are in {folder}") from interrupt
     if options.update:
         _strip(options.weights)
     _report_damaged(pipeline.damaged)
@@ -146,7 +146,7 @@ def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, win
                 LOGGER.info(f"{result.frame.where}: {height}x{width} {found}{took}")
                 shown = writer.drawn(*result[:2], result.counts) if window else None
                 sink.put(result.frame, result.detections, result.counts)
-                if window and not window.show(result.path, shown):
+                if window and not window.show(result.path if result.frame.live else "detect.py", shown):
                     break
     finally:
         for line in pipeline.summary():

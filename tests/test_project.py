@@ -22,6 +22,7 @@ SOURCES = sorted(
 )
 REQUIREMENTS = ("requirements.txt", "requirements-serve.txt")  # what may be imported at the top of a file
 SEEDS_FOR_OTHERS = "utils/compat/general.py"  # its init_seeds is what other people's scripts seed their own draws with
+COMMAND = r"\bpython (\w+)\.py ([^\n`#]*)"
 READMES = ("README.md", "README.zh-CN.md")
 UNSAFE_CALLS = {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load_all", "os.system"}
 
@@ -133,10 +134,11 @@ def test_continuous_integration_calls_the_makefile():
 
 
 def documented_commands():
-    """The commands of the READMEs and of `make demo`: (script, arguments)."""
+    """The commands of the READMEs, of docs and of `make demo`: (script, arguments)."""
     demo = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    texts = [demo.replace("\\\n", " "), *((ROOT / name).read_text(encoding="utf-8") for name in READMES)]
-    found = [match for text in texts for match in re.findall(r"\bpython (\w+)\.py ([^\n`#]*)", text)]
+    pages = [*(ROOT / name for name in READMES), *(ROOT / "docs").glob("*.md")]
+    texts = [demo, *(page.read_text(encoding="utf-8") for page in pages)]
+    found = [match for text in texts for match in re.findall(COMMAND, text.replace("\\\n", " "))]
     return sorted({(script, arguments.strip()) for script, arguments in found if arguments.strip() != "--help"})
 
 
