@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from utils.checks import UserError
 from utils.cli import CommandParser, ReportedError, echo_options, number, options_from, run_command
-from utils.files import ROOT, increment_path
+from utils.files import ROOT, increment_path, run_folder
+from utils.limits import limits_explained
 from utils.log import LOGGER, colorstr
 
 if TYPE_CHECKING:
@@ -120,9 +121,10 @@ def main(options: argparse.Namespace) -> None:
     echo_options("detect", options)
     pipeline = open_pipeline(options)
     window = _open_window(options.view_img, pipeline.source.live)
-    folder = increment_path(Path(options.project) / options.name, exist_ok=options.exist_ok, mkdir=True)
+    folder = increment_path(run_folder(options.project, options.name), exist_ok=options.exist_ok, mkdir=True)
     try:
-        write_all(pipeline, folder, options, window)
+        with limits_explained({"--imgsz": options.imgsz}):
+            write_all(pipeline, folder, options, window)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(f"Results so far are in {folder}") from interrupt
     if options.update:

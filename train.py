@@ -4,31 +4,38 @@ Examples:
     python train.py --cfg yolov5s-slimneck.yaml                          # from scratch, on the embedded data set
     python train.py --data coco128.yaml --weights yolov5s.pt --img 640   # fine-tune
     python train.py --resume                                             # go on with the newest interrupted run
+    python -m torch.distributed.run --nproc_per_node 2 train.py ...      # on two GPUs; --batch-size is of both together
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
-from utils.checks import UserError
-from utils.cli import echo_options, number, options_from, run_command
-from utils.files import ROOT, find_file, increment_path, write_yaml
+from utils.cli import CommandParser, advising, echo_options, number, options_from, run_command
+from utils.files import ROOT, find_file, increment_path, run_folder, write_yaml
+from utils.limits import limits_explained
 from utils.log import LOGGER
+
+
+def _batch_size(text: str) -> int:
+    """Parses `--batch-size`: at least 1, or -1 for what the GPU's memory holds."""
+    return -1 if text.strip() == "-1" else number(int, 1)(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Declares the options: YOLOv5 6.1's names and meanings, and the defaults' only home."""
-    parser = argparse.ArgumentParser("train.py", description="Train a detector on your own images.")
+    parser = CommandParser("train.py", description="Train a detector on your own images.")
     add = parser.add_argument
     add("--weights", default="", help="checkpoint to start from; none trains from scratch")
     add("--cfg", default="", help="model YAML, such as yolov5s-slimneck.yaml; default: the checkpoint's own")
     add("--data", default=str(ROOT / "data" / "shapes.yaml"), help="data set YAML")
     add("--hyp", default=str(ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"), help="hyperparameter YAML")
     add("--epochs", type=number(int, 1), default=300, help="epochs in all")
-    add("--batch-size", type=number(int, 1), default=16, help="images per batch")
+    add("--batch-size", type=_batch_size, default=16, help="images per batch, over all GPUs; -1: what fits")
     add("--imgsz", "--img", "--img-size", type=number(int, 1), default=640, help="image side in pixels")
     add("--rect", action="store_true", help="rectangular batches, without shuffling and mosaic")
     add("--resume", nargs="?", const=True, default=False, help="go on with the newest run, or with this last.pt")
@@ -38,11 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--noplots", action="store_true", help="draw no pictures")
     add("--cache", nargs="?", const="ram", choices=["ram", "disk", "val"], help="cache images (val: only those)")
     add("--image-weights", action="store_true", help="draw images of badly learnt classes more often")
-    add("--device", default="", help="cpu, mps, or a CUDA device such as 0")
+    add("--device", default="", help="cpu, mps, or a CUDA device such as 0; several with torch.distributed.run: 0,1")
     add("--multi-scale", action="store_true", help="vary the image size by up to 50%% from batch to batch")
     add("--single-cls", action="store_true", help="treat all classes as one")
     add("--optimizer", choices=["SGD", "Adam", "AdamW"], default="SGD", help="optimizer")
     add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto", help="mixed precision")
+    add("--sync-bn", action="store_true", help="batch statistics over all GPUs, when there are several")
     add("--workers", type=number(int, 0), default=8, help="data loader processes (at most one per core)")
     add("--project", default=str(ROOT / "runs" / "train"), help="folder of the runs")
     add("--name", default="exp", help="the run's folder in it")
@@ -53,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--patience", type=number(int, 0), default=100, help="stop after this many epochs without gain; 0: never")
     add("--freeze", nargs="+", type=number(int, 0), default=[0], help="n: layers below n; several: exactly those")
     add("--save-period", type=number(int, -1), default=-1, help="keep epochN.pt every so many epochs")
-    add("--seed", type=number(int, 0), default=0, help="seed of all randomness")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of all randomness")
+    add("--deterministic", action="store_true", help="on CUDA: the same result every time, slower (CPU: always)")
     add("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)  # launchers pass it
     return parser
 
@@ -81,66 +90,99 @@ def run(callbacks: Any = None, **keywords: Any) -> argparse.Namespace:
 def main(options: argparse.Namespace, callbacks: Any = None, given: set[str] | None = None) -> Any:
     """Prepares the run that `options` describe, or the interrupted one to be resumed, and trains.
 
+    Under torch.distributed.run this is one of several processes that train together.
+
     Returns:
-        The final `EvalResult`, or None where a callback stopped the run.
+        The final `EvalResult`, or None where a callback stopped the run, and on other processes than the first.
     """
-    _check_options(options)
     from utils.train.callbacks import Callbacks
+    from utils.train.distributed import World, explained, joined
     from utils.train.hyp import Hyp
     from utils.train.resume import resume_options
+    from utils.train.setup import check_options
 
-    if options.resume:
-        given = _given_options() if given is None else given
-        checkpoint = resume_options(options, given, vars(build_parser().parse_args([])))
-        hyp = Hyp.from_dict(checkpoint["hyp"])
-    else:
-        checkpoint = None
-        hyp = Hyp.from_yaml(find_file(options.hyp, (".yaml", ".yml"), "--hyp"))
-    echo_options("train", options)
-    return train(hyp, options, callbacks or Callbacks(), checkpoint)
+    processes = World.from_environment(options.local_rank)
+    with joined(processes) as world, explained(world, _not_begun), limits_explained(_sizes(options)):
+        check_options(options, world)
+        if options.resume:
+            given = _given_options() if given is None else given
+            checkpoint = resume_options(options, given, vars(build_parser().parse_args([])))
+            check_options(options, world)
+            hyp = Hyp.from_dict(checkpoint["hyp"], source=options.resume)
+        else:
+            checkpoint = None
+            hyp = Hyp.from_yaml(find_file(options.hyp, (".yaml", ".yml"), "--hyp"))
+        echo_options("train", options)
+        return train(hyp, options, callbacks or Callbacks(), checkpoint, world)
 
 
-def train(hyp: Any, options: argparse.Namespace, callbacks: Any, checkpoint: dict | None = None) -> Any:
+def train(
+    hyp: Any, options: argparse.Namespace, callbacks: Any, checkpoint: dict | None = None, world: Any = None
+) -> Any:
     """Builds data, model and trainer, and trains.
 
     Args:
         hyp: `utils.train.hyp.Hyp`, unscaled.
         options: the parsed options; `save_dir` is added to them.
-        callbacks: `utils.train.callbacks.Callbacks`.
+        callbacks: `utils.train.callbacks.Callbacks`, called in the first process alone.
         checkpoint: of the run to be resumed.
+        world: `utils.train.distributed.World`, connected; None for this process alone.
     """
-    from utils.data.spec import load_spec
-    from utils.devices import device_line, prepare_cpu_memory, select_device
-    from utils.train import setup
+    from utils import fingerprint
+    from utils.devices import device_line, prepare_cpu_memory
+    from utils.train.callbacks import Callbacks
+    from utils.train.distributed import ALONE
     from utils.train.engine import Trainer
+    from utils.train.replica import check_sync_bn, own_device
+    from utils.train.setup import prepare_determinism
 
-    device = select_device(options.device, options.batch_size)
+    world = world or ALONE
+    device = own_device(options.device, world)
     prepare_cpu_memory(device)
     LOGGER.info(device_line(device) + "\n")
-    spec = load_spec(options.data)
-    names = {0: "item"} if options.single_cls and spec.nc != 1 else spec.names
-    model = _build_model(options, hyp, names, checkpoint)
+    if options.sync_bn:
+        check_sync_bn(device, world)
+    if options.deterministic:
+        prepare_determinism(device)
+    with world.first_speaks():
+        model, loaders = _prepare(hyp, options, device, checkpoint, world)
+    callbacks = callbacks if world.is_first else Callbacks()
+    callbacks.run("on_pretrain_routine_end")
+    trainer = Trainer(model.to(device), hyp, options, loaders, device, callbacks, checkpoint, world)
+    with advising(trainer.how_to_resume), limits_explained(_sizes(options)), contextlib.closing(trainer):
+        result = trainer.train()
+    if result is not None:
+        LOGGER.info(fingerprint.summary(options.save_dir))
+    return result
+
+
+def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dict | None, world: Any) -> tuple:
+    """Makes the run's folder, the model and the loaders; returns those two. The first process writes and settles."""
+    from utils.data.spec import load_spec
+    from utils.train import setup
+
+    with world.in_turn():  # the first may have to download
+        spec = load_spec(options.data)
+        names = {0: "item"} if options.single_cls and spec.nc != 1 else spec.names
+        model = _build_model(options, hyp, names, checkpoint)
+    if options.batch_size == -1:
+        options.batch_size = setup.fitting_batch_size(model, options, device)
     if not checkpoint:
-        folder = increment_path(Path(options.project) / options.name, exist_ok=options.exist_ok, mkdir=True)
-        options.save_dir = str(folder)
-        write_yaml(folder / "hyp.yaml", hyp.to_dict())
-        write_yaml(folder / "opt.yaml", vars(options))
-    tables = setup.load_tables(spec, options.single_cls, options.workers)
-    if not checkpoint:
+        folder = run_folder(options.project, options.name)
+        folder = increment_path(folder, exist_ok=options.exist_ok, mkdir=True) if world.is_first else folder
+        options.save_dir = world.text_of_first(str(folder))
+    fresh = world.is_first and not checkpoint
+    if fresh:
+        write_yaml(Path(options.save_dir) / "hyp.yaml", hyp.to_dict())
+        write_yaml(Path(options.save_dir) / "opt.yaml", vars(options))
+    tables = setup.load_tables(spec, options.single_cls, options.workers, world)
+    if fresh:
         setup.settle_weights(model, tables.train, hyp, options)
         if not options.noplots:
             from utils.train.plots import plot_labels
 
             plot_labels(tables.train.rows, names, Path(options.save_dir))
-    loaders = setup.build_loaders(tables, spec, model, hyp, options)
-    callbacks.run("on_pretrain_routine_end")
-    trainer = Trainer(model.to(device), hyp, options, loaders, device, callbacks, checkpoint)
-    try:
-        return trainer.train()
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(trainer.how_to_resume()) from interrupt
-    finally:
-        trainer.close()
+    return model, setup.build_loaders(tables, spec, model, hyp, options, world)
 
 
 def _build_model(options: argparse.Namespace, hyp: Any, names: dict[int, str], checkpoint: dict | None) -> Any:
@@ -167,14 +209,14 @@ def _build_model(options: argparse.Namespace, hyp: Any, names: dict[int, str], c
     return model
 
 
-def _check_options(options: argparse.Namespace) -> None:
-    """Refuses combinations that no run can satisfy."""
-    if not options.cfg and not options.weights and not options.resume:
-        raise UserError("neither --cfg nor --weights is given: name a model, for example --cfg yolov5s-slimneck.yaml.")
-    if options.weights and not options.weights.endswith(".pt"):
-        raise UserError(f"--weights {options.weights}: a checkpoint ending in .pt is expected here.")
-    if options.quad and options.batch_size % 4:
-        raise UserError(f"--quad collates images by fours: --batch-size {options.batch_size} is not a multiple of 4.")
+def _not_begun() -> str:
+    """Says what an interruption has cost before the first epoch."""
+    return "Training had not begun."
+
+
+def _sizes(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options that decide how much memory a run takes."""
+    return {"--batch-size": options.batch_size, "--imgsz": options.imgsz, "--workers": options.workers}
 
 
 def _given_options() -> set[str]:

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import echo_options, number, options_from, run_command
+from utils.cli import CommandParser, echo_options, number, options_from, run_command
 from utils.files import ROOT
+from utils.limits import limits_explained
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ TASK_HELP = "a split; or speed (each model as in use), or study (each model at m
 
 def build_parser() -> argparse.ArgumentParser:
     """Declares the options: YOLOv5 6.1's names and meanings, and the defaults' only home."""
-    parser = argparse.ArgumentParser("val.py", description="Validate a trained detector.")
+    parser = CommandParser("val.py", description="Validate a trained detector.")
     add = parser.add_argument
     add("--data", default="", help="data set YAML; default: the one that the model was trained on")
     add("--weights", nargs="+", default=[], help=WEIGHTS_HELP)
@@ -151,7 +152,9 @@ def main(options: argparse.Namespace) -> EvalResult:
     from models.val_tasks import perform
 
     echo_options("val", options)
-    return perform(options)
+    sizes = {"--batch-size": options.batch_size, "--imgsz": options.imgsz, "--workers": options.workers}
+    with limits_explained(sizes):
+        return perform(options)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,72 @@
-"""Kills a training run again and again and shows what is lost: at most the running epoch, and not one bit of the end.
+"""Disturbs small training runs at random moments and shows what is lost: at most the running epoch.
 
-Trains a small model on the embedded data set twice: once undisturbed, once killed (SIGKILL) at random moments and
-resumed each time, with another number of workers. After every kill the last checkpoint must open and hold every epoch
-that results.csv had before it; at the end all tensors, optimizer included, must be equal.
+Every run is hit once or twice: killed, ended or interrupted by a signal, its disk full, its folder read-only, its
+images moved away, a loader's process killed. After each blow the checkpoints must open, results.csv may be one epoch
+ahead of them, and what was said is looked at; then the run is resumed, with another number of workers. Its end must
+equal that of an undisturbed run in every tensor (optimizer and EMA too), every row and every file name: no temporaries.
+Linux only; the runs are forked from this process, so that none has to import PyTorch.
 
-    python benchmarks/interruptions.py --kills 10
+    python benchmarks/interruptions.py --count 200
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import os
 import random
-import subprocess
+import shutil
+import signal
 import sys
 import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.checkpoint import load_checkpoint  # noqa: E402 - the path above comes first
+from benchmarks.disturbances import (  # noqa: E402 - the path above comes first
+    KINDS,
+    PATIENCE_S,
+    TRAINING,
+    Kind,
+    Place,
+    Process,
+    small_disk,
+)
+from utils.checkpoint import load_checkpoint  # noqa: E402
+from utils.checks import UserError  # noqa: E402
+from utils.cli import ReportedError, run_command  # noqa: E402
+from utils.data.shapes import SPLITS, label_text, scene_of  # noqa: E402
 
-TRAIN = [sys.executable, str(ROOT / "train.py")]
-RUN = ["--cfg", "yolov5n-slimneck.yaml", "--img", "64", "--batch-size", "32", "--amp", "off", "--noplots"]
+EPOCHS, IMAGES = 3, (12, 4)
+MODEL = """
+nc: 4
+depth_multiple: 1.0
+width_multiple: 1.0
+anchors: [[6, 8, 12, 10, 16, 20], [20, 28, 32, 24, 40, 44]]
+backbone:
+  - [-1, 1, Conv, [8, 6, 2, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, GSConv, [32, 3, 2]]
+head:
+  - [-1, 1, GSConv, [32, 3, 2]]
+  - [[2, 3], 1, Detect, [nc, anchors]]
+"""
+RUN = ["--img", "64", "--batch-size", "4", "--epochs", str(EPOCHS), "--save-period", "1", "--amp", "off"]
+RUN += ["--device", "cpu", "--noautoanchor", "--noplots", "--exist-ok"]
+IMPORTED_BEFORE = ("models.load", "models.yolo", "utils.train.engine", "utils.train.resume", "utils.train.setup")
+IMPORTED_BEFORE += ("utils.data.spec", "torch.utils.tensorboard", "torch._dynamo", "thop", "tqdm", "yaml")
 
 
-def finished_epochs(run: Path) -> int:
-    """Returns how many epochs results.csv has on record."""
-    csv = run / "results.csv"
-    return max(len(csv.read_text().splitlines()) - 1, 0) if csv.exists() else 0
-
-
-def saved_epochs(run: Path) -> int:
-    """Returns how many epochs the last checkpoint holds; it must open."""
-    last = run / "weights" / "last.pt"
-    return load_checkpoint(last)["epoch"] + 1 if last.exists() else 0
+# ------------------------------------------------------------------------------------------------------------ promises
 
 
 def tensors(value: object, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -49,55 +79,270 @@ def tensors(value: object, prefix: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
-def killed_run(command: list[str], seconds: float) -> bool:
-    """Runs a command and kills it after so many seconds; returns whether it was still running."""
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+def rows(run: Path) -> list[str]:
+    """Returns the rows of results.csv, without its header."""
+    csv = run / "results.csv"
+    return csv.read_text().splitlines()[1:] if csv.exists() else []
+
+
+def files(run: Path) -> list[str]:
+    """Returns the names of all files of a run but TensorBoard's, of which each start makes one."""
+    found = (path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
+    return sorted(name for name in found if not name.startswith("events.out."))
+
+
+def saved_epochs(last: Path) -> int:
+    """Returns how many epochs the last checkpoint holds, all of them once it is stripped; it must open."""
+    if not last.exists():
+        return 0
+    checkpoint = load_checkpoint(last)
+    return EPOCHS if is_stripped(checkpoint) else checkpoint["epoch"] + 1
+
+
+def is_stripped(checkpoint: dict) -> bool:
+    """Tells whether a checkpoint is one of a run that has come to its end."""
+    return checkpoint["optimizer"] is None
+
+
+def has_ended(place: Place) -> bool:
+    """Tells whether there is nothing to resume."""
+    return place.last.exists() and is_stripped(load_checkpoint(place.last))
+
+
+def after_blow(process: Process, place: Place, kind: Kind, status: int, seconds: float) -> Iterator[str]:
+    """Yields what is wrong with what a blow has left."""
+    said = process.said()
+    if status not in kind.statuses or (status in (0, -15) and not has_ended(place)):
+        yield f"status {status}, {seconds:.2f} s after the blow"
+    if "Traceback" in said or "Exception ignored" in said:
+        yield "a traceback"
     try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        saved, recorded = saved_epochs(place.last), len(rows(place.run))
+    except UserError as error:
+        yield str(error)
+        return
+    if recorded - saved not in (0, 1):  # one: between results.csv and the checkpoint
+        yield f"{recorded} epochs on record, {saved} saved"
+    if status > 0 and 0 < saved < EPOCHS and TRAINING in said and f"--resume {place.last}" not in said:
+        yield "not told how to resume"
+    if status > 0 and "train.py: " not in said:
+        yield "no message"
+
+
+def after_end(place: Place, whole: Path) -> Iterator[str]:
+    """Yields where a resumed run ended otherwise than an undisturbed one."""
+    if files(place.run) != files(whole):
+        yield f"files differ: {sorted(set(files(place.run)) ^ set(files(whole)))}"
+        return
+    if rows(place.run) != rows(whole):
+        yield "results.csv differs"
+    for name in (f"epoch{EPOCHS - 1}.pt", "best.pt", "last.pt"):
+        mine, other = (load_checkpoint(run / "weights" / name) for run in (place.run, whole))
+        ours, theirs = tensors(mine), tensors(other)
+        different = [key for key in theirs if key not in ours or not torch.equal(ours[key], theirs[key])]
+        if different or ours.keys() != theirs.keys():
+            yield f"{name}: {len(different)} of {len(theirs)} tensors differ, such as {different[:2]}"
+        for key in ("updates", "schedule", "stopper", "best_fitness"):
+            if mine[key] != other[key]:
+                yield f"{name}: {key} differs"
+
+
+# ------------------------------------------------------------------------------------------------------------ campaign
+
+
+@dataclass
+class Tally:
+    """What happened to the runs of a kind."""
+
+    runs: int = 0
+    blows: int = 0
+    unsaved: int = 0  # blows before the first epoch was saved
+    missed: int = 0  # runs that had ended before
+    slowest_s: float = 0.0
+    statuses: Counter = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+
+class Campaign:
+    """Runs, one after the other, in a temporary folder."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        """Makes the data set, the model and the undisturbed run."""
+        self.folder, self.moments = folder, random.Random(seed)
+        self.data, self.sessions = folder / "shapes", []
+        write_data(self.data)
+        (folder / "tiny.yaml").write_text(MODEL)
+        self.common = ["--cfg", str(folder / "tiny.yaml"), "--data", str(self.data / "shapes.yaml"), *RUN]
+        self.whole = Place(self.data, folder / "whole")
+        self.preparing_s = self.training_s = 0.0  # how long a run takes to its first batch, and from there
+        for _ in range(2):  # the second finds the label cache, as all others will
+            shutil.rmtree(self.whole.run, ignore_errors=True)
+            process = self.start(self.whole, workers=1)
+            if self.measured(process) != 0:
+                raise UserError(f"the undisturbed run failed:\n{process.said()}")
+
+    def measured(self, process: Process) -> int | None:
+        """Lets an undisturbed run end, and takes its times for the next ones'; returns its status."""
+        process.wait_for()
+        started = time.monotonic()
+        process.wait_for(TRAINING)
+        begun = time.monotonic()
+        status = process.wait()
+        self.preparing_s, self.training_s = begun - started, time.monotonic() - begun
+        return status
+
+    def moment_comes(self, process: Process) -> bool:
+        """Waits for a random moment, three times in four one of the training; False when the run ends before.
+
+        What happens before the first words is Python's start, and no program's to answer.
+        """
+        process.wait_for()
+        if self.moments.random() < 0.25:
+            return process.wait(self.moments.uniform(0, self.preparing_s)) is None
+        process.wait_for(TRAINING)
+        return process.wait(self.moments.uniform(0, self.training_s)) is None
+
+    def start(self, place: Place, workers: int) -> Process:
+        """Starts a run, or goes on with the one that stands there."""
+        arguments = ["--resume", str(place.last)] if place.last.exists() else [*self.common]
+        arguments += [] if place.last.exists() else ["--project", str(place.project)]
+        process = Process([*arguments, "--workers", str(workers)], self.folder / "log.txt")
+        self.sessions.append(process.pid)
+        return process
+
+    def run(self, kind: Kind, place: Place, tally: Tally) -> None:
+        """Disturbs a run once, one time in four twice, and lets it end."""
+        while not self.strike(kind, place, tally):
+            shutil.rmtree(place.run)
+        if not has_ended(place) and self.moments.random() < 0.25:
+            self.strike(kind, place, tally)
+        if not tally.problems and not has_ended(place):
+            process = self.start(place, self.moments.choice((0, 1, 2)))
+            status = self.measured(process)
+            if status != 0:
+                tally.problems.append(f"resumed, it ended with status {status}:\n{process.said()[-2000:]}")
+        if not tally.problems:
+            tally.problems.extend(after_end(place, self.whole.run))
+        tally.runs += 1
+
+    def strike(self, kind: Kind, place: Place, tally: Tally) -> bool:
+        """Starts a run, hits it at a random moment, and looks at what is left; False if it had ended before."""
+        process = self.start(place, self.moments.choice(kind.workers))
+        if not self.moment_comes(process) or not kind.strike(process, place):
+            if process.wait() != 0:
+                raise UserError(f"a run that was not disturbed failed:\n{process.said()[-2000:]}")
+            tally.missed += 1
+            return False
+        started = time.monotonic()
+        status = process.wait()
+        kind.mend(place)
+        if status is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            tally.problems.append(f"still running after {PATIENCE_S} s:\n{process.said()[-2000:]}")
+            return True
+        tally.blows += 1
+        tally.statuses[status] += 1
+        tally.unsaved += not place.last.exists()
+        seconds = time.monotonic() - started
+        tally.slowest_s = max(tally.slowest_s, seconds)
+        problems = list(after_blow(process, place, kind, status, seconds))
+        tally.problems.extend(f"{problem}:\n{process.said()[-2000:]}" for problem in problems)
         return True
-    return False
+
+    def leftover_processes(self) -> int:
+        """Returns how many processes of the runs still live, ten seconds after the last."""
+        until = time.monotonic() + 10
+        while (count := len(living(set(self.sessions)))) and time.monotonic() < until:
+            time.sleep(0.2)
+        return count
 
 
-def main() -> None:
-    """Runs the campaign; exits with status 1 at the first promise that does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--seconds", type=float, nargs=2, default=[4, 9], help="when to kill, start-up included")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    options = parser.parse_args()
-    moments = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        last_epoch = f"epoch{options.epochs - 1}.pt"
-        common = [*RUN, "--epochs", str(options.epochs), "--save-period", "1", "--project", folder]
-        subprocess.run([*TRAIN, *common, "--name", "whole"], check=True, stderr=subprocess.DEVNULL)
-        run, kills = Path(folder) / "killed", 0
-        command = [*TRAIN, *common, "--name", "killed", "--exist-ok"]
-        while kills < options.kills:
-            moment = moments.uniform(*options.seconds)
-            if not killed_run(command, moment):
-                sys.exit(f"the run ended after {kills} kills: more --epochs are needed for {options.kills}")
-            kills += 1
-            saved, on_record = saved_epochs(run), finished_epochs(run)
-            print(f"kill {kills:2d} after {moment:5.1f} s: {on_record} epochs on record, {saved} saved")
-            if on_record - saved not in (0, 1):  # one: between results.csv and the checkpoint
-                sys.exit("more than the running epoch was lost")
-            if saved:
-                resume = ["--resume", str(run / "weights" / "last.pt"), "--workers", str(kills % 3)]
-                command = [*TRAIN, *resume]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-        whole, other = (
-            tensors(load_checkpoint(Path(folder) / name / "weights" / last_epoch)) for name in ("whole", "killed")
-        )
-        different = [name for name, tensor in whole.items() if not torch.equal(tensor, other[name])]
-        leftovers = list(Path(folder).rglob("*.tmp"))
-        print(f"{kills} kills; {len(different)} of {len(whole)} tensors differ; {len(leftovers)} temporaries left")
-        if different or leftovers or whole.keys() != other.keys():
-            sys.exit("the interrupted run did not end as the undisturbed one")
+def living(sessions: set[int]) -> list[int]:
+    """Returns the processes of these sessions that are no zombies."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _parent, _group, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(session) in sessions and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def write_data(root: Path) -> None:
+    """Writes a few pictures of the embedded data set, with a data set YAML."""
+    for split, count in zip(SPLITS, IMAGES, strict=True):
+        for kind in ("images", "labels"):
+            (root / kind / split.name).mkdir(parents=True)
+        for index in range(count):
+            scene = scene_of(split, index)
+            cv2.imwrite(str(root / "images" / split.name / f"{index}.jpg"), cv2.resize(scene.image, (96, 96)))
+            (root / "labels" / split.name / f"{index}.txt").write_text(label_text(scene))
+    names = "names: [circle, square, triangle, star]"
+    (root / "shapes.yaml").write_text(f"path: {root}\ntrain: images/train\nval: images/val\n{names}\n")
+
+
+def campaign(folder: Path, options: argparse.Namespace) -> bool:
+    """Goes through all runs and prints what happened; returns whether every promise was kept."""
+    started = time.monotonic()
+    with small_disk(folder / "disk") as mounted:
+        kinds = [name for name in options.kinds if mounted or name != "read-only folder"]
+        print(f"disk that fills: {'tmpfs' if mounted else 'RLIMIT_FSIZE'}; seed {options.seed}")
+        for name in sorted(set(options.kinds) - set(kinds)):
+            print(f"{name}: skipped, for mounting is not allowed here")
+        runs = Campaign(folder, options.seed)
+        print(f"an undisturbed run takes {runs.preparing_s:.2f} + {runs.training_s:.2f} s", flush=True)
+        tallies = {name: Tally() for name in kinds}
+        for number in range(options.count):
+            name = kinds[number % len(kinds)]
+            disk = name == "full disk" and mounted
+            place = Place(runs.data, folder / ("disk" if disk else f"run{number}"), disk)
+            before = len(tallies[name].problems)
+            runs.run(KINDS[name], place, tallies[name])
+            for problem in tallies[name].problems[before:]:
+                print(f"run {number}, {name}: {problem}", flush=True)
+            shutil.rmtree(place.run, ignore_errors=True)
+        leftover = runs.leftover_processes()
+    report(tallies)
+    print(f"{time.monotonic() - started:.0f} s; {leftover} processes left over; torch {torch.__version__}")
+    return not leftover and not any(tally.problems for tally in tallies.values())
+
+
+def report(tallies: dict[str, Tally]) -> None:
+    """Prints the table."""
+    print(
+        f"\n{'blow':<18}{'runs':>6}{'blows':>7}{'unsaved':>9}{'too late':>10}{'slowest':>9}{'problems':>10}  statuses"
+    )
+    for name, tally in tallies.items():
+        statuses = ", ".join(f"{status}: {count}" for status, count in sorted(tally.statuses.items()))
+        figures = f"{tally.runs:6}{tally.blows:7}{tally.unsaved:9}{tally.missed:10}{tally.slowest_s:7.1f} s"
+        print(f"{name:<18}{figures}{len(tally.problems):10}  {statuses}")
+    total = [sum(getattr(tally, name) for tally in tallies.values()) for name in ("runs", "blows")]
+    print(f"{'all':<18}{total[0]:6}{total[1]:7}{sum(len(tally.problems) for tally in tallies.values()):35}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Declares the options."""
+    parser = argparse.ArgumentParser("interruptions.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=200, help="runs")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the numbers of workers")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="blows, in turn")
+    return parser
+
+
+def main(options: argparse.Namespace) -> None:
+    """Runs the campaign.
+
+    Raises:
+        ReportedError: a promise did not hold.
+    """
+    torch.set_num_threads(1)
+    sys.modules["tensorflow"] = None  # TensorBoard would import it, and what it starts does not survive a fork
+    for name in IMPORTED_BEFORE:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory(prefix="interruptions-") as folder:
+        if not campaign(Path(folder).resolve(), options):
+            raise ReportedError("promises were broken")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, build_parser()))

@@ -42,7 +42,7 @@ from utils.eval.coco import category_ids, require_coco_tools
 from utils.eval.evaluate import EvalResult, evaluate
 from utils.eval.plots import plot_study
 from utils.eval.predictor import AugmentedPredictor, ModulePredictor, Predictor
-from utils.files import ROOT, atomic_write, increment_path
+from utils.files import ROOT, atomic_write, increment_path, run_folder
 from utils.log import LOGGER, colorstr
 from utils.tiles import Tiling
 
@@ -342,7 +342,7 @@ def _run_folder(options: Namespace, given: Given, save_json: bool) -> Path | Non
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     if options.task in SPLITS or options.save_txt or save_json:
-        return increment_path(Path(options.project) / options.name, options.exist_ok, mkdir=True)
+        return increment_path(run_folder(options.project, options.name), options.exist_ok, mkdir=True)
     return None
 
 

@@ -131,18 +131,20 @@ def test_resume_refuses_options_that_make_it_another_run(finished: Path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on_and_exits_130(tiny_shapes: Path, tmp_path: Path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_say_how_to_go_on(number: int, status: int, tiny_shapes: Path, tmp_path: Path):
     arguments = [*SMALL, "--data", tiny_shapes, "--epochs", 50, "--noplots", "--project", tmp_path, "--workers", 2]
     process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, start_new_session=True)
     last = tmp_path / "exp" / "weights" / "last.pt"
     while process.poll() is None and not last.exists():
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers get it too
+    os.killpg(process.pid, number)  # as terminals and clusters do: workers get it too
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert f"--resume {last}" in stderr
     assert "Traceback" not in stderr
     assert load_checkpoint(last)["optimizer"] is not None
+    assert not list((tmp_path / "exp").rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(("poison", "term"), [("box", "box"), ("cls", "cls")])

@@ -6,16 +6,37 @@ Free of torch, so that every command's `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from utils.checks import UserError, did_you_mean
 from utils.log import LOGGER, colorstr, setup_logging
+from utils.signals import Terminated, sigterm_raised
 
 EXIT_MISTAKE = 1
+EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 128 + signal.SIGTERM
+LARGEST_INT = 2**31 - 1  # what an option takes that names no maximum; libraries overflow beyond
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Tells a mistake on the command line in one line, without the page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints what is wrong, names that resemble an unknown option, and where all options are listed; exits with 2.
+
+        Args:
+            message: argparse's.
+        """
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        hint = did_you_mean(unknown.split("=")[0].split()[0], options) if unknown.strip() else ""
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}.{hint} See {self.prog} --help.\n")
 
 
 class ReportedError(UserError):
@@ -25,18 +46,22 @@ class ReportedError(UserError):
 def run_command(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> int:
     """Parses the command line, runs `main` and returns the exit status.
 
-    0 on success, 1 after a mistake of the user's (its message alone is printed), 130 after Ctrl-C; argparse itself
-    exits with 2 for an unknown option.
+    0 on success, 1 after a mistake of the user's (its message alone is printed), 130 after Ctrl-C, 143 after SIGTERM;
+    argparse itself exits with 2 for an unknown option.
     """
     options = parser.parse_args()
     setup_logging()
     try:
-        main(options)
+        with sigterm_raised():
+            main(options)
     except ReportedError:
         return EXIT_MISTAKE
     except UserError as error:
         LOGGER.error(f"{parser.prog}: error: {error}")
         return EXIT_MISTAKE
+    except Terminated as error:
+        LOGGER.error(f"\n{parser.prog}: ended by SIGTERM. {error}".rstrip())
+        return EXIT_TERMINATED
     except KeyboardInterrupt as error:
         LOGGER.error(f"\n{parser.prog}: interrupted. {error}".rstrip())
         return EXIT_INTERRUPTED
@@ -45,18 +70,67 @@ def run_command(main: Callable[[argparse.Namespace], Any], parser: argparse.Argu
     return 0
 
 
+@contextlib.contextmanager
+def advising(advice: Callable[[], str]) -> Iterator[None]:
+    """Adds `advice` to what ends the body, a mistake, Ctrl-C or SIGTERM, unless it is in there already."""
+    try:
+        yield
+    except ReportedError:
+        raise
+    except (UserError, KeyboardInterrupt) as stop:
+        if advice() in str(stop):
+            raise
+        kind = type(stop) if isinstance(stop, KeyboardInterrupt) else UserError
+        raise kind(f"{stop} {advice()}".strip()) from stop
+
+
 def options_from(parser: argparse.ArgumentParser, keywords: Mapping[str, Any]) -> argparse.Namespace:
     """Returns the parser's defaults with `keywords` in place of their namesakes, for calls from Python.
 
+    What takes several values on the command line may be given one here, or several in a list or tuple; it is a list
+    in what is returned. Numbers and choices are checked as they are there.
+
     Raises:
-        UserError: a keyword is not an option.
+        UserError: a keyword is not an option, or its value is none that the option takes.
     """
     options = parser.parse_args([])
+    actions = {action.dest: action for action in parser._actions}
     for name, value in keywords.items():
         if name not in vars(options):
             raise UserError(f"{parser.prog}: unknown option '{name}'.{did_you_mean(name, vars(options))}")
-        setattr(options, name, value)
+        setattr(options, name, _taken(actions[name], value))
     return options
+
+
+def _taken(action: argparse.Action, value: Any) -> Any:
+    """Returns a keyword's value as the command line would have made it; None and the default are taken as they are."""
+    if value is None or value is action.default:
+        return value
+    if action.nargs == "+":
+        return [_checked(action, item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+    return _checked(action, value)
+
+
+def _checked(action: argparse.Action, value: Any) -> Any:
+    """Returns one value as a number where the option takes numbers, else as it is.
+
+    Raises:
+        UserError: it is no such number, or none of the option's choices.
+    """
+    if action.choices is not None and value not in action.choices:
+        names = ", ".join(map(str, action.choices))
+        hint = did_you_mean(value, action.choices)
+        raise UserError(f"{action.option_strings[0]} '{value}': one of {names} is expected.{hint}")
+    if action.type is None:
+        return value
+    try:
+        return action.type(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{action.option_strings[0]}: {error}.") from error
+    except ValueError as error:
+        raise UserError(
+            f"{action.option_strings[0]} {value}: a number ({action.type.__name__}) is expected."
+        ) from error
 
 
 def echo_options(script: str, options: argparse.Namespace) -> None:
@@ -65,7 +139,12 @@ def echo_options(script: str, options: argparse.Namespace) -> None:
 
 
 def number(kind: type, minimum: float | None = None, maximum: float | None = None) -> Callable[[str], Any]:
-    """Returns an argparse type: an `int` or a finite `float` between the bounds, both included."""
+    """Returns an argparse type: an `int` or a finite `float` between the bounds, both included.
+
+    Integers without a maximum are held below 2**31.
+    """
+    if kind is int and maximum is None:
+        maximum = LARGEST_INT
 
     def parse(text: str) -> Any:
         value = kind(text)

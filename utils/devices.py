@@ -17,7 +17,7 @@ GLIBC_KEEPS_MEMORY = {-4: 0, -1: -1, -2: 64 << 20}
 
 
 def select_device(device: str = "", batch_size: int = 0) -> torch.device:
-    """Returns the device for `''` (CUDA 0, else the CPU), `cpu`, `mps`, `0`, `cuda:0` or `0,1`.
+    """Returns the device for `''` (CUDA 0, else the CPU), `cpu`, `mps`, `0`, `cuda:0` or `0,1`: the first of several.
 
     Args:
         device: the value of `--device`.
@@ -26,23 +26,33 @@ def select_device(device: str = "", batch_size: int = 0) -> torch.device:
     Raises:
         UserError: an unknown name, a GPU that is not there, or a batch that does not divide.
     """
+    chosen = select_devices(device)
+    if str(device).strip() and batch_size > 0 and batch_size % len(chosen):
+        raise UserError(f"--batch-size {batch_size} does not divide by the {len(chosen)} GPUs of --device {device}.")
+    return chosen[0]
+
+
+def select_devices(device: str = "") -> list[torch.device]:
+    """Returns all devices that `--device` names: `0,1` are two, `''` is every GPU, or the CPU where there is none.
+
+    Raises:
+        UserError: an unknown name, or a GPU that is not there.
+    """
     name = str(device).strip().lower()
-    if name == "cpu" or (not name and not torch.cuda.is_available()):
-        return torch.device("cpu")
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (not name and not available):
+        return [torch.device("cpu")]
     if name == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("--device mps: this machine or this PyTorch has no Metal (MPS) device. Use --device cpu.")
-        return torch.device("mps")
+        return [torch.device("mps")]
     if not re.fullmatch(r"((cuda:)?\d+(,\d+)*)?", name):
         raise UserError(f"--device '{device}': expected cpu, mps, a GPU number such as 0, or a list such as 0,1.")
-    numbers = [int(number) for number in name.removeprefix("cuda:").split(",")] if name else [0]
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    numbers = [int(number) for number in name.removeprefix("cuda:").split(",")] if name else range(available)
     if max(numbers) >= available:
         have = f"GPUs 0 to {available - 1}" if available else "no CUDA GPU"
         raise UserError(f"--device '{device}': PyTorch sees {have} here. Use --device cpu or a GPU that exists.")
-    if len(numbers) > 1 and batch_size > 0 and batch_size % len(numbers):
-        raise UserError(f"--batch-size {batch_size} does not divide by the {len(numbers)} GPUs of --device {device}.")
-    return torch.device("cuda", numbers[0])
+    return [torch.device("cuda", number) for number in numbers]
 
 
 def device_line(device: torch.device) -> str:

@@ -17,11 +17,13 @@ _ANSI = {"blue": "\033[34m", "green": "\033[32m", "yellow": "\033[33m", "red": "
 _ANSI_END = "\033[0m"
 
 
-def setup_logging(rank: int = -1) -> None:
+def setup_logging(rank: int | None = None) -> None:
     """Sends the logger's plain messages to stderr: INFO on the main process, WARNING on other ranks.
 
-    The environment variable `YOLOv5_VERBOSE` set to anything but `true` silences INFO as well.
+    Unless given, the rank is what the environment variable `RANK` says. `YOLOv5_VERBOSE` set to anything but `true`
+    silences INFO as well.
     """
+    rank = int(os.environ.get("RANK", -1)) if rank is None else rank
     verbose = os.environ.get("YOLOv5_VERBOSE", "true").lower() == "true" and rank in (-1, 0)
     if not LOGGER.handlers:
         handler = logging.StreamHandler()

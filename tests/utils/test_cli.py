@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from utils.checks import UserError
@@ -74,6 +75,42 @@ def make_parser():
 def test_keywords_replace_the_defaults_of_the_parser():
     options = options_from(make_parser(), {"batch_size": 4})
     assert vars(options) == {"batch_size": 4, "conf_thres": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(64, [64]), ((48, 64), [48, 64]), (["64"], [64]), (np.int64(64), [64]), (None, None)]
+)
+def test_one_value_will_do_where_the_command_line_takes_several(given, expected):
+    parser = make_parser()
+    parser.add_argument("--imgsz", nargs="+", type=number(int, 1), default=[640])
+    assert options_from(parser, {"imgsz": given}).imgsz == expected
+
+
+def test_what_is_no_number_stays_what_it_is():
+    parser = make_parser()
+    parser.add_argument("--weights", nargs="+", default=[])
+    parser.add_argument("--resume", nargs="?", const=True, default=False)
+    path = Path("best.pt")
+    options = options_from(parser, {"weights": path, "resume": True})
+    assert options.weights == [path] and options.resume is True
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ({"imgsz": 0}, "--imgsz: 0 is below 1."),
+        ({"imgsz": (64, "x")}, r"--imgsz x: a number \(int\) is expected."),
+        ({"imgsz": 64.5}, r"--imgsz 64.5: a number \(int\) is expected."),
+        ({"conf_thres": "high"}, r"--conf-thres high: a number \(float\) is expected."),
+        ({"task": "vall"}, "--task 'vall': one of train, val is expected. Did you mean 'val'?"),
+    ],
+)
+def test_values_are_refused_as_on_the_command_line(keyword, message):
+    parser = make_parser()
+    parser.add_argument("--imgsz", nargs="+", type=number(int, 1), default=[640])
+    parser.add_argument("--task", choices=["train", "val"], default="val")
+    with pytest.raises(UserError, match=message):
+        options_from(parser, keyword)
 
 
 @pytest.mark.parametrize("name", ["batchsize", "_get_kwargs", "__class__"])

@@ -6,10 +6,12 @@ no more than `set_epoch`. Multi-scale resizing is the trainer's, what an item is
 
 from __future__ import annotations
 
+import itertools
 import os
-import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import NamedTuple
 
 import cv2
@@ -20,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from utils.checks import UserError
 from utils.data.dataset import DetectionDataset, Item, ShapeInfo
-from utils.data.order import SampleKey, Stream, keyed_generator
+from utils.data.order import SampleKey, Share, Stream, keyed_generator
+from utils.signals import leave_signals_to_parent, signals_held_back
 
 QUAD = 4
 QUAD_ENLARGE_PROBABILITY = 0.5
@@ -60,6 +63,28 @@ class EpochSampler(Sampler[SampleKey]):
         order = self.dataset.order(self.epoch) if self.shuffle else np.arange(len(self.dataset))
         for position, index in enumerate(order.tolist()):
             yield SampleKey(self.epoch, position, index)
+
+
+class ShareSampler(Sampler[list[SampleKey]]):
+    """Cuts the keys of an epoch into batches and yields one process's part of each."""
+
+    def __init__(self, keys: EpochSampler, batch_size: int, share: Share, unit: int) -> None:
+        """Takes the keys of all processes, the size of their common batches, and groups that stay together."""
+        self.keys = keys
+        self.batch_size = batch_size
+        self.share = share
+        self.unit = unit
+
+    def __len__(self) -> int:
+        """Returns the number of batches; the last may be short."""
+        return -(-len(self.keys) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        """Yields the keys of each batch."""
+        keys = iter(self.keys)
+        while batch := list(itertools.islice(keys, self.batch_size)):
+            part = self.share.of(len(batch), self.unit)
+            yield batch[part.start : part.stop]
 
 
 class GuardedDataset(Dataset):
@@ -149,41 +174,65 @@ def tile_items(items: Sequence[Item]) -> Item:
 
 
 def _start_worker(worker_id: int) -> None:
-    """Prepares a worker process: one thread, and Ctrl-C is the main process's to answer."""
+    """Prepares a worker process: one thread, and Ctrl-C and SIGTERM are the main process's to answer."""
+    leave_signals_to_parent()
+    sys.excepthook = _tell_error
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _tell_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Shows what fails in a worker's threads, but not that the main process ended while it was handed a batch."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
+
+
+def _received(batches: Iterator[Batch | Failure]) -> Iterator[Batch | Failure]:
+    """Yields what workers hand over; one that is killed meanwhile shows as a lost connection."""
+    try:
+        yield from batches
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        raise RuntimeError("DataLoader worker exited unexpectedly while it handed over a batch") from error
 
 
 class DetectionLoader:
     """Batches of a data set, epoch by epoch; its workers live on from one epoch to the next."""
 
-    def __init__(self, dataset: DetectionDataset, *, workers: int, shuffle: bool, quad: bool) -> None:
+    def __init__(
+        self, dataset: DetectionDataset, *, workers: int, shuffle: bool, quad: bool, share: Share | None = None
+    ) -> None:
         """See `create_loader`."""
         self.dataset = dataset
         self.workers = workers
         self.sampler = EpochSampler(dataset, shuffle)
+        self.batches = ShareSampler(self.sampler, dataset.batch_size, share or Share(), QUAD if quad else 1)
         self.collate = Collate(dataset.seed, quad)
         self._loader: DataLoader | None = None
         self._ahead: Iterator[Batch | Failure] | None = None  # of an iteration that was started but not entered yet
 
     @property
     def batch_size(self) -> int:
-        """Items in a batch; with `quad` a batch's images are a quarter of them."""
+        """Items in a batch of all processes; with `quad` a batch's images are a quarter of them."""
         return self.dataset.batch_size
 
     def __len__(self) -> int:
         """Returns the number of batches; the last may be short."""
-        return -(-len(self.dataset) // self.batch_size)
+        return len(self.batches)
+
+    def owns(self, index: int) -> bool:
+        """Tells whether this process answers for the images of batch `index`, or stands in on another's."""
+        count = min(self.batch_size, len(self.dataset) - index * self.batch_size)
+        return self.batches.share.of(count, self.batches.unit).own
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields the batches of the epoch that was set.
 
         Raises:
             UserError: an image is gone or was damaged since the labels were read.
+            RuntimeError: a worker was killed; see `utils.limits`.
         """
         self.start()
         batches, self._ahead = self._ahead, None
-        for batch in batches:
+        for batch in _received(batches):
             if isinstance(batch, Failure):
                 raise UserError(batch.message)
             yield batch
@@ -193,7 +242,8 @@ class DetectionLoader:
         if self._loader is None:
             self._loader = self._make_loader()
         if self._ahead is None:
-            self._ahead = iter(self._loader)
+            with signals_held_back():  # it may start processes
+                self._ahead = iter(self._loader)
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -209,7 +259,8 @@ class DetectionLoader:
 
     def drop_workers(self) -> None:
         """Ends the worker processes; another iteration starts new ones."""
-        self._loader = self._ahead = None
+        with signals_held_back():
+            self._loader = self._ahead = None
 
     close = drop_workers
 
@@ -217,8 +268,7 @@ class DetectionLoader:
         """Makes torch's loader. Its own generator serves worker seeds that nothing here reads."""
         return DataLoader(
             GuardedDataset(self.dataset),
-            batch_size=self.batch_size,
-            sampler=self.sampler,
+            batch_sampler=self.batches,
             num_workers=self.workers,
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
@@ -236,16 +286,20 @@ def create_loader(
     shuffle: bool,
     seed: int | None = None,
     quad: bool = False,
+    share: Share | None = None,
+    neighbours: int = 1,
 ) -> DetectionLoader:
     """Makes the loader of a data set.
 
     Args:
         dataset: of N images.
-        batch_size: the data set's own; more than N counts as N.
+        batch_size: the data set's own, over all processes; more than N counts as N.
         workers: processes wanted; at most the machine's cores and the batch size are started, none for batches of 1.
         shuffle: draw a new order each epoch; a data set with `rect` keeps its order.
         seed: the data set's own, which is the default.
         quad: join each four images to one of twice the size (`--quad`); batches have a quarter of the images.
+        share: which part of every batch to load; all of it if None.
+        neighbours: how many processes with loaders of their own share the machine's cores.
 
     Raises:
         ValueError: the batch size or the seed is not the data set's.
@@ -255,5 +309,7 @@ def create_loader(
         raise ValueError(f"batch size {batch_size}, but the data set was made for batches of {dataset.batch_size}")
     if seed is not None and seed != dataset.seed:
         raise ValueError(f"seed {seed}, but the data set was made with seed {dataset.seed}")
-    workers = min(os.cpu_count() or 1, batch_size if batch_size > 1 else 0, workers)
-    return DetectionLoader(dataset, workers=workers, shuffle=shuffle and not dataset.rect, quad=quad)
+    share = share or Share()
+    images = -(-batch_size // share.size)
+    workers = min(max((os.cpu_count() or 1) // neighbours, 1), images if images > 1 else 0, workers)
+    return DetectionLoader(dataset, workers=workers, shuffle=shuffle and not dataset.rect, quad=quad, share=share)

@@ -35,6 +35,37 @@ class SampleKey(NamedTuple):
     index: int
 
 
+class Part(NamedTuple):
+    """The places in a batch, `start` to `stop`, that one process computes."""
+
+    start: int
+    stop: int
+    own: bool  # False for a stand-in: another process answers for these images
+
+
+class Share(NamedTuple):
+    """Which of the processes that share every batch a process is; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, count: int, unit: int = 1) -> Part:
+        """Returns this process's part of a batch of `count` images, of which groups of `unit` stay together.
+
+        Parts are as even as can be, the first ones the larger, and in the order of the processes. A process that is
+        left without images stands in on one group of another's, so that all take the same steps.
+        """
+        units = -(-count // unit)
+        base, larger = divmod(units, self.size)
+        start = self.rank * base + min(self.rank, larger)
+        stop = start + base + (self.rank < larger)
+        own = stop > start
+        if not own:
+            start = self.rank % units
+            stop = start + 1
+        return Part(start * unit, min(stop * unit, count), own)
+
+
 def keyed_generator(stream: Stream, seed: int, *numbers: int) -> np.random.Generator:
     """Returns a generator that depends on its arguments alone (Philox: Salmon et al., SC 2011)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((int(stream), seed, *numbers))))

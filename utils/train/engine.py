@@ -2,7 +2,9 @@
 
 `Trainer.train` reads like a table of contents. What a run is made of is built before it (`train.py`,
 `utils.train.setup`). A run that was stopped at any moment and resumed ends with the same weights as one that was not:
-rates and randomness are functions of the epoch and the batch, and everything else is in the checkpoint.
+rates and randomness are functions of the epoch and the batch, and everything else is in the checkpoint. Several
+processes (`utils.train.distributed`) share every batch and take the same steps; the first one alone keeps the EMA,
+validates, decides and writes.
 """
 
 from __future__ import annotations
@@ -10,26 +12,26 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.checkpoint import load_checkpoint, save_checkpoint, strip_checkpoint
-from utils.checks import UserError, round_up
+from utils.cli import ReportedError
 from utils.data.loader import Batch
 from utils.devices import resolve_amp
 from utils.eval.evaluate import EvalResult, evaluate
 from utils.files import remove_temporaries
-from utils.images import read_image
 from utils.log import LOGGER, colorstr, progress
 from utils.train.callbacks import Callbacks
+from utils.train.distributed import ALONE, World, explained
 from utils.train.ema import ModelEMA
+from utils.train.faults import BatchSource, not_finite
 from utils.train.hyp import Hyp
-from utils.train.loggers import ResultsCsv, epoch_values, open_tensorboard
-from utils.train.loss import TERMS, DetectionLoss
+from utils.train.loss import TERMS, DetectionLoss, LossResult, Pool
+from utils.train.multiscale import rescaled
 from utils.train.optim import (
     Schedule,
     apply_settings,
@@ -38,21 +40,15 @@ from utils.train.optim import (
     optimizer_state_by_name,
     scaled_weight_decay,
 )
+from utils.train.records import Records
+from utils.train.replica import exchanging, replicate
+from utils.train.resume import damage_told
 from utils.train.setup import Loaders, checkpoint_header, deterministic_algorithms, freeze_layers
 from utils.train.stopper import EarlyStopping
 from utils.train.weights import class_weights, image_weights
 
 CLIP_NORM = 10.0
-BATCH_PICTURES = 3  # how many training batches are drawn
 HEADER = ("Epoch", "gpu_mem", "box", "obj", "cls", "labels", "img_size")
-
-
-class BatchSource(NamedTuple):
-    """Where in a run a batch stands, for messages."""
-
-    epoch: int
-    index: int
-    paths: list[str]
 
 
 class Trainer:
@@ -67,6 +63,7 @@ class Trainer:
         device: torch.device,
         callbacks: Callbacks,
         checkpoint: dict | None = None,
+        world: World = ALONE,
     ) -> None:
         """Sets a run up, at its beginning or where `checkpoint` left it.
 
@@ -78,21 +75,26 @@ class Trainer:
             device: where to compute.
             callbacks: hooks of the caller's.
             checkpoint: the last finished epoch of the run to go on with.
+            world: the processes that train together; all make a trainer.
         """
         self.options, self.hyp, self.device, self.callbacks, self.loaders = options, hyp, device, callbacks, loaders
+        self.world = world
         self.save_dir = Path(options.save_dir)
         self.last, self.best = (self.save_dir / "weights" / f"{name}.pt" for name in ("last", "best"))
-        self.last.parent.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(self.last.parent)
+        if world.is_first:
+            self.last.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (self.save_dir, self.last.parent):
+                remove_temporaries(folder)
         self.model = model.to(memory_format=torch.channels_last)
         freeze_layers(self.model, options.freeze)
+        self.ema = ModelEMA(self.model) if world.is_first else None
+        self.replica = replicate(self.model, device, world, options.sync_bn)
         detect = self.model.detect
         scaled = hyp.scaled(detect.nl, detect.nc, loaders.imgsz, options.label_smoothing)
         self.loss = DetectionLoss(scaled, detect.anchors, detect.stride, detect.nc)
         self.schedule = Schedule(hyp, options.epochs, len(loaders.train), options.batch_size, options.cos_lr)
         weight_decay = scaled_weight_decay(hyp.weight_decay, options.batch_size)
         self.optimizer = build_optimizer(model, options.optimizer, hyp.lr0, hyp.momentum, weight_decay)
-        self.ema = ModelEMA(self.model)
         self.autocast_dtype = resolve_amp(options.amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast_dtype == torch.float16)
         self.stopper = EarlyStopping(options.patience)
@@ -105,22 +107,27 @@ class Trainer:
         self.epoch = -1  # the last finished epoch
         self.complete = False  # whether that was the run's last
         if checkpoint:
-            self._restore(checkpoint)
-        self.csv = ResultsCsv(self.save_dir / "results.csv", self.epoch + 1)
-        self.board = open_tensorboard(self.save_dir, self.epoch + 1)
+            with damage_told(options.resume):
+                self._restore(checkpoint)
+        self.records = Records(self.save_dir, self.epoch + 1, not options.noplots) if world.is_first else None
 
     def train(self) -> EvalResult | None:
         """Trains to the last epoch or until the patience runs out; validates the best epoch's weights.
 
         Returns:
-            The best weights' figures, or None where a callback stopped the run.
+            The best weights' figures, or None where a callback stopped the run, and on other processes than the first.
 
         Raises:
-            UserError: a loss or gradient that is not finite; a checkpoint that cannot be written.
+            UserError: a loss or gradient that is not finite; a checkpoint that cannot be written; another process is
+                gone.
         """
         started, first = time.monotonic(), self.epoch + 1
         self._announce()
-        with deterministic_algorithms(self.device), torch.random.fork_rng(devices=[]):
+        with (
+            explained(self.world, self.how_to_resume),
+            deterministic_algorithms(self.device, self.options.deterministic),
+            torch.random.fork_rng(devices=[]),
+        ):
             torch.set_rng_state(self.rng_state)
             self.callbacks.run("on_train_start")
             while not self.complete:
@@ -130,26 +137,28 @@ class Trainer:
                 self._after_epoch(self.epoch + 1, items)
             hours = (time.monotonic() - started) / 3600
             LOGGER.info(f"\n{self.epoch + 1 - first} epochs completed in {hours:.3f} hours.")
-            return self._finish()
+            result = self._finish() if self.world.is_first else None
+            self.world.wait()
+            return result
 
     def how_to_resume(self) -> str:
         """Says what an interrupted run has saved and how to go on with it."""
         if self.epoch < 0 or not self.last.exists():
             return "No epoch was finished: nothing is saved yet, start again."
-        return f"Epoch {self.epoch} is saved. Go on with: python train.py --resume {self.last}"
+        return f"Epoch {self.epoch} is saved. Go on with: {self.world.command} --resume {self.last}"
 
     def close(self) -> None:
         """Ends the loaders' processes and closes the event file."""
         self.loaders.train.close()
-        self.loaders.val.close()
-        if self.board:
-            self.board.close()
+        if self.world.is_first:
+            self.loaders.val.close()
+            self.records.close()
 
     # ---------------------------------------------------------------------------------------------- an epoch
 
     def _train_epoch(self, epoch: int) -> Tensor | None:
         """Trains on every batch once; returns the mean loss terms (3,), or None where a callback stops the run."""
-        self.model.train()
+        self.replica.train()
         loader, epochs = self.loaders.train, self.options.epochs
         loader.set_epoch(epoch)
         if self.options.image_weights:
@@ -162,72 +171,79 @@ class Trainer:
             for index, batch in enumerate(loader):
                 self.callbacks.run("on_train_batch_start")
                 source = BatchSource(epoch, index, batch.paths)
-                items, side = self._train_batch(batch, source)
-                mean_items += (items - mean_items) / (index + 1)
-                row = (f"{epoch}/{epochs - 1}", self._memory(), *mean_items.tolist(), len(batch.targets), side)
+                loss, side = self._train_batch(batch, source)
+                mean_items += (loss.items.cpu() - mean_items) / (index + 1)
+                row = (f"{epoch}/{epochs - 1}", self._memory(), *mean_items.tolist(), loss.labels, side)
                 bar.set_description_str(("%10s" * 2 + "%10.4g" * 5) % row, refresh=False)
-                bar.update(len(batch.paths))
-                if self.callbacks.stop_training:
+                bar.update(loss.images)
+                if self.world.told_by_first(self.callbacks.stop_training):
                     return None
         return mean_items
 
-    def _train_batch(self, batch: Batch, source: BatchSource) -> tuple[Tensor, int]:
-        """Computes one batch's gradient, and steps where enough have been gathered; returns the terms and the width."""
+    def _train_batch(self, batch: Batch, source: BatchSource) -> tuple[LossResult, int]:
+        """Computes one batch's gradient, and steps where enough have been gathered; returns the loss and the width."""
         iteration = source.index + len(self.loaders.train) * source.epoch
         settings = self.schedule.at(source.epoch, source.index)
         apply_settings(self.optimizer, settings)
         images = batch.images.to(self.device, non_blocking=True)
         images = images.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
         if self.options.multi_scale:
-            images = self._rescaled(images, iteration)
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            outputs = self.model(images)
-        loss = self.loss(outputs, batch.targets.to(self.device))
-        items, term = loss.items.cpu(), loss.bad_term()
-        if term:
-            raise self._not_finite(source, term, items[TERMS.index(term)].item())
-        self.scaler.scale(loss.total * 4 if self.options.quad else loss.total).backward()
-        if iteration - self.last_step >= settings.accumulate:
+            images = rescaled(images, self.loaders.imgsz, self.loaders.grid_stride, self.options.seed, iteration)
+        steps = iteration - self.last_step >= settings.accumulate
+        with exchanging(self.replica, wanted=steps):
+            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                outputs = self.replica(images)
+            loss = self.loss(outputs, batch.targets.to(self.device), self._pool(source.index))
+            self._check_finite(loss, source)
+            self.scaler.scale(loss.total * 4 if self.options.quad else loss.total).backward()
+        if steps:
             self._step(source)
             self.last_step = iteration
         self._after_batch(batch, images, iteration)
-        return items, images.shape[-1]
+        return loss, images.shape[-1]
+
+    def _pool(self, index: int) -> Pool | None:
+        """Returns how this process reckons batch `index` with the others; None where it is alone."""
+        if self.world.size == 1:
+            return None
+        return Pool(self.world.add_up, self.world.size, weight=float(self.loaders.train.owns(index)))
+
+    def _check_finite(self, loss: LossResult, source: BatchSource) -> None:
+        """Stops a run whose loss is lost; the process on whose images it happened tells."""
+        term = loss.bad_term()
+        if not term:
+            return
+        if self.world.size > 1 and torch.isfinite(loss.total):
+            raise ReportedError("the loss of another process is not finite.")
+        raise not_finite(source, term, loss.items[TERMS.index(term)].item(), self.how_to_resume())
 
     def _step(self, source: BatchSource) -> None:
         """Clips the gathered gradient, steps the optimizer and lets the EMA follow."""
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         if not self.scaler.is_enabled() and not torch.isfinite(norm):  # the scaler skips such steps by itself
-            raise self._not_finite(source, "gradient norm", norm.item())
+            raise not_finite(source, "gradient norm", norm.item(), self.how_to_resume())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.model)
+        if self.ema:
+            self.ema.update(self.model)
 
     def _after_batch(self, batch: Batch, images: Tensor, iteration: int) -> None:
         """Draws the first batches and runs the callers' hooks."""
-        plots = not self.options.noplots
-        if plots and iteration < BATCH_PICTURES:
-            from utils.draw import draw_batch
-
-            file = self.save_dir / f"train_batch{iteration}.jpg"
-            drawn = (images * 255).round().to(torch.uint8)
-            draw_batch(drawn, batch.targets, batch.paths, self.model.names, file)
-            if self.board and iteration == 0:
-                self.board.log_graph(self.model, images)
-        arguments = (iteration, self.model, images, batch.targets, batch.paths, plots, False)  # False: no SyncBN
+        if not self.world.is_first:
+            return
+        self.records.add_batch(iteration, images, batch, self.ema.ema)
+        arguments = (
+            iteration,
+            self.model,
+            images,
+            batch.targets,
+            batch.paths,
+            self.records.plots,
+            self.options.sync_bn,
+        )
         self.callbacks.run("on_train_batch_end", *arguments)
-
-    def _rescaled(self, images: Tensor, iteration: int) -> Tensor:
-        """Resizes a batch (B, 3, H, W) to a random size between half and one and a half times the image side."""
-        imgsz, stride = self.loaders.imgsz, self.loaders.grid_stride
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.options.seed, 1, iteration])))
-        side = int(generator.integers(imgsz // 2, imgsz + imgsz // 2 + stride)) // stride * stride
-        factor = side / max(images.shape[2:])
-        if factor == 1:
-            return images
-        shape = [round_up(length * factor, stride) for length in images.shape[2:]]
-        return F.interpolate(images, size=shape, mode="bilinear", align_corners=False)
 
     def _image_weights(self) -> np.ndarray:
         """Returns each training image's weight (N,): high where its classes do badly."""
@@ -240,19 +256,18 @@ class Trainer:
         used = torch.cuda.memory_reserved(self.device) / 1e9 if self.device.type == "cuda" else 0
         return f"{used:.3g}G"
 
-    def _not_finite(self, source: BatchSource, term: str, value: float) -> UserError:
-        """Returns the error that stops a run whose numbers are lost, naming where and on which images."""
-        images = ", ".join(source.paths[:8]) + (f" and {len(source.paths) - 8} more" if len(source.paths) > 8 else "")
-        return UserError(
-            f"training stopped: {term} is {value} in epoch {source.epoch}, batch {source.index} (images {images}). "
-            "Check these images' labels, lower lr0 in --hyp, or use --amp off. " + self.how_to_resume()
-        )
-
     # ------------------------------------------------------------------------------------------ after an epoch
 
     def _after_epoch(self, epoch: int, items: Tensor) -> None:
-        """Validates the EMA, records the figures, keeps the best and the last state, and looks at the patience."""
+        """Takes stock of an epoch; the first process decides whether it was the last."""
         self.callbacks.run("on_train_epoch_end", epoch=epoch)
+        if self.world.is_first:
+            self._take_stock(epoch, items)
+        self.complete = self.world.told_by_first(self.complete)
+        self.epoch = epoch
+
+    def _take_stock(self, epoch: int, items: Tensor) -> None:
+        """Validates the EMA, records the figures, keeps the best and the last state, and looks at the patience."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         final = epoch + 1 == self.options.epochs
         possibly_final = final or self.stopper.possible_stop
@@ -263,16 +278,12 @@ class Trainer:
             is_best = fitness >= self.best_fitness
             self.best_fitness = max(fitness, self.best_fitness)
             final |= self.stopper(epoch, fitness)
-        values = epoch_values(items.tolist(), self.validation, rates)
-        self.csv.append(epoch, values)
-        if self.board:
-            self.board.log_epoch(epoch, values)
+        values = self.records.add_epoch(epoch, items.tolist(), self.validation, rates)
         self.callbacks.run("on_fit_epoch_end", values, epoch, self.best_fitness, fitness)
         self.complete = final
         if possibly_final or final or not self.options.nosave:
             self._save(epoch, is_best)
             self.callbacks.run("on_model_save", self.last, epoch, final, self.best_fitness, fitness)
-        self.epoch = epoch
 
     def _validate(self, final: bool = False) -> EvalResult:
         """Evaluates the EMA on the validation set; at the end with the table of classes and the pictures."""
@@ -318,7 +329,8 @@ class Trainer:
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         """Takes over a checkpoint's state; the next epoch is the one after it."""
         self.model.load_state_dict(checkpoint["model"])
-        self.ema.load(checkpoint["ema"], checkpoint["updates"])
+        if self.ema:
+            self.ema.load(checkpoint["ema"], checkpoint["updates"])
         load_optimizer_state(self.optimizer, self.model, checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         schedule = checkpoint["schedule"]
@@ -364,16 +376,9 @@ class Trainer:
         checkpoint = load_checkpoint(chosen)
         self.ema.ema.load_state_dict(checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"])
         result = self._validate(final=True)
-        if not self.options.noplots:
-            from utils.train.plots import plot_results
-
-            plot_results(self.save_dir / "results.csv", self.save_dir / "results.png")
-            if self.board:
-                pictures = sorted(self.save_dir.glob("*.jpg")) + sorted(self.save_dir.glob("*.png"))
-                self.board.log_images({file.name: read_image(file)[..., ::-1] for file in pictures}, self.epoch)
+        self.records.finish(self.epoch)
         self._strip(self.last)
-        plots = not self.options.noplots
-        self.callbacks.run("on_train_end", self.last, self.best, plots, self.epoch, result.as_tuple())
+        self.callbacks.run("on_train_end", self.last, self.best, self.records.plots, self.epoch, result.as_tuple())
         LOGGER.info(f"Results saved to {colorstr(str(self.save_dir), 'bold')}")
         return result
 

@@ -6,11 +6,13 @@ Pictures are drawn elsewhere (`utils.train.plots`, `utils.eval.plots`). `tensorb
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import os
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -115,24 +117,30 @@ def _epoch_of(line: str) -> int | None:
 
 
 class TensorBoard:
-    """Event files in a run's folder: the values of each epoch, the model's graph, pictures."""
+    """Event files in a run's folder: the values of each epoch, the model's graph, pictures.
+
+    A run does not depend on them: where they cannot be written a warning says so, once.
+    """
 
     def __init__(self, save_dir: str | Path, start_epoch: int = 0) -> None:
         """Opens an event file; what an interrupted run logged from `start_epoch` on is hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
+        self._warned = False
+        self._former_hook, threading.excepthook = threading.excepthook, self._thread_failed
         self._writer = SummaryWriter(str(save_dir), purge_step=start_epoch or None)
 
     def log_epoch(self, epoch: int, values: Sequence[float]) -> None:
         """Logs an epoch's values, in the order of `COLUMNS`."""
-        for name, value in zip(COLUMNS, values, strict=True):
-            self._writer.add_scalar(name, value, epoch)
+        with self._told():
+            for name, value in zip(COLUMNS, values, strict=True):
+                self._writer.add_scalar(name, value, epoch)
 
     def log_graph(self, model: nn.Module, images: Tensor) -> None:
         """Logs the graph of a copy of the model, traced on the first of (b, 3, h, w) float images."""
         traced = copy.deepcopy(model).eval()
         try:
-            with warnings.catch_warnings(), torch.no_grad():
+            with self._told(), warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # tracing warns of every shape that it bakes in
                 self._writer.add_graph(torch.jit.trace(traced, images[:1], strict=False, check_trace=False), [])
         except RuntimeError as error:
@@ -140,12 +148,44 @@ class TensorBoard:
 
     def log_images(self, images: Mapping[str, np.ndarray], epoch: int) -> None:
         """Logs pictures: {title: (h, w, 3) uint8 RGB}."""
-        for title, image in images.items():
-            self._writer.add_image(title, image, epoch, dataformats="HWC")
+        with self._told():
+            for title, image in images.items():
+                self._writer.add_image(title, image, epoch, dataformats="HWC")
 
     def close(self) -> None:
         """Writes what is still in memory."""
-        self._writer.close()
+        with self._told():
+            self._writer.close()
+        threading.excepthook = self._former_hook
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Warns of an event file that cannot be written."""
+        try:
+            yield
+        except Exception as error:
+            if not _is_of_writing(error):
+                raise
+            self._warn(error)
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Warns instead of showing a traceback when it is the writer's thread that fails, for the same reason."""
+        if type(failure.thread).__module__.startswith("tensorboard.") and _is_of_writing(failure.exc_value):
+            self._warn(failure.exc_value)
+        else:
+            self._former_hook(failure)
+
+    def _warn(self, error: BaseException) -> None:
+        """Says once that the event file cannot be written."""
+        if not self._warned:
+            reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+            LOGGER.warning(f"WARNING: TensorBoard: the event file cannot be written ({reason})")
+        self._warned = True
+
+
+def _is_of_writing(error: BaseException | None) -> bool:
+    """Tells whether an error is one of the writer's files; TensorFlow, where it is installed, has errors of its own."""
+    return isinstance(error, OSError) or type(error).__module__.startswith("tensorflow.")
 
 
 def open_tensorboard(save_dir: str | Path, start_epoch: int = 0) -> TensorBoard | None:

@@ -1,14 +1,14 @@
 """The detection loss: box, objectness and class terms, and the class that weighs them.
 
-The terms are pure functions that return a sum and a count, so that means can be taken over several processes. All is
-computed in float32, also under autocast, and the gradient is the same to the bit in every run on a CPU: rows are
-gathered by `index_select`, and a cell that several labels claim is settled explicitly. Matching is in
-`utils.train.targets`.
+The terms are pure functions that return a sum and a count, so that means can be taken over several processes that
+share a batch (`Pool`). All is computed in float32, also under autocast, and the gradient is the same to the bit in
+every run on a CPU: rows are gathered by `index_select`, and a cell that several labels claim is settled explicitly.
+Matching is in `utils.train.targets`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,9 @@ class Mean(NamedTuple):
         return self.total / max(self.count, 1)
 
 
+LayerTerms = tuple[Mean, Mean, Mean]  # box, objectness, class
+
+
 class SmoothedTargets(NamedTuple):
     """Class targets after label smoothing (Szegedy et al. 2016, arXiv:1512.00567)."""
 
@@ -46,15 +49,29 @@ class SmoothedTargets(NamedTuple):
 
 
 class LossResult(NamedTuple):
-    """What one batch costs."""
+    """What one batch costs and holds, over all processes that share it."""
 
-    total: Tensor  # () float32 with gradient: the sum of the items times the batch size
+    total: Tensor  # () float32 with gradient: the sum of the items times the batch size; of a shared batch see `Pool`
     items: Tensor  # (3,) float32, detached: box, objectness, class, each with its gain
+    images: int
+    labels: int
 
     def bad_term(self) -> str | None:
         """Names the first term that is not finite ('box', 'obj' or 'cls'), or None."""
         finite = torch.isfinite(self.items).tolist()
         return next((name for name, good in zip(TERMS, finite, strict=True) if not good), None)
+
+
+class Pool(NamedTuple):
+    """How several processes that each compute a part of a batch come to the figures of the whole.
+
+    Each divides the sums of its own part by the counts of all, and takes its total times the number of processes: the
+    average of their gradients, which is what DistributedDataParallel makes, is then the gradient of the whole batch.
+    """
+
+    add_up: Callable[[Tensor], Tensor]  # adds (n,) float64 on the CPU up over the processes
+    processes: int
+    weight: float = 1.0  # 0 for a part that another process answers for
 
 
 def smooth_bce(eps: float) -> SmoothedTargets:
@@ -182,24 +199,31 @@ class DetectionLoss:
             self.reference_layer = pixels.index(_REFERENCE_STRIDE)
         self._smoothing = smooth_bce(hyp.label_smoothing)
 
-    def __call__(self, outputs: Sequence[Tensor], targets: Tensor) -> LossResult:
+    def __call__(self, outputs: Sequence[Tensor], targets: Tensor, pool: Pool | None = None) -> LossResult:
         """Returns the loss of a batch.
 
         Args:
             outputs: nl raw outputs (batch, na, ny, nx, 5 + nc), any float type.
             targets: (N, 6) float32 [image index, class, x, y, w, h], boxes as fractions of the image.
+            pool: how to reckon with other processes, where this batch is a part of a common one.
         """
         with torch.autocast(outputs[0].device.type, enabled=False):
             grids = [(output.shape[2], output.shape[3]) for output in outputs]
             matches = match_targets(targets.float(), self.anchors, grids, self.hyp.anchor_t)
             layers = [self.layer_terms(output, match) for output, match in zip(outputs, matches, strict=True)]
-            terms = torch.stack([self._combine(layers, index) for index in range(len(TERMS))])
-            total = terms.sum() * outputs[0].shape[0]
+            images, labels = outputs[0].shape[0], len(targets)
+            if pool is None:
+                terms = self._terms(layers)
+                total, items = terms.sum() * images, terms.detach()
+            else:
+                own, layers, images, labels = _pooled(layers, images, labels, pool)
+                total = self._terms(own).sum() * images * pool.processes
+                items = self._terms(layers)
         if self.reference_layer is not None and total.requires_grad:  # training, not validation
             self._rebalance([obj.value().item() for _, obj, _ in layers])
-        return LossResult(total, terms.detach())
+        return LossResult(total, items, images, labels)
 
-    def layer_terms(self, output: Tensor, match: LayerTargets) -> tuple[Mean, Mean, Mean]:
+    def layer_terms(self, output: Tensor, match: LayerTargets) -> LayerTerms:
         """Returns the box, objectness and class terms of one layer (batch, na, ny, nx, 5 + nc), without gains."""
         _, na, ny, nx, width = output.shape
         cells = match.flat_cells(na, ny, nx)
@@ -211,7 +235,11 @@ class DetectionLoss:
         cls = class_term(rows[:, 5:], match.cls, self._smoothing, self.hyp.cls_pw, self.hyp.fl_gamma)
         return box_term(ciou), obj, cls
 
-    def _combine(self, layers: Sequence[tuple[Mean, Mean, Mean]], index: int) -> Tensor:
+    def _terms(self, layers: Sequence[LayerTerms]) -> Tensor:
+        """Returns the three terms (3,) float32, with their gains."""
+        return torch.stack([self._combine(layers, index) for index in range(len(TERMS))])
+
+    def _combine(self, layers: Sequence[LayerTerms], index: int) -> Tensor:
         """Adds one term () over the layers and applies its gain; objectness with the layers' weights."""
         weights = self.balance if TERMS[index] == "obj" else [1.0] * len(layers)
         values = [terms[index].value() * weight for terms, weight in zip(layers, weights, strict=True)]
@@ -232,3 +260,29 @@ class DetectionLoss:
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         """Takes over the layers' objectness weights of an interrupted run."""
         self.balance = list(state["balance"])
+
+
+class _Pooled(NamedTuple):
+    """A part of a batch and the whole of it."""
+
+    own: list[LayerTerms]  # this process's sums, with gradient, over all processes' counts
+    all: list[LayerTerms]  # all processes' sums and counts
+    images: int
+    labels: int
+
+
+def _pooled(layers: Sequence[LayerTerms], images: int, labels: int, pool: Pool) -> _Pooled:
+    """Adds sums, counts, images and labels up over the processes, in one exchange."""
+    means = [mean for layer in layers for mean in layer]
+    totals = torch.stack([mean.total for mean in means]) * pool.weight
+    counts = torch.tensor([*(mean.count for mean in means), images, labels], dtype=torch.float64) * pool.weight
+    summed = pool.add_up(torch.cat((totals.detach().double().cpu(), counts)))
+    summed_totals = summed[: len(means)].to(totals)
+    *summed_counts, images, labels = (int(count) for count in summed[len(means) :].tolist())
+    own, whole = (
+        [Mean(total, count) for total, count in zip(sums, summed_counts, strict=True)]
+        for sums in (totals.unbind(), summed_totals.unbind())
+    )
+    width = len(TERMS)
+    starts = range(0, len(means), width)
+    return _Pooled(*([tuple(flat[start : start + width]) for start in starts] for flat in (own, whole)), images, labels)

@@ -6,8 +6,10 @@ over by `utils.train.engine.Trainer`.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,13 @@ from utils.checkpoint import load_checkpoint
 from utils.checks import UserError
 from utils.log import LOGGER, colorstr
 
-CHANGEABLE = ("cache", "device", "noplots", "patience", "resume", "save_period", "workers")
+STATE_KINDS = {  # what a resumable checkpoint holds beside tensors
+    **dict.fromkeys("model ema optimizer scaler schedule stopper generators opt hyp yaml".split(), dict),
+    **dict.fromkeys(("updates", "epoch"), int),
+    "best_fitness": (int, float),
+}
+NEEDED_OPTIONS = ("data", "epochs", "batch_size", "imgsz")  # without them another run would begin
+CHANGEABLE = ("cache", "device", "local_rank", "noplots", "patience", "resume", "save_period", "workers")
 
 
 def find_resumable(resume: str | bool) -> Path:
@@ -26,7 +34,7 @@ def find_resumable(resume: str | bool) -> Path:
     """
     if isinstance(resume, str):
         path = Path(resume)
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path's it is just False for a name too long
             raise UserError(f"--resume {resume}: no such file. Give a run's weights/last.pt.")
         return path
     found = sorted(Path().glob("**/last*.pt"), key=lambda path: path.stat().st_mtime)
@@ -39,13 +47,33 @@ def load_resumable(path: Path) -> dict:
     """Loads a checkpoint that still holds its optimizer.
 
     Raises:
-        UserError: the run is finished, or the file is no checkpoint of this program's.
+        UserError: the run is finished, or the file is no checkpoint of this program's or lacks something.
     """
     checkpoint = load_checkpoint(path)
     if checkpoint.get("optimizer") is None:
         epochs = (checkpoint.get("opt") or {}).get("epochs", "its")
         raise UserError(f"{path}: training has finished {epochs} epochs, nothing to resume. Start anew with --weights.")
+    for key, kinds in STATE_KINDS.items():
+        if not isinstance(checkpoint.get(key), kinds):
+            raise UserError(f"{path}: the checkpoint is damaged: its '{key}' is {type(checkpoint.get(key)).__name__}.")
+    missing = [name for name in NEEDED_OPTIONS if checkpoint["opt"].get(name) is None]
+    if missing:
+        raise UserError(f"{path}: the checkpoint is damaged: its options lack {', '.join(missing)}.")
     return checkpoint
+
+
+@contextlib.contextmanager
+def damage_told(path: str | Path) -> Iterator[None]:
+    """Tells that a checkpoint's state cannot be taken over, where that raises something.
+
+    Raises:
+        UserError: in place of what was raised.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: the checkpoint does not fit or is damaged ({reason}). Resume another one.") from error
 
 
 def resume_options(options: Namespace, given: set[str], defaults: Mapping[str, Any]) -> dict:

@@ -1,4 +1,4 @@
-"""What a training run is made of, before it starts: labels, anchors, loaders.
+"""What a training run is made of, before it starts: sound options, labels, anchors, loaders.
 
 Building the model itself is train.py's: nothing here knows `models`.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import platform
-import re
+import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,48 +20,78 @@ from utils.checks import UserError, check_image_size, grid_stride
 from utils.data.augment import AugmentParams
 from utils.data.dataset import DetectionDataset
 from utils.data.labels import load_labels
-from utils.data.loader import create_loader
+from utils.data.loader import QUAD, DetectionLoader, create_loader
 from utils.data.spec import DataSpec
 from utils.data.table import LabelTable
+from utils.devices import resolve_amp
 from utils.eval.coco import COCO80_TO_91, category_ids
+from utils.fingerprint import versions_here
 from utils.log import LOGGER
 from utils.train.anchors import check_anchors
+from utils.train.autobatch import choose_batch_size
+from utils.train.distributed import ALONE, World
 from utils.train.hyp import Hyp
 
 COCO_IOU_THRES = 0.65
 VAL_PAD = 0.5  # of a stride, around validation's rectangles
+CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # those with which cuBLAS gives the same result every time
 
 
 class Tables(NamedTuple):
     """The labels of both splits."""
 
     train: LabelTable
-    val: LabelTable
+    val: LabelTable | None  # of the first process alone, which validates
 
 
 class Loaders(NamedTuple):
     """Training and validation batches, and what they were made for."""
 
     train: Any
-    val: Any
+    val: Any  # None on other processes than the first
     imgsz: int  # image side in pixels
     grid_stride: int  # sides are multiples of it
     final: dict[str, Any]  # what the last validation is told beside the usual; something on COCO only
 
 
-def load_tables(spec: DataSpec, single_cls: bool, workers: int) -> Tables:
+def check_options(options: Namespace, world: World = ALONE) -> None:
+    """Refuses combinations that no run can satisfy.
+
+    Raises:
+        UserError: no model is named, or options do not go with each other or with the number of processes.
+    """
+    batch_size, processes = options.batch_size, world.size
+    if not options.cfg and not options.weights and not options.resume:
+        raise UserError("neither --cfg nor --weights is given: name a model, for example --cfg yolov5s-slimneck.yaml.")
+    if options.weights and not options.weights.endswith(".pt"):
+        raise UserError(f"--weights {options.weights}: a checkpoint ending in .pt is expected here.")
+    if batch_size == 0 or batch_size < -1:
+        raise UserError(f"--batch-size {batch_size}: at least 1, or -1 for what the GPU's memory holds.")
+    if options.quad and batch_size > 0 and batch_size % 4:
+        raise UserError(f"--quad collates images by fours: --batch-size {batch_size} is not a multiple of 4.")
+    if processes == 1:
+        return
+    if batch_size == -1:
+        raise UserError(f"--batch-size -1 measures one GPU alone; for {processes} processes name a multiple of it.")
+    if batch_size % processes:
+        raise UserError(f"--batch-size {batch_size} is of all {processes} processes together: make it a multiple.")
+    if options.image_weights:
+        raise UserError("--image-weights works in a single process only: leave it out, or start without a launcher.")
+
+
+def load_tables(spec: DataSpec, single_cls: bool, workers: int, world: World = ALONE) -> Tables:
     """Reads (or finds cached) the labels of both splits and checks their classes.
+
+    Of several processes the first scans, and the others find what it kept.
 
     Raises:
         UserError: no images, no labels, or labels that are wrong.
     """
-    splits = {"train": spec.train, "val": spec.val}
-    return Tables(
-        **{
-            name: load_labels(sources, spec, single_cls, workers, prefix=f"{name}: ")
-            for name, sources in splits.items()
-        }
-    )
+    with world.in_turn():
+        train = load_labels(spec.train, spec, single_cls, workers, prefix="train: ")
+        val = load_labels(spec.val, spec, single_cls, workers, prefix="val: ") if world.is_first else None
+    return Tables(train, val)
 
 
 def image_side(model: nn.Module, options: Namespace) -> int:
@@ -71,7 +100,19 @@ def image_side(model: nn.Module, options: Namespace) -> int:
     return check_image_size(options.imgsz, stride, floor=2 * stride)
 
 
-def build_loaders(tables: Tables, spec: DataSpec, model: nn.Module, hyp: Hyp, options: Namespace) -> Loaders:
+def fitting_batch_size(model: nn.Module, options: Namespace, device: torch.device) -> int:
+    """Returns what `--batch-size -1` comes to: as many images as the GPU's memory holds, by fours with `--quad`.
+
+    Raises:
+        UserError: no CUDA device, or not even one image fits.
+    """
+    fitting = choose_batch_size(model, image_side(model, options), device, resolve_amp(options.amp, device))
+    return max(fitting // QUAD * QUAD, QUAD) if options.quad else fitting
+
+
+def build_loaders(
+    tables: Tables, spec: DataSpec, model: nn.Module, hyp: Hyp, options: Namespace, world: World = ALONE
+) -> Loaders:
     """Makes the loaders: augmented squares (or rectangles with `--rect`), and rectangles for validation.
 
     Args:
@@ -80,39 +121,50 @@ def build_loaders(tables: Tables, spec: DataSpec, model: nn.Module, hyp: Hyp, op
         model: for its strides.
         hyp: for its augmentation.
         options: train.py's.
+        world: the processes that share the batches; images cached on disk are copied by the first.
     """
     stride, side = grid_stride(model.stride), image_side(model, options)
-    train = DetectionDataset(
-        tables.train,
-        side,
-        augment=AugmentParams.from_hyp(hyp),
-        rect=options.rect,
-        batch_size=options.batch_size,
-        stride=stride,
-        seed=options.seed,
-        cache=options.cache if options.cache != "val" else None,
-    )
-    val_batch = options.batch_size * 2
-    val = DetectionDataset(
-        tables.val,
-        side,
-        augment=None,
-        rect=True,
-        batch_size=val_batch,
-        stride=stride,
-        pad=VAL_PAD,
-        seed=options.seed,
-        cache=("ram" if options.cache == "val" else options.cache) if not options.noval else None,
-    )
+    with world.in_turn():
+        train = DetectionDataset(
+            tables.train,
+            side,
+            augment=AugmentParams.from_hyp(hyp),
+            rect=options.rect,
+            batch_size=options.batch_size,
+            stride=stride,
+            seed=options.seed,
+            cache=options.cache if options.cache != "val" else None,
+        )
     if options.rect:
         LOGGER.warning("WARNING: --rect keeps the images in the order of their shapes: no shuffling, no mosaic")
+    sharing = {"workers": options.workers, "neighbours": world.local_size}
     return Loaders(
-        create_loader(train, options.batch_size, workers=options.workers, shuffle=True, quad=options.quad),
-        create_loader(val, val_batch, workers=options.workers, shuffle=False),
+        create_loader(train, options.batch_size, shuffle=True, quad=options.quad, share=world.share, **sharing),
+        _validation_loader(tables.val, side, stride, options, sharing) if world.is_first else None,
         side,
         stride,
         final_keywords(spec),
     )
+
+
+def _validation_loader(
+    table: LabelTable, side: int, stride: int, options: Namespace, sharing: dict[str, int]
+) -> DetectionLoader:
+    """Makes the validation's loader: rectangles, in batches twice as large."""
+    batch_size = options.batch_size * 2
+    cache = "ram" if options.cache == "val" else options.cache
+    dataset = DetectionDataset(
+        table,
+        side,
+        augment=None,
+        rect=True,
+        batch_size=batch_size,
+        stride=stride,
+        pad=VAL_PAD,
+        seed=options.seed,
+        cache=None if options.noval else cache,
+    )
+    return create_loader(dataset, batch_size, shuffle=False, **sharing)
 
 
 def final_keywords(spec: DataSpec) -> dict[str, Any]:
@@ -147,32 +199,60 @@ def freeze_layers(model: nn.Module, freeze: Sequence[int]) -> None:
     Their batch-norm statistics still move, as in YOLOv5.
 
     Raises:
-        UserError: nothing would be left to train.
+        UserError: there is no such layer, or nothing would be left to train.
     """
     layers = range(freeze[0]) if len(freeze) == 1 else freeze
-    pattern = re.compile(rf"model\.({'|'.join(map(str, layers))})\.") if layers else None
+    numbers = {name: int(name.split(".")[1]) for name, _ in model.named_parameters()}  # of `model.3.conv.weight`: 3
+    if len(freeze) > 1 and max(freeze) > max(numbers.values()):
+        raise UserError(f"--freeze {max(freeze)}: the model's layers are 0 to {max(numbers.values())}.")
     for name, parameter in model.named_parameters():
-        if pattern and pattern.match(name):
+        if numbers[name] in layers:
             LOGGER.info(f"freezing {name}")
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"--freeze {' '.join(map(str, freeze))} leaves nothing to train.")
 
 
+def prepare_determinism(device: torch.device) -> None:
+    """Answers `--deterministic`: a CPU needs it not, and cuBLAS must be told before it is first used.
+
+    Raises:
+        UserError: PyTorch cannot promise it on this device, or the environment tells cuBLAS otherwise.
+    """
+    if device.type == "cpu":
+        LOGGER.info("--deterministic: on the CPU training is so without it")
+        return
+    if device.type != "cuda":
+        raise UserError(f"--deterministic: PyTorch has it for CUDA GPUs and CPUs, not for {device.type}. Leave it out.")
+    setting = os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_WORKSPACES[0])
+    if setting not in CUBLAS_WORKSPACES:
+        raise UserError(
+            f"--deterministic: the environment sets {CUBLAS_VARIABLE}={setting}, with which cuBLAS is not. Unset it, "
+            f"or set {' or '.join(CUBLAS_WORKSPACES)}."
+        )
+
+
 @contextlib.contextmanager
-def deterministic_algorithms(device: torch.device) -> Iterator[None]:
-    """Makes equal runs equal to the bit: on the CPU strictly, on others as far as PyTorch can (it warns where not)."""
+def deterministic_algorithms(device: torch.device, asked: bool = False) -> Iterator[None]:
+    """Makes equal runs equal to the bit: on the CPU always, where it costs nothing, elsewhere if `asked`.
+
+    A layer of somebody's that has no such algorithm then raises RuntimeError.
+    """
+    if device.type != "cpu" and not asked:
+        yield
+        return
+    cudnn, debugging = torch.backends.cudnn, torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        False,  # a debugging aid that costs time
-    )
-    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+    chosen, filled = (cudnn.deterministic, cudnn.benchmark), debugging.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    debugging.fill_uninitialized_memory = False  # a debugging aid that costs time
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        cudnn.deterministic, cudnn.benchmark = chosen
+        debugging.fill_uninitialized_memory = filled
 
 
 def checkpoint_header(model: nn.Module, hyp: Hyp, options: Namespace) -> dict[str, Any]:
@@ -185,6 +265,6 @@ def checkpoint_header(model: nn.Module, hyp: Hyp, options: Namespace) -> dict[st
         "hyp": hyp.to_dict(),
         "opt": dict(vars(options)),
         "data": str(options.data),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "versions": versions_here(next(model.parameters()).device),
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
     }

@@ -13,7 +13,7 @@ from utils.checks import UserError
 from utils.data.augment import AugmentParams
 from utils.data.dataset import DetectionDataset, Item
 from utils.data.loader import DetectionLoader, create_loader, enlarge_item, join_items, quad_items, tile_items
-from utils.data.order import SampleKey
+from utils.data.order import SampleKey, Share
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -194,3 +194,39 @@ def test_unshuffled_batches_follow_the_data_set(pictures):
     dataset = DetectionDataset(pictures, 64, augment=None, batch_size=4)
     loader = create_loader(dataset, 4, workers=0, shuffle=False)
     assert [path for batch in loader for path in batch.paths] == list(pictures.image_paths)
+
+
+@pytest.mark.parametrize("switches", [{}, {"quad": True}, {"rect": True}, {"cache": "ram", "workers": 2}], ids=str)
+def test_the_shares_of_three_processes_are_what_one_would_see(pictures, switches):
+    """21 images by 8: the last batch has 5, which are shared 2, 2, 1; by fours they leave the third process none."""
+    loading = {"workers": switches.get("workers", 0), "quad": switches.get("quad", False), "shuffle": True}
+
+    def batches(share):
+        keywords = {"rect": switches.get("rect", False), "cache": switches.get("cache"), "batch_size": 8}
+        dataset = DetectionDataset(pictures, 64, augment=PARAMS, **keywords)
+        loader = create_loader(dataset, 8, share=share, **loading)
+        loader.set_epoch(1)
+        return [(batch, loader.owns(index)) for index, batch in enumerate(loader)]
+
+    whole = batches(None)
+    parts = [batches(Share(rank, 3)) for rank in range(3)]
+    assert [len(part) for part in parts] == [len(whole)] * 3
+    for index, (batch, owned) in enumerate(whole):
+        own = [part[index][0] for part in parts if part[index][1]]
+        assert owned and torch.equal(torch.cat([part.images for part in own]), batch.images)
+        assert torch.equal(torch.cat([part.targets[:, 1:] for part in own]), batch.targets[:, 1:])
+        assert [path for part in own for path in part.paths] == batch.paths
+    stand_ins = [part[index][0] for part in parts for index in range(3) if not part[index][1]]
+    assert len(stand_ins) == (3 if switches.get("quad") else 0)  # one of two groups, each of three batches
+    assert all(len(part.images) == 1 for part in stand_ins)
+
+
+def test_processes_of_a_machine_share_its_cores(monkeypatch, pictures):
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+
+    def workers(neighbours, size, batch_size=16):
+        dataset = DetectionDataset(pictures, 64, augment=None, batch_size=batch_size)
+        share = Share(0, size)
+        return create_loader(dataset, batch_size, workers=8, shuffle=False, share=share, neighbours=neighbours).workers
+
+    assert [workers(1, 1), workers(2, 2), workers(8, 8), workers(2, 8, 8)] == [6, 3, 1, 0]

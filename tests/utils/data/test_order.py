@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from utils.data.images_cache import RecentImages
-from utils.data.order import MAX_LANES, PartnerPlan, Stream, epoch_order, keyed_generator
+from utils.data.order import MAX_LANES, PartnerPlan, Share, Stream, epoch_order, keyed_generator
 
 
 def test_generators_depend_on_every_part_of_their_key():
@@ -90,3 +92,24 @@ def test_memory_for_decoded_images_is_bounded():
     plan = PartnerPlan.for_images(118_287, 16, 1280)
     totals = [workers * plan.recent_bytes(workers, 1280) for workers in (1, 2, 3, 5, 8, 12)]
     assert max(totals) <= 1536 * 2**20
+
+
+@given(count=st.integers(1, 70), size=st.integers(1, 9), unit=st.sampled_from([1, 4]))
+def test_shares_of_a_batch_cover_it_once_evenly_and_in_whole_groups(count, size, unit):
+    parts = [Share(rank, size).of(count, unit) for rank in range(size)]
+    own = [part for part in parts if part.own]
+    assert [place for part in own for place in range(part.start, part.stop)] == list(range(count))
+    assert all(part.start % unit == 0 for part in parts)
+    groups = [-(-(part.stop - part.start) // unit) for part in own]
+    assert max(groups) - min(groups) <= 1 and groups == sorted(groups, reverse=True)
+    assert parts[0].own and len(own) == min(size, -(-count // unit))
+    stand_ins = [part for part in parts if not part.own]
+    assert all(0 <= part.start < part.stop <= min(part.start + unit, count) for part in stand_ins)
+
+
+def test_shares_by_hand():
+    assert [tuple(Share(rank, 2).of(16)) for rank in range(2)] == [(0, 8, True), (8, 16, True)]
+    assert [tuple(Share(rank, 2).of(5)) for rank in range(2)] == [(0, 3, True), (3, 5, True)]
+    assert [tuple(Share(rank, 3).of(2)) for rank in range(3)] == [(0, 1, True), (1, 2, True), (0, 1, False)]
+    assert [tuple(Share(rank, 2).of(6, unit=4)) for rank in range(2)] == [(0, 4, True), (4, 6, True)]
+    assert tuple(Share().of(7)) == (0, 7, True)

@@ -1,6 +1,7 @@
 """results.csv byte for byte, its repair after an interruption, and TensorBoard's event files."""
 
 import importlib.util
+import threading
 
 import numpy as np
 import pytest
@@ -111,6 +112,27 @@ def test_tensorboard_of_a_resumed_run_hides_the_interrupted_epoch(tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [event.step for event in events.Scalars("x/lr0")] == [0, 1, 2, 3]
+
+
+@needs_tensorboard
+@pytest.mark.parametrize("kind", [OSError, type("UnavailableError", (Exception,), {"__module__": "tensorflow.python"})])
+def test_an_event_file_that_cannot_be_written_is_one_warning(kind, tmp_path, caplog, capfd, monkeypatch):
+    """The writer's thread fails first, then what is called after it."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def refuse(*_):
+        raise kind("No space left on device")
+
+    hook = threading.excepthook
+    board = open_tensorboard(tmp_path / "exp")
+    monkeypatch.setattr(RecordWriter, "write", refuse)
+    for epoch in range(30):  # more than the writer's queue takes
+        board.log_epoch(epoch, values(epoch))
+    board.log_images({"a": np.zeros((4, 6, 3), np.uint8)}, epoch=2)
+    board.close()
+    assert caplog.text.count("the event file cannot be written (No space left on device)") == 1
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is hook
 
 
 def test_without_tensorboard_nothing_is_opened_and_it_is_said(tmp_path, monkeypatch, caplog):

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from utils.boxes import bbox_iou
 from utils.checks import UserError
@@ -15,6 +17,7 @@ from utils.train.hyp import Hyp
 from utils.train.loss import (
     DetectionLoss,
     Mean,
+    Pool,
     bce_sum,
     box_term,
     class_term,
@@ -222,3 +225,76 @@ def _matches(hyp, outputs, targets):
 def test_autobalance_needs_stride_16(hyp):
     with pytest.raises(UserError, match="stride 16"):
         DetectionLoss(hyp, ANCHORS[:1], [8], nc=4, autobalance=True)
+
+
+class Exchange:
+    """Plays the other processes: first collects the figures of all parts, then returns their sum to each."""
+
+    def __init__(self):
+        self.figures, self.collecting = [], True
+
+    def __call__(self, figures):
+        if self.collecting:
+            self.figures.append(figures)
+        return torch.stack(self.figures).sum(dim=0)
+
+
+@pytest.mark.parametrize("labels", [0, 1, 40])
+def test_parts_of_a_batch_add_up_to_the_whole(hyp, labels):
+    """Five images as 2, 2 and 1, and a stand-in for the last: gradients, averaged over four, are the whole batch's."""
+    outputs, targets = scene(batch=5, labels=labels)
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4, autobalance=True)
+    whole = [output.clone().requires_grad_() for output in outputs]
+    parts, exchange = [(0, 2, 1.0), (2, 4, 1.0), (4, 5, 1.0), (4, 5, 0.0)], Exchange()
+    leaves = [output.clone().requires_grad_() for output in outputs]
+    sharing = [DetectionLoss(hyp, ANCHORS, STRIDES, nc=4, autobalance=True) for _ in parts]
+
+    def run(number):
+        start, stop, weight = parts[number]
+        mine = targets[(targets[:, 0] >= start) & (targets[:, 0] < stop)] - torch.tensor([start, 0, 0, 0, 0, 0])
+        return sharing[number]([leaf[start:stop] for leaf in leaves], mine, Pool(exchange, len(parts), weight))
+
+    with torch.no_grad():  # also keeps the balance
+        for number in range(len(parts)):
+            run(number)
+    exchange.collecting = False
+    results = [run(number) for number in range(len(parts))]
+    expected = loss(whole, targets)
+    expected.total.backward()
+    sum(result.total for result in results).div(len(parts)).backward()
+    for leaf, wanted in zip(leaves, whole, strict=True):
+        torch.testing.assert_close(leaf.grad, wanted.grad, rtol=1e-5, atol=1e-9)
+    for number, result in enumerate(results):
+        assert result.items.tolist() == pytest.approx(expected.items.tolist(), rel=1e-6)
+        assert (result.images, result.labels) == (5, labels)
+        assert sharing[number].balance == sharing[0].balance == pytest.approx(loss.balance, rel=1e-9)
+
+
+def test_a_part_that_is_not_finite_shows_in_the_items_of_all_and_in_its_own_total(hyp):
+    outputs, targets = scene()
+    broken = [torch.full_like(output, math.nan) for output in outputs]
+    loss, exchange = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4), Exchange()
+    loss(broken, targets, Pool(exchange, 2))
+    result = loss(outputs, targets, Pool(exchange, 2))
+    assert result.bad_term() == "box" and torch.isfinite(result.total)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([0.0, 1.0, 88.0, 1e3, 1e4]),
+    nc=st.sampled_from([1, 4]),
+    labels=st.sampled_from([0, 1, 20]),
+    gamma=st.sampled_from([0.0, 1.5]),
+)
+def test_loss_and_gradient_are_finite_for_every_prediction_within_ten_thousand(seed, scale, nc, labels, gamma):
+    generator = torch.Generator().manual_seed(seed)
+    outputs, targets = scene(nc=nc, labels=labels, seed=seed)
+    signs = [torch.randint(-1, 2, output.shape, generator=generator).float() for output in outputs]
+    outputs = [(output * 0.1 + sign) * scale for output, sign in zip(outputs, signs, strict=True)]
+    outputs = [output.clamp(-1e4, 1e4) for output in outputs]
+    hyp = dataclasses.replace(Hyp.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml"), fl_gamma=gamma)
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=nc)
+    result = loss(outputs, targets)
+    assert result.bad_term() is None and torch.isfinite(result.total) and (result.items >= 0).all()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(loss, outputs, targets))

@@ -6,12 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from utils.checkpoint import save_checkpoint
 from utils.checks import UserError
-from utils.data.spec import DataSpec
+from utils.data.images_cache import DiskImages, ImageFiles, RamImages
+from utils.data.spec import DataSpec, load_spec
+from utils.files import ROOT
 from utils.train import resume, setup
+from utils.train.distributed import ALONE, World
+from utils.train.hyp import Hyp
+
+HYP = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
 
 
 class Stub(nn.Module):
@@ -71,14 +78,17 @@ def test_deterministic_algorithms_are_on_inside_and_as_before_outside():
 
 def checkpoint_at(path: Path, optimizer: dict | None, **options) -> Path:
     path.parent.mkdir(parents=True)
-    save_checkpoint(path, {"optimizer": optimizer, "opt": options})
+    needed = dict.fromkeys("model ema scaler schedule stopper generators hyp yaml".split(), {})
+    needed |= {"updates": 0, "epoch": 0, "best_fitness": 0.0}
+    save_checkpoint(path, {**needed, "optimizer": optimizer, "opt": options})
     return path
 
 
 def test_resume_takes_the_newest_run_its_options_and_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    same = {"data": "shapes.yaml", "batch_size": 4, "imgsz": 64, "workers": 8}
     for number, name in enumerate(("a", "b", "c")):
-        path = checkpoint_at(tmp_path / "runs" / name / "weights" / "last.pt", {"state": {}}, epochs=number, workers=8)
+        path = checkpoint_at(tmp_path / "runs" / name / "weights" / "last.pt", {"state": {}}, **same, epochs=number)
         os.utime(path, (1000 + number % 2, 1000 + number % 2))  # b is the newest
     options = Namespace(resume=True, epochs=300, workers=2, device="", save_dir=None)
     resume.resume_options(options, {"resume", "workers"}, {"epochs": 300, "workers": 8, "device": "", "resume": False})
@@ -98,3 +108,75 @@ def test_a_stripped_checkpoint_has_nothing_to_resume(tmp_path):
     path = checkpoint_at(tmp_path / "run" / "last.pt", None, epochs=7)
     with pytest.raises(UserError, match="finished 7 epochs, nothing to resume"):
         resume.load_resumable(path)
+
+
+@pytest.mark.parametrize(
+    ("switches", "processes", "words"),
+    [
+        ({"cfg": ""}, 1, "neither --cfg nor --weights"),
+        ({"weights": "a.onnx"}, 1, "a checkpoint ending in .pt"),
+        ({"batch_size": 0}, 1, "--batch-size 0: at least 1, or -1"),
+        ({"batch_size": 6, "quad": True}, 1, "--quad .* 6 is not a multiple of 4"),
+        ({"batch_size": -1}, 2, "--batch-size -1 measures one GPU alone"),
+        ({"batch_size": 16}, 3, "--batch-size 16 is of all 3 processes together"),
+        ({"image_weights": True}, 2, "--image-weights works in a single process only"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(switches, processes, words):
+    sound = {"cfg": "a.yaml", "weights": "", "resume": False, "batch_size": 16, "quad": False, "image_weights": False}
+    setup.check_options(Namespace(**sound), World(0, 2, 0, 2))
+    setup.check_options(Namespace(**{**sound, "batch_size": -1, "quad": True, "image_weights": True}))
+    with pytest.raises(UserError, match=words):
+        setup.check_options(Namespace(**{**sound, **switches}), World(0, processes, 0, processes))
+
+
+@pytest.mark.parametrize(("found", "quad", "expected"), [(13, False, 13), (13, True, 12), (3, True, 4)])
+def test_a_measured_batch_is_by_fours_with_quad(monkeypatch, found, quad, expected):
+    def measured(model, imgsz, device, dtype):
+        assert (imgsz, dtype) == (96, torch.float16)
+        return found
+
+    monkeypatch.setattr(setup, "choose_batch_size", measured)
+    options = Namespace(imgsz=96, quad=quad, amp="auto")
+    assert setup.fitting_batch_size(Stub(), options, torch.device("cuda")) == expected
+
+
+CACHES = {
+    None: (ImageFiles, ImageFiles),
+    "ram": (RamImages, RamImages),
+    "disk": (DiskImages, DiskImages),
+    "val": (ImageFiles, RamImages),
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_shapes):
+    spec = load_spec(str(tiny_shapes))
+    return setup.load_tables(spec, single_cls=False, workers=0), spec, Hyp.from_yaml(HYP)
+
+
+def loaders_of(prepared, world=ALONE, **switches):
+    tables, spec, hyp = prepared
+    sound = {"imgsz": 64, "batch_size": 16, "workers": 8, "seed": 0, "rect": False, "quad": False, "noval": False}
+    return setup.build_loaders(tables, spec, Stub(), hyp, Namespace(**{**sound, "cache": None, **switches}), world)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches_hold_the_images_that_they_are_asked_to(prepared, cache):
+    loaders = loaders_of(prepared, cache=cache)
+    assert (type(loaders.train.dataset.images), type(loaders.val.dataset.images)) == CACHES[cache]
+    validated_once = loaders_of(prepared, cache=cache, noval=True)
+    assert type(validated_once.val.dataset.images) is ImageFiles
+
+
+def test_of_several_processes_the_first_alone_validates_and_all_share_batches(prepared, monkeypatch):
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    first, second = (loaders_of(prepared, World(rank, 2, rank, 2)) for rank in range(2))
+    assert second.val is None and first.val.batch_size == 8  # all that there are
+    assert len(first.train) == len(second.train) == 2
+    assert first.train.workers == 2
+    batches = [list(loaders.train.batches) for loaders in (first, second)]
+    assert [[len(batch) for batch in own] for own in batches] == [[8, 4], [8, 4]]
+    positions = [key.position for both in zip(*batches, strict=True) for own in both for key in own]
+    assert positions == list(range(24))

@@ -1,0 +1,130 @@
+"""What a machine runs out of, put into words: memory of all kinds, processes that it kills for them, disks.
+
+The libraries tell such things in errors of their own kinds; they are known here by their type's name and their text, so
+that nothing is imported for it. Writers that know what they were at (`utils.files.atomic_write`) have better words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from utils.checks import UserError
+
+
+class Shortage(NamedTuple):
+    """A way to run out of something.
+
+    Attributes:
+        signs: what an error of this kind has in its type's name and text.
+        what: what has happened.
+        remedy: what helps beside smaller options; empty where there is nothing.
+    """
+
+    signs: re.Pattern
+    what: str
+    remedy: str = ""
+
+
+# The first that fits holds.
+SHORTAGES = (
+    Shortage(
+        re.compile(r"Bus error|out of shared memory|unable to (open|write to|resize) (file|shared memory)|/dev/shm"),
+        "out of shared memory, through which a loader's processes hand over their batches",
+        "give it more (docker run --shm-size 8g), or use --workers 0",
+    ),
+    Shortage(
+        re.compile(r"DataLoader worker.*(killed by signal|exited unexpectedly)|^BrokenProcessPool", re.DOTALL),
+        "a worker process was killed, as systems do when memory runs out",
+        "use fewer --workers and no --cache ram",
+    ),
+    Shortage(re.compile(r"ancdata|Too many open files"), "too many files are open", "use fewer --workers"),
+    Shortage(
+        re.compile(r"(CUDA|HIP|MPS|CUBLAS|CUDNN|cuDNN).*(out of memory|ALLOC_FAILED)|^(Cuda)?OutOfMemoryError"),
+        "out of GPU memory",
+        "stop other programs that use the GPU",
+    ),
+    Shortage(
+        re.compile(r"MemoryError|DefaultCPUAllocator|bad_alloc|Insufficient memory|Cannot allocate memory"),
+        "out of memory",
+        "stop other programs",
+    ),
+)
+DISK_ERRORS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE")
+    if hasattr(errno, name)
+}
+_AMOUNT = re.compile(r"[Tt]r(?:ied|ying) to allocate ([\d.]+ \w+)|[Uu]nable to allocate ([\d.]+ \w+)")
+
+
+def shortage(error: BaseException) -> Shortage | None:
+    """Returns what has run out, or None where the error is of another kind."""
+    words = f"{type(error).__name__}: {error}"
+    return next((kind for kind in SHORTAGES if kind.signs.search(words)), None)
+
+
+@contextlib.contextmanager
+def limits_explained(sizes: Mapping[str, Any]) -> Iterator[None]:
+    """Turns running out of something, inside, or a disk that fails, into a message.
+
+    Args:
+        sizes: the options that more of it is needed with, and their values, such as {"--batch-size": 16}; the first
+            are the ones to lower first.
+
+    Raises:
+        UserError: something has run out, or a file cannot be written or read.
+        KeyboardInterrupt: the error arose while this was being answered.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        interrupt = _interrupt_before(error)
+        if interrupt:  # what breaks while it is being answered, workers that a cluster ends too, is no news
+            raise interrupt from error
+        message = in_words(error, sizes)
+        if message is None:
+            raise
+        raise UserError(message) from error
+
+
+def _interrupt_before(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Returns Ctrl-C or SIGTERM where an error arose while it was being answered."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return error
+        error = error.__context__
+    return None
+
+
+def in_words(error: Exception, sizes: Mapping[str, Any]) -> str | None:
+    """Returns what to tell of an error, or None where it is of another kind; see `limits_explained`."""
+    kind = shortage(error)
+    if kind:
+        here = ", ".join(f"{name} {_shown(value)}" for name, value in sizes.items() if value is not None)
+        lower = " or ".join(name for name in sizes if name != "--workers")
+        remedies = ", or ".join(filter(None, (f"lower {lower}", kind.remedy)))
+        return f"{kind.what}{_asked_for(error)}{here and f', with {here}'}. {remedies[0].upper()}{remedies[1:]}."
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error.filename or 'a file'}: cannot be used ({error.strerror}). Make room, or make it accessible."
+    return None
+
+
+def _shown(value: Any) -> str:
+    """Returns an option's value as on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _asked_for(error: Exception) -> str:
+    """Returns how much memory was wanted in vain, as far as an error tells."""
+    amount = _AMOUNT.search(str(error))
+    if not amount:
+        return ""
+    number, unit = next(filter(None, amount.groups())).split()
+    words = f"{int(number) / 2**20:.0f} MiB" if unit == "bytes" else f"{number} {unit}"
+    return f" ({words} more were asked for)"

@@ -1,0 +1,306 @@
+"""Several processes that train as one: who is who, what they tell each other, and how all end when one fails.
+
+Started by torch.distributed.run, a process for every GPU, or as many as wanted on CPUs. Figures and decisions go over
+gloo, so that every batch notices a process that is gone. A process alone is a `World` of one, and nothing here changes
+what it computes. Devices and gradients are in `utils.train.replica`, what figures add up to in `utils.train.loss`,
+which images each process takes in `utils.data.order`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.checks import UserError
+from utils.cli import EXIT_INTERRUPTED, ReportedError
+from utils.data.order import Share
+from utils.log import LOGGER
+
+# Others wait as long while the first process scans labels or validates; a process that is gone is noticed at once.
+FIGURES_TIMEOUT = datetime.timedelta(days=1)
+MEETING_TIMEOUT = datetime.timedelta(minutes=10)
+STORE_TIMEOUT_S = 2.0
+CLOSING_S = 0.2  # a process that dies closes its connections one after the other
+EXIT_TERMINATED = 128 + signal.SIGTERM
+FAILURES = "failures"  # the store's count of processes that failed
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables that every launcher sets
+LOST_CONNECTION = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and which of them this one is.
+
+    Attributes:
+        rank: this process among all; rank 0 alone writes files, logs and validates.
+        size: how many there are.
+        local_rank: this process among those of its machine.
+        local_size: how many there are on its machine.
+        store: where connected processes leave word; None before and where this one is alone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    store: dist.Store | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def from_environment(cls, local_rank: int = -1, environment: Mapping[str, str] = os.environ) -> World:
+        """Reads what the launcher says; without one, or with a single process, this process is alone.
+
+        Args:
+            local_rank: `--local_rank`, which launchers pass that do not set LOCAL_RANK.
+            environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+        Raises:
+            UserError: variables are missing, are no numbers, or do not go together.
+        """
+        if "RANK" not in environment or environment.get("WORLD_SIZE") == "1":
+            return cls()
+        missing = [name for name in NEEDED if name not in environment]
+        if missing:
+            raise UserError(f"RANK is set, but not {', '.join(missing)}: start with python -m torch.distributed.run.")
+        defaults = {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": environment["WORLD_SIZE"]}
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        try:
+            rank, size, own, here = (int(environment.get(name, defaults.get(name))) for name in names)
+        except ValueError as error:
+            raise UserError(f"one of {', '.join(names)} is not a whole number: {error}.") from error
+        own = rank % here if own < 0 else own
+        if not (0 <= rank < size and 0 <= own < here <= size):
+            raise UserError(f"RANK {rank} of {size} and LOCAL_RANK {own} of {here} do not go together.")
+        return cls(rank, size, own, here)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process logs, writes and decides."""
+        return self.rank == 0
+
+    @property
+    def share(self) -> Share:
+        """This process's part of every batch."""
+        return Share(self.rank, self.size)
+
+    @property
+    def command(self) -> str:
+        """How such processes are started, less the options."""
+        if self.size == 1:
+            return "python train.py"
+        nodes = f" --nnodes {self.size // self.local_size}" if self.size > self.local_size else ""
+        return f"python -m torch.distributed.run{nodes} --nproc_per_node {self.local_size} train.py"
+
+    def add_up(self, figures: Tensor) -> Tensor:
+        """Returns the sum over all processes of (n,) float64 on the CPU, in the same order and so the same on all."""
+        parts = [torch.empty_like(figures) for _ in range(self.size)]
+        dist.all_gather(parts, figures)
+        return torch.stack(parts).sum(dim=0)
+
+    def told_by_first(self, value: bool) -> bool:
+        """Returns what the first process hands in; the others wait for it."""
+        if self.size == 1:
+            return value
+        decision = torch.tensor([value], dtype=torch.uint8)
+        dist.broadcast(decision, src=0)
+        return bool(decision.item())
+
+    def text_of_first(self, text: str) -> str:
+        """Returns the text that the first process hands in; the others wait for it."""
+        if self.size == 1:
+            return text
+        content = torch.tensor(list(os.fsencode(text)), dtype=torch.uint8)
+        length = torch.tensor(len(content))
+        dist.broadcast(length, src=0)
+        content = content if self.is_first else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(content, src=0)
+        return os.fsdecode(content.numpy().tobytes())
+
+    def wait(self) -> None:
+        """Waits for all."""
+        if self.size > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Lets the first process do something, then the first of every other machine, then the rest at once.
+
+        So what is kept on disk is made once, and found by those that come later.
+        """
+        turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
+            self.wait()
+        yield
+        for _ in range(turn, 2):
+            self.wait()
+
+    @contextlib.contextmanager
+    def first_speaks(self) -> Iterator[None]:
+        """Keeps what all processes find out alike from being told by each: others tell errors alone meanwhile."""
+        before = LOGGER.level
+        if not self.is_first:
+            LOGGER.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            LOGGER.setLevel(before)
+
+
+ALONE = World()
+
+
+# ------------------------------------------------------------------------------------------------ beginning and end
+
+
+@contextlib.contextmanager
+def joined(world: World) -> Iterator[World]:
+    """Connects the processes while something runs. When one fails, all end, and its message is shown once.
+
+    Yields:
+        `world`, connected.
+
+    Raises:
+        UserError: the processes do not find each other; and what the body raises, where this process is the first to
+            fail.
+        ReportedError: another one was, and tells why.
+    """
+    if world.size == 1:
+        yield world
+        return
+    world = replace(world, store=_meet(world))
+    with contextlib.ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stack.callback(_answer, number, signal.getsignal(number))
+        try:
+            yield world
+        except ReportedError:
+            raise
+        except BaseException as error:
+            _end_undisturbed()
+            first = _is_first_to_fail(world)
+            if first or not isinstance(error, (UserError, KeyboardInterrupt)):
+                raise
+            if isinstance(error, KeyboardInterrupt):
+                raise SystemExit(EXIT_INTERRUPTED) from error
+            raise ReportedError("ended with another process, which has told why.") from error
+
+
+def _meet(world: World) -> dist.Store:
+    """Connects this process with the others; returns the store that outlives their connection."""
+    try:
+        common, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=MEETING_TIMEOUT))
+        number = common.add(f"runs of rank {world.rank}", 1)  # its store outlives a run, others may follow
+        store = dist.PrefixStore(f"run {number}", common)
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("figures", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=FIGURES_TIMEOUT,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"process {world.rank} of {world.size} does not find the others at {address}: {reason}"
+        ) from error
+    return store
+
+
+def _is_first_to_fail(world: World) -> bool:
+    """Counts this process among those that failed; tells whether no other one did before.
+
+    The store is the launcher's, or a part of the first process: when that is gone nobody can be asked, and when this is
+    it, it stays a moment for those that fail alike.
+    """
+    if not world.is_first and not _store_answers():
+        return True
+    try:
+        failed = world.store.add(FAILURES, 1)
+    except dist.DistError:  # it went at this moment
+        return True
+    until = time.monotonic() + STORE_TIMEOUT_S
+    hosts = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    while hosts and world.store.add(FAILURES, 0) < world.size and time.monotonic() < until:
+        time.sleep(0.05)
+    return failed == 1
+
+
+def _store_answers() -> bool:
+    """Whether somebody still listens where the processes met; asked beforehand, for the store's client complains."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    time.sleep(CLOSING_S)
+    try:
+        with socket.create_connection(address, timeout=STORE_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def explained(world: World, advice: Callable[[], str]) -> Iterator[None]:
+    """Puts into words, followed by `advice`, what happens to this process when another one is gone.
+
+    Either the libraries raise an error; or the launcher, which learns of it too, sends SIGTERM: this process answers
+    with a line, unless another one has told why, and ends.
+
+    Raises:
+        UserError: another process is gone.
+    """
+    if world.size == 1:
+        yield
+        return
+    former, answer = signal.getsignal(signal.SIGTERM), functools.partial(_tell_and_end, world, os.getpid(), advice)
+    _answer(signal.SIGTERM, answer)
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in LOST_CONNECTION)):
+            raise
+        _end_undisturbed()
+        others = [str(rank) for rank in range(world.size) if rank != world.rank]
+        who = f"the process of rank {others[0]}" if len(others) == 1 else f"a process of ranks {', '.join(others)}"
+        raise UserError(
+            f"{who} has ended: where it left no message of its own, it was killed, ran out of memory or lost its "
+            f"connection. Rank {world.rank} ends with it. {advice()}"
+        ) from error
+    finally:
+        if signal.getsignal(signal.SIGTERM) is answer:
+            _answer(signal.SIGTERM, former)
+
+
+def _tell_and_end(world: World, process: int, advice: Callable[[], str], *_: Any) -> None:
+    """Answers SIGTERM at once, whatever is going on; a child that inherited this has nothing to tell."""
+    if os.getpid() == process and _is_first_to_fail(world):
+        words = f"\nended by SIGTERM, which launchers send when another process has ended. {advice()}\n"
+        os.write(sys.stderr.fileno(), words.encode())
+    os._exit(EXIT_TERMINATED)
+
+
+def _end_undisturbed() -> None:
+    """Keeps what may still come, from the launcher or from loaders' processes that it ends, off the last words."""
+    _answer(signal.SIGTERM, signal.SIG_IGN)
+    _answer(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGCHLD"):
+        _answer(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error
+
+
+def _answer(number: signal.Signals, handler: Any) -> None:
+    """Sets what a signal does; outside the main thread Python cannot, and it stays as it is."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)
