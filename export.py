@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from models.export.formats import FORMATS
-from utils.cli import ReportedError, echo_options, number, options_from, run_command
+from utils.cli import CommandParser, ReportedError, echo_options, number, options_from, run_command
 from utils.log import LOGGER
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """Declares the options: YOLOv5 6.1's names and meanings, and what int8 may cost."""
-    parser = argparse.ArgumentParser("export.py", description="Export trained detectors and check the results.")
+    parser = CommandParser("export.py", description="Export trained detectors and check the results.")
     add = parser.add_argument
     add("--data", default="", help="data set YAML: calibrates int8, and exports are compared on its validation images")
     add("--weights", nargs="+", default=[], help="checkpoints; default: the newest runs/train/*/weights/best.pt")
     add("--imgsz", "--img", "--img-size", nargs="+", type=number(int, 1), default=[640, 640], help="image size: h w")
-    add("--batch-size", type=number(int, 1), default=1, help="images at a time")
+    add("--batch-size", type=number(int, 1, 1024), default=1, help="images at a time")
     add("--device", default="cpu", help="cpu, or the CUDA device, such as 0, to build TorchScript and TensorRT for")
     add("--half", action="store_true", help="weights in float16")
     add("--inplace", action="store_true", help="refused: exports decode boxes without in-place operations")

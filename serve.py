@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.checks import UserError
-from utils.cli import echo_options, newest_weights, number, options_from, run_command
+from utils.cli import CommandParser, echo_options, newest_weights, number, options_from, run_command
 from utils.files import ROOT
 from utils.log import LOGGER, colorstr
 
@@ -32,7 +32,7 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 def build_parser() -> argparse.ArgumentParser:
     """Declares the options and the defaults' only home."""
-    parser = argparse.ArgumentParser("serve.py", description="Serve a trained model over HTTP.")
+    parser = CommandParser("serve.py", description="Serve a trained model over HTTP.")
     add = parser.add_argument
     add("--weights", default="", help="checkpoint or exported model; default: the newest runs/train/*/weights/best.pt")
     add("--imgsz", "--img", "--img-size", nargs="+", type=number(int, 1), default=None, help="default: as exported")

@@ -23,6 +23,9 @@ from torch.nn import functional as F
 
 from utils.checks import did_you_mean
 
+MAX_ACTIVATION_TEXT = 200  # characters; Python's parser itself fails on nesting that few of them cannot hold
+MAX_ACTIVATION_PARAMETERS = 100_000
+
 # Other people's programs import these names from here; they are defined where they belong, above this file.
 DEFINED_ABOVE = {
     "AutoShape": "models.autoshape",
@@ -59,8 +62,8 @@ def make_activation(act: bool | nn.Module | None) -> nn.Module:
 
 
 def is_activation(name: str) -> bool:
-    """Tells whether `name` ("SiLU", "nn.SiLU") is one of torch's activation classes."""
-    return isinstance(getattr(nn.modules.activation, name.removeprefix("nn."), None), type)
+    """Tells whether `name` ("SiLU", "nn.SiLU") is one of torch's activation classes, of one input."""
+    return name.removeprefix("nn.") in set(nn.modules.activation.__all__) - {"MultiheadAttention"}
 
 
 def parse_activation(text: str) -> nn.Module:
@@ -71,8 +74,11 @@ def parse_activation(text: str) -> nn.Module:
     Raises:
         ValueError: no such activation, or arguments that it does not take.
     """
-    problem = f"'{text}' is not an activation; write it like nn.SiLU(), nn.LeakyReLU(0.1) or Mish"
+    text = str(text)
+    problem = f"{text[:80]!r} is not an activation; write it like nn.SiLU(), nn.LeakyReLU(0.1) or Mish"
     try:
+        if len(text) > MAX_ACTIVATION_TEXT:
+            raise ValueError(f"{len(text)} characters are too many.")
         node = ast.parse(text.strip(), mode="eval").body
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
         name = ast.unparse(call.func).removeprefix("torch.")
@@ -80,8 +86,10 @@ def parse_activation(text: str) -> nn.Module:
         keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
         if not is_activation(name):
             raise ValueError(did_you_mean(name.removeprefix("nn."), nn.modules.activation.__all__))
+        if name.endswith("PReLU") and any(value > MAX_ACTIVATION_PARAMETERS for value in (*args, *keywords.values())):
+            raise ValueError("It has too many parameters.")
         return getattr(nn.modules.activation, name.removeprefix("nn."))(*args, **keywords)
-    except (SyntaxError, TypeError, ValueError) as error:
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"{problem}. {error}".rstrip()) from error
 
 

@@ -26,6 +26,20 @@ CONFIG_KEYS = {
     "backbone": list,
     "head": list,
 }
+# Far beyond any detector: these stop YAMLs that would fill the memory. The largest of YOLOv5's layers comes to 41e6.
+LIMITS = {  # key -> least and greatest value
+    "nc": (1, 100_000),
+    "depth_multiple": (0, 100),
+    "width_multiple": (0.001, 100),
+    "ch": (1, 1000),
+    "channel_multiple": (1, 1024),
+}
+MAX_LAYER_SIZE = 1 << 30  # repeats, channels squared and the largest other number squared, multiplied
+MAX_ROWS = 1000
+MAX_REPEATS = 100  # of a row, times depth_multiple
+MAX_ANCHORS = 100  # per level
+MAX_ANCHOR_PX = 1e6
+MAX_LITERAL = 200  # characters
 
 
 def read_config(cfg: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -47,10 +61,26 @@ def read_config(cfg: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], st
             raise UserError(f"{source}: {problem}; a model YAML needs {', '.join(CONFIG_KEYS)}.")
     if config["nc"] < 1:
         raise UserError(f"{source}: nc: {config['nc']}: a detector needs at least one class.")
-    anchors = config["anchors"]
-    if not anchors or (isinstance(anchors, list) and not all(isinstance(row, list) for row in anchors)):
-        raise UserError(f"{source}: anchors: {anchors}: give one list [w, h, w, h, ...] per level, or their number.")
+    for key, (least, greatest) in LIMITS.items():
+        value = config.get(key, least)
+        if not isinstance(value, (int, float)) or not least <= value <= greatest:
+            raise UserError(f"{source}: '{key}: {value}' is no number from {least} to {greatest}.")
+    if len(config["backbone"]) + len(config["head"]) > MAX_ROWS:
+        raise UserError(f"{source}: more than {MAX_ROWS} rows.")
+    if not _are_anchors(config["anchors"]):
+        given = f"{source}: anchors: {str(config['anchors']):.200}"
+        raise UserError(f"{given}: give one list [w, h, w, h, ...] of sizes per level, or their number.")
     return config, source
+
+
+def _are_anchors(anchors: int | list) -> bool:
+    """Tells whether these are anchors: a number of them per level, or rows of positive numbers."""
+    if isinstance(anchors, int):
+        return 1 <= anchors <= MAX_ANCHORS
+    rows = [row for row in anchors if isinstance(row, list) and len(row) <= 2 * MAX_ANCHORS]
+    numbers = [side for row in rows for side in row]
+    positive = all(isinstance(side, (int, float)) and 0 < side < MAX_ANCHOR_PX for side in numbers)
+    return bool(anchors) and len(rows) == len(anchors) and positive
 
 
 def check_row(row: Any) -> list[Any]:
@@ -86,11 +116,13 @@ def resolve_argument(value: Any, names: Mapping[str, Any]) -> Any:
         return value
     if value in names:
         return names[value]
+    if len(value) > MAX_LITERAL:
+        raise ValueError(f"an argument of {len(value)} characters is too long")
     if value.startswith(("nn.", "torch.nn.")) or is_activation(value.split("(")[0]):
         return parse_activation(value)
     try:
         return ast.literal_eval(value)
-    except (SyntaxError, ValueError):  # a word such as 'nearest'
+    except (MemoryError, RecursionError, SyntaxError, ValueError):  # a word such as 'nearest'
         return value
 
 
@@ -115,6 +147,21 @@ class LayerPlan(NamedTuple):
 
     args: list[Any]
     channels: int
+
+
+def check_size(repeats: int, inputs: RowInputs, width: int, args: list[Any]) -> None:
+    """Refuses layers that no memory would hold, before they are built; `args` are the row's own.
+
+    Raises:
+        ValueError: more channels, repeats or larger kernels than any detector has.
+    """
+    if repeats > MAX_REPEATS:
+        raise ValueError(f"{repeats} repeats are more than any detector has (at most {MAX_REPEATS})")
+    flat = [value for argument in args[1:] for value in (argument if isinstance(argument, list) else [argument])]
+    others = [abs(value) for value in flat if isinstance(value, (int, float))]
+    size = repeats * max(width, 1, *inputs.channels) ** 2 * max([1, *others]) ** 2
+    if not size <= MAX_LAYER_SIZE:
+        raise ValueError(f"{repeats} layers of {width} channels with these arguments are larger than any detector's")
 
 
 def scaled_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
@@ -156,6 +203,8 @@ def detect_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
     """Plans Detect from (nc, anchors): checks the anchors and appends the sources' channels."""
     nc, anchors = args
     levels = len(inputs.channels)
+    if not isinstance(nc, int) or nc < 1 or not _are_anchors(anchors):
+        raise ValueError("its arguments are nc and anchors: a whole number from 1, and sizes per level or their number")
     if isinstance(anchors, int):
         anchors = [list(range(anchors * 2))] * levels  # to be found by AutoAnchor
     if len(anchors) != levels:

@@ -7,6 +7,7 @@ are then collected by name. This file and `utils.checkpoint` are the only places
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from models.yolo import Model
-from utils.checkpoint import ForeignPickle, load_checkpoint, read_archive
+from utils.checkpoint import ForeignPickle, check_tensor, load_checkpoint, read_archive
 from utils.checks import UserError, did_you_mean
 from utils.download import RELEASES, download_weights
 from utils.files import ROOT
@@ -56,6 +57,7 @@ class Weights:
         stride: pixels per cell of each level.
         source: "ours" or "yolov5".
         meta: epoch, date, opt, hyp, data: None where the file does not say.
+        path: the file, for messages.
     """
 
     yaml: dict[str, Any]
@@ -65,6 +67,7 @@ class Weights:
     stride: list[int]
     source: str
     meta: dict[str, Any]
+    path: Path
 
 
 class Transfer(NamedTuple):
@@ -153,7 +156,10 @@ def model_from(weights: Weights, cfg: str | Path | Mapping[str, Any] | None = No
     Raises:
         UserError: the model cannot be built, or the file's weights do not fit its own YAML.
     """
-    model = Model(cfg or weights.yaml, nc=nc).eval()
+    try:
+        model = Model(cfg or weights.yaml, nc=nc).eval()
+    except UserError as error:
+        raise error if cfg else UserError(f"{weights.path}: {error}") from error
     if not any(".bn." in key for key in weights.state_dict):
         model.fuse()  # as the file's model was before it was saved
     moved = transfer(model, weights.state_dict)
@@ -161,8 +167,8 @@ def model_from(weights: Weights, cfg: str | Path | Mapping[str, Any] | None = No
         unknown = sorted(set(weights.state_dict) - set(model.state_dict()))
         if moved.missing_keys or unknown:
             raise UserError(
-                f"the weights do not fit their own model YAML: {len(moved.missing_keys)} tensors missing or of another "
-                f"shape, {len(unknown)} unknown, such as {(moved.missing_keys + unknown)[0]}."
+                f"{weights.path}: the weights do not fit their own model YAML: {len(moved.missing_keys)} tensors "
+                f"missing or of another shape, {len(unknown)} unknown, such as {(moved.missing_keys + unknown)[0]}."
             )
     else:
         LOGGER.info(f"Transferred {moved.loaded}/{moved.total} tensors to a model of {model.nc} classes")
@@ -196,17 +202,18 @@ def find_weights(weights: str | Path) -> Path:
         UserError: no such file (the nearest names beside it are shown), or it could not be fetched.
     """
     path = Path(weights)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path's it is just False for a name too long
         return path
     if path.name in RELEASES:
         return Path(download_weights(path))
     folders = {path.parent, ROOT}
-    nearby = [str(found) for folder in folders if folder.is_dir() for found in sorted(folder.glob("*.pt"))]
+    nearby = [str(found) for folder in folders if os.path.isdir(folder) for found in sorted(folder.glob("*.pt"))]
     nearby += [str(found) for found in sorted((ROOT / "runs").glob("*/*/weights/*.pt"))]
+    nearby = [found for found in nearby if os.path.isfile(found)]
     by_name = {Path(found).name: found for found in reversed(nearby)}
     hint = did_you_mean(path.name, [*by_name, *RELEASES])
     there = f" There are: {', '.join(nearby[:5])}." if nearby else ""
-    what = "is a folder" if path.is_dir() else "no such file"
+    what = "is a folder" if os.path.isdir(path) else "no such file"
     raise UserError(f"--weights {path}: {what}.{hint}{there}")
 
 
@@ -229,16 +236,19 @@ def read_weights(weights: str | Path, prefer_ema: bool = True) -> Weights:
     try:
         state_dict = (checkpoint["ema"] if prefer_ema else None) or checkpoint["model"]
         return Weights(
-            yaml=checkpoint["yaml"],
-            state_dict={key: _float(tensor) for key, tensor in state_dict.items()},
-            names=checkpoint["names"],
-            nc=checkpoint["nc"],
-            stride=checkpoint["stride"],
+            yaml=dict(checkpoint["yaml"]),
+            state_dict={str(key): _float(tensor) for key, tensor in state_dict.items()},
+            names={int(number): str(name) for number, name in checkpoint["names"].items()},
+            nc=int(checkpoint["nc"]),
+            stride=[int(pixels) for pixels in checkpoint["stride"]],
             source="ours",
             meta={key: checkpoint.get(key) for key in ("epoch", "date", "opt", "hyp", "data")},
+            path=path,
         )
     except KeyError as error:
         raise UserError(f"{path}: the checkpoint has no {error}.") from error
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: the checkpoint is damaged ({error}).") from error
 
 
 def _read_original(path: Path, foreign: ForeignPickle, prefer_ema: bool) -> Weights:
@@ -256,7 +266,7 @@ def _read_original(path: Path, foreign: ForeignPickle, prefer_ema: bool) -> Weig
         raise UserError(f"{path}: is not a YOLOv5 detector (a models.yolo model that ends in Detect).")
     try:
         return _collect(path, content, model, detect)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OverflowError, RuntimeError, StopIteration, TypeError, ValueError) as error:
         raise UserError(f"{path}: the YOLOv5 model in it is incomplete ({error}).") from error
 
 
@@ -293,7 +303,7 @@ def _collect(path: Path, content: Mapping[str, Any], model: Holder, detect: Hold
         "hyp": _plain(content.get("hyp")) or _plain(getattr(model, "hyp", None)),
         "data": opt.get("data") if isinstance(opt, dict) else None,
     }
-    return Weights({**_plain(model.yaml), **own}, state_dict, _names(model, nc, path), nc, stride, "yolov5", meta)
+    return Weights({**_plain(model.yaml), **own}, state_dict, _names(model, nc, path), nc, stride, "yolov5", meta, path)
 
 
 def _walk(holder: Holder, prefix: str = "", depth: int = 0, found: list[int] | None = None) -> Iterator[tuple]:
@@ -333,6 +343,7 @@ def _float(tensor: Tensor) -> Tensor:
     """Returns a tensor without gradient, in float32 if it is a floating one."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"a {type(tensor).__name__} stands where a tensor is expected")
+    check_tensor(tensor)
     return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
 
 

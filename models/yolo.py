@@ -29,6 +29,8 @@ from utils.log import LOGGER
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03  # part of the trained weights' meaning, though no state dict holds them
 STRIDE_IMAGE_PX = 128  # side of the image on which strides are measured: the largest stride there is (P7)
+# What building or running layers with arguments that do not suit them raises.
+ROW_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 INPLACE_ACTIVATIONS = (nn.Hardswish, nn.LeakyReLU, nn.ReLU, nn.ReLU6, nn.SiLU)
 
 
@@ -146,7 +148,7 @@ def find_block(name: str) -> Block:
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         return Block(cls)
     torch_layers = [f"nn.{layer}" for layer in dir(nn) if isinstance(getattr(nn, layer), type)]
-    raise ValueError(f"unknown block '{name}'.{did_you_mean(name, [*BLOCKS, *torch_layers])}")
+    raise ValueError(f"unknown block '{name:.80}'.{did_you_mean(name, [*BLOCKS, *torch_layers])}")
 
 
 def parse_model(
@@ -176,8 +178,8 @@ def parse_model(
             inputs = [channels[position] if position >= 0 else ch[-1] for position in positions]
             row_inputs = config.RowInputs(inputs, config.channel_scale(model_yaml), model_yaml.get("inplace", True))
             layer, width = _build_layer(name, repeats, config.resolve_argument(args, names), row_inputs, model_yaml)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{source}: row {index} {row}: {error}") from error
+        except ROW_ERRORS as error:
+            raise UserError(f"{source}: row {index} {str(row):.300}: {error or type(error).__name__}") from error
         layer.i, layer.f = index, sources
         layers.append(layer)
         channels.append(width)
@@ -190,7 +192,9 @@ def _build_layer(name, repeats, args, inputs: config.RowInputs, model_yaml: Mapp
     block = find_block(name)
     if repeats > 1:
         repeats = max(round(repeats * model_yaml["depth_multiple"]), 1)
-    args, width = block.plan(inputs, args)
+    own_args = args
+    args, width = block.plan(inputs, own_args)
+    config.check_size(repeats, inputs, width, own_args)
     if block.repeats_inside:
         args = [*args[:2], repeats, *args[2:]]
     copies = 1 if block.repeats_inside else repeats
@@ -250,6 +254,10 @@ class Model(nn.Module):
         if not isinstance(self.detect, Detect):
             raise UserError(f"{self.yaml_file}: the last row must be Detect, not {self.detect.type}.")
         self.nc = self.yaml["nc"]
+        if self.detect.nc != self.nc:
+            raise UserError(
+                f"{self.yaml_file}: Detect has {self.detect.nc} classes, but nc is {self.nc}: write nc there."
+            )
         self.names = {number: str(number) for number in range(self.nc)}
         self.inplace = self.yaml.get("inplace", True)
         self.hyp: dict[str, float] | None = None
@@ -311,8 +319,8 @@ class Model(nn.Module):
             with torch.no_grad():
                 blank = torch.zeros(1, ch, STRIDE_IMAGE_PX, STRIDE_IMAGE_PX, device=device)
                 logits = self(blank, visualize=lambda layer, _: finished.append(layer.i))
-        except RuntimeError as error:
-            layer = self.model[len(finished)]
+        except ROW_ERRORS as error:
+            layer = self.model[min(len(finished), len(self.model) - 1)]
             raise UserError(f"{self.yaml_file}: row {layer.i} ({layer.type}, from {layer.f}): {error}") from error
         self.train()
         return torch.tensor([STRIDE_IMAGE_PX / maps.shape[2] for maps in logits], device="cpu")

@@ -1,10 +1,19 @@
 """What the whole suite shares: folders of golden numbers and real images, a small data set, weights, a camera."""
 
+import contextlib
 import http.server
+import io
+import ipaddress
 import logging
 import os
+import shutil
+import signal
+import socket
+import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -203,6 +212,19 @@ def mjpeg_server(numbered):
 
 
 @pytest.fixture(autouse=True)
+def process_as_before():
+    """Gives signals and torch's switches back as they were: a program that ends leaves them as they are."""
+    answers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    torch = sys.modules.get("torch")
+    deterministic = torch and torch.are_deterministic_algorithms_enabled()
+    yield
+    for number, answer in answers.items():
+        signal.signal(number, answer)
+    if torch:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(autouse=True)
 def logger_as_before():
     """Gives the program's logger back as it was: a script run inside a test must not silence the next test."""
     logger = logging.getLogger("yolov5")
@@ -211,3 +233,103 @@ def logger_as_before():
     logger.handlers[:] = handlers
     logger.setLevel(level)
     logger.propagate = propagate
+
+
+class Outcome(NamedTuple):
+    """What a command returned, and all that it said."""
+
+    status: int
+    said: str
+    prog: str
+
+    def assert_refused(self, *words: str) -> None:
+        """It ended in a message of at most three lines with these words in it, and without a traceback."""
+        assert self.status in (1, 2), self.said
+        assert "Traceback" not in self.said
+        _, _, message = self.said.partition(f"{self.prog}: error: ")
+        assert message and len(message.strip().splitlines()) <= 3, self.said
+        for word in words:
+            assert word in message, message
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Runs a script's command line in this process: `command(train, "--epochs", 3)` is an `Outcome`."""
+    from utils.cli import run_command
+
+    def run(script, *arguments: object) -> Outcome:
+        said, prog = io.StringIO(), f"{script.__name__}.py"
+        logging.getLogger("yolov5").handlers.clear()
+        line = mock.patch("sys.argv", [prog, *map(str, arguments)])
+        with line, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                status = run_command(script.main, script.build_parser())
+            except SystemExit as stop:  # argparse
+                status = stop.code
+        return Outcome(status, said.getvalue(), prog)
+
+    return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def network_attempts():
+    """Refuses connections to other machines and the look-up of their names in this process; lists what was tried."""
+    attempts: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, _local_only(getattr(socket.socket, name), attempts))
+        patch.setattr(socket, "getaddrinfo", _local_names_only(socket.getaddrinfo, attempts))
+        yield attempts
+
+
+@pytest.fixture(autouse=True)
+def no_network(network_attempts):
+    """Fails a test that reached for the network, or whose fixtures did, even if it bore the refusal."""
+    yield
+    tried = list(network_attempts)
+    network_attempts.clear()
+    assert not tried, f"reached for the network: {tried}"
+
+
+def _local_only(method, attempts: list[str]):
+    """Wraps a method of sockets that takes an address last."""
+
+    def checked(own, *arguments):
+        host = arguments[-1][0] if isinstance(arguments[-1], tuple) else "localhost"  # text is a path: a local socket
+        if not _is_local(host):
+            attempts.append(str(arguments[-1]))
+            raise ConnectionRefusedError(f"tests have no network: {host}")
+        return method(own, *arguments)
+
+    return checked
+
+
+def _local_names_only(look_up, attempts: list[str]):
+    """Wraps the look-up of names; those ending in `.invalid` exist nowhere and may be asked for."""
+
+    def checked(host, *arguments, **options):
+        name = host.decode() if isinstance(host, bytes) else host
+        if _is_local(name):
+            return look_up(host, *arguments, **options)
+        if not name.endswith(".invalid"):
+            attempts.append(name)
+        raise socket.gaierror(socket.EAI_NONAME, f"tests have no network: {name}")
+
+    return checked
+
+
+def _is_local(host: str | None) -> bool:
+    """Says whether a host is this machine."""
+    if host in (None, "", "localhost", "0.0.0.0", "::", socket.gethostname()):
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture
+def data(tiny_shapes, tmp_path):
+    """A data set YAML of one's own to spoil."""
+    shutil.copytree(tiny_shapes.parent, tmp_path / "data", ignore=shutil.ignore_patterns("*.cache.npz"))
+    return tmp_path / "data" / tiny_shapes.name

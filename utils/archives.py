@@ -7,6 +7,11 @@ nothing behind.
 
 from __future__ import annotations
 
+import bz2
+import contextlib
+import filecmp
+import gzip
+import lzma
 import os
 import re
 import shutil
@@ -15,18 +20,26 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from utils.checks import UserError
+from utils.log import LOGGER
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 MAX_TOTAL_BYTES = 1 << 40
 MAX_MEMBERS = 5_000_000
 MAX_RATIO = 200  # unpacked to packed; pictures come to 1, label text to 10
 RATIO_FROM_BYTES = 64 << 20  # below this no ratio is a bomb
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+MAX_READ_BYTES = 8 << 20
+DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # by what a file begins with
+MAGIC_BYTES = 6
+SHOWN = 5  # names in a message
+_DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+    *(EOFError, NotImplementedError, RuntimeError, ValueError),
+)
 
 
 class Member(NamedTuple):
@@ -44,23 +57,31 @@ def is_archive_name(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def unpack(archive: Path, folder: Path) -> list[str]:
-    """Unpacks an archive into `folder`, over files of the same names.
+def unpack(archive: Path, folder: Path, wanted: Callable[[str], bool] = bool, overwrite: bool = True) -> list[str]:
+    """Unpacks an archive into `folder`.
+
+    Args:
+        archive: the file.
+        folder: made if need be.
+        wanted: told each file's name, says whether to unpack it; those left out are counted and named.
+        overwrite: take the place of files of the same names; else those must have the same content.
 
     Returns:
         The names of the files, with forward slashes.
 
     Raises:
-        UserError: not an archive or damaged; a member that may not be unpacked; the disk is full.
+        UserError: not an archive or damaged; a member that may not be unpacked; the disk is full; a file is in the way.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _open(archive) as opened:
-            members = check_members(archive, _members(opened))
+            members = _only(archive, check_members(archive, _members(opened)), wanted)
             _check_space(archive, folder, members)
             with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder) as temporary:
                 for member in members:
                     _extract(opened, member, Path(temporary))
+                if not overwrite:
+                    _check_free(archive, Path(temporary), folder, members)
                 _move_into(Path(temporary), folder, members)
     except _DAMAGE as error:
         raise UserError(f"{archive.name}: the archive is damaged ({error}); nothing was unpacked.") from error
@@ -92,7 +113,7 @@ def check_members(archive: Path, members: Iterable[Member]) -> list[Member]:
     """
     packed, total, kept = os.path.getsize(archive), 0, []
     for member in members:
-        refusal = member.refusal or name_refusal(member.name)
+        refusal = member.refusal or name_refusal(member.name) or ("has a negative size" if member.size < 0 else "")
         if refusal:
             raise UserError(f"{archive.name}: member '{member.name[:100]}' {refusal}; nothing was unpacked.")
         total += member.size
@@ -119,13 +140,41 @@ def name_refusal(name: str) -> str:
     return ""
 
 
-def _open(archive: Path) -> zipfile.ZipFile | tarfile.TarFile:
+@contextlib.contextmanager
+def _open(archive: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
     """Opens a zip or tar file by its content."""
     if zipfile.is_zipfile(archive):
-        return zipfile.ZipFile(archive)
-    if tarfile.is_tarfile(archive):
-        return tarfile.open(archive)
-    raise UserError(f"{archive.name}: is neither a zip nor a tar archive (a web page instead of the file?).")
+        with zipfile.ZipFile(archive) as opened:
+            yield opened
+        return
+    with open(archive, "rb") as file:
+        head = file.read(MAGIC_BYTES)
+    opener = next((opener for magic, opener in DECOMPRESSORS.items() if head.startswith(magic)), open)
+    with opener(archive, "rb") as stream:
+        try:
+            opened = tarfile.TarFile(fileobj=_Bounded(stream))
+        except (tarfile.ReadError, EOFError) as error:
+            message = f"{archive.name}: is neither a zip nor a tar archive (a web page instead of the file?)."
+            raise UserError(message) from error
+        yield opened
+
+
+class _Bounded:
+    """A tar file's bytes, in pieces of bounded size: tarfile reads a header as a whole, whatever length it claims."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        """Takes an open file."""
+        self._stream, self.tell, self.seek = stream, stream.tell, stream.seek
+
+    def read(self, size: int) -> bytes:
+        """Returns the next `size` bytes.
+
+        Raises:
+            ValueError: more than any header has.
+        """
+        if not 0 <= size <= MAX_READ_BYTES:
+            raise ValueError(f"a header of {size} bytes")
+        return self._stream.read(size)
 
 
 def _members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[Member]:
@@ -139,7 +188,29 @@ def _members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[Member]:
         kind = stat.S_IFMT(info.external_attr >> 16)
         refusal = "" if kind in (0, stat.S_IFREG, stat.S_IFDIR) else "is a link, device or pipe"
         refusal = "is encrypted" if info.flag_bits & 1 else refusal
-        yield Member(info.filename, info.file_size, info.is_dir(), refusal, info)
+        yield Member(info.filename, info.file_size, info.filename.endswith("/"), refusal, info)
+
+
+def _only(archive: Path, members: list[Member], wanted: Callable[[str], bool]) -> list[Member]:
+    """Returns the folders and those files that are wanted; names some of the others."""
+    left_out = [member.name for member in members if not member.is_folder and not wanted(member.name)]
+    if left_out:
+        shown = ", ".join(repr(name[:100]) for name in left_out[:SHOWN])
+        LOGGER.warning(f"WARNING: {archive.name}: left out {len(left_out)} files that are no data: {shown}")
+    names = set(left_out)
+    return [member for member in members if member.name not in names]
+
+
+def _check_free(archive: Path, source: Path, folder: Path, members: list[Member]) -> None:
+    """Refuses to put unpacked members over other files.
+
+    Raises:
+        UserError: a file of the same name and other content is there.
+    """
+    for member in members:
+        target = folder / member.name
+        if not member.is_folder and target.exists() and not filecmp.cmp(source / member.name, target, shallow=False):
+            raise UserError(f"{archive.name}: {target} is there and differs; nothing was unpacked. Move it away.")
 
 
 def _check_space(archive: Path, folder: Path, members: list[Member]) -> None:

@@ -27,6 +27,13 @@ from utils.files import atomic_write
 FORMAT, FORMAT_VERSION = "yolov5-slim", 1
 TRAINING_STATE = ("best_fitness", "ema", "updates", "optimizer", "scaler", "schedule", "stopper", "generators")
 
+# Far beyond any checkpoint: these stop files that are made to explode when they are read, copied or shown.
+MAX_RATIO = 8  # unpacked to packed; torch does not compress
+RATIO_FROM_BYTES = 64 << 20  # below this no ratio is a bomb
+MAX_PARTS = 100_000  # items of dicts and lists, shared ones counted each time
+MAX_DEPTH = 64
+MAX_TEXT = 64 << 20  # characters and digits
+
 FULL_DISK_BYTES = 1 << 20  # a disk with less room than this has no room for a checkpoint
 
 # What torch's readers raise on damaged or foreign content.
@@ -102,6 +109,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: no such file, empty, cut short, not a checkpoint, or one of a later version of this program.
     """
     content = read_archive(path)
+    _check_content(path, content)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: holds tensors or other plain data, but is no checkpoint of this program's.")
     if content.get("format_version") != FORMAT_VERSION:
@@ -110,6 +118,43 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             "update it."
         )
     return content
+
+
+def _check_content(path: str | Path, content: Any) -> None:
+    """Refuses content that is small in the file and without bounds once it is walked through.
+
+    Raises:
+        UserError: too many items, too deep, too much text, or a tensor larger than what is stored of it.
+    """
+    parts = characters = 0
+    pending = [(content, 0)]
+    while pending:
+        item, depth = pending.pop()
+        parts += 1
+        characters += len(item) if isinstance(item, str) else 0
+        if parts > MAX_PARTS or depth > MAX_DEPTH or characters > MAX_TEXT:
+            raise UserError(f"{path}: refused, for its content is nested or repeated beyond all measure.")
+        if isinstance(item, Tensor):
+            try:
+                check_tensor(item)
+            except ValueError as error:
+                raise UserError(f"{path}: refused, for {error}.") from error
+        elif isinstance(item, dict):
+            pending += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, (list, tuple, set)):
+            pending += [(part, depth + 1) for part in item]
+
+
+def check_tensor(tensor: Tensor) -> None:
+    """Refuses a tensor, of any shape, whose values are not all in the file.
+
+    Raises:
+        ValueError: it is of another kind than plain memory on the CPU, or repeats what is stored to become larger.
+    """
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        kind = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"the values of a tensor ({kind}) are not in it")
 
 
 def strip_checkpoint(path: str | Path) -> None:
@@ -155,8 +200,8 @@ def read_archive(path: str | Path, stand_ins: Mapping[str, Callable[..., Any]] |
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as a checkpoint; damaged or of another kind ({reason}).") from error
+        message = f"{path}: cannot be read as a checkpoint; damaged or of another kind ({_reason(error)})."
+        raise UserError(message) from error
 
 
 def _check_container(path: Path) -> None:
@@ -193,14 +238,44 @@ def _check_members(path: Path) -> None:
     """Checks that a zip file holds a pickle of torch's and is no TorchScript program.
 
     Raises:
-        UserError: it does not, or is.
+        UserError: it does not, or is, or is made to explode or to deceive.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [name.partition("/")[2] for name in archive.namelist()]
+            inner = [name.partition("/")[2] for name in archive.namelist()]
+        if "constants.pkl" in inner:
+            raise UserError(f"{path}: is a TorchScript program; give it the suffix .torchscript to run it as such.")
+        if "data.pkl" not in inner:
+            raise UserError(f"{path}: is a zip archive, but not a checkpoint.")
+        open_records(path)
     except _DAMAGE as error:
-        raise UserError(f"{path}: is a damaged archive: download or copy it again.") from error
-    if "constants.pkl" in members:
-        raise UserError(f"{path}: is a TorchScript program; give it the suffix .torchscript to run it as such.")
-    if "data.pkl" not in members:
-        raise UserError(f"{path}: is a zip archive, but not a checkpoint.")
+        raise UserError(f"{path}: is a damaged archive ({_reason(error)}): download or copy it again.") from error
+
+
+def open_records(path: Path) -> torch._C.PyTorchFileReader:
+    """Opens an archive of torch's by torch's own reader, which takes members by name.
+
+    Other readers may see other members in a file that is made to deceive them, and torch's does not tell apart capital
+    and small letters.
+
+    Raises:
+        UserError: it unpacks to many times its size.
+        RuntimeError: no such archive, or a damaged one.
+        ValueError: a name stands twice, or Python's reader sees other members.
+    """
+    with zipfile.ZipFile(path) as archive:
+        sizes = {info.filename.partition("/")[2]: info.file_size for info in archive.infolist() if not info.is_dir()}
+        count = len(archive.infolist())
+    total, packed = sum(sizes.values()), path.stat().st_size
+    if total > max(RATIO_FROM_BYTES, packed * MAX_RATIO):
+        raise UserError(f"{path}: refused, for its {packed} bytes unpack to {total}, which torch's own never do.")
+    reader = torch._C.PyTorchFileReader(str(path))
+    names = [name for name in reader.get_all_records() if not name.endswith("/")]
+    if len({name.lower() for name in names}) != count or set(names) != set(sizes):
+        raise ValueError("a member stands twice, or outside the archive's one folder")
+    return reader
+
+
+def _reason(error: Exception) -> str:
+    """Returns the first line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 LOGGER = logging.getLogger("yolov5")
 MIN_GRID_STRIDE = 32
+MAX_IMAGE_SIDE_PX = 16384  # a mosaic of this side takes 3 GiB; --tile is for larger pictures
 
 
 class UserError(Exception):
@@ -41,7 +42,7 @@ def grid_stride(strides: Iterable[float]) -> int:
 
     A model may detect on fine levels alone while its backbone halves the image five times.
     """
-    return max(MIN_GRID_STRIDE, *(int(stride) for stride in strides))
+    return max([MIN_GRID_STRIDE, *(int(stride) for stride in strides)])
 
 
 def check_image_size(imgsz: int | Sequence[int], stride: int, floor: int = 0) -> int | list[int]:
@@ -56,11 +57,16 @@ def check_image_size(imgsz: int | Sequence[int], stride: int, floor: int = 0) ->
         An int for an int, a list for a sequence.
 
     Raises:
-        UserError: a side is not positive.
+        UserError: a side is not positive, or beyond MAX_IMAGE_SIDE_PX.
     """
     sides = [imgsz] if isinstance(imgsz, int) else list(imgsz)
     if any(side < 1 for side in sides):
         raise UserError(f"--img-size {imgsz}: image sides must be at least 1 pixel.")
+    if any(side > MAX_IMAGE_SIDE_PX for side in sides):
+        raise UserError(
+            f"--img-size {imgsz}: image sides must be at most {MAX_IMAGE_SIDE_PX} pixels; larger pictures are scaled "
+            "down, or cut into tiles with --tile."
+        )
     rounded = [max(round_up(side, stride), floor) for side in sides]
     if rounded != sides:
         shown = rounded[0] if isinstance(imgsz, int) else rounded

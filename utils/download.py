@@ -90,7 +90,14 @@ def download_file(url: str, target: Path, sha256: str | None = None) -> Path:
     return target
 
 
-def fetch(url: str, folder: Path, sha256: str | None = None, name: str | None = None) -> None:
+def fetch(
+    url: str,
+    folder: Path,
+    sha256: str | None = None,
+    name: str | None = None,
+    wanted: Callable[[str], bool] = bool,
+    overwrite: bool = True,
+) -> None:
     """Fetches a file into `folder`; an archive is unpacked there and then removed.
 
     Args:
@@ -98,16 +105,22 @@ def fetch(url: str, folder: Path, sha256: str | None = None, name: str | None = 
         folder: made if need be.
         sha256: of the file or archive, when known.
         name: the file's name where the address does not end in it.
+        wanted: told a file's name, or that of each in an archive, says whether it may be put there.
+        overwrite: take the place of files of the same names.
 
     Raises:
-        UserError: see `download_file` and `utils.archives.unpack`.
+        UserError: a file that is not wanted or in the way; see `download_file` and `utils.archives.unpack`.
     """
     name = name or file_name_of(url)
     if not is_archive_name(name):
+        if not wanted(name):
+            raise UserError(f"{url}: is neither an archive nor a file of data.")
+        if not overwrite and os.path.lexists(folder / name):
+            raise UserError(f"{url}: {folder / name} is there already. Move it away.")
         download_file(url, folder / name, sha256)
         return
     with _folder(folder), tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
-        unpack(download_file(url, Path(temporary) / name, sha256), folder)
+        unpack(download_file(url, Path(temporary) / name, sha256), folder, wanted, overwrite)
 
 
 def check_url(url: str) -> None:

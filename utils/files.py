@@ -19,7 +19,8 @@ from utils.checks import UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCHED_FOLDERS = ("data", "models", "utils")
-MAX_YAML_BYTES = 4 << 20
+MAX_YAML_BYTES = 1 << 20  # the names of 20,000 classes take half of it
+MAX_YAML_NUMBER = 100  # characters
 MAX_YAML_DEPTH = 64
 
 
@@ -40,7 +41,14 @@ def read_yaml(path: str | Path) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise UserError(f"{where}: YAML error: {error.problem or error.context}. Mend this line.") from error
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError) as error:  # also bad !!int, !!bool
+    except (
+        yaml.YAMLError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # also bad !!int, !!bool
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a YAML file ({reason}).") from error
 
@@ -82,7 +90,7 @@ def _safe_loader() -> type:
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
             seen = set()
-            for key_node, _ in node.value:
+            for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # a scalar tagged !!map
                 key = self.construct_object(key_node, deep=True)
                 if not isinstance(key, Hashable):
                     continue  # PyYAML's own constructor refuses it
@@ -92,6 +100,15 @@ def _safe_loader() -> type:
                 seen.add(key)
             return super().construct_mapping(node, deep)
 
+        def construct_number(self, node: Any) -> int | float:
+            if len(node.value) > MAX_YAML_NUMBER:
+                problem = f"a number of {len(node.value)} characters"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            integer = node.tag.endswith(":int")
+            return self.construct_yaml_int(node) if integer else self.construct_yaml_float(node)
+
+    for kind in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_number)
     number = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
     return Loader
@@ -157,6 +174,18 @@ def remove_temporaries(folder: str | Path, name: str = "") -> list[Path]:
     return stale
 
 
+def run_folder(project: str | Path, name: str) -> Path:
+    """Returns the folder that `--project` and `--name` mean.
+
+    Raises:
+        UserError: the name is a path that leads out of the project.
+    """
+    parts = re.split(r"[/\\]", str(name))
+    if ".." in parts or not parts[0] and len(parts) > 1 or re.match("[A-Za-z]:", str(name)):
+        raise UserError(f"--name '{name}': leads out of --project {project}. Give the folder of the runs as --project.")
+    return Path(project) / name
+
+
 def increment_path(path: str | Path, exist_ok: bool = False, sep: str = "", mkdir: bool = False) -> Path:
     """Returns `path`, or the next free `path2`, `path3`, ... beside it.
 
@@ -213,21 +242,22 @@ def find_file(name: str | Path, suffixes: Sequence[str] = (), what: str = "file"
     path = Path(name)
     if suffixes and path.suffix.lower() not in suffixes:
         raise UserError(f"{what} '{name}': a file ending in {' or '.join(suffixes)} is expected here.")
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path's it is just False for a name too long
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{what} '{name}': is a folder, a file is expected here.")
-    hits = [file for file in _searched_files(glob.escape(path.name)) if file.parts[-len(path.parts) :] == path.parts]
+    searched = _searched_files()
+    hits = [file for file in searched if file.parts[-len(path.parts) :] == path.parts]
     if len(hits) > 1:
         raise UserError(f"{what} '{name}': several files have this name: {', '.join(map(str, hits))}. Give the path.")
     if hits:
         return hits[0]
-    nearby = [*_searched_files("*"), *(path.parent.glob("*") if path.parent.is_dir() else ())]
+    nearby = [*searched, *(path.parent.glob("*") if os.path.isdir(path.parent) else ())]
     names = {file.name for file in nearby if not suffixes or file.suffix.lower() in suffixes}
     where = f"not found here or below {', '.join(f'{folder}/' for folder in SEARCHED_FOLDERS)} of {ROOT}"
     raise UserError(f"{what} '{name}': {where}.{did_you_mean(path.name, names)}")
 
 
-def _searched_files(pattern: str) -> list[Path]:
-    """Returns the files below SEARCHED_FOLDERS whose names match a glob pattern."""
-    return [file for folder in SEARCHED_FOLDERS for file in sorted((ROOT / folder).rglob(pattern)) if file.is_file()]
+def _searched_files() -> list[Path]:
+    """Returns the files below SEARCHED_FOLDERS."""
+    return [file for folder in SEARCHED_FOLDERS for file in sorted((ROOT / folder).rglob("*")) if file.is_file()]

@@ -23,6 +23,9 @@ VID_FORMATS = frozenset({"asf", "avi", "gif", "m4v", "mkv", "mov", "mp4", "mpeg"
 PAD_COLOUR = (114, 114, 114)
 MIN_SIDE = 10  # px; smaller images are refused, as in YOLOv5
 MAX_ASPECT = 200  # longer strips than this shrink to nothing at training size
+MAX_PIXELS = 178_956_970  # where Pillow refuses; 13,377 x 13,377
+MAX_PIXELS_PER_BYTE = 4096  # of a file; a blank PNG in colour has 344
+DENSITY_FROM_PIXELS = 1 << 24  # below this decoding is quick whatever the file claims
 
 # OpenCV decodes these fastest. It fails on turned and float TIFF, and darkens a TIFF's colours by their alpha.
 _OPENCV_FORMATS = frozenset({"jpeg", "png", "webp"})
@@ -183,10 +186,19 @@ def _read_header(data: bytes) -> _Header:
     """Reads size, format and orientation without decoding pixels.
 
     Raises:
-        ImageError: not an image, or its header is damaged.
+        ImageError: not an image, or its header is damaged; `ImageTooLargeError` beyond what is safe to decode.
     """
-    if data.startswith(_JPEG_START):
-        return _read_jpeg_header(data)
+    header = _read_jpeg_header(data) if data.startswith(_JPEG_START) else _read_header_with_pillow(data)
+    pixels = header.width * header.height
+    if pixels > MAX_PIXELS:
+        raise ImageTooLargeError("has too many pixels to be decoded safely")
+    if pixels > max(DENSITY_FROM_PIXELS, MAX_PIXELS_PER_BYTE * len(data)):
+        raise ImageTooLargeError(f"claims {pixels} pixels in {len(data)} bytes, as only a decompression bomb does")
+    return header
+
+
+def _read_header_with_pillow(data: bytes) -> _Header:
+    """Reads the header of what is no JPEG."""
     try:
         with Image.open(BytesIO(data)) as image:
             width, height = image.size

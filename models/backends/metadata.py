@@ -20,6 +20,9 @@ PREPROCESSING = (
     "values divided by 255; batch, channels, height, width"
 )
 LICENCE = "GPL-3.0"
+# What json and ast raise on damaged texts or such as are nested to exhaust them, and reading values of the wrong kind.
+PARSING_ERRORS = (AttributeError, LookupError, MemoryError, OverflowError, RecursionError, SyntaxError)
+PARSING_ERRORS += (TypeError, ValueError)
 PLAIN_TEXTS = ("stride", "names")  # texts that YOLOv5 itself writes and reads, beside ours
 
 
@@ -93,7 +96,7 @@ class Metadata:
             pairs = names.items() if isinstance(names, dict) else enumerate(names)
             named = {int(number): str(name) for number, name in pairs}
             return cls(named, int(float(texts["stride"])), (0, 0), licence="", preprocessing="")
-        except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        except PARSING_ERRORS as error:
             raise UserError(f"{where}: what the file says of itself is damaged ({error}): export it again.") from error
 
 

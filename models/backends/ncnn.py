@@ -29,6 +29,7 @@ from utils.checks import UserError
 from utils.log import LOGGER
 
 METADATA_FILE = "metadata.yaml"
+MAGIC = "7767517"  # first line of a graph in text
 
 
 class NcnnBackend(ArrayBackend):
@@ -83,6 +84,7 @@ def load(weights: str | Path, device: str = "", half: bool = False) -> NcnnBacke
     cpu_only(device, "NCNN")
     path = find_export(weights)
     graph, parameters = (find_part(path, f"*{suffix}", f"NCNN {suffix} file") for suffix in (".param", ".bin"))
+    _check_graph(graph)
     texts = texts_of_yaml(find_part(path, METADATA_FILE, "file of names and stride"))
     ncnn = require("ncnn", "ncnn", path)
     network = ncnn.Net()
@@ -94,6 +96,29 @@ def load(weights: str | Path, device: str = "", half: bool = False) -> NcnnBacke
     words = f"NCNN {ncnn.__version__} CPU {'float16' if half else 'float32'} ({thread_count()} threads)"
     LOGGER.info(f"{path}: {words}")
     return NcnnBackend(ncnn, network, texts, path, words)
+
+
+def _check_graph(path: Path) -> None:
+    """Makes sure that a graph has as many layers and blobs as it says: NCNN takes memory for them before it reads on.
+
+    Each line after the first two is: type, name, numbers of inputs and outputs, their names, parameters.
+
+    Raises:
+        UserError: it has not, or it is no graph.
+    """
+    try:
+        magic, counts, *lines = path.read_text(encoding="ascii").split("\n")
+        layers, blobs = map(int, counts.split())
+        rows = [line.split() for line in lines if line.strip()]
+        ends = [(int(row[2]), int(row[3])) for row in rows]
+        fits = all(0 <= min(pair) and 4 + sum(pair) <= len(row) for pair, row in zip(ends, rows, strict=True))
+        whole = layers == len(rows) and 0 < blobs <= sum(outputs for _, outputs in ends)
+    except OSError as error:
+        raise UserError(f"--weights {path}: cannot be read ({error.strerror}).") from error
+    except (IndexError, ValueError) as error:
+        raise UserError(f"--weights {path}: is not an NCNN graph, or is damaged ({error}).") from error
+    if magic != MAGIC or not (fits and whole):
+        raise UserError(f"--weights {path}: is not an NCNN graph, or is damaged (its counts are wrong).")
 
 
 def _sides(imgsz: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ run in int8 either way. Beside our own, reads YOLOv5's folders, which keep names
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from utils.checks import UserError
 from utils.log import LOGGER
 
 HALF_HINTS = {"FP16": "f16", "BF16": "bf16"}  # a device's word for what it can -> the hint's, the better one first
+HEAD = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*\?>\s*)?<net[\s>]")
+HEAD_BYTES = 1024
 
 
 class OpenVinoBackend(ArrayBackend):
@@ -68,6 +71,7 @@ def load(weights: str | Path, device: str = "", half: bool = False) -> OpenVinoB
     """
     path = find_export(weights)
     path = find_part(path, "*.xml", "OpenVINO graph") if path.is_dir() else path
+    _check_graph(path)
     openvino = require("openvino", "openvino", path)
     core = openvino.Core()
     name = _device(core, device)
@@ -84,6 +88,26 @@ def load(weights: str | Path, device: str = "", half: bool = False) -> OpenVinoB
     words += f" ({thread_count()} threads)" * (name == "CPU")
     LOGGER.info(f"{path}: {words}")
     return OpenVinoBackend(compiled, _texts(model, path), path, words)
+
+
+def _check_graph(path: Path) -> None:
+    """Makes sure that a file is an OpenVINO graph, for OpenVINO would also read others, and that its weights are here.
+
+    Raises:
+        UserError: another kind of file, or the weights are a link out of the folder.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise UserError(f"--weights {path}: cannot be read ({error.strerror}).") from error
+    if not HEAD.match(head):
+        raise UserError(f"--weights {path}: is not an OpenVINO graph (<net> in XML).")
+    weights, folder = path.with_suffix(".bin"), path.parent.resolve()
+    if not weights.resolve().is_relative_to(folder):
+        raise UserError(
+            f"--weights {path}: '{weights.name}' is a link to {weights.resolve()}, outside its folder: refused."
+        )
 
 
 def _device(core: Any, device: str) -> str:

@@ -41,9 +41,9 @@ def find_export(weights: str | Path) -> Path:
         UserError: there is none; the nearest names beside it are shown.
     """
     path = Path(weights)
-    if path.exists():
+    if os.path.exists(path):  # unlike Path's it is just False for a name too long
         return path
-    nearby = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    nearby = os.listdir(path.parent) if os.path.isdir(path.parent) else []
     raise UserError(f"--weights {path}: no such file or folder.{did_you_mean(path.name, nearby)}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,7 +46,11 @@ ALLOWED = frozenset(
 )
 # The two functions in every SavedModel that store and fetch its variables; nothing else may call them.
 SAVER = re.compile(r"__inference__traced_(save|restore)_\d+")
-CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+SAVER_OPERATORS = frozenset(
+    """AssignVariableOp Cast Const DisableCopyOnRead Identity IdentityN MergeV2Checkpoints NoOp Pack Placeholder
+    ReadVariableOp RestoreV2 SaveV2 Select SelectV2 ShardedFilename StaticRegexFullMatch StringJoin""".split()
+)
+REPLACEABLE = "api_implements"  # functions with this attribute may be run in place of one another
 OBJECTS = frozenset("user_object function bare_concrete_function variable constant captured_tensor".split())
 METADATA_FILES = ("metadata.yaml", "metadata.json")  # JSON is YAML, too
 METADATA_NODE = "metadata"
@@ -206,24 +210,38 @@ def _check_saved_model(part: Any, path: Path) -> None:
     """
     savers = {call.signature.name for call in part.graph_def.library.function if SAVER.fullmatch(call.signature.name)}
     _check_operators(part.graph_def.node, path)
+    if not part.object_graph_def.nodes:  # of TensorFlow 1, which runs the graph itself; later ones run functions alone
+        _check_calls("the graph", part.graph_def.node, savers, path)
     for called in part.graph_def.library.function:
-        if called.signature.name not in savers:
-            _check_operators(called.node_def, path)
-            for node in called.node_def:
-                if node.op in CALLS and node.attr["f"].func.name in savers:
-                    raise UserError(f"--weights {path}: {called.signature.name} reads or writes files: refused.")
+        name = called.signature.name
+        _check_operators(called.node_def, path, SAVER_OPERATORS if name in savers else ALLOWED)
+        _check_calls(name, called.node_def, savers, path)
+        if REPLACEABLE in called.attr:
+            raise UserError(f"--weights {path}: {name} may be replaced by another function: refused.")
     kinds = {node.WhichOneof("kind") for node in part.object_graph_def.nodes}
     if kinds - OBJECTS:
         raise UserError(f"--weights {path}: holds objects of kind {sorted(kinds - OBJECTS, key=str)[0]}: refused.")
 
 
-def _check_operators(nodes: Iterable[Any], path: Path) -> None:
+def _check_calls(name: str, nodes: Iterable[Any], savers: Container[str], path: Path) -> None:
+    """Refuses nodes that call the functions that reach files.
+
+    Raises:
+        UserError: there are such.
+    """
+    for node in nodes:
+        functions = {value.func.name for value in node.attr.values() if value.HasField("func")}
+        if any(function in savers for function in functions):
+            raise UserError(f"--weights {path}: {name} reads or writes files: refused.")
+
+
+def _check_operators(nodes: Iterable[Any], path: Path, allowed: Container[str] = ALLOWED) -> None:
     """Refuses nodes whose operator is not on the list.
 
     Raises:
         UserError: there are such.
     """
-    unknown = sorted({node.op for node in nodes} - ALLOWED)
+    unknown = sorted({node.op for node in nodes if node.op not in allowed})
     if unknown:
         raise UserError(f"--weights {path}: its graph does more than arithmetic ({', '.join(unknown)}): refused.")
 

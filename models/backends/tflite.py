@@ -11,6 +11,7 @@ import ast
 import json
 import platform
 import zipfile
+import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from models.backends.base import ArrayBackend
+from models.backends.metadata import PARSING_ERRORS
 from models.backends.runtime import (
     cpu_only,
     describe,
@@ -159,6 +161,6 @@ def _texts(path: Path) -> dict[str, str]:
                     text = archive.read(member).decode("utf-8")
                     content = json.loads(text) if suffix == ".json" else ast.literal_eval(text)
                     texts |= plain_texts(content) if isinstance(content, dict) else {}
-    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error, *PARSING_ERRORS) as error:
         raise UserError(f"{path}: what the file says of itself is damaged ({error}): export it again.") from error
     return texts

@@ -2,8 +2,9 @@
 
 Such a file is a program: its modules' code is text in TorchScript, which torch compiles and interprets without Python.
 It has no access to Python, the shell or the network, but some of torch's operators read and write files, and code may
-run while the file is loaded. A file whose code names such an operator, or operators of an extension, is refused before
-torch sees it. Bugs in torch's interpreter remain possible: open files of strangers as ONNX.
+run while the file is loaded. A file whose code names such an operator, or operators of an extension, or writes names in
+a way that hides them, is refused before torch runs it. Bugs in torch's interpreter remain possible: open files of
+strangers as ONNX.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,17 @@ import torch
 from torch import Tensor
 
 from models.backends.base import ArrayBackend
+from models.backends.metadata import PARSING_ERRORS
 from models.backends.runtime import Graph, describe, find_export, plain_texts, without_half
+from utils.checkpoint import open_records
 from utils.checks import UserError
 from utils.devices import device_line, prepare_cpu_memory, select_device
 from utils.log import LOGGER
 
-FILE_OPERATORS = re.compile(r"\b(?:from_file|load|save|save_to_file|open|fork|import_ir_module|print)\s*\(")
-EXTENSIONS = re.compile(r"\bops\.(?!aten\.|prim\.|quantized\.|torchvision\.nms\b)\w+\.\w+")
-MAX_CODE_BYTES = 64 << 20  # of one member; a traced detector has some hundred kilobytes
+FILE_OPERATORS = re.compile(r"\b(?:from_file|load|save|save_to_file|open|fork|import_ir_module|print|classes)\b")
+EXTENSIONS = re.compile(r"\bops\b(?!\.(?:aten|prim|quantized)\.|\.torchvision\.nms\b)[\w.]*")
+TEXTS = re.compile(r""""(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'""")
+CODED_TEXT = re.compile(r"""\\(?!["'\\nrt])""")  # character codes, and lines that go on
 DEFAULT_SHAPE = (1, 3, 640, 640)  # of files that do not say
 PROBE_PX = 64  # side of the image that shows the columns of a file that takes any size
 EXTRA_FILES = ("config.txt", "metadata")  # YOLOv5's, and ours
@@ -124,24 +129,36 @@ def load(weights: str | Path, device: str = "", half: bool = False) -> TorchScri
 
 
 def _check_code(path: Path) -> None:
-    """Reads the code in a file and refuses operators that reach files, and those of extensions.
+    """Reads the code in a file, as torch will, and refuses what reaches files, extensions, and what hides names.
 
     Raises:
-        UserError: one of them is named, or the file is no archive.
+        UserError: one of them is there, or the file is no archive of torch's.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if "/code/" not in member.filename or not member.filename.endswith(".py"):
-                    continue
-                if member.file_size > MAX_CODE_BYTES:
-                    raise UserError(f"--weights {path}: holds {member.file_size} bytes of code: refused.")
-                code = archive.read(member).decode("utf-8", "replace")
-                found = FILE_OPERATORS.search(code) or EXTENSIONS.search(code)
+        records = open_records(path)
+        for name in records.get_all_records():
+            if name.lower().endswith(".py"):
+                found = suspicious(records.get_record(name).decode("utf-8", "replace"))
                 if found:
-                    raise UserError(f"--weights {path}: its code calls '{found[0].rstrip('( ')}': refused.")
-    except (OSError, zipfile.BadZipFile) as error:
+                    raise UserError(f"--weights {path}: its code has {found}: refused.")
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"--weights {path}: is not a TorchScript file, or is damaged ({error}).") from error
+
+
+def suspicious(code: str) -> str:
+    """Returns what in TorchScript code no detector needs, in words; empty where there is nothing.
+
+    Names count wherever they stand, for a function may be given another name, or be fetched by its name's text.
+    """
+    found = FILE_OPERATORS.search(code) or EXTENSIONS.search(code)
+    if found:
+        return f"the name '{found[0]}'"
+    if CODED_TEXT.search(code):
+        return "a text in character codes"
+    ends = [(match.start(), match.end()) for match in TEXTS.finditer(code)]
+    if any(not code[end:start].strip() for (_, end), (start, _) in pairwise(ends)):
+        return "a text in pieces"
+    return ""
 
 
 def _texts(extra: Mapping[str, Any], path: Path) -> tuple[dict[str, str], list[int] | None]:
@@ -156,7 +173,7 @@ def _texts(extra: Mapping[str, Any], path: Path) -> tuple[dict[str, str], list[i
         described = json.loads(found["metadata"] or "{}")
         shape = [int(length) for length in config.get("shape", DEFAULT_SHAPE)]
         dynamic = bool(described.get("dynamic"))
-    except (AttributeError, TypeError, ValueError) as error:
+    except PARSING_ERRORS as error:
         raise UserError(f"{path}: what the file says of itself is damaged ({error}): export it again.") from error
     if len(shape) != len(DEFAULT_SHAPE):
         raise UserError(f"{path}: was traced with {shape}, not with images (b, 3, h, w).")

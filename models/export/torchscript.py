@@ -38,5 +38,6 @@ def export(job: ExportJob) -> Path:
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(model, example, strict=False, check_trace=False)
         extra = {"config.txt": json.dumps(config), "metadata": metadata.texts()["metadata"]}
-        torch.jit.save(traced, str(temporary), _extra_files=extra)
+        with open(temporary, "wb") as file:  # by its path the temporary's random name would get into the archive
+            torch.jit.save(traced, file, _extra_files=extra)
     return path

@@ -216,6 +216,34 @@ def test_links_and_devices_in_tar_files_are_refused(tmp_path, info):
     assert everything_in(tmp_path / "out") == []
 
 
+def test_a_tar_member_of_negative_size_is_refused(tmp_path):
+    """Its size would make up for that of a bomb behind it."""
+    member = tar_member("a.txt")
+    member.size = -5
+    path = tmp_path / "x.tar"
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(UserError, match="negative size|damaged|neither a zip nor a tar"):
+        unpack(path, tmp_path / "out")
+    member.name = "folder/"
+    member.type = tarfile.DIRTYPE
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(UserError, match="negative size"):
+        unpack(path, tmp_path / "out")
+
+
+def test_a_zip_member_without_a_name_is_refused(tmp_path):
+    directory = bytearray(zip_bytes({"a": b"x"}))
+    start = directory.index(b"PK\x01\x02")
+    directory[start + 28] = 0  # the name's length, in the directory
+    directory[start + 32] = 1  # and the comment's, so that the entry stays as long
+    directory[26] = 0
+    directory[28] = 1
+    path = tmp_path / "x.zip"
+    path.write_bytes(directory)
+    with pytest.raises(UserError, match="has no usable name"):
+        unpack(path, tmp_path / "out")
+
+
 def test_links_and_encryption_in_zip_files_are_refused(tmp_path):
     link = zipfile.ZipInfo("link")
     link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16

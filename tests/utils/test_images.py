@@ -254,6 +254,57 @@ def test_what_is_no_image_is_refused_with_the_reason(tmp_path, data, reason):
             function(path)
 
 
+def claiming_png(width: int, height: int) -> bytes:
+    """Returns a PNG whose header, with the right checksum, claims a size that its few pixels do not fill."""
+    data = bytearray(cv2.imencode(".png", np.zeros((12, 12), np.uint8))[1].tobytes())
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+def claiming_jpeg(width: int, height: int) -> bytes:
+    """Returns a whole JPEG of 12x12 px whose frame header claims another size."""
+    data = bytearray(cv2.imencode(".jpg", np.zeros((12, 12, 3), np.uint8))[1].tobytes())
+    start = data.index(b"\xff\xc0")
+    data[start + 5 : start + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def claiming_tiff(width: int, height: int) -> bytes:
+    """Returns a TIFF whose header claims another size than its pixels fill."""
+    target = io.BytesIO()
+    Image.new("L", (12, 12)).save(target, "tiff")
+    data = target.getvalue()
+    for tag, side in ((0x0100, width), (0x0101, height)):
+        entry = data.index(struct.pack("<H", tag) + b"\4\0\1\0\0\0")
+        data = data[: entry + 8] + struct.pack("<I", side) + data[entry + 12 :]
+    return data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        claiming_png(12, 8_388_620),  # took 2 s, twice decoded in vain
+        claiming_tiff(12, 4_194_316),  # took 600 MB
+        claiming_jpeg(32_767, 32_767),  # would have taken 3 GB
+        claiming_jpeg(13_000, 13_000),
+    ],
+    ids=("png", "tiff", "jpeg", "smaller jpeg"),
+)
+def test_a_small_file_that_claims_many_pixels_is_refused_undecoded(tmp_path, monkeypatch, data):
+    for decoder in ("_decode", "_decode_with_pillow"):
+        monkeypatch.setattr(images, decoder, lambda *_: pytest.fail("was decoded"))
+    path = write(tmp_path / "image", data)
+    for function in (check_image, image_size, read_image):
+        with pytest.raises(images.ImageTooLargeError, match="pixels"):
+            function(path)
+
+
+def test_a_large_blank_picture_is_no_bomb():
+    data = cv2.imencode(".png", np.zeros((4200, 4200, 3), np.uint8))[1].tobytes()
+    assert images.decode_image(data).shape == (4200, 4200, 3)
+
+
 def test_a_file_that_cannot_be_opened_is_refused(tmp_path):
     for path in (tmp_path / "missing.jpg", tmp_path):
         for function in (check_image, image_size, read_image):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -35,7 +36,11 @@ _LAYOUT = {  # array name -> kind of number, dimensions
     "counts": ("i8", 1),
     "messages": ("u1", 1),
 }
-_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError)
+# What numpy's and the zip reader raise on damaged content; headers of arrays are parsed as Python literals.
+_DAMAGE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError, SyntaxError),
+    *(OverflowError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
 
 
 def cache_location(sources: Sequence[Path]) -> Path:
@@ -109,7 +114,7 @@ def read_cache(path: Path, key: str) -> LabelTable | None:
                 LOGGER.info(f"Label cache {path} is stale (files or format changed): scanning again")
                 return None
             return _table_from({name: archive[name] for name in _LAYOUT})
-    except (*_DAMAGE, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGE as error:
         LOGGER.warning(f"WARNING: label cache {path} is damaged ({type(error).__name__}: {error}): scanning again")
         return None
 
@@ -131,8 +136,13 @@ def _table_from(arrays: dict[str, np.ndarray]) -> LabelTable:
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             raise ValueError(f"array '{name}' is of shape {arrays[name].shape}, not {shape}")
-    if (arrays["sizes_wh"] < 1).any() or not np.isfinite(arrays["rows"]).all():
-        raise ValueError("sizes or labels out of range")
+    classes, boxes_xywh_norm = arrays["rows"][:, 0], arrays["rows"][:, 1:]
+    if (arrays["sizes_wh"] < 1).any() or not (_within(boxes_xywh_norm) and _within(arrays["seg_points"])):
+        raise ValueError("sizes, boxes or polygons out of range")
+    if not (np.isfinite(classes) & (classes >= 0) & (np.floor(classes) == classes)).all():
+        raise ValueError("classes are not whole numbers from 0")
+    if (arrays["counts"] < 0).any():
+        raise ValueError("counts are negative")
     messages = json.loads(arrays["messages"].tobytes())
     if not isinstance(messages, list) or not all(isinstance(message, str) for message in messages):
         raise ValueError("messages are not a list of strings")
@@ -142,6 +152,11 @@ def _table_from(arrays: dict[str, np.ndarray]) -> LabelTable:
         messages=tuple(messages),
         **{name: arrays[name] for name in ("sizes_wh", "rows", "offsets", "seg_points", "seg_offsets")},
     )
+
+
+def _within(fractions: np.ndarray) -> bool:
+    """Says whether all coordinates, float32 of any shape, are numbers from 0 to 1."""
+    return bool(((fractions >= 0) & (fractions <= 1)).all())
 
 
 def _check_offsets(name: str, offsets: np.ndarray, runs: int, end: int) -> None:

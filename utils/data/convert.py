@@ -9,6 +9,7 @@ Lines have six decimals, boxes are clipped to the image. Errors of the disk are 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -94,7 +95,7 @@ def _voc_image(
         raise UserError(f"{base}: '{stem}' is listed in ImageSets but has no picture in JPEGImages.")
     try:
         content = path.read_bytes()
-        if b"<!ENTITY" in content:
+        if b"<!ENTITY" in content or b"\0" in content:  # or in UTF-16, where it would be hidden
             raise UserError(f"{path}: XML with entities is not accepted.")
         tree = ElementTree.fromstring(content)
         size_wh = (float(tree.findtext("size/width", "")), float(tree.findtext("size/height", "")))
@@ -105,14 +106,12 @@ def _voc_image(
         ]
     except (OSError, ElementTree.ParseError, ValueError) as error:
         raise UserError(f"{path}: not a usable VOC annotation ({error}).") from error
-    if min(size_wh) <= 0:
-        size_wh = _size_of(pictures[stem])
-    return Converted(pictures[stem].name, pictures[stem], size_wh, boxes)
+    return Converted(pictures[stem].name, pictures[stem], _usable_size(size_wh, pictures[stem]), boxes)
 
 
 def _voc_corners(node: ElementTree.Element, first: int) -> tuple[float, float, float, float]:
     """Returns left, top, right, bottom in pixels that count from 0."""
-    xmin, ymin, xmax, ymax = (float(node.findtext(f"bndbox/{tag}", "")) for tag in ("xmin", "ymin", "xmax", "ymax"))
+    xmin, ymin, xmax, ymax = (_finite(node.findtext(f"bndbox/{tag}", "")) for tag in ("xmin", "ymin", "xmax", "ymax"))
     return xmin - first, ymin - first, xmax - first, ymax - first
 
 
@@ -130,7 +129,7 @@ def convert_coco(root: Path, names: Mapping[int, str]) -> int:
     """
     done = 0
     for path in sorted(root.rglob("annotations/*.json")):
-        match = re.fullmatch(r"(?:instances?_)?([\w.-]+)", path.stem)
+        match = re.fullmatch(r"(?:instances?_)?(\w[\w.-]*)", path.stem)
         if not match or path.stem.startswith(_OTHER_COCO_FILES) or _is_written(root, match[1]):
             continue
         content = _read_coco(path)
@@ -165,12 +164,12 @@ def _coco_images(
         for one in content["annotations"]:
             label = classes.get(one["category_id"])
             if label is not None and not one.get("iscrowd", 0):
-                left, top, width, height = map(float, one["bbox"])
+                left, top, width, height = map(_finite, one["bbox"])
                 boxes.setdefault(one["image_id"], []).append((label, left, top, left + width, top + height))
         for one in content["images"]:
             name = _safe_name(path, one["file_name"])
             size_wh = (float(one["width"]), float(one["height"]))
-            yield Converted(name, folder / name, size_wh, boxes.get(one["id"], []))
+            yield Converted(name, folder / name, _usable_size(size_wh, folder / name), boxes.get(one["id"], []))
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a usable COCO file ({type(error).__name__}: {error}).") from error
 
@@ -236,6 +235,23 @@ def _visdrone_boxes(path: Path, names: Mapping[int, str]) -> list[Box]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a usable VisDrone annotation ({error}).") from error
     return boxes
+
+
+def _finite(value: Any) -> float:
+    """Returns a coordinate as a number.
+
+    Raises:
+        ValueError: not one, or not finite.
+    """
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"a coordinate is {value}")
+    return number
+
+
+def _usable_size(size_wh: tuple[float, float], picture: Path) -> tuple[float, float]:
+    """Returns the size that an annotation states, or where that is none, as in some sets, the picture's own."""
+    return size_wh if all(1 <= side < math.inf for side in size_wh) else _size_of(picture)
 
 
 def _size_of(picture: Path) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from utils.checks import UserError
 from utils.download import check_url, fetch, file_name_of
 from utils.files import ROOT
+from utils.images import IMG_FORMATS
 from utils.log import LOGGER
 
 # name -> module and function, imported when used; a generator is called with the folder to fill,
@@ -30,6 +32,8 @@ RUNS_NOTHING = (
     "Its 'download:' is a script, and a data set YAML runs nothing here: fetch the data yourself and put it in place, "
     "or use the YAML of that data set in data/."
 )
+DATA_SUFFIXES = {*(f".{form}" for form in IMG_FORMATS), ".csv", ".json", ".md", ".txt", ".xml", ".yaml", ".yml"}
+DATA_NAMES = {"LICENCE", "LICENSE", "README"}
 _KEYS = {"url", "sha256", "dir", "file"}
 
 
@@ -130,11 +134,36 @@ def _fetch_all(root: Path, sources: Sequence[Source]) -> None:
         if marker.exists():
             LOGGER.info(f"{source.url} was fetched before (remove {marker} to fetch it again)")
             continue
-        fetch(source.url, root / source.folder, source.sha256, source.file)
+        folder = Path(os.path.normpath(root / source.folder))  # `..` of a folder that is not there yet leads nowhere
+        _check_place(folder)
+        fetch(source.url, folder, source.sha256, source.file, wanted=is_data, overwrite=False)
         root.mkdir(parents=True, exist_ok=True)
         marker.touch()
     for marker in markers:
         marker.unlink(missing_ok=True)
+
+
+def is_data(name: str) -> bool:
+    """Says whether a file's name is that of an image, a label, a list or a text, and not hidden.
+
+    What a data set YAML fetches must not become a program, wherever the YAML wants it to be put.
+    """
+    parts = name.split("/")
+    plain = Path(name).suffix.lower() in DATA_SUFFIXES or parts[-1] in DATA_NAMES
+    return plain and not any(part.startswith(".") and part != "." or part == "__MACOSX" for part in parts)
+
+
+def _check_place(folder: Path) -> None:
+    """Refuses to fetch data into hidden folders, where programs keep what they do.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    place = folder.resolve()
+    if place.is_relative_to(ROOT.parent):
+        place = place.relative_to(ROOT.parent)
+    if any(part.startswith(".") for part in place.parts):
+        raise UserError(f"{folder}: data is not fetched into hidden folders. Give another 'path:'.")
 
 
 def _convert(convert: str, folder: Path, names: Mapping[int, str]) -> None:

@@ -159,6 +159,8 @@ def read_list(path: str | Path) -> list[str]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--source '{path}': cannot be read as a list of paths ({error}).") from error
+    if "\0" in text:
+        raise UserError(f"--source '{path}': cannot be read as a list of paths (it has NUL bytes: is it a text file?).")
     lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 

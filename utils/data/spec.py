@@ -21,6 +21,7 @@ from utils.files import ROOT, find_file, read_yaml
 
 SPLITS = ("train", "val", "test")
 YAML_SUFFIXES = (".yaml", ".yml")
+MAX_CLASSES = 100_000  # as in model YAMLs; far beyond any data set, it stops a number that would fill the memory
 DATASETS_DIR = ROOT.parent / "datasets"
 
 
@@ -126,7 +127,7 @@ def _fetch_description(url: str, download: bool) -> Path:
 
 def _unpack_description(archive: Path) -> Path:
     """Unpacks a zipped data set into its folder among the data sets and returns the YAML in it."""
-    if not archive.is_file():
+    if not os.path.isfile(archive):
         raise UserError(f"--data '{archive}': no such file.")
     files = {member.name: member.size for member in list_members(archive) if not member.is_folder}
     yamls = [name for name in files if name.lower().endswith(YAML_SUFFIXES) and not name.startswith("__MACOSX/")]
@@ -160,8 +161,8 @@ def parse_names(names: Any, nc: Any, label: str) -> dict[int, str]:
     Raises:
         UserError: neither is given, they disagree, or an id is missing, doubled or no number.
     """
-    if nc is not None and (not isinstance(nc, int) or isinstance(nc, bool) or nc < 1):
-        raise UserError(f"{label}: 'nc: {nc}' must be a whole number of at least 1.")
+    if nc is not None and (not isinstance(nc, int) or isinstance(nc, bool) or not 1 <= nc <= MAX_CLASSES):
+        raise UserError(f"{label}: 'nc: {nc}' must be a whole number from 1 to {MAX_CLASSES}.")
     if names is None:
         if nc is None:
             raise UserError(f"{label}: has neither 'names:' nor 'nc:'. List the class names under 'names:'.")
@@ -209,7 +210,7 @@ def _layout(content: Mapping[str, Any], source: Path | None, label: str, need: S
     _check_choice("convert", content.get("convert"), CONVERTERS, label)
     _check_choice("generate", content.get("generate"), GENERATORS, label)
     folder = source.parent if source else Path.cwd()
-    path = Path(native_separators(base or ".")).expanduser()
+    path = Path(os.path.expanduser(native_separators(base or ".")))  # "~no-such-user" stays as it is
     roots = [Path(os.path.normpath(start / path)) for start in (ROOT, folder, folder.parent)]  # absolute: all the same
     return _Layout(label, entries, list(dict.fromkeys(roots)), base is not None, content.get("convert"))
 
@@ -225,7 +226,7 @@ def _entries(value: Any, split: str, label: str) -> list[str]:
 
 def _check_choice(key: str, value: Any, table: Mapping[str, Any], label: str) -> None:
     """Refuses an unknown value of `convert` or `generate`."""
-    if value is not None and value not in table:
+    if value is not None and not (isinstance(value, str) and value in table):
         raise UserError(
             f"{label}: '{key}: {value}' is unknown; there are {', '.join(table)}.{did_you_mean(str(value), table)}"
         )
@@ -260,7 +261,7 @@ def _find(layout: _Layout, need: Sequence[str]) -> _Found:
 
 def _places(entry: str, root: Path) -> list[Path]:
     """Returns where an entry may be under `root`: `../train/images` of Roboflow's YAMLs means `train/images`."""
-    places = [root / Path(entry).expanduser()]
+    places = [root / os.path.expanduser(entry)]
     if entry.startswith(("../", f"..{os.sep}")):
         places.append(root / entry[3:])
     return [Path(os.path.normpath(place)) for place in places]
@@ -279,9 +280,9 @@ def _resolve(layout: _Layout, split: str, root: Path) -> tuple[Path, ...]:
 
 def _is_ready(place: Path, convert: str | None) -> bool:
     """Says whether a split is there; images that are yet to be converted lack their folder of labels."""
-    if convert and place.is_dir():
-        return Path(image_to_label_path(place / "image.jpg")).parent.is_dir()
-    return place.exists()
+    if convert and os.path.isdir(place):
+        return os.path.isdir(Path(image_to_label_path(place / "image.jpg")).parent)
+    return os.path.exists(place)
 
 
 def _tried(layout: _Layout, split: str) -> list[Path]:

@@ -122,6 +122,11 @@ def test_a_damaged_cache_is_named_and_made_anew(images, scans, tmp_path, caplog,
         ("path_offsets", np.array([0, 5, 5, 10**9])),
         ("rows", np.zeros((6, 4), np.float32)),
         ("rows", np.full((6, 5), np.nan, np.float32)),
+        ("rows", np.full((6, 5), 2, np.float32)),
+        ("rows", np.full((6, 5), 0.5, np.float32)),  # half a class
+        ("rows", np.full((6, 5), -1, np.float32)),
+        ("seg_points", np.full((6, 2), np.inf, np.float32)),
+        ("counts", np.array([-1, 0, 0, 0, 0])),
         ("rows", np.zeros((6, 5), np.float64)),
         ("sizes_wh", np.zeros((3, 2), np.int32)),
         ("sizes_wh", np.array([object()] * 3)),
@@ -136,6 +141,14 @@ def test_arrays_that_do_not_fit_together_are_damage(images, tmp_path, name, valu
         arrays = dict(archive) | {name: value}
     np.savez(path, **arrays)
     assert read_cache(path, key) is None
+
+
+@pytest.mark.parametrize("header", ["{'descr': '<U16', 'shape': (", "{'descr': '<f4', 'shape': ), }", "\0", "(" * 9000])
+def test_an_array_header_that_is_no_python_literal_is_damage(tmp_path, header):
+    path = tmp_path / "labels.cache.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("key.npy", b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode())
+    assert read_cache(path, "any") is None
 
 
 def test_a_cache_that_holds_a_pickle_is_never_unpickled(images, tmp_path):

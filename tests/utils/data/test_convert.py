@@ -66,8 +66,9 @@ def test_voc_boxes_classes_and_sets(tmp_path):
     assert convert_voc(tmp_path, NAMES) == 0  # finished sets are left alone
 
 
-def test_voc_size_zero_is_read_from_the_picture(tmp_path):
-    voc_tree(tmp_path / "VOC", {"train": ["a"]}, voc_object("cat", (0, 0, 50, 25)), size=(0, 0))
+@pytest.mark.parametrize("size", [(0, 0), (1e-320, 50), (-1, 50), ("inf", 50), ("nan", 50)])
+def test_voc_size_that_is_none_is_read_from_the_picture(tmp_path, size):
+    voc_tree(tmp_path / "VOC", {"train": ["a"]}, voc_object("cat", (0, 0, 50, 25)), size=size)
     convert_voc(tmp_path, NAMES)
     assert numbers(tmp_path / "labels/train/a.txt") == [[0, 0.25, 0.25, 0.5, 0.5]]
 
@@ -78,6 +79,7 @@ def test_voc_size_zero_is_read_from_the_picture(tmp_path):
         ("<object>", "not a usable VOC annotation"),
         (voc_object("cat", ("x", 1, 2, 3)), "not a usable VOC annotation"),
         (voc_object("cat", (1, 2, 3, "")), "not a usable VOC annotation"),
+        (voc_object("cat", (1, 2, "nan", 4)), "not a usable VOC annotation .*a coordinate is nan"),
     ],
 )
 def test_a_broken_voc_annotation_is_named_and_leaves_nothing(tmp_path, objects, message):
@@ -134,6 +136,17 @@ def test_coco_boxes_by_category_name(tmp_path):
     assert convert_coco(tmp_path, NAMES) == 0
 
 
+@pytest.mark.parametrize("width", [0, 1e-320, math.inf])
+def test_coco_size_that_is_none_is_read_from_the_picture(tmp_path, width):
+    image = {"id": 0, "file_name": "a.jpg", "width": width, "height": 50}
+    coco_file(tmp_path / "annotations" / "instances_train.json", images=[image["file_name"]])
+    content = json.loads((tmp_path / "annotations" / "instances_train.json").read_text())
+    (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(content | {"images": [image]}))
+    picture(tmp_path / "train" / "a.jpg")
+    convert_coco(tmp_path, NAMES)
+    np.testing.assert_allclose(numbers(tmp_path / "labels/train/a.txt")[0], [1, 0.2, 0.3, 0.2, 0.4], atol=1e-6)
+
+
 def test_coco_pictures_that_stand_in_images_get_labels_beside_them(tmp_path):
     coco_file(tmp_path / "annotations" / "instances_val2017.json")
     picture(tmp_path / "images" / "val2017" / "a.jpg")
@@ -152,6 +165,7 @@ def test_coco_pictures_that_stand_in_images_get_labels_beside_them(tmp_path):
         ({"categories": ("pig",)}, "none of its categories"),
         ({"annotations": {}}, "must be lists"),
         ({"annotations": [{"image_id": 0, "category_id": 1, "bbox": [1, 2]}]}, "not a usable COCO file"),
+        ({"annotations": [{"image_id": 0, "category_id": 1, "bbox": [1, 2, math.nan, 3]}]}, "a coordinate is nan"),
         ({"images": ("../a.jpg",)}, "lies outside the data set"),
         ({"images": ("a.jpg", "/etc/passwd")}, "lies outside the data set"),
         ({"images": ("a.jpg", "gone.jpg")}, "it is not there"),

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from utils.boxes import xywh2xyxy
 from utils.data.augment import AugmentParams
 from utils.data.dataset import DetectionDataset, rectangular_batches
 from utils.data.order import PartnerPlan, SampleKey
@@ -169,3 +172,30 @@ def test_a_given_square_is_the_same_as_its_side(pictures):
 def test_height_and_width_are_for_plain_evaluation_alone(pictures, options):
     with pytest.raises(ValueError, match="evaluation"):
         DetectionDataset(pictures, (64, 128), **options)
+
+
+shares = st.floats(0, 1)
+extreme_params = st.builds(
+    AugmentParams,
+    hsv_h=shares,
+    hsv_s=shares,
+    hsv_v=shares,
+    degrees=st.floats(0, 180),
+    translate=shares,
+    scale=st.floats(0, 0.99),
+    shear=st.floats(0, 89),
+    perspective=st.floats(0, 0.01),
+    **dict.fromkeys(("flipud", "fliplr", "mosaic", "mixup", "copy_paste", "mosaic9"), shares),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(params=extreme_params, seed=st.integers(0, 2**31), index=st.integers(0, 20), rect=st.booleans())
+def test_augmented_boxes_stay_inside_the_picture_with_their_corners_in_order(pictures, params, seed, index, rect):
+    dataset = DetectionDataset(pictures, 64, augment=params, rect=rect, batch_size=4, seed=seed)
+    item = dataset[SampleKey(0, index, index)]
+    boxes = item.targets[:, 2:]
+    corners = xywh2xyxy(boxes)
+    assert torch.isfinite(item.targets).all() and (boxes[:, 2:] > 0).all()
+    assert (corners > -1e-6).all() and (corners < 1 + 1e-6).all()  # float32: centre and half a side are rounded apart
+    assert set(item.targets[:, 1].tolist()) <= {0, 1, 2}

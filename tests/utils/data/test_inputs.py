@@ -174,6 +174,7 @@ def test_list_of_files_may_name_addresses_of_files(tmp_path, monkeypatch, server
         (["http://g/a.jpg", "http://h/A.jpg"], "http://g/a.jpg and http://h/A.jpg would both be saved as A.jpg"),
         (["0", "7", "8"], "Failed to open camera 7: there is none\nFailed to open camera 8"),
         (["# nothing"], "no images or videos found there"),
+        (["a.jpg", "~\0.jpg"], "cannot be read as a list of paths .*NUL"),
     ],
 )
 def test_lists_that_cannot_be_read_are_refused(cameras, tmp_path, lines, message):

@@ -62,6 +62,7 @@ def test_names_may_be_a_list_or_a_mapping_and_nc_may_be_left_out():
         (None, None, "neither 'names:' nor 'nc:'"),
         (["a"], 0, "'nc: 0' must be"),
         (["a"], "1", "'nc: 1' must be"),
+        (None, 10**9, "from 1 to 100000"),
         (["a"], True, "'nc: True' must be"),
     ],
 )
@@ -144,6 +145,8 @@ def test_a_dict_is_read_from_the_working_folder(root, tmp_path, monkeypatch):
         ({"train": "images", "val": 3, "names": ["a"]}, "'val:' must name folders"),
         ({"train": "images", "val": ["images", None], "names": ["a"]}, "'val:' must name folders"),
         ({"path": 1, "train": "images", "val": "images", "names": ["a"]}, "'path: 1' must be a folder"),
+        ({"path": "~no-such-user", "train": "images", "val": "images", "names": ["a"]}, "~no-such-user/images"),
+        ({"train": "~no-such-user/images", "val": "images", "names": ["a"]}, "~no-such-user/images"),
         ({"train": "images", "val": "images", "names": ["a"], "convert": "vco"}, "Did you mean 'voc'?"),
         ({"train": "images", "val": "images", "names": ["a"], "generate": "faces"}, "there are shapes"),
     ],
@@ -202,7 +205,7 @@ def test_data_that_is_there_is_never_downloaded_and_offline_is_one_line(root, tm
 
 
 def test_a_failed_fetch_is_told_with_the_places_that_were_tried(root, tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise UserError("host cannot be reached")
 
     monkeypatch.setattr(obtain, "fetch", fail)
@@ -219,7 +222,7 @@ def test_files_are_fetched_in_order_into_their_folders_and_not_twice(root, tmp_p
     path = write(tmp_path / "d.yaml", content)
     calls = []
 
-    def first_fails_then_works(url, folder, sha256, name):
+    def first_fails_then_works(url, folder, sha256, name, **_):
         calls.append((url, folder.resolve(), sha256, name))
         if len(calls) == 2:
             raise UserError("cut short")

@@ -200,3 +200,60 @@ def test_confusion_matrix_books_every_box_once(seed, n, m):
     np.testing.assert_array_equal(matrix.matrix.sum(1)[:3], np.bincount(classes_found[:, 0], minlength=3))
     np.testing.assert_array_equal(matrix.matrix.sum(0)[:3], np.bincount(classes_true[:, 0], minlength=3))
     assert matrix.matrix[3, 3] == 0
+
+
+def scored_images(generator, images=6, nc=3):
+    """Detections, most confident first and no two equally sure, and labels, some of which they hit."""
+    scenes = []
+    confidences = generator.permutation(images * 8) / (images * 8) * 0.98 + 0.01
+    for image in range(images):
+        labels = np.concatenate((generator.integers(0, nc, (4, 1)), _random_boxes(generator, 4)), 1)
+        aims = labels[generator.integers(0, 4, 8)]
+        near = aims[:, 1:] + generator.normal(0, 2, (8, 4))
+        classes = np.where(generator.random(8) < 0.8, aims[:, 0], generator.integers(0, nc, 8))
+        found = np.concatenate((near, confidences[image * 8 : image * 8 + 8, None], classes[:, None]), 1)
+        scenes.append((found[np.argsort(-found[:, 4])], labels))
+    return scenes
+
+
+def _random_boxes(generator, count):
+    start = generator.uniform(0, 60, (count, 2))
+    return np.concatenate((start, start + generator.uniform(8, 40, (count, 2))), 1)
+
+
+def figures_of(scenes):
+    correct = np.concatenate([match_detections(found, labels) for found, labels in scenes])
+    found, labels = (np.concatenate([scene[part] for scene in scenes]) for part in (0, 1))
+    return average_precisions(correct, found[:, 4], found[:, 5], labels[:, 0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_figures_depend_neither_on_the_order_of_the_images_nor_on_the_numbers_of_the_classes(seed):
+    generator = np.random.default_rng(seed)
+    scenes = scored_images(generator)
+    expected = figures_of(scenes)
+    shuffled = figures_of([scenes[index] for index in generator.permutation(len(scenes))])
+    for first, second in zip(expected, shuffled, strict=True):
+        np.testing.assert_array_equal(first, second)
+    numbers = generator.permutation(9)[:3]
+    renamed = [(np.array(found), np.array(labels)) for found, labels in scenes]
+    for found, labels in renamed:
+        found[:, 5], labels[:, 0] = numbers[found[:, 5].astype(int)], numbers[labels[:, 0].astype(int)]
+    other = figures_of(renamed)
+    rows = np.argsort(numbers[expected.classes])
+    np.testing.assert_array_equal(other.ap, expected.ap[rows])
+    assert other.map == pytest.approx(expected.map) and other.confidence == expected.confidence
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), class_id=st.integers(0, 2))
+def test_a_false_detection_on_top_never_raises_the_average_precision(seed, class_id):
+    scenes = scored_images(np.random.default_rng(seed))
+    before = figures_of(scenes)
+    found, labels = scenes[0]
+    nowhere = np.array([[500.0, 500, 510, 510, 0.999, class_id]])
+    after = figures_of([(np.concatenate((nowhere, found)), labels), *scenes[1:]])
+    assert (after.ap <= before.ap).all()
+    others = before.classes != class_id
+    np.testing.assert_array_equal(after.ap[others], before.ap[others])

@@ -1,0 +1,231 @@
+"""Long work in short: what fifty detections and three epochs must not leave behind; and that a leak would be seen.
+
+The long runs are benchmarks/endurance.py and benchmarks/many_images.py. Here files, Python's objects and traced memory
+are counted before and after; that memory which Python does not see is flat is theirs to show.
+"""
+
+import contextlib
+import gc
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import tracemalloc
+import weakref
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from benchmarks.usage import Sample, Usage, Watch, complaints, growth_of, usage_of
+from utils.checks import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+ON_LINUX = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux' /proc")
+IMGSZ = 64
+OBJECTS = 200  # that may come and go: caches of libraries, the interpreter's own
+TRACED_BYTES = 64 * 1024
+
+
+def held() -> tuple[int, int, int]:
+    """Counts open files, threads and Python's objects."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), len(gc.get_objects())
+
+
+def series(memory_mb, descriptors=lambda _: 7, items: int = 1000) -> list[Sample]:
+    """Makes samples of every tenth item from functions of the item's number."""
+    return [Sample(item, Usage(memory_mb(item), 500.0, descriptors(item))) for item in range(10, items + 1, 10)]
+
+
+# ------------------------------------------------------------------------------------------------ what counts as flat
+
+
+def test_growth_is_the_slope_of_a_leak():
+    """100 MB and 10 KB more an item: after the warm-up of 200 the halves' middles are 400 items apart."""
+    growth = growth_of(series(lambda item: 100 + item * 10 / 1024), "private_mb")
+    assert growth.items == pytest.approx(400)
+    assert growth.difference == pytest.approx(400 * 10 / 1024)
+    assert growth.per_thousand * 1024 == pytest.approx(10_000)
+
+
+@pytest.mark.parametrize(
+    "memory_mb",
+    [
+        lambda item: 300 + 64 * (item > 150),  # an arena, taken while warming up
+        lambda item: 300 + 64 * (item > 900),  # a step near the end: once, not with every item
+        lambda item: 300 + 20 * (item % 100 < 30),  # cycles freed in batches
+        lambda item: 400 - item / 10,
+    ],
+)
+def test_steps_and_waves_are_flat(memory_mb):
+    assert complaints(series(memory_mb)) == []
+
+
+def test_leaks_of_memory_and_of_files_are_told():
+    assert complaints(series(lambda item: 100 + 0.01 * item)) == ["memory +4.0 MB"]
+    assert complaints(series(lambda _: 100, lambda item: 7 + item // 250)) == ["open files +2"]
+
+
+def test_too_few_samples_are_no_verdict():
+    with pytest.raises(UserError, match="0 samples after the warm-up"):
+        complaints([])
+    with pytest.raises(UserError, match="7 samples"):
+        complaints(series(lambda _: 100, items=80))
+
+
+@ON_LINUX
+def test_a_watch_sees_memory_and_files_that_are_kept():
+    watch, kept = Watch(total=40, samples=20), []
+    for _ in range(40):
+        kept.append((np.ones(1 << 18), open(os.devnull)))  # 2 MB
+        watch.passed()
+    for _, file in kept:
+        file.close()
+    assert [sample.items for sample in watch.samples] == list(range(2, 41, 2))
+    assert growth_of(watch.samples, "private_mb").difference == pytest.approx(32, abs=4)  # 16 items between the middles
+    assert growth_of(watch.samples, "descriptors").difference == 16
+    assert len(complaints(watch.samples)) == 2
+
+
+@ON_LINUX
+def test_pages_shared_with_a_parent_are_not_private():
+    shared = np.ones(8 << 20)  # 64 MB
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if not child:
+        os.read(read_end, 1)
+        os._exit(0)
+    usage = usage_of(child)
+    os.write(write_end, b".")
+    os.waitpid(child, 0)
+    os.close(read_end)
+    os.close(write_end)
+    assert usage.resident_mb > shared.nbytes / 2**20 > usage.private_mb
+
+
+# --------------------------------------------------------------------------------------------------------- nothing kept
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of ten pictures, one of them cut short."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(10):
+        noise = np.random.default_rng(index).integers(0, 255, (48, 64, 3), np.uint8)
+        data = cv2.imencode(".jpg", noise)[1].tobytes()
+        (folder / f"{index}.jpg").write_bytes(data[: len(data) // 2] if index == 9 else data)
+    return folder
+
+
+@pytest.fixture
+def options(weights, pictures):
+    """Of detect.py: everything written for every picture."""
+    import detect
+    from utils.cli import options_from
+
+    keywords = {"weights": [str(weights)], "source": str(pictures), "imgsz": [IMGSZ], "device": "cpu", "max_det": 3}
+    return options_from(detect.build_parser(), {**keywords, "save_txt": True, "save_crop": True, "save_csv": True})
+
+
+@ON_LINUX
+@pytest.mark.usefixtures("one_thread")
+def test_fifty_detections_leave_nothing_behind(options, tmp_path):
+    """Reading, detecting, drawing and writing, ten pictures five times, after ten to warm up; damage included."""
+    import detect
+    from models.pipeline import Pipeline, open_pipeline
+    from utils.data.sources import FileSource
+
+    opened = open_pipeline(options)
+
+    def detect_ten(name: str) -> None:
+        folder = tmp_path / name
+        folder.mkdir()
+        pipeline = Pipeline(FileSource(opened.source.inputs), opened._detector, opened.names)
+        detect.write_all(pipeline, folder, options)
+        assert len(pipeline.damaged) == 1
+        assert len(list(folder.glob("*.jpg"))) == 9
+
+    tracemalloc.start()
+    try:
+        detect_ten("first")
+        files, threads, objects = held()
+        traced_bytes = tracemalloc.get_traced_memory()[0]
+        for name in "abcde":
+            detect_ten(name)
+        files_after, threads_after, objects_after = held()
+        traced_after_bytes = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert (files_after, threads_after) == (files, threads)
+    assert objects_after - objects < OBJECTS
+    assert traced_after_bytes - traced_bytes < TRACED_BYTES
+
+
+@ON_LINUX
+@pytest.mark.usefixtures("one_thread")
+def test_a_closed_pipeline_gives_its_model_and_files_back(options):
+    """Also after a break in the middle, with the reader ahead."""
+    from models.pipeline import open_pipeline
+
+    files, threads, _ = held()
+    for count in (1, 2):
+        pipeline = open_pipeline(options)
+        gone = weakref.ref(pipeline._detector)
+        with contextlib.closing(pipeline.results()) as results:
+            assert len(list(itertools.islice(results, count))) == count
+        del pipeline, results
+        assert held()[:2] == (files, threads)
+        assert gone() is None
+
+
+@ON_LINUX
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_three_epochs_leave_nothing_behind(tiny_shapes, tmp_path):
+    """Two epochs to warm up, then three, with worker processes, validation and checkpoints."""
+    import train
+    from utils.train.callbacks import Callbacks
+
+    counts, callbacks = [], Callbacks()
+    callbacks.register_action("on_fit_epoch_end", "count", lambda *_: counts.append(held()))
+    keywords = {"cfg": "yolov5n.yaml", "data": str(tiny_shapes), "imgsz": IMGSZ, "device": "cpu", "noplots": True}
+    train.run(callbacks, epochs=6, workers=2, batch_size=12, project=str(tmp_path), **keywords)
+    files, threads, objects = zip(*counts[1:5], strict=True)  # the last epoch closes what is not needed any more
+    assert len(set(files)) == len(set(threads)) == 1
+    assert abs(objects[-1] - objects[0]) < OBJECTS
+
+
+# ------------------------------------------------------------------------------------------------------ the commands
+
+
+def run_benchmark(name: str, *options: object) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+@ON_LINUX
+@pytest.mark.slow
+def test_the_endurance_command_runs_a_part(weights):
+    pytest.importorskip("trackers")
+    line = run_benchmark("endurance.py", "--measure", "stream", "--weights", weights, "--scale", 0.01, "--imgsz", IMGSZ)
+    assert line.split()[:3] == ["stream", ".pt", "50"]
+
+
+@ON_LINUX
+@pytest.mark.slow
+def test_the_many_images_command_finds_what_is_cut_short(tmp_path):
+    """The scan's figure must count every image, the damaged one among them."""
+
+    from benchmarks.many_images import write_images
+
+    assert write_images(tmp_path, 1000, seed=0) == 1
+    for stage, expected in (("first scan", "scan_per_s"), ("second start", "start_s")):
+        figures = json.loads(run_benchmark("many_images.py", "--measure", stage, "--folder", tmp_path).splitlines()[-1])
+        assert figures[expected] > 0
+        assert figures.get("corrupt", 1) == 1
