@@ -11,13 +11,14 @@ DEMO := runs/demo
 # One process a core, each of one thread: small models gain nothing from more threads, and lose much by sharing cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check campaigns clean
 
 help:
 	@echo "make setup   install what the program needs into $(VENV)"
 	@echo "make demo    train, validate and detect on the embedded data set (minutes on a CPU)"
 	@echo "make test    run all tests"
 	@echo "make check   run the linter and the quick tests"
+	@echo "make campaigns   fuzzing, interrupted trainings, endurance: hours, on a machine with nothing else to do"
 	@echo "make clean   remove .venv, .venv-onnx2tf, runs/demo and tool caches"
 
 setup: $(VENV)/.installed
@@ -63,6 +64,12 @@ test: $(VENV)/.installed-dev $(CONVERTER_VENV)/.installed
 check: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 	$(PYTEST) -m "not slow"
+
+campaigns: $(VENV)/.installed-dev
+	$(PY) benchmarks/fuzz.py --target all
+	$(PY) benchmarks/interruptions.py --count 200
+	$(PY) benchmarks/endurance.py
+	$(PY) benchmarks/many_images.py
 
 clean:
 	rm -rf .venv .venv-onnx2tf $(DEMO) .pytest_cache .hypothesis .ruff_cache
