@@ -119,9 +119,10 @@ def main(options: argparse.Namespace) -> None:
     from models.pipeline import open_pipeline
 
     echo_options("detect", options)
+    folder = run_folder(options.project, options.name)  # refused, if at all, before anything is opened
     pipeline = open_pipeline(options)
     window = _open_window(options.view_img, pipeline.source.live)
-    folder = increment_path(run_folder(options.project, options.name), exist_ok=options.exist_ok, mkdir=True)
+    folder = increment_path(folder, exist_ok=options.exist_ok, mkdir=True)
     try:
         with limits_explained({"--imgsz": options.imgsz}):
             write_all(pipeline, folder, options, window)
@@ -142,12 +143,12 @@ def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, win
     try:
         with writer, Background(writer.write) as sink, closing(window) if window else nullcontext():
             for result in pipeline.results(feature_sink):
+                sink.put(result.frame, result.detections, result.counts)  # first: what is told is in the outputs
                 height, width = result.input_hw
                 found = f"{result.summary()}, " if len(result.detections) else ""
                 took = f"Done. ({result.inference_s:.3f}s)"
                 LOGGER.info(f"{result.frame.where}: {height}x{width} {found}{took}")
                 shown = writer.drawn(*result[:2], result.counts) if window else None
-                sink.put(result.frame, result.detections, result.counts)
                 if window and not window.show(result.path if result.frame.live else "detect.py", shown):
                     break
     finally:

@@ -81,7 +81,10 @@ class Background:
     def __init__(self, consume: Callable[..., None], depth: int = 4) -> None:
         """Prepares consuming; the thread starts with the `with` block."""
         self._consume = consume
-        self._queue: queue.Queue[Any] = queue.Queue(depth)
+        # Not a bounded `Queue`: Ctrl-C in the middle of its `put` can lose the news of the next item, which would then
+        # never be consumed. A `SimpleQueue` cannot be interrupted, and here a semaphore's news come from the thread.
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._places = threading.Semaphore(depth)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="background", daemon=True)
 
@@ -101,6 +104,7 @@ class Background:
         """Hands a call's arguments over; waits while `depth` lie before them, and raises what `consume` raised."""
         if self._error is not None:
             raise self._error
+        self._places.acquire()
         self._queue.put(arguments)
 
     def _work(self) -> None:
@@ -110,3 +114,4 @@ class Background:
                     self._consume(*arguments)
                 except BaseException as error:  # carried to whoever puts the next
                     self._error = error
+            self._places.release()

@@ -1,5 +1,8 @@
 """Reading ahead and writing behind: order, errors from the other side, and nothing left running."""
 
+import contextlib
+import itertools
+import sys
 import threading
 import time
 
@@ -94,3 +97,44 @@ def test_what_was_put_is_still_consumed_when_the_block_fails():
         background.put(1)
         raise KeyboardInterrupt
     assert consumed == [1]
+
+
+class InterruptedPut(threading.Thread):
+    """Puts one item and is interrupted at a line of Python that runs for it, as Ctrl-C may do to the main thread."""
+
+    def __init__(self, line: int):
+        super().__init__(daemon=True)
+        self.lines_left, self.consumed, self.interrupted = line, [], False
+
+    def trace(self, _frame, event, _argument):
+        if event == "line":
+            self.lines_left -= 1
+            if self.lines_left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self.trace
+
+    def run(self):
+        with contextlib.suppress(KeyboardInterrupt), Background(self.consumed.append) as background:
+            time.sleep(0.005)  # the consumer waits for the item
+            try:
+                sys.settrace(self.trace)
+                background.put(1)
+            except KeyboardInterrupt:
+                self.interrupted = True
+                raise
+            finally:
+                sys.settrace(None)
+                time.sleep(0.005)  # the consumer waits for the next
+
+
+def test_an_interruption_anywhere_in_putting_keeps_nobody_waiting():
+    for line in itertools.count():
+        put = InterruptedPut(line)
+        put.start()
+        put.join(10)
+        assert not put.is_alive(), f"hangs when interrupted at line {line}"
+        assert put.consumed in ([], [1])
+        if not put.interrupted:
+            break
+    assert line > 5 and put.consumed == [1]
