@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from models.common import is_activation, parse_activation
-from utils.checks import UserError, round_up
+from utils.checks import UserError, did_you_mean, round_up
 from utils.files import find_file, read_yaml
 
 CONFIG_KEYS = {
@@ -26,6 +26,7 @@ CONFIG_KEYS = {
     "backbone": list,
     "head": list,
 }
+OPTIONAL_KEYS = {"ch": int, "channel_multiple": int, "inplace": bool}  # and `activation`, which is a block's to read
 # Far beyond any detector: these stop YAMLs that would fill the memory. The largest of YOLOv5's layers comes to 41e6.
 LIMITS = {  # key -> least and greatest value
     "nc": (1, 100_000),
@@ -35,7 +36,8 @@ LIMITS = {  # key -> least and greatest value
     "channel_multiple": (1, 1024),
 }
 MAX_LAYER_SIZE = 1 << 30  # repeats, channels squared and the largest other number squared, multiplied
-MAX_ROWS = 1000
+MAX_ROWS = 500
+MAX_SOURCES = 64  # of a row
 MAX_REPEATS = 100  # of a row, times depth_multiple
 MAX_ANCHORS = 100  # per level
 MAX_ANCHOR_PX = 1e6
@@ -56,21 +58,55 @@ def read_config(cfg: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], st
     if not isinstance(config, dict):
         raise UserError(f"{source}: not a model YAML: keys such as nc, anchors, backbone and head are expected.")
     for key, kinds in CONFIG_KEYS.items():
-        if not isinstance(config.get(key), kinds):
-            problem = f"'{key}' is missing" if key not in config else f"'{key}: {config[key]}' is of the wrong kind"
+        if not _is_a(config.get(key), kinds):
+            shown = _shown(config.get(key))
+            problem = f"'{key}' is missing" if key not in config else f"'{key}: {shown}' is of the wrong kind"
             raise UserError(f"{source}: {problem}; a model YAML needs {', '.join(CONFIG_KEYS)}.")
+    _check_optional_keys(config, source)
+    _check_spelling({} if isinstance(cfg, Mapping) else config, source)  # a checkpoint's may hold other programs' keys
     if config["nc"] < 1:
         raise UserError(f"{source}: nc: {config['nc']}: a detector needs at least one class.")
     for key, (least, greatest) in LIMITS.items():
         value = config.get(key, least)
-        if not isinstance(value, (int, float)) or not least <= value <= greatest:
+        if not least <= value <= greatest:
             raise UserError(f"{source}: '{key}: {value}' is no number from {least} to {greatest}.")
-    if len(config["backbone"]) + len(config["head"]) > MAX_ROWS:
-        raise UserError(f"{source}: more than {MAX_ROWS} rows.")
+    if not 1 <= len(config["backbone"]) + len(config["head"]) <= MAX_ROWS:
+        raise UserError(f"{source}: backbone and head must have from 1 to {MAX_ROWS} rows together.")
     if not _are_anchors(config["anchors"]):
         given = f"{source}: anchors: {str(config['anchors']):.200}"
         raise UserError(f"{given}: give one list [w, h, w, h, ...] of sizes per level, or their number.")
     return config, source
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the first line of what an error says, for torch's fill pages; its kind where it says nothing."""
+    return str(error).partition("\n")[0].rstrip(":") or type(error).__name__
+
+
+def _is_a(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    """Tells whether a value is of the kinds; true and false are no numbers."""
+    return isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
+
+
+def _shown(value: Any) -> str:
+    """Returns a value for messages: in one line, and short."""
+    return repr(str(value))[1:-1][:80]
+
+
+def _check_optional_keys(config: Mapping[Any, Any], source: str) -> None:
+    """Refuses optional keys whose values are of the wrong kind."""
+    for key, kind in OPTIONAL_KEYS.items():
+        if key in config and not _is_a(config[key], kind):
+            words = "true or false" if kind is bool else "a whole number from {} to {}".format(*LIMITS[key])
+            raise UserError(f"{source}: '{key}: {_shown(config[key])}' must be {words}.")
+
+
+def _check_spelling(config: Mapping[Any, Any], source: str) -> None:
+    """Refuses keys so near to an optional one that they must be meant for it; others are other programs'."""
+    absent = {"activation", "channel_multiple", "inplace"} - set(config)
+    for key in [key for key in config if key not in (*CONFIG_KEYS, *OPTIONAL_KEYS, "activation")][:100]:
+        if hint := did_you_mean(_shown(key), sorted(absent)):
+            raise UserError(f"{source}: unknown key '{_shown(key)}'.{hint}")
 
 
 def _are_anchors(anchors: int | list) -> bool:
@@ -79,17 +115,20 @@ def _are_anchors(anchors: int | list) -> bool:
         return 1 <= anchors <= MAX_ANCHORS
     rows = [row for row in anchors if isinstance(row, list) and len(row) <= 2 * MAX_ANCHORS]
     numbers = [side for row in rows for side in row]
-    positive = all(isinstance(side, (int, float)) and 0 < side < MAX_ANCHOR_PX for side in numbers)
+    positive = all(_is_a(side, (int, float)) and 0 < side < MAX_ANCHOR_PX for side in numbers)
     return bool(anchors) and len(rows) == len(anchors) and positive
 
 
 def check_row(row: Any) -> list[Any]:
     """Returns the row when it has the form [from, number, module, args]."""
     kinds = ((int, list), int, str, list)
-    if not isinstance(row, list) or len(row) != 4 or not all(map(isinstance, row, kinds)):
+    formed = isinstance(row, list) and len(row) == 4 and all(map(_is_a, row, kinds))
+    if not formed or (isinstance(row[0], list) and not all(_is_a(source, int) for source in row[0])):
         raise ValueError("a row is [from, number, module, [args]], from being a row's number or a list of them")
     if row[1] < 1 or row[0] == []:
         raise ValueError("a row needs at least one source and one repeat")
+    if isinstance(row[0], list) and len(row[0]) > MAX_SOURCES:
+        raise ValueError(f"a row with {len(row[0])} sources reads more than any detector's (at most {MAX_SOURCES})")
     return row
 
 
@@ -168,7 +207,7 @@ def scaled_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
     """Plans (c1, c2, rest ...): c1 from the source, c2 the row's first argument times the model's width."""
     if len(inputs.channels) != 1:
         raise ValueError(f"takes one source, got {len(inputs.channels)}")
-    if not args or not isinstance(args[0], int):
+    if not args or not _is_a(args[0], int) or args[0] < 1:
         raise ValueError("its first argument must be the number of output channels")
     width = inputs.scale(args[0])
     return LayerPlan([inputs.channels[0], width, *args[1:]], width)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from models.common import Contract, Conv, Expand, TransformerBlock, interleave_halves
 from models.decode import Decoder
 from models.experimental import Sum
+from models.graph_source import recompile
 
 Layout = tuple[int, ...]  # layout[place] is the channel of the trained model that stands there
 
@@ -104,13 +105,12 @@ def rewrite(model: nn.Module) -> InferenceModel:
     folded = fold_model(copy.deepcopy(model)).eval().requires_grad_(False)
     trunk = _trace(folded)
     _fold_loose_norms(trunk)
-    weight = next(folded.parameters())
-    ShapeProp(trunk).propagate(weight.new_zeros(1, folded.yaml["ch"], _PROBE_PX, _PROBE_PX))
+    ShapeProp(trunk).propagate(next(folded.parameters()).new_zeros(1, folded.yaml["ch"], _PROBE_PX, _PROBE_PX))
     _fold_shuffles(trunk)
     _enlarge_late(trunk)
     trunk.graph.eliminate_dead_code()
     trunk.delete_all_unused_submodules()
-    trunk.recompile()
+    recompile(trunk)
     return InferenceModel(trunk.eval(), Decoder.of(folded.detect), model.names, model.stride.detach().clone())
 
 

@@ -178,7 +178,7 @@ def model_from(weights: Weights, cfg: str | Path | Mapping[str, Any] | None = No
 
 
 def transfer(model: torch.nn.Module, state_dict: Mapping[str, Tensor], exclude: Sequence[str] = ()) -> Transfer:
-    """Copies every tensor whose key and shape the model has too into the model.
+    """Copies every tensor whose key, shape and kind (floating or not) the model has too into the model.
 
     Args:
         model: the receiver.
@@ -190,6 +190,7 @@ def transfer(model: torch.nn.Module, state_dict: Mapping[str, Tensor], exclude: 
         key: tensor
         for key, tensor in state_dict.items()
         if key in own and own[key].shape == tensor.shape and not any(text in key for text in exclude)
+        if own[key].is_floating_point() == tensor.is_floating_point()
     }
     model.load_state_dict(fitting, strict=False)
     return Transfer(len(fitting), len(own), [key for key in own if key not in fitting])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from models import common, config, experimental
 from models.deploy import fold_model
+from models.outline import Totals, check_map, outlining, strides_of
 from models.summary import log_layers, summary_line
 from models.tta import augmented_rows
 from utils.checks import UserError, did_you_mean
@@ -148,7 +149,13 @@ def find_block(name: str) -> Block:
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         return Block(cls)
     torch_layers = [f"nn.{layer}" for layer in dir(nn) if isinstance(getattr(nn, layer), type)]
-    raise ValueError(f"unknown block '{name:.80}'.{did_you_mean(name, [*BLOCKS, *torch_layers])}")
+    raise ValueError(f"unknown block {name!r:.80}.{did_you_mean(name, [*BLOCKS, *torch_layers])}")
+
+
+def is_ours(row: Any) -> bool:
+    """Tells whether a row names a block of this program or of torch, which works without values (see `outlining`)."""
+    block = BLOCKS.get(row[2]) if isinstance(row, list) and len(row) > 2 and isinstance(row[2], str) else None
+    return block is None or block.cls.__module__.split(".")[0] in ("models", "torch")
 
 
 def parse_model(
@@ -169,7 +176,7 @@ def parse_model(
         UserError: a row that cannot be built; says which and why.
     """
     names = {"nc": model_yaml["nc"], "anchors": model_yaml["anchors"]}
-    layers, saved, channels = [], [], []
+    layers, saved, channels, totals = [], [], [], Totals()
     for index, row in enumerate([*model_yaml["backbone"], *model_yaml["head"]]):
         try:
             sources, repeats, name, args = config.check_row(row)
@@ -178,8 +185,9 @@ def parse_model(
             inputs = [channels[position] if position >= 0 else ch[-1] for position in positions]
             row_inputs = config.RowInputs(inputs, config.channel_scale(model_yaml), model_yaml.get("inplace", True))
             layer, width = _build_layer(name, repeats, config.resolve_argument(args, names), row_inputs, model_yaml)
+            totals.add(layer, layer.repeats)
         except ROW_ERRORS as error:
-            raise UserError(f"{source}: row {index} {str(row):.300}: {error or type(error).__name__}") from error
+            raise UserError(f"{source}: row {index} {str(row):.300}: {config.reason_of(error)}") from error
         layer.i, layer.f = index, sources
         layers.append(layer)
         channels.append(width)
@@ -250,18 +258,16 @@ class Model(nn.Module):
         if anchors:
             LOGGER.info(f"Overriding {self.yaml_file} anchors with anchors={round(anchors)}")
             self.yaml["anchors"] = round(anchors)
-        self.model, self.save = parse_model(self.yaml, [ch], self.yaml_file)
-        if not isinstance(self.detect, Detect):
-            raise UserError(f"{self.yaml_file}: the last row must be Detect, not {self.detect.type}.")
         self.nc = self.yaml["nc"]
-        if self.detect.nc != self.nc:
-            raise UserError(
-                f"{self.yaml_file}: Detect has {self.detect.nc} classes, but nc is {self.nc}: write nc there."
-            )
+        if all(map(is_ours, (*self.yaml["backbone"], *self.yaml["head"]))):
+            with outlining():
+                self._build(ch)
+            self.model, self.save = parse_model(self.yaml, [ch], self.yaml_file)
+        else:  # blocks that a program has registered may need values, and are no stranger's
+            self._build(ch)
         self.names = {number: str(number) for number in range(self.nc)}
         self.inplace = self.yaml.get("inplace", True)
         self.hyp: dict[str, float] | None = None
-        self.stride = self._measure_strides(ch)
         self._set_anchors()
         self._initialise()
         if verbose:
@@ -305,25 +311,47 @@ class Model(nn.Module):
         """Returns the summary line: modules, parameters, trained ones and GFLOPs (thop's, half a second) at `imgsz`."""
         return summary_line(self, imgsz, gflops)
 
+    def _build(self, ch: int) -> None:
+        """Makes the layers and measures the strides.
+
+        Raises:
+            UserError: a row that cannot be built or run, or the last one is no Detect of the model's classes.
+        """
+        self.model, self.save = parse_model(self.yaml, [ch], self.yaml_file)
+        if not isinstance(self.detect, Detect):
+            raise UserError(f"{self.yaml_file}: the last row must be Detect, not {self.detect.type}.")
+        if self.detect.nc != self.nc:
+            raise UserError(
+                f"{self.yaml_file}: Detect has {self.detect.nc} classes, but nc is {self.nc}: write nc there."
+            )
+        self.stride = self._measure_strides(ch)
+
     def _measure_strides(self, ch: int) -> Tensor:
         """Returns pixels per cell of each level, float32 (nl,), from one blank image.
 
         Raises:
-            UserError: maps of different sizes meet in a row.
+            UserError: maps of different sizes meet in a row, a layer's are too large, or a stride is not whole.
         """
         device = next(self.parameters()).device
         finished: list[int] = []
+
+        def passed(layer: nn.Module, output: Any) -> None:
+            check_map(output)
+            finished.append(layer.i)
+
         self.eval()
         self.detect.train()  # logits, not boxes: boxes need the strides
         try:
             with torch.no_grad():
                 blank = torch.zeros(1, ch, STRIDE_IMAGE_PX, STRIDE_IMAGE_PX, device=device)
-                logits = self(blank, visualize=lambda layer, _: finished.append(layer.i))
+                logits = self(blank, visualize=passed)
+            strides = torch.tensor(strides_of(logits, STRIDE_IMAGE_PX), device="cpu")
         except ROW_ERRORS as error:
             layer = self.model[min(len(finished), len(self.model) - 1)]
-            raise UserError(f"{self.yaml_file}: row {layer.i} ({layer.type}, from {layer.f}): {error}") from error
+            where = f"{self.yaml_file}: row {layer.i} ({layer.type}, from {layer.f})"
+            raise UserError(f"{where}: {config.reason_of(error)}") from error
         self.train()
-        return torch.tensor([STRIDE_IMAGE_PX / maps.shape[2] for maps in logits], device="cpu")
+        return strides
 
     def _set_anchors(self) -> None:
         """Puts the strides and the anchors, in units of them, into Detect; small anchors go with small strides."""

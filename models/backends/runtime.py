@@ -41,7 +41,7 @@ def find_export(weights: str | Path) -> Path:
         UserError: there is none; the nearest names beside it are shown.
     """
     path = Path(weights)
-    if os.path.exists(path):  # unlike Path's it is just False for a name too long
+    if os.path.isfile(path) or os.path.isdir(path):  # a pipe would be waited for; Path's own raise for names too long
         return path
     nearby = os.listdir(path.parent) if os.path.isdir(path.parent) else []
     raise UserError(f"--weights {path}: no such file or folder.{did_you_mean(path.name, nearby)}")

@@ -1,5 +1,9 @@
 """Folding batch norm and rewriting for inference change nothing but rounding, and leave out what they should."""
 
+import gc
+import inspect
+import linecache
+
 import cv2
 import numpy as np
 import pytest
@@ -7,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.fx import _symbolic_trace, graph_module
 
 from models.common import Conv, interleave_halves
 from models.config import read_config, scaled_channels
@@ -343,3 +348,18 @@ def models(draw):
 def test_any_small_graph_of_these_blocks_keeps_its_output(config, seed):
     model = trained_like(config, seed)
     assert_same_maps(model, rewrite(model), (2, 3, 32, 64))
+
+
+def test_graphs_that_are_gone_leave_nothing_with_torch():
+    """Torch keeps the source and the globals of every graph ever compiled, for tracebacks; ours go with their graph."""
+    model = trained_like(small([[-1, 1, "GSConv", [16, 1]], [-1, 1, "nn.ChannelShuffle", [4]]], [2]))
+    gc.collect()
+    kept = linecache.cache, graph_module._loader.eval_cache, _symbolic_trace._wrapped_fns_to_patch
+    before = [set(names) for names in kept]
+    graphs = [rewrite(model) for _ in range(2)]
+    assert shuffles(graphs[0]) == 1
+    assert [len(set(names) - old) for names, old in zip(kept, before, strict=True)] == [2, 2, 2]
+    assert "def forward" in inspect.getsource(graphs[0].trunk.forward)
+    del graphs
+    gc.collect()
+    assert all(set(names) <= old for names, old in zip(kept, before, strict=True))

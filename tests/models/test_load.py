@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -84,6 +85,16 @@ def test_another_number_of_classes_keeps_all_but_the_head(published):
 def test_excluded_keys_stay_as_they_were(published):
     moved = transfer(Model(published.yaml), published.state_dict, exclude=("anchor", "model.0."))
     assert set(moved.missing_keys) == {key for key in published.state_dict if "anchor" in key or "model.0." in key}
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.complex64])
+def test_numbers_of_another_kind_are_not_taken_for_weights(published, kind):
+    """Whole numbers would make zeros of most weights."""
+    model, key = Model(published.yaml), "model.0.conv.weight"
+    own = model.state_dict()[key].clone()
+    moved = transfer(model, {**published.state_dict, key: published.state_dict[key].to(kind)})
+    assert moved.missing_keys == [key]
+    assert torch.equal(model.state_dict()[key], own)
 
 
 def tiny(block: str = "C3", **changes) -> dict:
@@ -245,10 +256,29 @@ def test_names_of_original_files_are_allowed_and_none_is_the_thing_itself(name):
         *("os.system", "posix.system", "builtins.eval", "builtins.getattr", "subprocess.Popen", "torch.hub.load"),
         *("models.common.os.system", "models.load.load_model", "xmodels.common.Conv", "torch.nn.modules.os.system.x"),
         *("ultralytics.nn.tasks.DetectionModel", "utils.general.check_file", "pathlib.os.system", "numpy.load"),
+        *("models.tf.TFModel", "models.common2.Conv", "torch.nn.parallel.DataParallel", "torch.nn.Conv2d"),
     ],
 )
 def test_other_names_are_not(name):
     assert stand_in_for(name) is None
+
+
+def test_of_all_that_a_process_has_loaded_these_modules_alone_are_allowed():
+    """Whatever widens the list shows here, if anything that Python, torch or this program has falls under it."""
+    loaded = [(name, module) for name, module in list(sys.modules.items()) if module is not None]
+    names = {f"{name}.{item}" for name, module in loaded for item in list(vars(module))}
+    allowed = {name for name in names if stand_in_for(name) is not None}
+    modules = {name.rpartition(".")[0] for name in allowed}
+    of_torch = {module for module in modules if module.startswith("torch.nn.modules.")}
+    ours = {"models.common", "models.yolo", "models.experimental"}
+    others = {name for name in allowed if name.rpartition(".")[0] not in of_torch | ours}
+    assert len(names) > 10_000 and len(of_torch) > 20 and modules >= ours - {"models.experimental"}
+    paths = {f"pathlib.{kind}Path" for kind in ("", "Pure", "Posix", "PurePosix", "Windows", "PureWindows")}
+    arrays = {f"numpy.{room}.multiarray.{name}" for room in ("core", "_core") for name in ("scalar", "_reconstruct")}
+    assert {name.replace("pathlib._local.", "pathlib.") for name in others} <= paths | arrays | {
+        "numpy.ndarray",
+        "numpy.dtype",
+    }
 
 
 class Calls:

@@ -1,0 +1,58 @@
+"""The model that a training starts from: which architecture, which weights, and what is said of unsound files."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+from models.build import build_for_training
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checks import UserError
+
+CATS = {0: "cat", 1: "dog", 2: "hen"}
+
+
+def options(cfg="", weights="", seed=0, resume=False) -> Namespace:
+    return Namespace(cfg=str(cfg), weights=str(weights), seed=seed, resume=resume)
+
+
+def test_the_seed_alone_decides_the_initial_weights():
+    before = torch.get_rng_state()
+    first, again, other = (
+        build_for_training(options("yolov5n-slimneck.yaml", seed=seed), CATS).state_dict() for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(tensor, again[key]) for key, tensor in first.items())
+    assert not torch.equal(first["model.0.conv.weight"], other["model.0.conv.weight"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_give_the_architecture_and_what_fits_other_classes(weights):
+    given = load_checkpoint(weights)
+    model = build_for_training(options(weights=weights), CATS)
+    state = model.state_dict()
+    assert model.names == CATS and model.nc == 3
+    alike = [key for key, tensor in given["model"].items() if state[key].shape == tensor.shape]
+    assert len(alike) == len(state) - 6  # the head's three convolutions
+    assert all(torch.equal(state[key], given["model"][key].float()) for key in alike)
+
+
+@pytest.mark.parametrize(("cfg", "anchors"), [("yolov5n.yaml", None), ("", 3)])
+def test_anchors_are_the_yaml_s_or_to_be_fitted_not_the_weights_own(cfg, anchors, weights, tmp_path):
+    content = load_checkpoint(weights)
+    content["model"]["model.24.anchors"] = content["model"]["model.24.anchors"] * 2
+    save_checkpoint(tmp_path / "other.pt", content)
+    model = build_for_training(options(cfg, tmp_path / "other.pt"), CATS, anchors)
+    assert not torch.equal(model.detect.anchors, content["model"]["model.24.anchors"])
+
+
+def test_an_unsound_architecture_is_told_with_its_file(weights, tmp_path):
+    content = load_checkpoint(weights)
+    content["yaml"]["depth_multiple"] = -1
+    save_checkpoint(path := tmp_path / "bad.pt", content)
+    with pytest.raises(UserError, match=f"^{path}: .*depth_multiple"):
+        build_for_training(options(weights=path), CATS)
+    with pytest.raises(UserError, match="^runs/last.pt: .*depth_multiple"):
+        build_for_training(options(resume="runs/last.pt"), CATS, checkpoint=content)
+    (tmp_path / "bad.yaml").write_text("depth_multiple: -1\n")
+    with pytest.raises(UserError, match=r"^\S*bad.yaml: "):
+        build_for_training(options(tmp_path / "bad.yaml"), CATS)
