@@ -13,6 +13,7 @@ import pickle
 import shutil
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ MAX_DEPTH = 64
 MAX_TEXT = 64 << 20  # characters and digits
 
 FULL_DISK_BYTES = 1 << 20  # a disk with less room than this has no room for a checkpoint
+
+_CONTROLS = frozenset(range(32)) - frozenset(b"\t\n\f\r")  # bytes that no text has
+
+_FOLDER_BIT = 0x10  # of a zip member's attributes; torch writes no folders
 
 # What torch's readers raise on damaged or foreign content.
 _DAMAGE = (
@@ -146,15 +151,18 @@ def _check_content(path: str | Path, content: Any) -> None:
 
 
 def check_tensor(tensor: Tensor) -> None:
-    """Refuses a tensor, of any shape, whose values are not all in the file.
+    """Refuses a tensor, of any shape, whose values are not all in the file, or are no numbers.
 
     Raises:
-        ValueError: it is of another kind than plain memory on the CPU, or repeats what is stored to become larger.
+        ValueError: it is of another kind than plain memory on the CPU, repeats what is stored to become larger, or
+            holds NaN: a single one makes every output of a model NaN, which looks like a picture without objects.
     """
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         kind = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
         raise ValueError(f"the values of a tensor ({kind}) are not in it")
+    if tensor.is_floating_point() and tensor.float().isnan().any():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} holds NaN, as those of a run that diverged do")
 
 
 def strip_checkpoint(path: str | Path) -> None:
@@ -219,6 +227,8 @@ def _check_container(path: Path) -> None:
             return
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except zipfile.BadZipFile as error:  # of a damaged end, by which an archive is known
+        raise UserError(f"{path}: is a damaged archive ({error}): download or copy it again.") from error
     if size == 0:
         raise UserError(f"{path}: is empty (0 bytes).")
     if head.startswith(b"PK"):
@@ -228,7 +238,7 @@ def _check_container(path: Path) -> None:
             f"{path}: is in the format of torch before 1.6, which could run code and is not opened. Where you trust "
             "it, load it with an old torch and save it again."
         )
-    if b"\0" not in head:
+    if not _CONTROLS & set(head):
         text = head[:40].decode(errors="replace").strip().splitlines() or [""]
         raise UserError(f"{path}: is a text file ('{text[0]}...'), not a checkpoint.")
     raise UserError(f"{path}: is not a checkpoint (unknown format, {size} bytes).")
@@ -253,7 +263,7 @@ def _check_members(path: Path) -> None:
 
 
 def open_records(path: Path) -> torch._C.PyTorchFileReader:
-    """Opens an archive of torch's by torch's own reader, which takes members by name.
+    """Opens an archive of torch's, whose checksums are right, by torch's own reader, which takes members by name.
 
     Other readers may see other members in a file that is made to deceive them, and torch's does not tell apart capital
     and small letters.
@@ -261,7 +271,7 @@ def open_records(path: Path) -> torch._C.PyTorchFileReader:
     Raises:
         UserError: it unpacks to many times its size.
         RuntimeError: no such archive, or a damaged one.
-        ValueError: a name stands twice, or Python's reader sees other members.
+        ValueError: a name stands twice, Python's reader sees other members, or a member has changed.
     """
     with zipfile.ZipFile(path) as archive:
         sizes = {info.filename.partition("/")[2]: info.file_size for info in archive.infolist() if not info.is_dir()}
@@ -273,7 +283,26 @@ def open_records(path: Path) -> torch._C.PyTorchFileReader:
     names = [name for name in reader.get_all_records() if not name.endswith("/")]
     if len({name.lower() for name in names}) != count or set(names) != set(sizes):
         raise ValueError("a member stands twice, or outside the archive's one folder")
+    _compare_checksums(path)
     return reader
+
+
+def _compare_checksums(path: Path) -> None:
+    """Reads an archive through, since torch's reader compares no checksums: changed numbers would go unnoticed.
+
+    Nor does it read a member that is marked as a folder: the memory meant for it stays as it was found.
+
+    Raises:
+        ValueError: a member is not as it was written, or is marked so.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            folders = [info.filename for info in archive.infolist() if info.external_attr & _FOLDER_BIT]
+            changed = folders[0] if folders else archive.testzip()
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    if changed:
+        raise ValueError(f"its part {changed} has changed")
 
 
 def _reason(error: Exception) -> str:
