@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from utils.checks import MAX_IMAGE_SIDE_PX
 from utils.cli import CommandParser, advising, echo_options, number, options_from, run_command
 from utils.files import ROOT, find_file, increment_path, run_folder, write_yaml
 from utils.limits import limits_explained
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hyp", default=str(ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"), help="hyperparameter YAML")
     add("--epochs", type=number(int, 1), default=300, help="epochs in all")
     add("--batch-size", type=_batch_size, default=16, help="images per batch, over all GPUs; -1: what fits")
-    add("--imgsz", "--img", "--img-size", type=number(int, 1), default=640, help="image side in pixels")
+    add("--imgsz", "--img", "--img-size", type=number(int, 1, MAX_IMAGE_SIDE_PX), default=640, help="image side in px")
     add("--rect", action="store_true", help="rectangular batches, without shuffling and mosaic")
     add("--resume", nargs="?", const=True, default=False, help="go on with the newest run, or with this last.pt")
     add("--nosave", action="store_true", help="save checkpoints after the last epoch only")
@@ -98,11 +99,12 @@ def main(options: argparse.Namespace, callbacks: Any = None, given: set[str] | N
     from utils.train.callbacks import Callbacks
     from utils.train.distributed import World, explained, joined
     from utils.train.hyp import Hyp
-    from utils.train.resume import resume_options
+    from utils.train.resume import check_resume, resume_options
     from utils.train.setup import check_options
 
     processes = World.from_environment(options.local_rank)
     with joined(processes) as world, explained(world, _not_begun), limits_explained(_sizes(options)):
+        check_resume(options.resume)
         check_options(options, world)
         if options.resume:
             given = _given_options() if given is None else given
@@ -112,6 +114,7 @@ def main(options: argparse.Namespace, callbacks: Any = None, given: set[str] | N
         else:
             checkpoint = None
             hyp = Hyp.from_yaml(find_file(options.hyp, (".yaml", ".yml"), "--hyp"))
+            run_folder(options.project, options.name)  # refused, if at all, before anything is read
         echo_options("train", options)
         return train(hyp, options, callbacks or Callbacks(), checkpoint, world)
 
@@ -129,7 +132,7 @@ def train(
         world: `utils.train.distributed.World`, connected; None for this process alone.
     """
     from utils import fingerprint
-    from utils.devices import device_line, prepare_cpu_memory
+    from utils.devices import device_line, prepare_cpu_memory, resolve_amp
     from utils.train.callbacks import Callbacks
     from utils.train.distributed import ALONE
     from utils.train.engine import Trainer
@@ -138,6 +141,7 @@ def train(
 
     world = world or ALONE
     device = own_device(options.device, world)
+    resolve_amp(options.amp, device)  # refused, if at all, before anything is written
     prepare_cpu_memory(device)
     LOGGER.info(device_line(device) + "\n")
     if options.sync_bn:
@@ -158,13 +162,15 @@ def train(
 
 def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dict | None, world: Any) -> tuple:
     """Makes the run's folder, the model and the loaders; returns those two. The first process writes and settles."""
+    from models.build import build_for_training
     from utils.data.spec import load_spec
     from utils.train import setup
 
     with world.in_turn():  # the first may have to download
         spec = load_spec(options.data)
         names = {0: "item"} if options.single_cls and spec.nc != 1 else spec.names
-        model = _build_model(options, hyp, names, checkpoint)
+        model = build_for_training(options, names, hyp.anchors, checkpoint)
+    setup.freeze_layers(model, options.freeze)
     if options.batch_size == -1:
         options.batch_size = setup.fitting_batch_size(model, options, device)
     if not checkpoint:
@@ -183,30 +189,6 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
 
             plot_labels(tables.train.rows, names, Path(options.save_dir))
     return model, setup.build_loaders(tables, spec, model, hyp, options, world)
-
-
-def _build_model(options: argparse.Namespace, hyp: Any, names: dict[int, str], checkpoint: dict | None) -> Any:
-    """Builds the architecture of `--cfg`, or of the checkpoint, with the data's classes; takes what weights fit."""
-    import torch
-
-    from models.load import read_weights, transfer
-    from models.yolo import Model
-
-    weights = read_weights(options.weights) if options.weights and not checkpoint else None
-    if checkpoint:
-        cfg = checkpoint["yaml"]
-    else:
-        cfg = find_file(options.cfg, (".yaml", ".yml"), "--cfg") if options.cfg else weights.yaml
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        anchors = None if checkpoint else hyp.anchors
-        model = Model(cfg, nc=len(names), anchors=anchors, verbose=not checkpoint)
-    model.names = names
-    if weights:
-        exclude = ("anchor",) if options.cfg or hyp.anchors else ()
-        moved = transfer(model, weights.state_dict, exclude)
-        LOGGER.info(f"Transferred {moved.loaded}/{moved.total} items from {options.weights}")
-    return model
 
 
 def _not_begun() -> str:

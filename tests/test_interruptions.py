@@ -3,6 +3,7 @@
 Signals to whole commands are in test_train.py; benchmarks/interruptions.py does all of this at random moments.
 """
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -20,7 +22,9 @@ import pytest
 import train
 from utils.checkpoint import load_checkpoint
 from utils.checks import UserError
-from utils.data.labels import load_labels
+from utils.data.labels import load_labels, scan_chunk
+from utils.data.paths import list_images
+from utils.data.pool import over_processes
 from utils.train.callbacks import Callbacks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +56,12 @@ def options(tiny_shapes, tmp_path) -> dict:
     return {**keywords, "workers": 0}
 
 
+@pytest.fixture(autouse=True)
+def without_tensorboard(monkeypatch):
+    """Nothing here is about it, and where there is a TensorFlow it would be imported for it."""
+    monkeypatch.setattr("utils.train.records.open_tensorboard", lambda *_: None)
+
+
 def calling(**hooks) -> Callbacks:
     callbacks = Callbacks()
     for name, hook in hooks.items():
@@ -64,12 +74,12 @@ def test_a_killed_loader_process_is_told_with_what_to_do(options, tmp_path):
         if iteration == 4:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
-    words = (
-        r"^a worker process was killed.*--batch-size 8, --imgsz 64, --workers 2\. .*fewer --workers.*Epoch 0 is saved"
-    )
-    with pytest.raises(UserError, match=words + r"\. Go on with: python train.py --resume .*last\.pt"):
+    words = r"^a worker process was killed.*--batch-size 8, --imgsz 64, --workers 2\. .*fewer --workers.*"
+    with pytest.raises(UserError, match=words + r"Go on with: python train.py --resume .*last\.pt") as error:
         train.run(calling(on_train_batch_end=kill), **{**options, "workers": 2, "epochs": 9})
-    assert load_checkpoint(tmp_path / "exp" / "weights" / "last.pt")["epoch"] == 0
+    saved = load_checkpoint(tmp_path / "exp" / "weights" / "last.pt")["epoch"]
+    assert f"Epoch {saved} is saved" in str(error.value)  # what was read ahead may suffice for some more
+    assert saved < 8
 
 
 def test_images_that_vanish_are_named_and_the_run_goes_on_when_they_are_back(options, tmp_path):
@@ -92,6 +102,37 @@ def test_images_that_vanish_are_named_and_the_run_goes_on_when_they_are_back(opt
     train.run(resume=str(run / "weights" / "last.pt"))
     assert (run / "results.csv").read_text() == (tmp_path / "whole" / "results.csv").read_text()
     assert not any(path.exists() for path in stale)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_a_kill_while_last_pt_is_written_leaves_nothing_once_resumed(options, tmp_path):
+    """A process of its own is killed when half of the second epoch's last.pt is on disk."""
+    script = """
+import io, json, os, signal, sys
+sys.modules["tensorflow"] = None  # TensorBoard would import it
+import torch, train
+save = torch.save
+def half(content, path):
+    if content["epoch"] != 1 or ".last.pt." not in path.name:
+        return save(content, path)
+    save(content, whole := io.BytesIO())
+    path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+train.run(**json.loads(sys.argv[1]))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, json.dumps(options)]
+    killed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    weights = tmp_path / "exp" / "weights"
+    (half,) = weights.glob("*.tmp")
+    assert half.name.startswith(".last.pt.") and half.stat().st_size > 1000
+    assert load_checkpoint(weights / "last.pt")["epoch"] == 0
+    train.run(resume=str(weights / "last.pt"))
+    assert sorted(path.name for path in weights.iterdir()) == ["best.pt", "last.pt"]
+    assert len((tmp_path / "exp" / "results.csv").read_text().splitlines()) == 1 + options["epochs"]
 
 
 def test_a_full_disk_keeps_the_former_checkpoint_and_says_how_to_go_on(options, tmp_path, monkeypatch):
@@ -153,6 +194,94 @@ def scan_at_once(images, together, answers):
     together.wait()
     load_labels([images])
     answers.put(answer)
+
+
+def living(session: int, patience_s: float = 0) -> list[int]:
+    """The processes of a session that are no zombies, once they had some time to end."""
+    until = time.monotonic() + patience_s
+    while True:
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _parent, _group, own = stat.read_text().rpartition(")")[2].split()[:4]
+                found += [int(stat.parent.name)] if int(own) == session and state != "Z" else []
+        if not found or time.monotonic() >= until:
+            return found
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def long_scan(tiny_shapes, tmp_path) -> Path:
+    """A data set YAML whose labels take two processes seconds: pictures that must be decoded, each listed often."""
+    root = tmp_path / "set"
+    for kind in ("images", "labels"):
+        (root / kind).mkdir(parents=True)
+    for index in range(24):
+        picture = cv2.imread(str(tiny_shapes.parent / "images" / "train" / f"{index}.jpg"))
+        cv2.imwrite(str(root / "images" / f"{index}.webp"), cv2.resize(picture, (96, 96)))
+        shutil.copy(tiny_shapes.parent / "labels" / "train" / f"{index}.txt", root / "labels")
+    (root / "train.txt").write_text("".join(f"./images/{number % 24}.webp\n" for number in range(12_000)))
+    (root / "data.yaml").write_text("path: .\ntrain: train.txt\nval: train.txt\nnames: [a, b, c, d]\n")
+    return root / "data.yaml"
+
+
+def wait_for_scan(process: subprocess.Popen, log: Path) -> None:
+    """Waits until two workers are at the labels."""
+    until = time.monotonic() + 240
+    while "images and labels..." not in log.read_text() or len(living(process.pid)) < 3:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.02)
+    time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are looked for in /proc")
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM"), (signal.SIGKILL, "")]
+)
+def test_a_scan_of_labels_that_is_ended_leaves_nothing(number, words, options, long_scan, tmp_path):
+    """Signals go to the whole group, as terminals and clusters send them; SIGKILL hits the main process alone."""
+    line = [sys.executable, str(ROOT / "train.py"), "--cfg", options["cfg"], "--data", str(long_scan), "--img", "64"]
+    line += ["--workers", "2", "--device", "cpu", "--project", str(tmp_path / "runs"), "--noplots"]
+    environment, log = {**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path / "log.txt"
+    with open(log, "w") as file:
+        process = subprocess.Popen(line, env=environment, stderr=file, start_new_session=True)
+    try:
+        wait_for_scan(process, log)
+        assert len(living(process.pid)) == 3, log.read_text()
+        (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
+        started = time.monotonic()
+        status = process.wait(timeout=60)
+        assert time.monotonic() - started < 10
+        assert not living(process.pid, patience_s=5)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert status == (-number if number == signal.SIGKILL else 128 + number), log.read_text()
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    bar = next(index for index, line in enumerate(lines) if "images and labels..." in line)
+    said = [line for line in lines[bar:] if "/12000 [" not in line]  # without the bar
+    assert said == ([f"train.py: {words}."] if words else [])
+    assert sorted(path.name for path in long_scan.parent.iterdir()) == ["data.yaml", "images", "labels", "train.txt"]
+
+
+@pytest.mark.slow
+def test_a_scan_after_one_that_was_ended_finds_all_labels(long_scan):
+    """Here Ctrl-C comes between two results; the processes do no more than the image that they are at."""
+    source = long_scan.with_name("train.txt")
+    source.write_text("".join(source.read_text().splitlines(keepends=True)[:6000]))
+    images = list_images([source])
+    parts = over_processes(scan_chunk, [images[start : start + 1000] for start in range(0, len(images), 1000)], 2)
+    next(parts)
+    started = time.monotonic()
+    parts.close()
+    ended = time.monotonic()
+    table = load_labels([source], workers=2)
+    assert len(table) == table.counts.found == 6000
+    assert ended - started < (time.monotonic() - ended) / 4  # half of the images were handed out
+    assert source.with_name("train.cache.npz").is_file()
 
 
 @pytest.mark.slow

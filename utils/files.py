@@ -6,10 +6,12 @@ Not here: downloads (`utils.download`), checkpoints (`utils.checkpoint`), images
 from __future__ import annotations
 
 import contextlib
-import glob
+import functools
+import hashlib
 import os
 import re
 import tempfile
+import time
 import uuid
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +24,10 @@ SEARCHED_FOLDERS = ("data", "models", "utils")
 MAX_YAML_BYTES = 1 << 20  # the names of 20,000 classes take half of it
 MAX_YAML_NUMBER = 100  # characters
 MAX_YAML_DEPTH = 64
+_TEMPORARY = re.compile(  # .NAME.PLACE-PROCESS.RANDOM.tmp, without an owner where the system does not tell the place
+    r"\.(?P<name>.+?)\.((?P<place>[0-9a-f]{8})-(?P<process>[0-9a-f]{1,7})\.)?[0-9a-f]{8}\.tmp", re.DOTALL
+)
+ABANDONED_AFTER_S = 24 * 3600  # of no change, far above what clocks of machines that share a disk differ by
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -127,18 +133,27 @@ def write_yaml(path: str | Path, data: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def temporary_beside(path: Path) -> Path:
+    """Returns a name of its own for what is written before it becomes `path`; makes no file.
+
+    The name is hidden, begins with the target's, tells the process and ends in `.tmp`, by which `remove_temporaries`
+    knows what a killed process left.
+    """
+    owner = f"{_place()}-{os.getpid():x}." if _place() else ""
+    return path.with_name(f".{path.name}.{owner}{uuid.uuid4().hex[:8]}.tmp")
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what is written there replaces `path` only once all of it is on disk.
 
-    An interruption at any moment leaves the former file or the new one. The temporary's name is hidden, begins with
-    the target's and ends in `.tmp` (`remove_temporaries` clears what a killed process left).
+    An interruption at any moment leaves the former file or the new one.
 
     Raises:
         UserError: the disk is full, the folder is missing or not writable, and so on; the former file is intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_beside(path)
     try:
         with contextlib.ExitStack() as cleaning:
             open(temporary, "xb").close()
@@ -165,25 +180,77 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def remove_temporaries(folder: str | Path, name: str = "") -> list[Path]:
-    """Removes what interrupted `atomic_write`s of files called `name` (any, when empty) left in `folder`."""
-    pattern = f".{glob.escape(name) or '*'}.{'[0-9a-f]' * 8}.tmp"
-    stale = [path for path in Path(folder).glob(pattern) if path.is_file()]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return stale
+def remove_temporaries(folder: str | Path, name: str = "", abandoned: bool = False) -> list[Path]:
+    """Removes what interrupted `atomic_write`s of files called `name` (any, when empty) left in `folder`.
+
+    Args:
+        folder: where to look; folders in it are left alone.
+        name: of the file that was to be written.
+        abandoned: spare what another process may be writing at this moment, also one on another machine that shares
+            the disk; without it the folder must be this run's own.
+
+    Returns:
+        What was removed; what cannot be removed stays.
+    """
+    removed = []
+    for path in Path(folder).glob(".*.tmp"):
+        parts = _TEMPORARY.fullmatch(path.name)
+        if not parts or name not in ("", parts["name"]):
+            continue
+        with contextlib.suppress(OSError):  # another process was faster, or the folder is read-only
+            if path.is_file() and not (abandoned and _may_be_written(path, parts)):
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+def _may_be_written(temporary: Path, parts: re.Match) -> bool:
+    """Tells whether a process may still be writing a temporary file.
+
+    Whether a process lives can be asked here only of those that started here; of others, and of those whose number
+    another process may have by now, the file's age must do.
+    """
+    if parts["place"] and parts["place"] == _place() and not _lives(int(parts["process"], 16)):
+        return False
+    return time.time() - temporary.stat().st_mtime < ABANDONED_AFTER_S
+
+
+def _lives(process: int) -> bool:
+    """Tells whether there is a process of this number, whoever's."""
+    try:
+        os.kill(process, 0)  # sends nothing
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+@functools.cache
+def _place() -> str:
+    """Returns 8 characters that stand for this start of this machine and its numbering of processes.
+
+    A host's name would not do: containers may share it and number their processes each on its own. Empty where the
+    system does not tell (no Linux).
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]
+    except OSError:
+        return ""
 
 
 def run_folder(project: str | Path, name: str) -> Path:
     """Returns the folder that `--project` and `--name` mean.
 
     Raises:
-        UserError: the name is a path that leads out of the project.
+        UserError: the name is a path that leads out of the project, or there can be no folder of this path.
     """
     parts = re.split(r"[/\\]", str(name))
     if ".." in parts or not parts[0] and len(parts) > 1 or re.match("[A-Za-z]:", str(name)):
         raise UserError(f"--name '{name}': leads out of --project {project}. Give the folder of the runs as --project.")
-    return Path(project) / name
+    folder = Path(project) / name
+    with _output_explained(folder), contextlib.suppress(FileNotFoundError):
+        os.stat(folder)
+    return folder
 
 
 def increment_path(path: str | Path, exist_ok: bool = False, sep: str = "", mkdir: bool = False) -> Path:
@@ -204,7 +271,7 @@ def increment_path(path: str | Path, exist_ok: bool = False, sep: str = "", mkdi
 
 def _make_folder(folder: Path, exist_ok: bool) -> bool:
     """Makes a folder and tries to write there; returns False when another process made it first."""
-    try:
+    with _output_explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             folder.mkdir(exist_ok=exist_ok)
@@ -214,9 +281,17 @@ def _make_folder(folder: Path, exist_ok: bool) -> bool:
             return False
         with tempfile.TemporaryFile(dir=folder):
             return True
-    except OSError as error:
+
+
+@contextlib.contextmanager
+def _output_explained(folder: Path) -> Iterator[None]:
+    """Turns what the system says of a path that can be no folder, or not be written to, into a message."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else error
         raise UserError(
-            f"{folder}: cannot be the output folder ({error.strerror}: {error.filename}). Choose another --project."
+            f"{folder}: cannot be the output folder ({reason}). Choose another --project or --name."
         ) from error
 
 

@@ -73,7 +73,7 @@ def _stamp(path: str) -> str:
     """Returns a file's size and time of change, or a dash where there is none."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL byte in the name
         return "-"
     return f"{status.st_size}:{status.st_mtime_ns}"
 

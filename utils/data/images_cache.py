@@ -21,6 +21,7 @@ import torch
 
 from utils.checks import UserError
 from utils.data.table import LabelTable
+from utils.files import remove_temporaries, temporary_beside
 from utils.images import ImageError, read_image, resized_wh
 from utils.log import progress
 
@@ -117,7 +118,9 @@ class DiskImages:
         return image
 
     def fill(self, prefix: str = "") -> None:
-        """Makes the copies that are missing."""
+        """Makes the copies that are missing; clears what a killed process left of one."""
+        for folder in {self.copy_path(index).parent for index in range(len(self.files.table))}:
+            remove_temporaries(folder, abandoned=True)
         total = 0
         bar = progress(_read_all(self, len(self.files.table)), total=len(self.files.table), unit="img")
         for image in bar:
@@ -146,7 +149,7 @@ class DiskImages:
     @staticmethod
     def _write(copy: Path, image: np.ndarray) -> None:
         """Writes a copy so that other processes see all of it or nothing; not flushed, since `read` checks it."""
-        temporary = copy.with_suffix(f".{os.getpid()}.tmp")
+        temporary = temporary_beside(copy)
         try:
             copy.parent.mkdir(exist_ok=True)
             try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,10 +16,11 @@ import numpy as np
 from utils.checks import UserError
 from utils.data.cache import cache_key, cache_location, read_cache, write_cache
 from utils.data.paths import image_to_label_path, list_images
+from utils.data.pool import over_processes
 from utils.data.table import Counts, LabelTable, PathList, offsets_of
+from utils.files import remove_temporaries
 from utils.images import ImageError, check_image
 from utils.log import LOGGER, progress
-from utils.signals import leave_signals_to_parent, signals_held_back
 
 TOLERANCE = 1e-4  # coordinates this far outside 0 to 1 are rounding (0.06 px in 640) and are clipped
 SHOWN_MESSAGES = 30  # warnings printed one by one; the rest is counted
@@ -86,6 +86,7 @@ def load_labels(
     """
     images = list_images(sources)
     location = cache_location(sources)
+    remove_temporaries(location.parent, location.name, abandoned=True)  # of a start that was killed while writing
     key = cache_key(images, [image_to_label_path(image) for image in images])
     table = read_cache(location, key)
     shown = str(location if table is not None else sources[0] if len(sources) == 1 else location.parent)
@@ -119,7 +120,7 @@ def scan_images(images: Sequence[str], workers: int | None = None, desc: str = "
     chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
     tables, problems, counts = [], [], Counts()
     with progress(total=len(images), desc=desc, unit="img") as bar:
-        for part in _map(chunks, workers if len(images) >= POOL_FROM else 0):
+        for part in over_processes(scan_chunk, chunks, workers if len(images) >= POOL_FROM else 0):
             tables.append(_table_of(part))
             problems += part.problems
             counts = counts.plus(part.counts)
@@ -130,26 +131,7 @@ def scan_images(images: Sequence[str], workers: int | None = None, desc: str = "
     return _join(tables or [_table_of(ScanPart([], [], [], counts, [], []))], counts)
 
 
-def _map(chunks: list[Sequence[str]], workers: int) -> Iterable[ScanPart]:
-    """Yields the chunks' results in order, from `workers` processes or from this one."""
-    if workers <= 1:
-        yield from map(scan_chunk, chunks)
-        return
-    with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
-        with signals_held_back():  # it starts processes
-            parts = pool.map(scan_chunk, chunks)
-        yield from parts
-
-
-def _start_worker() -> None:
-    """Leaves Ctrl-C and SIGTERM to the parent process and keeps OpenCV to one thread per process."""
-    import cv2
-
-    leave_signals_to_parent()
-    cv2.setNumThreads(0)
-
-
-def scan_chunk(images: Sequence[str]) -> ScanPart:
+def scan_chunk(images: Iterable[str]) -> ScanPart:
     """Checks some images and reads their labels."""
     part = ScanPart([], [], [], Counts(), [], [])
     found = missing = empty = corrupt = 0
@@ -174,7 +156,7 @@ def scan_chunk(images: Sequence[str]) -> ScanPart:
         part.paths.append(image)
         part.sizes_wh.append((info.width, info.height))
         part.labels.append(labels)
-    return part._replace(counts=Counts(found, missing, empty, corrupt, len(images)))
+    return part._replace(counts=Counts(found, missing, empty, corrupt, found + missing + corrupt))
 
 
 def _table_of(part: ScanPart) -> LabelTable:
@@ -222,10 +204,11 @@ def read_label_file(path: str | Path) -> ParsedLabels | None:
     try:
         with open(path, "rb") as file:
             lines = file.read().removeprefix(b"\xef\xbb\xbf").splitlines()
-    except FileNotFoundError:
-        return None
     except OSError as error:
-        problem = LabelProblem(str(path), 0, f"cannot be read ({error.strerror})")
+        gone = isinstance(error, FileNotFoundError)
+        if gone and not os.path.islink(path):
+            return None
+        problem = LabelProblem(str(path), 0, f"cannot be read ({'is a link to nothing' if gone else error.strerror})")
         return ParsedLabels(np.zeros((0, 5), np.float32), [], 0, [problem])
     rows, polygons, problems = [], [], []
     for number, line in enumerate(lines, start=1):

@@ -43,7 +43,7 @@ from utils.train.optim import (
 from utils.train.records import Records
 from utils.train.replica import exchanging, replicate
 from utils.train.resume import damage_told
-from utils.train.setup import Loaders, checkpoint_header, deterministic_algorithms, freeze_layers
+from utils.train.setup import Loaders, checkpoint_header, deterministic_algorithms
 from utils.train.stopper import EarlyStopping
 from utils.train.weights import class_weights, image_weights
 
@@ -86,7 +86,6 @@ class Trainer:
             for folder in (self.save_dir, self.last.parent):
                 remove_temporaries(folder)
         self.model = model.to(memory_format=torch.channels_last)
-        freeze_layers(self.model, options.freeze)
         self.ema = ModelEMA(self.model) if world.is_first else None
         self.replica = replicate(self.model, device, world, options.sync_bn)
         detect = self.model.detect

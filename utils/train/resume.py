@@ -26,13 +26,24 @@ NEEDED_OPTIONS = ("data", "epochs", "batch_size", "imgsz")  # without them anoth
 CHANGEABLE = ("cache", "device", "local_rank", "noplots", "patience", "resume", "save_period", "workers")
 
 
-def find_resumable(resume: str | bool) -> Path:
+def check_resume(resume: str | Path | bool | None) -> None:
+    """Refuses `--resume` with an empty name, as of a shell's variable that is not set: no new run was meant by it.
+
+    Raises:
+        UserError: that.
+    """
+    if isinstance(resume, str) and not resume.strip():
+        raise UserError("--resume '': the name is empty. Give a run's weights/last.pt, or nothing for the newest run.")
+
+
+def find_resumable(resume: str | Path | bool) -> Path:
     """Returns the checkpoint that `--resume` names, or the newest `last*.pt` below the working folder.
 
     Raises:
         UserError: there is none.
     """
-    if isinstance(resume, str):
+    check_resume(resume)
+    if not isinstance(resume, bool):
         path = Path(resume)
         if not os.path.isfile(path):  # unlike Path's it is just False for a name too long
             raise UserError(f"--resume {resume}: no such file. Give a run's weights/last.pt.")

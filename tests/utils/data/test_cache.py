@@ -1,9 +1,14 @@
 """The label cache: reused for the same files only, rebuilt when stale or damaged, never a reason to stop."""
 
+import errno
 import logging
 import os
 import pickle
+import subprocess
+import sys
+import time
 import zipfile
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,6 +18,7 @@ from utils.data import labels as labels_module
 from utils.data.cache import cache_key, cache_location, read_cache, write_cache
 from utils.data.labels import load_labels, scan_images
 from utils.data.paths import image_to_label_path, list_images
+from utils.files import atomic_write
 
 
 @pytest.fixture
@@ -161,6 +167,22 @@ def test_a_cache_that_holds_a_pickle_is_never_unpickled(images, tmp_path):
     assert read_cache(path, "any") is None and not (tmp_path / "ran").exists()
 
 
+def test_a_disk_that_fills_up_leaves_the_former_cache_and_no_other_file(images, tmp_path, monkeypatch):
+    """Whoever reads meanwhile sees the former cache or the new one, never a part."""
+    table = load_labels([images])
+    path, before = cache_location([images]), cache_location([images]).read_bytes()
+
+    def half(file, **_):
+        file.write(before[: len(before) // 2])
+        file.flush()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("utils.data.cache.np.savez", half)
+    assert write_cache(path, "another key", table) is False
+    assert path.read_bytes() == before
+    assert [file.name for file in (tmp_path / "labels").iterdir() if file.is_file()] == [path.name]
+
+
 def test_a_folder_that_cannot_be_written_is_a_warning(images, caplog, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
@@ -190,3 +212,80 @@ def test_each_combination_of_sources_has_a_place_of_its_own(tmp_path):
     assert cache_location([tmp_path / "list.v2.txt"]) == tmp_path / "list.v2.cache.npz"
     places = {cache_location(sources) for sources in ([a], [b], [a, b], [b, a], [plain, b], [a, plain])}
     assert len(places) == 6
+
+
+# --------------------------------------------------------------------------------------- what killed processes leave
+
+ROOT = Path(__file__).resolve().parents[3]
+STOPS_HALFWAY = """
+import sys, time
+import numpy as np
+from utils.data.labels import load_labels
+def half(file, **arrays):
+    file.write(b"half of it")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(60)
+np.savez = half
+load_labels([sys.argv[1]])
+"""
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/sys/kernel/random/boot_id"), reason="processes cannot be told apart here")
+def test_what_a_killed_process_left_is_removed_at_once_but_not_what_a_living_one_writes(images, tmp_path):
+    labels = tmp_path / "labels"
+    writer = subprocess.Popen([sys.executable, "-c", STOPS_HALFWAY, images], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout.readline() == b"writing\n"
+        (half,) = labels.glob(".train.cache.npz.*.tmp")
+        assert half.read_bytes() == b"half of it"
+        assert len(load_labels([images])) == 3  # this process builds the same cache meanwhile
+        assert names_in(labels) == [half.name, "train", "train.cache.npz"]
+    finally:
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+    load_labels([images])  # finds the cache whole, so that nothing is written
+    assert names_in(labels) == ["train", "train.cache.npz"]
+
+
+@pytest.mark.parametrize("owner", ["", "0a0a0a0a-fffffff."], ids=["unknown", "of another machine"])
+def test_what_a_process_left_that_cannot_be_asked_for_is_removed_once_it_is_old(images, tmp_path, owner):
+    labels, day = tmp_path / "labels", 24 * 3600
+    name = f".train.cache.npz.{owner}0123abcd.tmp"
+    others = [f".val.cache.npz.{owner}0123abcd.tmp", ".train.cache.npz.notes.tmp", "train.cache.npz.0123abcd.tmp"]
+    for left in (name, *others):
+        (labels / left).touch()
+        os.utime(labels / left, (time.time() - 2 * day,) * 2)
+    os.utime(labels / name, (time.time() - day + 600,) * 2)
+    load_labels([images])
+    assert names_in(labels) == sorted([name, *others, "train", "train.cache.npz"])
+    os.utime(labels / name, (time.time() - day - 600,) * 2)
+    load_labels([images])
+    assert names_in(labels) == sorted([*others, "train", "train.cache.npz"])
+
+
+def test_a_temporary_of_a_process_whose_number_another_has_by_now_goes_with_age(images, tmp_path):
+    with atomic_write(tmp_path / "labels" / "train.cache.npz") as own:
+        load_labels([images])
+        assert own.exists()
+        os.utime(own, (0, 0))
+        load_labels([images])
+        assert not own.exists()
+        own.touch()
+
+
+def test_a_temporary_that_cannot_be_removed_is_left(images, tmp_path, monkeypatch):
+    left = tmp_path / "labels" / ".train.cache.npz.0123abcd.tmp"
+    left.touch()
+    os.utime(left, (0, 0))
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert len(load_labels([images])) == 3 and left.exists()

@@ -1,6 +1,9 @@
 """Images from files, memory and disk: the same pixels from all, and clear words when something is wrong."""
 
+import errno
+import os
 import pickle
+import re
 
 import cv2
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from utils.checks import UserError
 from utils.data import images_cache
 from utils.data.images_cache import DiskImages, ImageFiles, RamImages, RecentImages
+from utils.files import temporary_beside
 
 
 @pytest.mark.parametrize("augment", [True, False])
@@ -64,6 +68,61 @@ def test_a_damaged_copy_is_made_again(pictures, damage):
     copy.write_bytes(copy.read_bytes()[:500] if damage is None else damage)
     assert np.array_equal(disk.read(0), image)
     assert np.array_equal(np.load(copy, allow_pickle=False), image)
+
+
+class Touch:
+    """Unpickled freely, it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["pickle", "npy of objects"])
+def test_a_copy_that_is_a_pickle_is_never_unpickled(tmp_path, pictures, wrapped):
+    disk, canary = DiskImages(ImageFiles(pictures, 64, augment=True)), tmp_path / "canary"
+    image, copy = disk.read(0), disk.copy_path(0)
+    with open(copy, "wb") as file:
+        if wrapped:
+            np.save(file, np.array([Touch(canary)], object), allow_pickle=True)
+        else:
+            pickle.dump(Touch(canary), file)
+    assert np.array_equal(disk.read(0), image) and not canary.exists()
+    with open(copy, "rb") as file:
+        assert np.load(file, allow_pickle=False).shape == image.shape  # made again
+
+
+def test_a_write_that_fails_leaves_the_former_copy_or_none_and_no_other_file(pictures, monkeypatch):
+    """Another process that reads meanwhile must see all of a copy or nothing."""
+    disk = DiskImages(ImageFiles(pictures, 64, augment=True))
+    whole = disk.read(0)
+    disk.copy_path(1).write_bytes(former := b"a former copy, of which nothing may be lost before the new one is whole")
+
+    def half(handle, array, **_):
+        handle.write(array.tobytes()[:1000])
+        handle.flush()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(images_cache.np, "save", half)
+    for index in (1, 2):
+        with pytest.raises(UserError, match=r"--cache disk cannot write here \(No space left on device\)"):
+            disk.read(index)
+    assert np.array_equal(disk.read(0), whole) and disk.copy_path(1).read_bytes() == former
+    names = sorted(path.name for path in disk.copy_path(0).parent.iterdir())
+    assert names == sorted(disk.copy_path(index).name for index in (0, 1))
+
+
+def test_filling_clears_what_a_killed_process_left(pictures):
+    disk = DiskImages(ImageFiles(pictures, 64, augment=True))
+    disk.read(0)
+    left = temporary_beside(disk.copy_path(0))
+    left = left.with_name(re.sub(r"-[0-9a-f]+\.", "-7fffffff.", left.name))  # the number of no process
+    left.touch()
+    os.utime(left, (0, 0))  # where the system does not tell which process wrote it, its age must do
+    disk.fill()
+    assert not left.exists() and len(list(left.parent.iterdir())) == len(pictures)
 
 
 def test_a_folder_that_takes_no_copies_is_named(tmp_path, pictures):

@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import PureWindowsPath
 
 import cv2
@@ -17,6 +16,7 @@ from utils.checks import UserError
 from utils.data import labels as labels_module
 from utils.data.labels import load_labels, read_label_file, scan_images
 from utils.data.paths import autosplit, image_to_label_path, list_images
+from utils.data.pool import over_processes
 from utils.data.spec import DataSpec
 from utils.data.table import PathList
 
@@ -88,6 +88,13 @@ def test_a_bad_line_stops_the_scan_with_file_line_and_reason(tmp_path, line, rea
         load_labels([images])
     assert f"{tmp_path / 'labels' / '001.txt'}, line 3: " in str(error.value) and reason in str(error.value)
     assert not list(tmp_path.glob("*.npz"))  # a refused scan leaves no cache
+
+
+def test_a_label_file_that_cannot_be_read_stops_the_scan_and_is_not_a_missing_one(tmp_path):
+    images = make_set(tmp_path, ["0 0.5 0.5 0.1 0.1\n", None])
+    (tmp_path / "labels" / "001.txt").mkdir()
+    with pytest.raises(UserError, match=r"Label file \S+001\.txt: cannot be read \("):
+        load_labels([images])
 
 
 def test_further_bad_lines_are_counted(tmp_path):
@@ -237,8 +244,7 @@ def test_processes_find_the_same_as_this_one(tmp_path, monkeypatch):
 def test_a_spawned_process_can_scan(tmp_path):
     images = list_images([make_set(tmp_path, ["0 0.5 0.5 0.1 0.1\n", None])])
     context = multiprocessing.get_context("spawn")  # what Windows and macOS use
-    with ProcessPoolExecutor(1, mp_context=context, initializer=labels_module._start_worker) as pool:
-        part = pool.submit(labels_module.scan_chunk, images).result(timeout=60)
+    (part,) = over_processes(labels_module.scan_chunk, [images], 2, context)
     assert part.counts == (1, 1, 0, 0, 2) and part.labels[0].rows[0, :3].tolist() == [0, 0.5, 0.5]
 
 

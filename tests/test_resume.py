@@ -1,0 +1,250 @@
+"""A run that ends after any epoch and is resumed ends as one that was not disturbed, to the bit.
+
+Each kind of training carries some state from epoch to epoch that could be forgotten. It is trained once; on the way
+its folder is copied at a moment after each epoch, as a kill at that moment would leave it, and each copy is resumed.
+What fitness and figures a model of a few layers has would hide much, so they are set for each epoch. Kills at random
+moments are in benchmarks/interruptions.py, signals to commands in test_train.py.
+"""
+
+import dataclasses
+import functools
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import train
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checks import UserError
+from utils.train import engine
+from utils.train.callbacks import Callbacks
+from utils.train.resume import find_resumable
+
+EPOCHS, BATCHES = 4, 4
+FITNESS = (0.3, 0.5, 0.2, 0.4)  # of the epochs: the second is the best
+MODEL = """
+nc: 4
+depth_multiple: 1.0
+width_multiple: 1.0
+anchors: [[6, 8, 12, 10, 16, 20], [20, 28, 32, 24, 40, 44]]
+backbone: [[-1, 1, Conv, [8, 6, 2, 2]], [-1, 1, Conv, [16, 3, 2]], [-1, 1, GSConv, [32, 3, 2]]]
+head: [[-1, 1, GSConv, [32, 3, 2]], [-1, 1, nn.Dropout, [0.2]], [[2, 4], 1, Detect, [nc, anchors]]]
+"""
+KINDS = {  # what is forgotten shows in
+    "SGD": {},  # momentum, steps that gather gradients across epochs, the generator of the dropout
+    "AdamW": {"optimizer": "AdamW", "cos_lr": True, "cache": "ram"},  # both moments and the count of steps
+    "Adam, rect": {"optimizer": "Adam", "rect": True},
+    "multi-scale": {"multi_scale": True, "label_smoothing": 0.1, "freeze": [1]},  # the iteration
+    "image weights": {"image_weights": True, "cache": "disk"},  # the last validation's figures of each class
+    "patience": {"patience": 1},  # the best epoch so far; the run ends with the third
+    "fitted anchors": {"noautoanchor": False, "cfg": "none.yaml"},  # anchors that only the checkpoint has
+    "balance": {},  # the weights of the layers' objectness; see the test
+}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_shapes, tmp_path_factory) -> Path:
+    """Eight pictures to train on and two to validate with, a data set YAML and two models."""
+    root = tmp_path_factory.mktemp("eight")
+    for split, count in (("train", 8), ("val", 2)):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for index in range(count):
+            picture = cv2.imread(str(tiny_shapes.parent / "images" / split / f"{index}.jpg"))
+            cv2.imwrite(str(root / "images" / split / f"{index}.png"), cv2.resize(picture, (96, 64 + 16 * index)))
+            shutil.copy(tiny_shapes.parent / "labels" / split / f"{index}.txt", root / "labels" / split)
+    (root / "data.yaml").write_text("path: .\ntrain: images/train\nval: images/val\nnames: [a, b, c, d]\n")
+    (root / "tiny.yaml").write_text(MODEL)
+    rows = MODEL.splitlines()
+    (root / "none.yaml").write_text("\n".join("anchors: 3" if row.startswith("anchors") else row for row in rows))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def set_figures(monkeypatch):
+    """Lets each epoch's validation find its own fitness, and figures of the classes that depend on the epoch.
+
+    TensorBoard is left out, for which TensorFlow would be imported where there is one.
+    """
+    validate = engine.Trainer._validate
+
+    def validated(trainer, final=False):
+        epoch = trainer.epoch + (not final)
+        maps = np.random.default_rng(epoch).random(trainer.model.nc)
+        found = validate(trainer, final)
+        return dataclasses.replace(found, map50=FITNESS[epoch], map=FITNESS[epoch], maps=maps)
+
+    monkeypatch.setattr(engine.Trainer, "_validate", validated)
+    monkeypatch.setattr("utils.train.records.open_tensorboard", lambda *_: None)
+
+
+def start(folder: Path, project: Path, callbacks: Callbacks, **differently) -> Path:
+    """Trains and returns the run's folder."""
+    options = {"cfg": "tiny.yaml", "imgsz": 64, "batch_size": 2, "epochs": EPOCHS, "device": "cpu", "amp": "off"}
+    options |= {"noplots": True, "noautoanchor": True, "save_period": 1, "workers": 0, **differently}
+    options["cfg"] = str(folder / options["cfg"])
+    return Path(train.run(callbacks, data=str(folder / "data.yaml"), project=str(project), **options).save_dir)
+
+
+def copying(run: Path, copies: Path) -> Callbacks:
+    """Copies a run's folder at another moment after each of the first three epochs: `copies`/1 to 3."""
+
+    def saved(_last, epoch, *_):  # the very moment that the first epoch is saved
+        if epoch == 0:
+            shutil.copytree(run, copies / "1")
+
+    def recorded(_values, epoch, *_):  # the third epoch is on record, but only the second is saved
+        if epoch == 2:
+            shutil.copytree(run, copies / "2")
+
+    def trained(iteration, *_):  # in the middle of the fourth
+        if iteration == 3 * BATCHES + 1:
+            shutil.copytree(run, copies / "3")
+
+    callbacks = Callbacks()
+    for name, hook in (("on_model_save", saved), ("on_fit_epoch_end", recorded), ("on_train_batch_end", trained)):
+        callbacks.register_action(name, callback=hook)
+    return callbacks
+
+
+def parts(value: object, prefix: str = "") -> dict[str, object]:
+    """All tensors, numbers and texts in nested dicts and lists, by path."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    found = {} if isinstance(value, (dict, list, tuple)) else {prefix: value}
+    for key, item in items:
+        found.update(parts(item, f"{prefix}/{key}"))
+    return found
+
+
+def assert_same_end(run: Path, whole: Path) -> None:
+    """The same files, records, and checkpoints in every part; those of single epochs hold EMA and optimizer."""
+    names = [sorted(path.relative_to(one).as_posix() for path in one.rglob("*")) for one in (run, whole)]
+    assert names[0] == names[1]
+    assert (run / "results.csv").read_text() == (whole / "results.csv").read_text()
+    for path in sorted(whole.glob("weights/*.pt")):
+        mine, other = (parts(load_checkpoint(one / "weights" / path.name)) for one in (run, whole))
+        assert mine.keys() == other.keys()
+        different = [
+            key
+            for key, value in other.items()
+            if not key.startswith(("/date", "/opt/", "/versions"))
+            and not (torch.equal(mine[key], value) if isinstance(value, torch.Tensor) else mine[key] == value)
+        ]
+        assert not different, f"{path.name}: {len(different)} of {len(other)} parts differ, such as {different[:4]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_after_any_epoch_the_end_is_the_same(kind, folder, tmp_path, monkeypatch):
+    if kind == "balance":  # train.py has no option for it
+        monkeypatch.setattr(engine, "DetectionLoss", functools.partial(engine.DetectionLoss, autobalance=True))
+        monkeypatch.setattr("utils.train.loss._REFERENCE_STRIDE", 8)
+    copies = tmp_path / "copies"
+    whole = start(folder, tmp_path, copying(tmp_path / "exp", copies), **KINDS[kind])
+    epochs = 3 if kind == "patience" else EPOCHS
+    rows = (whole / "results.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == list(range(epochs))
+    assert load_checkpoint(whole / "weights" / f"epoch{epochs - 1}.pt")["optimizer"] is not None
+    assert len(list(copies.iterdir())) == epochs - 1
+    for number in range(1, epochs):
+        last = copies / str(number) / "weights" / "last.pt"
+        assert load_checkpoint(last)["epoch"] == number - 1
+        train.run(resume=str(last))
+        assert_same_end(copies / str(number), whole)
+
+
+@pytest.mark.slow
+def test_ended_and_resumed_in_every_epoch_the_end_is_the_same(folder, tmp_path):
+    """Ctrl-C in the second batch of each later epoch, each time with another number of workers and another cache."""
+    whole = start(folder, tmp_path, Callbacks(), name="whole")
+    last = tmp_path / "exp" / "weights" / "last.pt"
+
+    def interrupted(epoch, begin, **options):
+        def end(iteration, *_):
+            if iteration == epoch * BATCHES + 1:
+                raise KeyboardInterrupt
+
+        callbacks = Callbacks()
+        callbacks.register_action("on_train_batch_end", callback=end)
+        told = rf"Epoch {epoch - 1} is saved. Go on with: .*--resume {last}"
+        with pytest.raises(KeyboardInterrupt, match=told):
+            begin(callbacks=callbacks, **options)
+
+    interrupted(1, functools.partial(start, folder, tmp_path))
+    interrupted(2, train.run, resume=str(last), workers=2)
+    interrupted(3, train.run, resume=str(last), workers=2, cache="disk")
+    train.run(resume=last, cache="ram", workers=0)
+    assert_same_end(tmp_path / "exp", whole)
+
+
+def test_an_empty_name_to_resume_starts_no_new_run(command, folder, tmp_path):
+    """`--resume "$LAST"` of a variable that is not set; `--resume` alone means the newest run."""
+    line = ["--cfg", folder / "tiny.yaml", "--data", folder / "data.yaml", "--project", tmp_path, "--img", 64]
+    for name in ("", " "):
+        outcome = command(train, *line, "--resume", name)
+        outcome.assert_refused("--resume", "empty", "weights/last.pt", "newest")
+    with pytest.raises(UserError, match="name is empty"):
+        train.run(resume="")
+    with pytest.raises(UserError, match="name is empty"):
+        find_resumable("")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_to_resume_may_be_a_path_object(tmp_path, monkeypatch):
+    """It was once taken for `--resume` alone, which goes on with the newest run instead."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("wanted", "newest"):
+        (tmp_path / f"last-{name}.pt").touch()
+    assert find_resumable(Path("last-wanted.pt")) == Path("last-wanted.pt")
+    with pytest.raises(UserError, match=r"gone\.pt: no such file"):
+        find_resumable(Path("gone.pt"))
+
+
+@pytest.fixture
+def interrupted(folder, tmp_path) -> Path:
+    """The last checkpoint of a run that was interrupted in its second epoch."""
+
+    def end(iteration, *_):
+        if iteration == BATCHES:
+            raise KeyboardInterrupt
+
+    callbacks = Callbacks()
+    callbacks.register_action("on_train_batch_end", callback=end)
+    with pytest.raises(KeyboardInterrupt):
+        start(folder, tmp_path, callbacks)
+    return tmp_path / "exp" / "weights" / "last.pt"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda yaml: yaml.pop("anchors"), ["'anchors' is missing"]),
+        (lambda yaml: yaml["head"].__setitem__(0, [-1, 1, "GSConw", [32, 3, 2]]), ["GSConw", "Did you mean 'GSConv'"]),
+        (lambda yaml: yaml.update(nc="four"), ["nc"]),
+    ],
+    ids=["key", "block", "number"],
+)
+def test_a_bad_model_in_a_checkpoint_to_resume_is_told_with_the_file(change, words, command, interrupted):
+    checkpoint = load_checkpoint(interrupted)
+    change(checkpoint["yaml"])
+    save_checkpoint(interrupted, checkpoint)
+    outcome = command(train, "--resume", interrupted)
+    outcome.assert_refused(f"{interrupted}: ", *words)
+    assert load_checkpoint(interrupted)["epoch"] == 0
+
+
+def test_what_else_is_wrong_at_a_resume_is_not_laid_on_the_checkpoint(command, interrupted, folder):
+    data = folder / "data.yaml"
+    text = data.read_text()
+    data.write_text(text.replace("images/train", "images/nothing"))
+    try:
+        outcome = command(train, "--resume", interrupted)
+    finally:
+        data.write_text(text)
+    outcome.assert_refused("data.yaml")
+    assert f"error: {interrupted}" not in outcome.said

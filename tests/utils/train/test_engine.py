@@ -1,0 +1,108 @@
+"""The trainer's checkpoints: which is written first, and the state of the loss scaler, which only GPUs use as it is.
+
+Also a gradient that is lost. Every other part of a resumed run's state is in tests/test_resume.py.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checks import UserError
+from utils.train import engine
+from utils.train.callbacks import Callbacks
+
+FITNESS = (0.1, 0.9, 0.2)  # of the epochs: the second is the best
+MODEL = """
+nc: 4
+depth_multiple: 1.0
+width_multiple: 1.0
+anchors: [[6, 8, 12, 10, 16, 20], [20, 28, 32, 24, 40, 44]]
+backbone: [[-1, 1, Conv, [8, 6, 2, 2]], [-1, 1, Conv, [16, 3, 2]], [-1, 1, GSConv, [32, 3, 2]]]
+head: [[-1, 1, GSConv, [32, 3, 2]], [[2, 3], 1, Detect, [nc, anchors]]]
+"""
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def options(tiny_shapes: Path, tmp_path: Path, monkeypatch) -> dict:
+    """Keywords of a run of three epochs whose second is the best."""
+    validate = engine.Trainer._validate
+
+    def validated(trainer, final=False):
+        fitness = FITNESS[trainer.epoch + (not final)]
+        return dataclasses.replace(validate(trainer, final), map50=fitness, map=fitness)
+
+    monkeypatch.setattr(engine.Trainer, "_validate", validated)
+    monkeypatch.setattr("utils.train.records.open_tensorboard", lambda *_: None)
+    (tmp_path / "tiny.yaml").write_text(MODEL)
+    keywords = {"cfg": str(tmp_path / "tiny.yaml"), "data": str(tiny_shapes), "imgsz": 64, "batch_size": 8}
+    keywords |= {"epochs": len(FITNESS), "device": "cpu", "amp": "off", "noplots": True, "noautoanchor": True}
+    return {**keywords, "workers": 0, "save_period": 1, "project": str(tmp_path)}
+
+
+def assert_same_tensors(first: Path, second: Path, key: str) -> None:
+    one, other = (load_checkpoint(path)[key] for path in (first, second))
+    assert one.keys() == other.keys()
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def test_a_run_that_dies_between_its_checkpoints_of_an_epoch_loses_neither(options, tmp_path, monkeypatch):
+    """The best epoch so far must not be taken for done, in last.pt, before best.pt holds it."""
+    train.run(**options, name="whole")
+    written = []
+
+    def die_at_the_last_of_the_second_epoch(path, content):
+        written.append((content["epoch"], path.name))
+        if [epoch for epoch, _ in written].count(1) == 3:  # best.pt, epoch1.pt and last.pt
+            raise KeyboardInterrupt
+        save_checkpoint(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "save_checkpoint", die_at_the_last_of_the_second_epoch)
+        with pytest.raises(KeyboardInterrupt, match="Epoch 0 is saved"):
+            train.run(**options)
+    weights, whole = tmp_path / "exp" / "weights", tmp_path / "whole" / "weights"
+    assert load_checkpoint(weights / "best.pt")["epoch"] == 1 and load_checkpoint(weights / "last.pt")["epoch"] == 0
+    train.run(resume=str(weights / "last.pt"))
+    for name in ("best.pt", "last.pt"):
+        assert_same_tensors(weights / name, whole / name, "model")
+    assert (tmp_path / "exp" / "results.csv").read_text() == (tmp_path / "whole" / "results.csv").read_text()
+
+
+def test_a_resumed_run_scales_its_loss_as_before(options, tmp_path, monkeypatch):
+    """In float16, which train.py takes on GPUs alone: the scale falls at overflows, and its count of steps goes on."""
+    monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: torch.float16)
+    callbacks, run = Callbacks(), tmp_path / "exp"
+
+    def copy(_last, epoch, *_):
+        if epoch == 1:
+            shutil.copytree(run, tmp_path / "copy")
+
+    callbacks.register_action("on_model_save", callback=copy)
+    train.run(callbacks, **options)
+    fresh = torch.amp.GradScaler("cpu").state_dict()
+    assert load_checkpoint(run / "weights" / "epoch1.pt")["scaler"] != fresh
+    train.run(resume=str(tmp_path / "copy" / "weights" / "last.pt"))
+    first, second = (folder / "weights" / "epoch2.pt" for folder in (run, tmp_path / "copy"))
+    assert load_checkpoint(first)["scaler"] == load_checkpoint(second)["scaler"]
+    assert_same_tensors(first, second, "model")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_a_step(options, tmp_path, monkeypatch):
+    """The loss may be finite all the same: a root of 0 is 0, and its slope is not."""
+    reckon = engine.DetectionLoss.__call__
+
+    def lost(loss, outputs, *arguments):
+        result = reckon(loss, outputs, *arguments)
+        return result._replace(total=result.total + (outputs[0].sum() * 0).sqrt())
+
+    monkeypatch.setattr(engine.DetectionLoss, "__call__", lost)
+    with pytest.raises(UserError, match=r"gradient norm is nan in epoch 0, batch 0 \(images .*\.jpg"):
+        train.run(**options)
+    assert not list((tmp_path / "exp" / "weights").iterdir())
