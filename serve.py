@@ -9,6 +9,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import signal
 import socket
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--port", type=number(int, 0, 65535), default=5000, help="port to listen on; 0 takes a free one")
     add("--batch-size", type=number(int, 1), default=8, help="most images in a batch")
     add("--batch-wait-ms", type=number(float, 0, 1000), default=5, help="longest wait for more images of a batch")
-    add("--max-image-mb", type=number(float, 0.001), default=16, help="largest image file in MB")
+    add("--max-image-mb", type=number(float, 0.001, 100_000), default=16, help="largest image file in MB")
     add("--max-pixels", type=number(float, 1), default=50e6, help="most pixels in an image")
     add("--queue", type=number(int, 1), default=64, help="most requests in progress; more are told to come back")
     return parser
@@ -105,8 +106,11 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
-    except OSError as error:
-        raise UserError(f"cannot listen on {host}, port {port} ({error.strerror}): choose another --port.") from error
+    except (OSError, ValueError) as error:  # ValueError: what can be no name, such as one with a null byte
+        taken = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
+        advice = "choose another --port" if taken else "give --host an address or a name of this machine"
+        reason = error.strerror if isinstance(error, OSError) else "no name of a machine"
+        raise UserError(f"cannot listen on {host}, port {port} ({reason}): {advice}.") from error
 
 
 def serve_forever(app: FastAPI, listener: socket.socket) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import CommandParser, echo_options, number, options_from, run_command
-from utils.files import ROOT
+from utils.files import ROOT, run_folder
 from utils.limits import limits_explained
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ def main(options: argparse.Namespace) -> EvalResult:
     from models.val_tasks import perform
 
     echo_options("val", options)
+    run_folder(options.project, options.name)  # refused, if at all, before anything is opened
     sizes = {"--batch-size": options.batch_size, "--imgsz": options.imgsz, "--workers": options.workers}
     with limits_explained(sizes):
         return perform(options)

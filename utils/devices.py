@@ -46,7 +46,7 @@ def select_devices(device: str = "") -> list[torch.device]:
         if not torch.backends.mps.is_available():
             raise UserError("--device mps: this machine or this PyTorch has no Metal (MPS) device. Use --device cpu.")
         return [torch.device("mps")]
-    if not re.fullmatch(r"((cuda:)?\d+(,\d+)*)?", name):
+    if not re.fullmatch(r"((cuda:)?\d{1,4}(,\d{1,4})*)?", name):
         raise UserError(f"--device '{device}': expected cpu, mps, a GPU number such as 0, or a list such as 0,1.")
     numbers = [int(number) for number in name.removeprefix("cuda:").split(",")] if name else range(available)
     if max(numbers) >= available:

@@ -175,8 +175,8 @@ def _read_bytes(path: str | Path) -> bytes:
     """Reads a whole file; the errors in words."""
     try:
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise ImageError(f"cannot be read ({getattr(error, 'strerror', error)})") from error
     if not data:
         raise ImageError("is empty (0 bytes)")
     return data

@@ -28,6 +28,8 @@ from utils.data.sources import LIST_FORMATS, FileSource, Source, files_of_list, 
 from utils.data.streams import LiveInput, LiveSource
 from utils.download import file_name_of
 
+MAX_CAMERA_DIGITS = 9
+
 
 def open_source(source: str | Path, vid_stride: int = 1) -> Source:
     """Opens what `--source` names.
@@ -88,8 +90,8 @@ def _live_input(name: str, source: str) -> LiveInput:
 
 
 def _is_camera(source: str) -> bool:
-    """Whether `source` is a camera's number."""
-    return source.isascii() and source.isdigit()
+    """Whether `source` is a camera's number; longer ones are no camera's."""
+    return source.isascii() and source.isdigit() and len(source) <= MAX_CAMERA_DIGITS
 
 
 def _open_youtube(page: str) -> Capture:

@@ -6,6 +6,7 @@ no more than `set_epoch`. Multi-scale resizing is the trainer's, what an item is
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import sys
@@ -175,6 +176,7 @@ def tile_items(items: Sequence[Item]) -> Item:
 
 def _start_worker(worker_id: int) -> None:
     """Prepares a worker process: one thread, and Ctrl-C and SIGTERM are the main process's to answer."""
+    gc.freeze()  # a collection would write to, and so copy, every page of objects that it shares with its parent
     leave_signals_to_parent()
     sys.excepthook = _tell_error
     cv2.setNumThreads(0)

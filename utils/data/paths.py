@@ -6,7 +6,7 @@ Only names are dealt with here; nothing is opened but list files.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from utils.checks import UserError
 from utils.files import atomic_write
 from utils.images import IMG_FORMATS
+from utils.log import LOGGER
 
 AUTOSPLIT_NAMES = ("train", "val", "test")
 
@@ -40,19 +41,31 @@ def _images_of(source: Path) -> list[str]:
     """Lists one source's images as absolute paths."""
     try:
         if source.is_dir():
-            return [
-                os.path.join(folder, name)
-                for folder, _, names in os.walk(source.absolute(), followlinks=True)
-                for name in names
-                if is_image(name)
-            ]
+            return [path for path in _files_below(source.absolute()) if is_image(path)]
         lines = source.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
         raise UserError(f"Error loading data from {source}: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"Error loading data from {source}: {error}.") from error
-    paths = (line.strip() for line in lines)
-    return [_listed_path(path, source.absolute().parent) for path in paths if path and is_image(path)]
+    listed = [line.strip() for line in lines if line.strip()]
+    others = [line for line in listed if not is_image(line)]
+    if others:
+        LOGGER.warning(
+            f"WARNING: {source}: {len(others)} lines name no image and are left out, such as {others[0]!r:.80}"
+        )
+    return [_listed_path(path, source.absolute().parent) for path in listed if is_image(path)]
+
+
+def _files_below(top: Path) -> Iterator[str]:
+    """Yields the files of a folder and of those in it; a link to a folder that it lies in is not followed."""
+    for folder, folders, names in os.walk(top, followlinks=True):
+        here = os.path.realpath(folder)
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in links:
+            target = os.path.realpath(os.path.join(folder, name))
+            if os.path.commonpath((here, target)) == target:
+                folders.remove(name)
+        yield from (os.path.join(folder, name) for name in names)
 
 
 def _listed_path(text: str, folder: Path) -> str:

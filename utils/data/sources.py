@@ -120,7 +120,7 @@ def find_sources(source: str | Path) -> list[str]:
     """
     text = os.path.expanduser(str(source))
     if os.path.isdir(text):
-        candidates = sorted(entry.path for entry in os.scandir(text) if entry.is_file())
+        candidates = sorted(entry.path for entry in os.scandir(text) if _is_file_or_dead_link(entry.path))
     elif os.path.isfile(text):
         return files_of_list(text, read_list(text)) if suffix_of(text) in LIST_FORMATS else _single_file(text)
     elif glob.has_magic(text):
@@ -128,6 +128,11 @@ def find_sources(source: str | Path) -> list[str]:
     else:
         raise UserError(f"--source '{source}': {_not_found(text)}")
     return _order([path for path in candidates if suffix_of(path) in IMG_FORMATS | VID_FORMATS], text)
+
+
+def _is_file_or_dead_link(path: str) -> bool:
+    """Says whether a path is a file, or a link to nothing or to itself, which the frame will report."""
+    return os.path.isfile(path) or os.path.islink(path) and not os.path.exists(path)
 
 
 def _single_file(path: str) -> list[str]:

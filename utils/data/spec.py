@@ -7,6 +7,7 @@ or downloads them. A data set YAML runs nothing: `download` takes addresses only
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,10 @@ from utils.files import ROOT, find_file, read_yaml
 
 SPLITS = ("train", "val", "test")
 YAML_SUFFIXES = (".yaml", ".yml")
+KEYS = ("path", *SPLITS, "nc", "names", "download", "convert", "generate")
 MAX_CLASSES = 100_000  # as in model YAMLs; far beyond any data set, it stops a number that would fill the memory
+MAX_PATH = 1000  # characters of a folder or file as a YAML names it
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no console or file takes them as text
 DATASETS_DIR = ROOT.parent / "datasets"
 
 
@@ -59,6 +63,7 @@ class _Layout(NamedTuple):
     roots: list[Path]
     rooted: bool  # one root holds for all splits (`path:` is given)
     convert: str | None
+    hint: str  # a misspelt key that may be why data is not found
 
 
 class _Found(NamedTuple):
@@ -88,6 +93,7 @@ def load_spec(
     label = str(source or "The data set")
     if not isinstance(content, Mapping):
         raise UserError(f"{label}: 'train:', 'val:' and 'names:' are expected, not {type(content).__name__}.")
+    _check_names_key(content, label)
     names = parse_names(content.get("names"), content.get("nc"), label)
     layout = _layout(content, source, label, need)
     found = _find(layout, need)
@@ -162,7 +168,7 @@ def parse_names(names: Any, nc: Any, label: str) -> dict[int, str]:
         UserError: neither is given, they disagree, or an id is missing, doubled or no number.
     """
     if nc is not None and (not isinstance(nc, int) or isinstance(nc, bool) or not 1 <= nc <= MAX_CLASSES):
-        raise UserError(f"{label}: 'nc: {nc}' must be a whole number from 1 to {MAX_CLASSES}.")
+        raise UserError(f"{label}: 'nc: {_shown(nc)}' must be a whole number from 1 to {MAX_CLASSES}.")
     if names is None:
         if nc is None:
             raise UserError(f"{label}: has neither 'names:' nor 'nc:'. List the class names under 'names:'.")
@@ -173,7 +179,13 @@ def parse_names(names: Any, nc: Any, label: str) -> dict[int, str]:
         raise UserError(f"{label}: 'names:' must be a list of class names or a mapping from 0, 1, 2, ... to names.")
     for index, name in enumerate(names):
         if not isinstance(name, (str, int, float)) or isinstance(name, bool) or not str(name).strip():
-            raise UserError(f"{label}: the name of class {index} is {name!r}, not text. Put it into quotes.")
+            raise UserError(
+                f"{label}: the name of class {index} is {name!r:.80}, not text. Put it into quotes below 'names:'."
+            )
+        if UNPRINTABLE.search(str(name)):
+            raise UserError(
+                f"{label}: the name of class {index} is {name!r:.80}. Leave out what cannot be printed below 'names:'."
+            )
     if nc is not None and nc != len(names):
         raise UserError(
             f"{label}: 'nc: {nc}' and the {len(names)} names under 'names:' disagree. Mend one, or leave 'nc:' out."
@@ -186,7 +198,7 @@ def _ordered_names(names: Mapping[Any, Any], label: str) -> list[Any]:
     by_id: dict[int, Any] = {}
     for key, name in names.items():
         if isinstance(key, bool) or not str(key).strip().isdecimal():
-            raise UserError(f"{label}: '{key}' under 'names:' is not a class id (0, 1, 2, ...).")
+            raise UserError(f"{label}: '{_shown(key)}' under 'names:' is not a class id (0, 1, 2, ...).")
         if int(key) in by_id:
             raise UserError(f"{label}: class id {int(key)} stands twice under 'names:'.")
         by_id[int(key)] = name
@@ -201,26 +213,28 @@ def _ordered_names(names: Mapping[Any, Any], label: str) -> list[Any]:
 def _layout(content: Mapping[str, Any], source: Path | None, label: str, need: Sequence[str]) -> _Layout:
     """Reads `path`, the splits, `convert` and `generate`."""
     base = content.get("path")
-    if base is not None and not isinstance(base, str):
-        raise UserError(f"{label}: 'path: {base}' must be a folder.")
+    if base is not None and not _is_path(base):
+        raise UserError(f"{label}: 'path: {_shown(base)}' must be a folder.")
     entries = {split: _entries(content.get(split), split, label) for split in SPLITS}
     for split in need:
         if not entries[split]:
-            raise UserError(f"{label}: has no '{split}:' (a folder of images, a list file, or a list of these).")
+            hint = _misspelt(content, (split,))
+            raise UserError(f"{label}: has no '{split}:' (a folder of images, a list file, or a list of these).{hint}")
     _check_choice("convert", content.get("convert"), CONVERTERS, label)
     _check_choice("generate", content.get("generate"), GENERATORS, label)
     folder = source.parent if source else Path.cwd()
     path = Path(os.path.expanduser(native_separators(base or ".")))  # "~no-such-user" stays as it is
     roots = [Path(os.path.normpath(start / path)) for start in (ROOT, folder, folder.parent)]  # absolute: all the same
-    return _Layout(label, entries, list(dict.fromkeys(roots)), base is not None, content.get("convert"))
+    hint = _misspelt(content, ("path", "download", "convert", "generate"))
+    return _Layout(label, entries, list(dict.fromkeys(roots)), base is not None, content.get("convert"), hint)
 
 
 def _entries(value: Any, split: str, label: str) -> list[str]:
     """Returns a split's entries as a list; empty when absent."""
     values = value if isinstance(value, (list, tuple)) else [] if value in (None, "") else [value]
     for item in values:
-        if not isinstance(item, str) or not item.strip():
-            raise UserError(f"{label}: '{split}:' must name folders or list files, not {item!r}.")
+        if not _is_path(item) or not item.strip():
+            raise UserError(f"{label}: '{split}:' must name folders or list files, not {item!r:.80}.")
     return [native_separators(item.strip()) for item in values]
 
 
@@ -228,8 +242,34 @@ def _check_choice(key: str, value: Any, table: Mapping[str, Any], label: str) ->
     """Refuses an unknown value of `convert` or `generate`."""
     if value is not None and not (isinstance(value, str) and value in table):
         raise UserError(
-            f"{label}: '{key}: {value}' is unknown; there are {', '.join(table)}.{did_you_mean(str(value), table)}"
+            f"{label}: '{key}: {_shown(value)}' is unknown; there are {', '.join(table)}."
+            f"{did_you_mean(_shown(value), table)}"
         )
+
+
+def _check_names_key(content: Mapping[str, Any], label: str) -> None:
+    """Refuses a misspelt `names:`, for with `nc:` alone the classes would get other names."""
+    hint = _misspelt({key: value for key, value in content.items() if isinstance(value, (list, Mapping))}, ("names",))
+    if content.get("names") is None and hint:
+        raise UserError(f"{label}: has no 'names:'.{hint}")
+
+
+def _is_path(value: Any) -> bool:
+    """Says whether a value may name a folder or a file."""
+    return isinstance(value, str) and len(value) <= MAX_PATH and not UNPRINTABLE.search(value)
+
+
+def _shown(value: Any, longest: int = 80) -> str:
+    """Returns a value for messages: in one line of at most `longest` characters."""
+    return (value if isinstance(value, str) and not UNPRINTABLE.search(value) else repr(value))[:longest]
+
+
+def _misspelt(content: Mapping[str, Any], wanted: Sequence[str]) -> str:
+    """Returns " Found 'trian:'. Did you mean 'train'?" where an unknown key resembles one that is wanted and absent."""
+    absent = [key for key in wanted if content.get(key) is None]
+    unknown = [key for key in content if isinstance(key, str) and key not in KEYS]
+    hints = ((key, did_you_mean(key[:MAX_PATH], absent)) for key in unknown[:100])
+    return next((f" Found '{_shown(key)}:'.{hint}" for key, hint in hints if hint), "")
 
 
 def _find(layout: _Layout, need: Sequence[str]) -> _Found:
@@ -282,7 +322,7 @@ def _is_ready(place: Path, convert: str | None) -> bool:
     """Says whether a split is there; images that are yet to be converted lack their folder of labels."""
     if convert and os.path.isdir(place):
         return os.path.isdir(Path(image_to_label_path(place / "image.jpg")).parent)
-    return os.path.exists(place)
+    return os.path.isdir(place) or os.path.isfile(place)  # a pipe or a device would be read without end
 
 
 def _tried(layout: _Layout, split: str) -> list[Path]:
@@ -300,7 +340,11 @@ def _obtain(content: Mapping[str, Any], layout: _Layout, names: dict[int, str], 
     refusal = ""
     archives: list[Source] = []
     if content.get("download") is not None:
-        archives, refusal = parse_download(content["download"])
+        try:
+            archives, refusal = parse_download(content["download"])
+        except UserError as error:
+            reason = str(error) if "download" in str(error) else f"'download:' {error}"
+            raise UserError(_not_found(layout, found, _shown(reason, 400))) from error
     if archives and not download:
         archives, refusal = [], "Downloads are off, so its 'download:' addresses were not used."
     generate = content.get("generate")
@@ -329,4 +373,4 @@ def _not_found(layout: _Layout, found: _Found, hint: str) -> str:
         f"'{split}' is at none of {', '.join(map(str, places))}" for split, places in found.missing.items()
     )
     advice = hint or "Put the data there, or mend 'path:' and the splits."
-    return f"Dataset not found. {layout.label}: {splits}. {advice}"
+    return f"Dataset not found. {layout.label}: {splits}. {advice}{layout.hint}"

@@ -87,7 +87,7 @@ class Hyp:
     mosaic: float = _key(_FRACTION)
     mixup: float = _key(_FRACTION)
     copy_paste: float = _key(_FRACTION, default=0.0)
-    anchors: float | None = _key(_NOT_NEGATIVE, default=None)  # anchors per layer, rounded; 0 = as the model says
+    anchors: float | None = _key(Range(0.0, 100.0), default=None)  # per layer, rounded; 0 = as the model says
     mosaic9: float = _key(_FRACTION, default=0.0)  # share of mosaics made of nine images
     label_smoothing: float = _key(_BELOW_ONE, default=0.0)
     key_order: tuple[str, ...] = field(default=(), repr=False, compare=False)  # as the file had them, for to_dict
@@ -97,7 +97,8 @@ class Hyp:
         for name, entry in _KEYS.items():
             value = getattr(self, name)
             if value is not None and not entry.metadata["range"].holds(value):
-                raise UserError(f"hyperparameter '{name}' is {value:g}; it must be {entry.metadata['range']}.")
+                finite = "" if math.isfinite(value) else "finite, "
+                raise UserError(f"hyperparameter '{name}' is {value:g}; it must be {finite}{entry.metadata['range']}.")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Hyp:
@@ -119,7 +120,8 @@ class Hyp:
             raise UserError(f"{source}: lines of 'key: value' are expected, found {type(values).__name__}.")
         for name in values:
             if name not in _KEYS:
-                raise UserError(f"{source}: unknown hyperparameter '{name}'.{did_you_mean(name, _KEYS)}")
+                hint = did_you_mean(str(name)[:80], _KEYS)
+                raise UserError(f"{source}: unknown hyperparameter {name!r:.80}.{hint}")
         missing = [name for name in _REQUIRED if name not in values]
         if missing:
             raise UserError(
@@ -167,5 +169,8 @@ def _number(name: str, value: Any, source: str) -> float | None:
     if value is None and name == "anchors":
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{source}: hyperparameter '{name}' is {value!r}; a number is expected.")
-    return float(value)
+        raise UserError(f"{source}: hyperparameter '{name}' is {value!r:.80}; a number is expected.")
+    try:
+        return float(value)
+    except OverflowError as error:  # a whole number of more than 300 digits
+        raise UserError(f"{source}: hyperparameter '{name}' has too many digits; a number is expected.") from error

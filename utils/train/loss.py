@@ -98,7 +98,8 @@ def bce_sum(
     probability = logits.sigmoid()
     of_target = targets * probability + (1 - targets) * (1 - probability)
     weights = targets * alpha + (1 - targets) * (1 - alpha)
-    return (entropy * weights * (1.0 - of_target) ** gamma).sum()
+    wrong = (1.0 - of_target).clamp(min=torch.finfo(logits.dtype).tiny)  # at 0 a root's slope is infinite
+    return (entropy * weights * wrong**gamma).sum()
 
 
 def decode_boxes(logits: Tensor, anchor_wh: Tensor) -> Tensor:

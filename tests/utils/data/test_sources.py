@@ -143,6 +143,14 @@ def test_damaged_images_arrive_with_the_reason_and_the_others_whole(tmp_path):
     assert frames["cut.jpg"].where.startswith("image 1/5 ")
 
 
+def test_links_to_nothing_and_to_themselves_are_reported_like_damaged_images(folder):
+    (folder / "dead.jpg").symlink_to(folder / "gone.jpg")
+    (folder / "round.jpg").symlink_to(folder / "round.jpg")
+    frames = list(read_frames(find_sources(folder)))
+    assert {Path(frame.path).name for frame in frames if frame.error} == {"dead.jpg", "round.jpg"}
+    assert len(frames) == 7
+
+
 def test_video_frames_are_numbered_from_1_with_the_source_s_rate(tmp_path):
     path = write_video(tmp_path / "clip.mp4", frames=7, fps=12.5)
     frames = list(read_frames([str(path)]))
