@@ -22,6 +22,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure() -> None:
+    """Lets Ctrl-C reach the tests and their commands: what a shell starts in the background ignores it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _folder(variable: str, default: str) -> Path:
     path = Path(os.environ.get(variable, ROOT / default))
     if not path.is_dir():

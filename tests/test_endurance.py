@@ -8,6 +8,7 @@ import contextlib
 import gc
 import itertools
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -81,7 +82,9 @@ def test_too_few_samples_are_no_verdict():
 def test_a_watch_sees_memory_and_files_that_are_kept():
     watch, kept = Watch(total=40, samples=20), []
     for _ in range(40):
-        kept.append((np.ones(1 << 18), open(os.devnull)))  # 2 MB
+        block = mmap.mmap(-1, 2 << 20, flags=mmap.MAP_PRIVATE)  # not from what the process has freed
+        block.write(b"x" * len(block))
+        kept.append((block, open(os.devnull)))
         watch.passed()
     for _, file in kept:
         file.close()
@@ -180,6 +183,23 @@ def test_a_closed_pipeline_gives_its_model_and_files_back(options):
         del pipeline, results
         assert held()[:2] == (files, threads)
         assert gone() is None
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_nothing_of_a_picture_is_kept_once_its_result_was_used(options):
+    """Neither the picture nor what was found in it, however little that is."""
+    from models.pipeline import open_pipeline
+
+    references, alive = [], []
+    for result in open_pipeline(options):
+        assert len(result.detections)
+        references += [weakref.ref(result.image), weakref.ref(result.detections)]
+        del result
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in references))
+    gc.collect()
+    assert len(references) == 18 and max(alive) <= 2, alive  # this picture's own
+    assert not [reference for reference in references if reference() is not None]
 
 
 @ON_LINUX

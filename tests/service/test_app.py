@@ -1,8 +1,10 @@
 """The routes of a running service: answers, refusals, health, metrics, headers."""
 
+import gc
 import io
 import re
 import struct
+import weakref
 import zlib
 
 import cv2
@@ -52,6 +54,51 @@ def test_body_that_is_the_image_gives_what_the_detector_finds(
     answer = post(client, encoded(2, height, width))
     assert agrees(answer.json(), found)
     assert len(found) or (height, width) == (1, 90)
+
+
+@pytest.mark.parametrize("annotated", [0, 1])
+def test_nothing_of_a_picture_is_kept_once_it_was_answered(exported, encoded, annotated):
+    """Of a service in this process, for six requests and one that fails."""
+    testclient = pytest.importorskip("starlette.testclient")
+    from models.backends import load_backend
+    from service.app import create_app
+    from service.predictor import Predictor, Thresholds
+
+    references = []
+
+    class Noting(Predictor):
+        def prepare(self, image, thresholds):
+            prepared = super().prepare(image, thresholds)
+            references.extend((weakref.ref(image), weakref.ref(prepared.inputs)))
+            return prepared
+
+    predictor = Noting(load_backend([str(exported)], "cpu"), [64], Thresholds(0.25, 0.45))
+    with testclient.TestClient(create_app(predictor, "tiny")) as client:
+        for seed in range(6):
+            assert post(client, encoded(seed), params={"annotated": annotated}).status_code == 200
+        assert post(client, b"no picture").status_code == 400
+        gc.collect()
+        alive = sum(reference() is not None for reference in references)
+    assert len(references) == 12 and alive <= 2, alive  # a thread may hold the last one until its next
+
+
+def test_an_error_of_the_program_is_answered_without_its_words_and_with_the_headers(exported, encoded):
+    testclient = pytest.importorskip("starlette.testclient")
+    from models.backends import load_backend
+    from service.app import create_app
+    from service.guard import HEADERS
+    from service.predictor import Predictor, Thresholds
+
+    class Broken(Predictor):
+        def records(self, detections):
+            raise RuntimeError("/home/somebody/secret")
+
+    predictor = Broken(load_backend([str(exported)], "cpu"), [64], Thresholds(0.25, 0.45))
+    with testclient.TestClient(create_app(predictor, "tiny"), raise_server_exceptions=False) as client:
+        answer = post(client, encoded(1))
+        assert client.get("/health").status_code == 200
+    assert answer.status_code == 500 and answer.json() == {"detail": "the service failed: its log says why"}
+    assert {name: answer.headers.get(name) for name in HEADERS} == HEADERS
 
 
 def test_query_sets_the_thresholds_of_one_request(client, encoded, picture, expected, agrees):

@@ -1,7 +1,9 @@
 """The queue before the model: who shares a batch, who waits, who is dropped, what an error does."""
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -59,6 +61,24 @@ def test_pictures_of_one_shape_go_together_up_to_the_batch_size_and_get_their_ow
     assert [int(outcome.detections[0]) for outcome in outcomes] == list(range(12))
     assert [outcome.batch for outcome in outcomes] == [4] * 8 + [2] * 4
     assert len(model.threads) == 1
+
+
+def test_nothing_of_an_answered_picture_is_kept():
+    async def scene(batcher, model):
+        references = []
+        for round_ in range(5):
+            pictures = [prepared(20 * round_ + value) for value in range(6)]
+            references += [weakref.ref(picture.inputs) for picture in pictures]
+            queued = [batcher.enqueue(picture) for picture in pictures]
+            outcomes = [await item for item in queued]
+            references += [weakref.ref(outcome.detections) for outcome in outcomes]
+            del pictures, queued, outcomes
+        await batcher.enqueue(prepared(0))  # so the thread has let go of the last batch
+        gc.collect()
+        return [reference() is None for reference in references]
+
+    model, _, gone = play(scene)
+    assert len(model.batches) >= 6 and gone == [True] * 60
 
 
 def test_lone_picture_does_not_wait():

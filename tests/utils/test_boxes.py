@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from utils import boxes
+from utils.images import letterbox
 
 pixels = st.floats(0, 2000, width=32)
 sides = st.floats(0.5, 1000, width=32)
@@ -57,6 +58,22 @@ def test_each_format_leads_back(corners):
     np.testing.assert_allclose(boxes.xywhn2xyxy(normalised, 640, 480), corners, atol=1e-9)
 
 
+kinds = st.sampled_from([np.asarray, torch.from_numpy])
+
+
+@given(corners_px(), kinds, st.integers(1, 2000), st.integers(1, 2000), st.floats(0, 99), st.floats(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_each_format_leads_forth_from_the_other_side_too(rows, kind, width, height, padw, padh):
+    """Centre and size, read from the same numbers, to corners and back; in arrays and in tensors, padded or not."""
+    centres = kind(rows)
+    np.testing.assert_allclose(boxes.xyxy2xywh(boxes.xywh2xyxy(centres)), rows, atol=1e-9)
+    there = boxes.xywhn2xyxy(centres, width, height, padw, padh)
+    back = boxes.xyxy2xywhn(there - kind(np.array([padw, padh] * 2)), width, height)
+    np.testing.assert_allclose(back, rows, rtol=1e-9, atol=1e-9)
+    corners = boxes.xywh2xyxy(centres)
+    assert bool((corners[:, 2:] >= corners[:, :2]).all())  # no size below 0 went in
+
+
 @given(corners_px(), st.tuples(st.integers(1, 2000), st.integers(1, 2000)))
 @settings(max_examples=50, deadline=None)
 def test_clipped_boxes_lie_in_the_image_and_clipping_again_changes_nothing(corners, shape_hw):
@@ -74,6 +91,31 @@ def test_scaling_back_worked_by_hand():
     np.testing.assert_allclose(
         boxes.scale_boxes((0, 0), np.array([[20.0, 30, 60, 70]]), (500, 500), recorded), [[40, 40, 200, 200]]
     )
+
+
+@st.composite
+def pictures_with_a_box(draw):
+    """A black picture with one white box, and the box xyxy."""
+    height, width = draw(st.integers(40, 300)), draw(st.integers(40, 300))
+    x1, y1 = draw(st.integers(0, width - 8)), draw(st.integers(0, height - 8))
+    x2, y2 = draw(st.integers(x1 + 8, width)), draw(st.integers(y1 + 8, height))
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[y1:y2, x1:x2] = 255
+    return picture, np.array([x1, y1, x2, y2])
+
+
+@given(pictures_with_a_box(), st.sampled_from([320, (256, 320)]), st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_what_is_seen_in_a_letterboxed_picture_leads_back_to_the_original(drawn, new_shape, auto, recorded):
+    """As detection does it, without the loader's record, and as validation does, with it."""
+    picture, expected = drawn
+    boxed = letterbox(picture, new_shape, color=(0, 0, 0), auto=auto)
+    y, x = np.nonzero(boxed.image[..., 0] > 127)
+    seen = np.array([[x.min(), y.min(), x.max() + 1, y.max() + 1]], np.float64)
+    record = (boxed.ratio[::-1], boxed.pad) if recorded else None
+    back = boxes.scale_boxes(boxed.image.shape[:2], seen, picture.shape[:2], record)
+    # a pixel for the drawing, half a one each for the resized size and the padding, which are whole numbers
+    np.testing.assert_allclose(back[0], expected, atol=2 / boxed.ratio[0])
 
 
 FUNCTIONS = {

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import socket
 import stat
 import tarfile
 import threading
@@ -32,6 +33,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
         elif self.path == "/to-a-file":
             self.reply(302, b"", Location="file:///etc/passwd")
+        elif self.path == "/elsewhere":
+            self.reply(302, b"", Location=self.server.elsewhere)
         elif self.path.startswith("/flaky") and not start:
             self.reply(200, PAYLOAD, send=PAYLOAD[:100_000])
         elif self.path.startswith("/flaky-restart"):
@@ -109,6 +112,18 @@ def test_what_the_server_refuses_is_one_line(server, tmp_path, path, message):
     with pytest.raises(UserError, match=message) as error:
         download_file(f"{server.url}{path}", tmp_path / "x.bin")
     assert "\n" not in str(error.value) and everything_in(tmp_path) == []
+
+
+def test_a_redirection_to_ftp_is_not_followed(server, tmp_path):
+    """The standard library's own opener would follow it."""
+    with socket.create_server(("127.0.0.1", 0)) as ftp:
+        ftp.setblocking(False)
+        server.elsewhere = f"ftp://127.0.0.1:{ftp.getsockname()[1]}/x.bin"
+        with pytest.raises(UserError, match="unknown url type: ftp"):
+            download_file(f"{server.url}/elsewhere", tmp_path / "x.bin")
+        with pytest.raises(BlockingIOError):
+            ftp.accept()  # nobody has connected
+    assert everything_in(tmp_path) == []
 
 
 def test_offline_is_told_at_once(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ VERSIONS = {"python": "3.11.7", "torch": "2.14.1", "threads": 2}
 def run(tmp_path: Path, tiny_shapes: Path) -> Path:
     """The folder of a run on a copy of the small data set."""
     shutil.copytree(tiny_shapes.parent, tmp_path / "set", ignore=shutil.ignore_patterns("*.npz", "*_npy"))
+    (tmp_path / "set" / "labels" / "val" / "1.txt").write_text("0 0.1 0.1 0.5 0.2 0.5 0.8 0.2 0.5\n")  # a polygon
     weights = tmp_path / "exp" / "weights"
     weights.mkdir(parents=True)
     model = {"a.weight": torch.arange(24.0).reshape(2, 3, 2, 2), "a.count": torch.tensor(3)}
@@ -75,10 +77,29 @@ def edit_label(run: Path) -> None:
     file.write_text("1 0.5 0.5 0.25 0.25\n")
 
 
+def edit_number(name: str, position: int, text: str):
+    """One number of the first label in a file of the validation set; as many labels and points as before."""
+
+    def change(run: Path) -> None:
+        file = run.parent / "set" / "labels" / "val" / name
+        first, *others = file.read_text().splitlines()
+        numbers = first.split()
+        assert float(numbers[position]) != float(text)
+        numbers[position] = text
+        file.write_text("\n".join([" ".join(numbers), *others]))
+
+    return change
+
+
 def edit_image(run: Path) -> None:
     """The last bytes of a JPEG change; its size in pixels and its labels stay."""
     file = run.parent / "set" / "images" / "val" / "0.jpg"
     file.write_bytes(file.read_bytes() + b"\0")
+
+
+def resize_image(run: Path) -> None:
+    file = run.parent / "set" / "images" / "val" / "0.jpg"
+    cv2.imwrite(str(file), cv2.imread(str(file))[:-8])
 
 
 def rename_image(run: Path) -> None:
@@ -101,7 +122,11 @@ CHANGES = {
     "the model": (edit_checkpoint(lambda content: content["yaml"].update(depth_multiple=0.5)), {"options"}),
     "threads": (edit_checkpoint(lambda content: content["versions"].update(threads=1)), {"versions"}),
     "a label": (edit_label, {"labels"}),
+    "a box": (edit_number("0.txt", 1, "0.4321"), {"labels"}),
+    "a class": (edit_number("1.txt", 0, "3"), {"labels"}),
+    "a point of a polygon within its box": (edit_number("1.txt", 7, "0.3"), {"labels"}),
     "an image": (edit_image, {"images"}),
+    "an image's height": (resize_image, {"images", "labels"}),
     "an image's name": (rename_image, {"labels"}),
 }  # fmt: skip
 

@@ -151,6 +151,41 @@ def test_equals_a_plain_reference(seed, count, nc, max_det):
     np.testing.assert_allclose(found, reference(scene[0], 0.05, 0.5, max_det), rtol=1e-5, atol=1e-3)
 
 
+def reference_with_ties(rows, conf, iou, agnostic, classes):
+    """Best-class NMS of one image in plain loops; of equal scores the row that the model wrote first goes first."""
+    found = []
+    for x, y, w, h, obj, *probabilities in rows.tolist():
+        scores = [np.float32(obj) * np.float32(probability) for probability in probabilities]
+        best = scores.index(max(scores))
+        if obj > conf and scores[best] > conf and min(w, h) >= 2 and (classes is None or best in classes):
+            found.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2, float(scores[best]), best))
+    kept = []
+    for box in sorted(found, key=lambda item: -item[4]):  # stable
+        if all(_iou(box, other) <= iou for other in kept if agnostic or other[5] == box[5]):
+            kept.append(box)
+    return np.array(kept).reshape(-1, 6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(0, 60),
+    nc=st.integers(1, 3),
+    agnostic=st.booleans(),
+    classes=st.sampled_from([None, [0], [1, 2]]),
+    iou=st.sampled_from([0.1003, 0.4503, 0.6503]),  # no quotient of small whole numbers is so near that rounding counts
+)
+def test_equals_a_plain_reference_where_many_scores_are_equal(seed, count, nc, agnostic, classes, iou):
+    """Whole-numbered boxes on a small grid and scores of three levels: nearly every comparison is between equals."""
+    generator = np.random.default_rng(seed)
+    boxes_xywh = np.concatenate((generator.integers(5, 15, (count, 2)), 2 * generator.integers(1, 7, (count, 2))), 1)
+    levels = generator.choice(np.float32([0.25, 0.5, 1.0]), (count, 1 + nc))
+    scene = np.concatenate((boxes_xywh.astype(np.float32), levels), 1)
+    expected = reference_with_ties(scene, 0.1, iou, agnostic, classes)
+    (found,) = both(scene[None], conf_thres=0.1, iou_thres=iou, agnostic=agnostic, classes=classes)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_detections_of_the_golden_checkpoint(golden_dir: Path):
     from models.load import load_model
 

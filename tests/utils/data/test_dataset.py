@@ -109,6 +109,15 @@ def test_items_are_the_same_with_every_cache_and_in_every_order(pictures, rect):
     assert not any(torch.equal(a.image, b.image) for a, b in zip(expected, other_epoch, strict=True))
 
 
+def test_the_seed_decides_order_and_augmentation(pictures):
+    first, again, other = (DetectionDataset(pictures, 64, augment=FULL, batch_size=4, seed=seed) for seed in (3, 3, 4))
+    assert first.order(0).tolist() == again.order(0).tolist() != other.order(0).tolist()
+    items = items_of(first)
+    assert same_items(items_of(again), items)
+    other._order = (0, first.order(0))  # the same images at the same places
+    assert not any(torch.equal(other[item.key].image, item.image) for item in items)
+
+
 def test_augmented_boxes_lie_inside_and_classes_are_known(pictures):
     dataset = DetectionDataset(pictures, 64, augment=FULL, batch_size=4)
     mosaics = 0

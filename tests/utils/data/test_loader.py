@@ -1,5 +1,9 @@
 """Batches: the same for any number of workers, quad by hand, image weights, mistakes that cross from workers."""
 
+import gc
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -142,6 +146,18 @@ def test_quads_enlarge_half_of_the_time_and_fill_up_the_last_group():
     assert tiled == {(10, 10, 10, 10), (10, 10, 20, 20)}  # enlarged, or 10 over 20 twice
 
 
+def test_seed_epoch_and_place_decide_which_quads_are_enlarged():
+    """Each of the three alone gives another choice of 32, and the same three the same one."""
+
+    def enlarged(seed, epoch, first):
+        groups = [[item(level, position=first + 4 * group) for level in (10, 20, 30, 40)] for group in range(32)]
+        keyed = [[one._replace(key=one.key._replace(epoch=epoch)) for one in group] for group in groups]
+        return tuple(bool((quad_items(group, seed)[0].image == 10).all()) for group in keyed)
+
+    choices = [enlarged(0, 0, 0), enlarged(1, 0, 0), enlarged(0, 1, 0), enlarged(0, 0, 1000)]
+    assert len(set(choices)) == 4 and enlarged(0, 0, 0) == choices[0]
+
+
 def quad_items_of_two():
     return [quad_items([item(10, position=p), item(20, position=p)], seed=0)[0] for p in range(20)]
 
@@ -172,6 +188,28 @@ def test_an_image_that_vanished_is_named_in_one_line(pictures, workers):
         list(loader)
     message = str(caught.value)
     assert message.startswith(pictures.image_paths[9]) and "\n" not in message and "worker" not in message
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_signals_that_reach_workers_too_disturb_no_batch_and_raise_no_error(monkeypatch, pictures):
+    """Terminals send Ctrl-C, and clusters SIGTERM, to all processes; the main one alone answers."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background may have been made deaf
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    dataset = DetectionDataset(pictures, 64, augment=None, batch_size=2)
+    loader, paths = create_loader(dataset, 2, workers=2, shuffle=False), []
+    before = set(multiprocessing.active_children())
+    for batch in loader:
+        paths += batch.paths
+        workers = set(multiprocessing.active_children()) - before
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGINT)
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    assert paths == list(pictures.image_paths)
+    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)  # not their parent's
+    for worker in workers:
+        worker.join(timeout=30)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    loader.close()
 
 
 def test_workers_and_batch_sizes_are_limited(monkeypatch, pictures):
@@ -230,3 +268,20 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch, pictures):
         return create_loader(dataset, batch_size, workers=8, shuffle=False, share=share, neighbours=neighbours).workers
 
     assert [workers(1, 1), workers(2, 2), workers(8, 8), workers(2, 8, 8)] == [6, 3, 1, 0]
+
+
+class CollectableObjects(DetectionDataset):
+    """Puts the number of objects that the garbage collector of a worker looks at in place of the path."""
+
+    def __getitem__(self, key: SampleKey) -> Item:
+        return super().__getitem__(key)._replace(path=str(len(gc.get_objects())))
+
+
+def test_workers_collectors_leave_the_parents_objects_alone(pictures):
+    """To collect is to write to every object, and to write to a shared page is to copy it: 40 MB for each worker."""
+    dataset = CollectableObjects(pictures, 64, augment=None, batch_size=4)
+    loader = create_loader(dataset, 4, workers=2, shuffle=False)
+    looked_at = [int(count) for batch in loader for count in batch.paths]
+    loader.close()
+    assert len(looked_at) == len(pictures)
+    assert max(looked_at) < len(gc.get_objects()) / 10

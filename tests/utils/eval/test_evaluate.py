@@ -1,7 +1,9 @@
 """The evaluation loop on scenes that a scripted model 'detects': figures, native pixels, losses, files, hooks."""
 
+import gc
 import json
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -57,6 +59,42 @@ def test_exact_detection_scores_0_995_in_native_pixels(tmp_path):
     np.testing.assert_allclose(record.labels, [[0, 50, 20, 150, 80]], atol=1e-4)
     np.testing.assert_allclose(record.detections, [[50, 20, 150, 80, 0.9, 0]], atol=1e-4)
     assert result.coco.ap == pytest.approx(1)
+
+
+class Forgetful(nn.Module):
+    """Finds the same in every picture and keeps nothing but a weak reference to what it returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.returned = []
+
+    def forward(self, images):
+        rows, raw = torch.tensor([[EXACT]] * len(images)), torch.ones(len(images))
+        self.returned += [weakref.ref(rows), weakref.ref(raw), weakref.ref(images)]
+        return rows, [raw]
+
+
+def test_nothing_of_a_batch_is_kept_once_it_was_evaluated():
+    """So a data set of any size takes the memory of one batch and the next, and the figures of each picture."""
+    model, alive, pictures = Forgetful(), [], []
+
+    class Batches:
+        def __len__(self):
+            return 12
+
+        def __iter__(self):
+            for index in range(len(self)):
+                gc.collect()
+                alive.append(sum(reference() is not None for reference in pictures + model.returned))
+                batch = wide_batch(str(index))
+                pictures.append(weakref.ref(batch.images))
+                yield batch
+
+    result = evaluate(model, Batches(), names=NAMES, device="cpu", compute_loss=lambda *_: (None, torch.zeros(3)))
+    gc.collect()
+    assert result.seen == 12 and result.records == [] and len(model.returned) == 36
+    assert max(alive) <= 4, alive  # of the batch before: its picture, what the model had of it and returned
+    assert not [reference for reference in pictures + model.returned if reference() is not None]
 
 
 def test_images_reach_the_model_as_fractions_in_channels_last():

@@ -246,6 +246,68 @@ def test_figures_depend_neither_on_the_order_of_the_images_nor_on_the_numbers_of
     assert other.map == pytest.approx(expected.map) and other.confidence == expected.confidence
 
 
+def tied_images(generator):
+    """As `scored_images`, but of five confidences only: in an image, and between images, many are equal."""
+    scenes = []
+    for found, labels in scored_images(generator, images=8):
+        found[:, 4] = np.ceil(found[:, 4] * 5) / 5
+        scenes.append((found, labels))  # still most confident first
+    return scenes
+
+
+def plain_average_precision(hits, label_count):
+    """Area under the envelope, recall by recall, of detections (n,) in their final order."""
+    points = [(0.0, 1.0)]  # (recall, precision)
+    for rank in range(1, len(hits) + 1):
+        right = sum(hits[:rank])
+        points.append((right / label_count, right / rank))
+    points.append((1.0, 0.0))
+    heights = [max(precision for _, precision in points[start:]) for start in range(len(points))]
+    values = np.interp(np.linspace(0, 1, 101), [recall for recall, _ in points], heights)
+    return np.trapezoid(values, dx=0.01)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_equal_confidences_rank_in_the_order_of_the_images_whatever_the_classes_are_called(seed):
+    """The rule: sorted by confidence; of equals, what came first, so that only ties may feel the images' order."""
+    generator = np.random.default_rng(seed)
+    scenes = tied_images(generator)
+    for order in (range(len(scenes)), generator.permutation(len(scenes))):
+        ordered = [scenes[index] for index in order]
+        correct = np.concatenate([match_detections(found, labels) for found, labels in ordered])
+        found, labels = (np.concatenate([scene[part] for scene in ordered]) for part in (0, 1))
+        ranked = sorted(range(len(found)), key=lambda row: (-found[row, 4], row))
+        result = figures_of(ordered)
+        for class_id, ap in zip(result.classes, result.ap, strict=True):
+            mine = [row for row in ranked if found[row, 5] == class_id]
+            count = int((labels[:, 0] == class_id).sum())
+            expected = [plain_average_precision(correct[mine, column].tolist(), count) for column in range(10)]
+            np.testing.assert_allclose(ap, expected, atol=1e-9)
+    numbers = generator.permutation(9)[:3]
+    for found, labels in scenes:
+        found[:, 5], labels[:, 0] = numbers[found[:, 5].astype(int)], numbers[labels[:, 0].astype(int)]
+    renamed, again = figures_of([scenes[index] for index in order]), np.argsort(numbers[result.classes])
+    np.testing.assert_array_equal(renamed.ap, result.ap[again])
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), class_id=st.integers(0, 2), count=st.integers(1, 3))
+def test_a_false_detection_above_all_true_ones_lowers_the_average_precision_at_every_threshold(seed, class_id, count):
+    """Every precision right / rank becomes right / (rank + count), so wherever anything is right the area shrinks."""
+    scenes = scored_images(np.random.default_rng(seed))
+    before = figures_of(scenes)
+    found, labels = scenes[0]
+    nowhere = np.tile(np.array([[500.0, 500, 510, 510, 0.999, class_id]]), (count, 1))
+    after = figures_of([(np.concatenate((nowhere, found)), labels), *scenes[1:]])
+    correct = np.concatenate([match_detections(*scene) for scene in scenes])
+    classes = np.concatenate([found[:, 5] for found, _ in scenes])
+    for row in np.flatnonzero(before.classes == class_id):
+        something_right = correct[classes == class_id].any(axis=0)
+        assert (after.ap[row] < before.ap[row])[something_right].all()
+        assert (after.ap[row] == before.ap[row])[~something_right].all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), class_id=st.integers(0, 2))
 def test_a_false_detection_on_top_never_raises_the_average_precision(seed, class_id):

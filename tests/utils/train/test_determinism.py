@@ -1,4 +1,4 @@
-"""`--deterministic`: what it sets on a GPU, what it says on a CPU, and what it leaves behind. No GPU is needed."""
+"""`--deterministic`: what it sets on a GPU, what it says on a CPU, and what it leaves; `--seed`. No GPU is needed."""
 
 import logging
 import os
@@ -81,3 +81,26 @@ def test_a_training_asks_for_it_before_anything_touches_the_gpu(monkeypatch, tin
     train.run(deterministic=True, **small)
     assert seen == [True] and "--deterministic: on the CPU training is so without it" in caplog.text
     assert "Fingerprint: best.pt " in caplog.text
+
+
+def test_the_seed_alone_decides_the_first_weights(monkeypatch, tiny_shapes, tmp_path):
+    """Not what was drawn before, and nothing is taken from whoever draws afterwards."""
+    started = []
+
+    def start(model, *_):
+        started.append({name: value.clone() for name, value in model.state_dict().items()})
+        raise UserError("that is all")
+
+    monkeypatch.setattr("utils.train.engine.Trainer", start)
+    small = {"cfg": "yolov5n-slimneck.yaml", "imgsz": 64, "batch_size": 24, "device": "cpu", "workers": 0}
+    small |= {"noplots": True, "noautoanchor": True, "data": str(tiny_shapes), "project": str(tmp_path)}
+    for seed, before in ((3, 1), (3, 2), (4, 1)):
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        with pytest.raises(UserError, match="that is all"):
+            train.run(seed=seed, **small)
+        assert torch.equal(torch.get_rng_state(), state)
+    first, again, other = started
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    convolutions = [name for name in first if first[name].ndim == 4]
+    assert len(convolutions) > 50 and not any(torch.equal(first[name], other[name]) for name in convolutions)

@@ -1,7 +1,9 @@
 """results.csv byte for byte, its repair after an interruption, and TensorBoard's event files."""
 
+import errno
 import importlib.util
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +68,22 @@ def test_rows_of_the_interrupted_epoch_and_repetitions_are_dropped(tmp_path):
 def test_a_new_run_in_an_old_folder_starts_over(tmp_path):
     written(tmp_path / "results.csv", range(5))
     assert ResultsCsv(tmp_path / "results.csv").path.read_text() == f"{HEADER}\n"
+
+
+def test_a_disk_that_fills_up_while_a_run_is_resumed_keeps_all_rows(tmp_path, monkeypatch):
+    """Opening rewrites the file; what it held must not be lost before the new one is whole."""
+    path = tmp_path / "results.csv"
+    text = written(path, range(5))
+    write_text = Path.write_text
+
+    def half(self, content, *arguments, **keywords):
+        write_text(self, content[: len(content) // 2], *arguments, **keywords)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(UserError, match=r"results\.csv: cannot be written \(No space left on device\)"):
+        ResultsCsv(path, 3)
+    assert path.read_text() == text and [file.name for file in tmp_path.iterdir()] == ["results.csv"]
 
 
 def test_unwritable_file_is_named(tmp_path):

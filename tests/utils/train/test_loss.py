@@ -298,3 +298,36 @@ def test_loss_and_gradient_are_finite_for_every_prediction_within_ten_thousand(s
     result = loss(outputs, targets)
     assert result.bad_term() is None and torch.isfinite(result.total) and (result.items >= 0).all()
     assert all(torch.isfinite(gradient).all() for gradient in gradients(loss, outputs, targets))
+
+
+LEVELS = [0.0, 1e-6, 1e-3, 1.0, 17.0, 88.0, 104.0, 1e3, 1e4]  # 88 and 104: where exp overflows and underflows float32
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    single=st.sampled_from([None, *LEVELS, *(-level for level in LEVELS)]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    sides=st.tuples(*[st.sampled_from([0.0, 1e-7, 1e-3, 0.3, 1.0])] * 2),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    gamma=st.sampled_from([0.0, 0.5, 1.0, 1.5]),
+)
+def test_loss_is_finite_whatever_each_output_is_beside_labels_of_any_size(seed, single, dtype, sides, smoothing, gamma):
+    """Every output at a level of its own, or all at one; labels down to nothing, in corners and on the edges."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs, targets = scene(labels=30, sides=(8, 4, 2), seed=seed)
+    levels = torch.tensor([*LEVELS, *(-level for level in LEVELS)])
+    outputs = [levels[torch.randint(0, len(levels), output.shape, generator=generator)] for output in outputs]
+    if single is not None:
+        outputs = [torch.full_like(output, single) for output in outputs]
+    outputs = [output.to(dtype) for output in outputs]
+    targets[:, 2:4] = torch.randint(0, 3, (30, 2), generator=generator) / 2  # 0, middle, 1
+    targets[:, 4:] = torch.tensor(sides)
+    targets[::3, 4:] = 0.3  # some that match an anchor, whatever was drawn
+    hyp = Hyp.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml")
+    hyp = dataclasses.replace(hyp, fl_gamma=gamma, label_smoothing=smoothing)
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4)
+    result = loss(outputs, targets)
+    assert result.bad_term() is None and torch.isfinite(result.total) and (result.items >= 0).all()
+    assert result.items[0] > 0  # something was matched
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(loss, outputs, targets))
