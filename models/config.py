@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from models.common import is_activation, parse_activation
-from utils.checks import UserError, did_you_mean, round_up
+from utils.checks import UserError, did_you_mean, round_up, shown
 from utils.files import find_file, read_yaml
 
 CONFIG_KEYS = {
@@ -59,8 +59,8 @@ def read_config(cfg: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], st
         raise UserError(f"{source}: not a model YAML: keys such as nc, anchors, backbone and head are expected.")
     for key, kinds in CONFIG_KEYS.items():
         if not _is_a(config.get(key), kinds):
-            shown = _shown(config.get(key))
-            problem = f"'{key}' is missing" if key not in config else f"'{key}: {shown}' is of the wrong kind"
+            given = f"'{key}: {shown(config.get(key))}' is of the wrong kind"
+            problem = given if key in config else f"'{key}' is missing"
             raise UserError(f"{source}: {problem}; a model YAML needs {', '.join(CONFIG_KEYS)}.")
     _check_optional_keys(config, source)
     _check_spelling({} if isinstance(cfg, Mapping) else config, source)  # a checkpoint's may hold other programs' keys
@@ -88,25 +88,20 @@ def _is_a(value: Any, kinds: type | tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
 
 
-def _shown(value: Any) -> str:
-    """Returns a value for messages: in one line, and short."""
-    return repr(str(value))[1:-1][:80]
-
-
 def _check_optional_keys(config: Mapping[Any, Any], source: str) -> None:
     """Refuses optional keys whose values are of the wrong kind."""
     for key, kind in OPTIONAL_KEYS.items():
         if key in config and not _is_a(config[key], kind):
             words = "true or false" if kind is bool else "a whole number from {} to {}".format(*LIMITS[key])
-            raise UserError(f"{source}: '{key}: {_shown(config[key])}' must be {words}.")
+            raise UserError(f"{source}: '{key}: {shown(config[key])}' must be {words}.")
 
 
 def _check_spelling(config: Mapping[Any, Any], source: str) -> None:
     """Refuses keys so near to an optional one that they must be meant for it; others are other programs'."""
     absent = {"activation", "channel_multiple", "inplace"} - set(config)
     for key in [key for key in config if key not in (*CONFIG_KEYS, *OPTIONAL_KEYS, "activation")][:100]:
-        if hint := did_you_mean(_shown(key), sorted(absent)):
-            raise UserError(f"{source}: unknown key '{_shown(key)}'.{hint}")
+        if hint := did_you_mean(shown(key), sorted(absent)):
+            raise UserError(f"{source}: unknown key '{shown(key)}'.{hint}")
 
 
 def _are_anchors(anchors: int | list) -> bool:

@@ -56,12 +56,6 @@ def options(tiny_shapes, tmp_path) -> dict:
     return {**keywords, "workers": 0}
 
 
-@pytest.fixture(autouse=True)
-def without_tensorboard(monkeypatch):
-    """Nothing here is about it, and where there is a TensorFlow it would be imported for it."""
-    monkeypatch.setattr("utils.train.records.open_tensorboard", lambda *_: None)
-
-
 def calling(**hooks) -> Callbacks:
     callbacks = Callbacks()
     for name, hook in hooks.items():
@@ -110,7 +104,6 @@ def test_a_kill_while_last_pt_is_written_leaves_nothing_once_resumed(options, tm
     """A process of its own is killed when half of the second epoch's last.pt is on disk."""
     script = """
 import io, json, os, signal, sys
-sys.modules["tensorflow"] = None  # TensorBoard would import it
 import torch, train
 save = torch.save
 def half(content, path):

@@ -69,7 +69,7 @@ def folder(tiny_shapes, tmp_path_factory) -> Path:
 def set_figures(monkeypatch):
     """Lets each epoch's validation find its own fitness, and figures of the classes that depend on the epoch.
 
-    TensorBoard is left out, for which TensorFlow would be imported where there is one.
+    TensorBoard is left out: each start makes a file of its own.
     """
     validate = engine.Trainer._validate
 

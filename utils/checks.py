@@ -9,10 +9,13 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 LOGGER = logging.getLogger("yolov5")
 MIN_GRID_STRIDE = 32
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no console or file takes them as text
 MAX_IMAGE_SIDE_PX = 16384  # a mosaic of this side takes 3 GiB; --tile is for larger pictures
 
 
@@ -30,6 +33,11 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     if not close:
         return ""
     return " Did you mean " + " or ".join(f"'{by_lower[key]}'" for key in close) + "?"
+
+
+def shown(value: Any, longest: int = 80) -> str:
+    """Returns a value of a file for messages: in one line of at most `longest` characters."""
+    return (value if isinstance(value, str) and not UNPRINTABLE.search(value) else repr(value))[:longest]
 
 
 def round_up(value: float, divisor: int) -> int:

@@ -7,14 +7,13 @@ or downloads them. A data set YAML runs nothing: `download` takes addresses only
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.archives import list_members, unpack
-from utils.checks import UserError, did_you_mean
+from utils.checks import UNPRINTABLE, UserError, did_you_mean, shown
 from utils.data.obtain import CONVERTERS, GENERATORS, Source, obtain, parse_download
 from utils.data.paths import image_to_label_path, native_separators
 from utils.download import download_file, file_name_of
@@ -25,7 +24,6 @@ YAML_SUFFIXES = (".yaml", ".yml")
 KEYS = ("path", *SPLITS, "nc", "names", "download", "convert", "generate")
 MAX_CLASSES = 100_000  # as in model YAMLs; far beyond any data set, it stops a number that would fill the memory
 MAX_PATH = 1000  # characters of a folder or file as a YAML names it
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no console or file takes them as text
 DATASETS_DIR = ROOT.parent / "datasets"
 
 
@@ -168,7 +166,7 @@ def parse_names(names: Any, nc: Any, label: str) -> dict[int, str]:
         UserError: neither is given, they disagree, or an id is missing, doubled or no number.
     """
     if nc is not None and (not isinstance(nc, int) or isinstance(nc, bool) or not 1 <= nc <= MAX_CLASSES):
-        raise UserError(f"{label}: 'nc: {_shown(nc)}' must be a whole number from 1 to {MAX_CLASSES}.")
+        raise UserError(f"{label}: 'nc: {shown(nc)}' must be a whole number from 1 to {MAX_CLASSES}.")
     if names is None:
         if nc is None:
             raise UserError(f"{label}: has neither 'names:' nor 'nc:'. List the class names under 'names:'.")
@@ -198,7 +196,7 @@ def _ordered_names(names: Mapping[Any, Any], label: str) -> list[Any]:
     by_id: dict[int, Any] = {}
     for key, name in names.items():
         if isinstance(key, bool) or not str(key).strip().isdecimal():
-            raise UserError(f"{label}: '{_shown(key)}' under 'names:' is not a class id (0, 1, 2, ...).")
+            raise UserError(f"{label}: '{shown(key)}' under 'names:' is not a class id (0, 1, 2, ...).")
         if int(key) in by_id:
             raise UserError(f"{label}: class id {int(key)} stands twice under 'names:'.")
         by_id[int(key)] = name
@@ -214,7 +212,7 @@ def _layout(content: Mapping[str, Any], source: Path | None, label: str, need: S
     """Reads `path`, the splits, `convert` and `generate`."""
     base = content.get("path")
     if base is not None and not _is_path(base):
-        raise UserError(f"{label}: 'path: {_shown(base)}' must be a folder.")
+        raise UserError(f"{label}: 'path: {shown(base)}' must be a folder.")
     entries = {split: _entries(content.get(split), split, label) for split in SPLITS}
     for split in need:
         if not entries[split]:
@@ -242,8 +240,8 @@ def _check_choice(key: str, value: Any, table: Mapping[str, Any], label: str) ->
     """Refuses an unknown value of `convert` or `generate`."""
     if value is not None and not (isinstance(value, str) and value in table):
         raise UserError(
-            f"{label}: '{key}: {_shown(value)}' is unknown; there are {', '.join(table)}."
-            f"{did_you_mean(_shown(value), table)}"
+            f"{label}: '{key}: {shown(value)}' is unknown; there are {', '.join(table)}."
+            f"{did_you_mean(shown(value), table)}"
         )
 
 
@@ -259,17 +257,12 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= MAX_PATH and not UNPRINTABLE.search(value)
 
 
-def _shown(value: Any, longest: int = 80) -> str:
-    """Returns a value for messages: in one line of at most `longest` characters."""
-    return (value if isinstance(value, str) and not UNPRINTABLE.search(value) else repr(value))[:longest]
-
-
 def _misspelt(content: Mapping[str, Any], wanted: Sequence[str]) -> str:
     """Returns " Found 'trian:'. Did you mean 'train'?" where an unknown key resembles one that is wanted and absent."""
     absent = [key for key in wanted if content.get(key) is None]
     unknown = [key for key in content if isinstance(key, str) and key not in KEYS]
     hints = ((key, did_you_mean(key[:MAX_PATH], absent)) for key in unknown[:100])
-    return next((f" Found '{_shown(key)}:'.{hint}" for key, hint in hints if hint), "")
+    return next((f" Found '{shown(key)}:'.{hint}" for key, hint in hints if hint), "")
 
 
 def _find(layout: _Layout, need: Sequence[str]) -> _Found:
@@ -344,7 +337,7 @@ def _obtain(content: Mapping[str, Any], layout: _Layout, names: dict[int, str], 
             archives, refusal = parse_download(content["download"])
         except UserError as error:
             reason = str(error) if "download" in str(error) else f"'download:' {error}"
-            raise UserError(_not_found(layout, found, _shown(reason, 400))) from error
+            raise UserError(_not_found(layout, found, shown(reason, 400))) from error
     if archives and not download:
         archives, refusal = [], "Downloads are off, so its 'download:' addresses were not used."
     generate = content.get("generate")

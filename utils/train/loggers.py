@@ -10,7 +10,9 @@ import contextlib
 import copy
 import importlib.util
 import os
+import sys
 import threading
+import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -194,6 +196,8 @@ def open_tensorboard(save_dir: str | Path, start_epoch: int = 0) -> TensorBoard 
     if importlib.util.find_spec("tensorboard") is None:
         LOGGER.info(f"{prefix} not installed ('pip install tensorboard' shows curves in a browser)")
         return None
+    # TensorBoard would import TensorFlow where there is one, which takes seconds and 400 MB; its own stub suffices.
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
     try:
         board = TensorBoard(save_dir, start_epoch)
     except ImportError as error:

@@ -2,6 +2,8 @@
 
 import errno
 import importlib.util
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from utils.checks import UserError
+from utils.files import ROOT
 from utils.train.loggers import COLUMNS, ResultsCsv, epoch_values, open_tensorboard
 
 HEADER = (
@@ -116,6 +119,17 @@ def test_tensorboard_holds_scalars_graph_and_pictures(tmp_path, caplog):
     assert events.Tags()["graph"] and events.Tags()["images"] == ["F1_curve"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()) and model.training
     assert f"tensorboard --logdir {tmp_path}" in caplog.text
+
+
+@needs_tensorboard
+def test_tensorboard_does_not_import_tensorflow(tmp_path):
+    """It takes ten seconds and 400 MB, and whoever exports has it."""
+    script = (
+        f"import sys; from utils.train.loggers import open_tensorboard; board = open_tensorboard({str(tmp_path)!r})"
+    )
+    script += "; board.close(); sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+    assert list(tmp_path.glob("events.out.*"))
 
 
 @needs_tensorboard
