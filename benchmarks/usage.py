@@ -1,9 +1,10 @@
 """What a process holds, from Linux' /proc, and whether it holds ever more.
 
-Private memory (USS) is what the system would get back if the process ended: pages shared with a parent or with other
-workers do not count. Whether a series grows is told by medians, since allocators take memory in steps and Python
-frees cycles in batches: after the warm-up the rest is cut in halves, and the second half's median is compared with the
-first's. A leak moves it by half of all that leaks, a step or a peak by little or nothing.
+Private memory is what the process alone has written: pages shared with a parent or with other workers do not count, nor
+do those of libraries, which are shared or not as other programs come and go. Whether a series grows is told by medians,
+since allocators take memory in steps and Python frees cycles in batches: after the warm-up the rest is cut in halves,
+and the second half's median is compared with the first's. A leak moves it by half of all that leaks, a step or a peak
+by little or nothing.
 """
 
 from __future__ import annotations
@@ -74,12 +75,12 @@ def require_linux() -> None:
 
 def usage_of(pid: int | str = "self") -> Usage:
     """Reads what one process holds."""
-    sizes_kb = dict.fromkeys(("Rss", "Private_Clean", "Private_Dirty"), 0)
+    sizes_kb = dict.fromkeys(("Rss", "Private_Dirty", "Swap"), 0)
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, _, value = line.partition(":")
         if name in sizes_kb:
             sizes_kb[name] = int(value.split()[0])
-    private_kb = sizes_kb["Private_Clean"] + sizes_kb["Private_Dirty"]
+    private_kb = sizes_kb["Private_Dirty"] + sizes_kb["Swap"]
     return Usage(private_kb / 1024, sizes_kb["Rss"] / 1024, len(os.listdir(f"/proc/{pid}/fd")))
 
 

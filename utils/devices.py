@@ -12,8 +12,10 @@ import torch
 from utils.checks import UserError
 
 AMP_MODES = ("auto", "off", "fp16", "bf16")
-# mallopt(3): M_MMAP_MAX (-4) no blocks mapped on their own, M_TRIM_THRESHOLD (-1) never, M_TOP_PAD (-2) grow by 64 MiB
-GLIBC_KEEPS_MEMORY = {-4: 0, -1: -1, -2: 64 << 20}
+# mallopt(3): M_MMAP_MAX (-4) no blocks mapped on their own, M_TRIM_THRESHOLD (-1) never, M_TOP_PAD (-2) grow by 64 MiB,
+# M_ARENA_MAX (-8) one pool for all threads: what one thread takes aligned and another frees, as pictures are, makes a
+# thread's own pool grow by a kilobyte a picture for ever (glibc 2.36)
+GLIBC_KEEPS_MEMORY = {-4: 0, -1: -1, -2: 64 << 20, -8: 1}
 
 
 def select_device(device: str = "", batch_size: int = 0) -> torch.device:

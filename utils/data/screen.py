@@ -7,6 +7,7 @@ Covers what that text means and a `utils.data.capture.Capture` of it. Numbers ar
 from __future__ import annotations
 
 import importlib
+import re
 import time
 from types import ModuleType
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class ScreenArea(NamedTuple):
 def is_screen(source: str) -> bool:
     """Whether `--source` means the screen: the word alone, or with numbers."""
     word, *numbers = source.split() or [""]
-    return word.lower() == "screen" and all(number.lstrip("-").isdecimal() for number in numbers)
+    return word.lower() == "screen" and all(re.fullmatch("-?[0-9]{1,9}", number) for number in numbers)
 
 
 def parse_screen(source: str) -> ScreenArea:

@@ -71,6 +71,15 @@ def test_other_numbers_are_refused_with_the_usage(source):
 
 
 @pytest.mark.parametrize(
+    "source", ["screen --1", "screen 1.5", "screen 0x1", "screen ٣", f"screen {'9' * 5000}", "screens"]
+)
+def test_what_is_no_number_makes_no_screen(source):
+    assert not is_screen(source)
+    with pytest.raises(UserError, match="--source 'screen"):
+        open_source(source)
+
+
+@pytest.mark.parametrize(
     ("area", "corner", "shape"),
     [
         (ScreenArea(), (0, 0), (100, 300, 3)),
