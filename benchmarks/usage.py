@@ -3,8 +3,9 @@
 Private memory is what the process alone has written: pages shared with a parent or with other workers do not count, nor
 do those of libraries, which are shared or not as other programs come and go. Whether a series grows is told by medians,
 since allocators take memory in steps and Python frees cycles in batches: after the warm-up the rest is cut in halves,
-and the second half's median is compared with the first's. A leak moves it by half of all that leaks, a step or a peak
-by little or nothing.
+and the second half's median is compared with the first's. A leak moves it by half of all that leaks, a peak by little
+or nothing. The largest step between two samples is left out and told: an allocator that finds no hole large enough
+takes more once, a leak goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,9 +142,32 @@ def growth_of(samples: Sequence[Sample], field: str, warm_up: float = WARM_UP) -
     return Growth(first, second, middles[1] - middles[0])
 
 
+def largest_step_mb(samples: Sequence[Sample]) -> tuple[int, float]:
+    """Returns before which sample private memory rises most, and by how much; (0, 0.0) where it never does."""
+    memory = [sample.usage.private_mb for sample in samples]
+    rises = [(after - before, number) for number, (before, after) in enumerate(pairwise(memory), start=1)]
+    rise, number = max(rises, default=(0.0, 0))
+    return (number, rise) if rise > 0 else (0, 0.0)
+
+
+def memory_growth(samples: Sequence[Sample], warm_up: float = WARM_UP) -> Growth:
+    """Compares private memory after the warm-up, in MB, its largest step left out.
+
+    Raises:
+        UserError: see `growth_of`.
+    """
+    kept = [sample for sample in samples if sample.items > warm_up * samples[-1].items] if samples else []
+    number, rise = largest_step_mb(kept)
+    lowered = [
+        sample._replace(usage=sample.usage._replace(private_mb=sample.usage.private_mb - rise * (place >= number)))
+        for place, sample in enumerate(kept)
+    ]
+    return growth_of(lowered, "private_mb", warm_up=0)
+
+
 def complaints(samples: Sequence[Sample]) -> list[str]:
     """Says what grew beyond the tolerances; empty if all is flat."""
-    memory, descriptors = growth_of(samples, "private_mb"), growth_of(samples, "descriptors")
+    memory, descriptors = memory_growth(samples), growth_of(samples, "descriptors")
     found = []
     if memory.difference > max(TOLERANCE_MB, TOLERANCE_SHARE * memory.first):
         found.append(f"memory +{memory.difference:.1f} MB")
@@ -153,8 +178,13 @@ def complaints(samples: Sequence[Sample]) -> list[str]:
 
 def row(part: str, watch: Watch) -> str:
     """Returns a part's line of the table."""
-    memory, descriptors = growth_of(watch.samples, "private_mb"), growth_of(watch.samples, "descriptors")
+    memory, descriptors = memory_growth(watch.samples), growth_of(watch.samples, "descriptors")
     verdict = f"GROWS: {', '.join(complaints(watch.samples))}" if complaints(watch.samples) else "flat"
+    step_mb = largest_step_mb([sample for sample in watch.samples if sample.items > WARM_UP * watch.samples[-1].items])[
+        1
+    ]
+    if step_mb > TOLERANCE_MB:
+        verdict += f", but for one step of {step_mb:.0f} MB"
     files = f"{descriptors.first:g}, {descriptors.second:g}"
     return (
         f"{part:26} {watch.samples[-1].items:7} {watch.seconds:6.0f} {memory.first:14.1f} {memory.second:11.1f} "

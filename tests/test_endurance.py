@@ -57,7 +57,7 @@ def test_growth_is_the_slope_of_a_leak():
     "memory_mb",
     [
         lambda item: 300 + 64 * (item > 150),  # an arena, taken while warming up
-        lambda item: 300 + 64 * (item > 900),  # a step near the end: once, not with every item
+        lambda item: 300 + 64 * (item > 600),  # a step in the middle: once, not with every item
         lambda item: 300 + 20 * (item % 100 < 30),  # cycles freed in batches
         lambda item: 400 - item / 10,
     ],
@@ -68,6 +68,8 @@ def test_steps_and_waves_are_flat(memory_mb):
 
 def test_leaks_of_memory_and_of_files_are_told():
     assert complaints(series(lambda item: 100 + 0.01 * item)) == ["memory +4.0 MB"]
+    assert complaints(series(lambda item: 100 + 0.01 * item + 64 * (item > 600))) == ["memory +3.9 MB"]
+    assert complaints(series(lambda item: 100 + 4 * (item // 100))) == ["memory +16.0 MB"]  # in steps
     assert complaints(series(lambda _: 100, lambda item: 7 + item // 250)) == ["open files +2"]
 
 
