@@ -85,11 +85,15 @@ def test_picture_of_a_client_that_leaves_is_dropped(start_server, encoded):
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_server_answers_what_it_has_taken(start_server, encoded, stop):
-    server = start_server("--batch-size", "2", "--imgsz", "320")
+    server = start_server("--batch-size", "64", "--batch-wait-ms", "1000", "--imgsz", "320")  # they wait for others
     with ThreadPoolExecutor(12) as pool:
-        answers = [pool.submit(fetch, server.url, encoded(seed, 320, 320)) for seed in range(12)]
-        wait_for(server.url, "yolov5_stage_seconds_count" + '{stage="read"}', 12)
-        assert metrics(server.url)["yolov5_requests_in_progress"] > 0, "nothing was left to finish"
+        for turn in range(1, 6):  # on a busy machine all may be answered before this process looks
+            answers = [pool.submit(fetch, server.url, encoded(seed, 320, 320)) for seed in range(12)]
+            wait_for(server.url, "yolov5_stage_seconds_count" + '{stage="read"}', 12 * turn)
+            in_progress = metrics(server.url)["yolov5_requests_in_progress"]
+            if in_progress:
+                break
+        assert in_progress, "nothing was left to finish"
         status = server.stop(stop)
         assert [answer.result().status_code for answer in answers] == [200] * 12
     assert status == 0
