@@ -93,7 +93,7 @@ def test_a_watch_sees_memory_and_files_that_are_kept():
     assert [sample.items for sample in watch.samples] == list(range(2, 41, 2))
     assert growth_of(watch.samples, "private_mb").difference == pytest.approx(32, abs=4)  # 16 items between the middles
     assert growth_of(watch.samples, "descriptors").difference == 16
-    assert len(complaints(watch.samples)) == 2
+    assert "open files +16" in complaints(watch.samples)  # how much memory is too much depends on the process's size
 
 
 @ON_LINUX
