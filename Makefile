@@ -18,7 +18,7 @@ help:
 	@echo "make demo    train, validate and detect on the embedded data set (minutes on a CPU)"
 	@echo "make test    run all tests"
 	@echo "make check   run the linter and the quick tests"
-	@echo "make campaigns   fuzzing, interrupted trainings, endurance: hours, on a machine with nothing else to do"
+	@echo "make campaigns   fuzzing, interrupted trainings, endurance: about an hour, on a machine with nothing else to do"
 	@echo "make clean   remove .venv, .venv-onnx2tf, runs/demo and tool caches"
 
 setup: $(VENV)/.installed
