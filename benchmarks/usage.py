@@ -120,6 +120,11 @@ class Watch:
         self.samples.append(Sample(self._items, Usage(*(sum(column) for column in zip(*parts, strict=True)))))
 
 
+def after_warm_up(samples: Sequence[Sample], warm_up: float = WARM_UP) -> list[Sample]:
+    """Returns a series without the samples of its first part."""
+    return [sample for sample in samples if sample.items > warm_up * samples[-1].items]
+
+
 def growth_of(samples: Sequence[Sample], field: str, warm_up: float = WARM_UP) -> Growth:
     """Compares the halves of a series after its warm-up.
 
@@ -131,7 +136,7 @@ def growth_of(samples: Sequence[Sample], field: str, warm_up: float = WARM_UP) -
     Raises:
         UserError: too few samples are left.
     """
-    kept = [sample for sample in samples if sample.items > warm_up * samples[-1].items] if samples else []
+    kept = after_warm_up(samples, warm_up)
     if len(kept) < LEAST_SAMPLES:
         raise UserError(
             f"{len(kept)} samples after the warm-up tell nothing, {LEAST_SAMPLES} are needed: --scale more."
@@ -156,7 +161,7 @@ def memory_growth(samples: Sequence[Sample], warm_up: float = WARM_UP) -> Growth
     Raises:
         UserError: see `growth_of`.
     """
-    kept = [sample for sample in samples if sample.items > warm_up * samples[-1].items] if samples else []
+    kept = after_warm_up(samples, warm_up)
     number, rise = largest_step_mb(kept)
     lowered = [
         sample._replace(usage=sample.usage._replace(private_mb=sample.usage.private_mb - rise * (place >= number)))
@@ -180,9 +185,7 @@ def row(part: str, watch: Watch) -> str:
     """Returns a part's line of the table."""
     memory, descriptors = memory_growth(watch.samples), growth_of(watch.samples, "descriptors")
     verdict = f"GROWS: {', '.join(complaints(watch.samples))}" if complaints(watch.samples) else "flat"
-    step_mb = largest_step_mb([sample for sample in watch.samples if sample.items > WARM_UP * watch.samples[-1].items])[
-        1
-    ]
+    _, step_mb = largest_step_mb(after_warm_up(watch.samples))
     if step_mb > TOLERANCE_MB:
         verdict += f", but for one step of {step_mb:.0f} MB"
     files = f"{descriptors.first:g}, {descriptors.second:g}"

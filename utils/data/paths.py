@@ -59,11 +59,10 @@ def _images_of(source: Path) -> list[str]:
 def _files_below(top: Path) -> Iterator[str]:
     """Yields the files of a folder and of those in it; a link to a folder that it lies in is not followed."""
     for folder, folders, names in os.walk(top, followlinks=True):
-        here = os.path.realpath(folder)
+        here = Path(os.path.realpath(folder))
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in links:
-            target = os.path.realpath(os.path.join(folder, name))
-            if os.path.commonpath((here, target)) == target:
+            if here.is_relative_to(os.path.realpath(os.path.join(folder, name))):
                 folders.remove(name)
         yield from (os.path.join(folder, name) for name in names)
 
