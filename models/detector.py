@@ -26,6 +26,7 @@ from utils.tiles import Tiling, merge, windows
 STAGES = ("pre-process", "inference", "NMS")
 MAX_BATCH = 16  # windows in one run of the model, whatever the picture's size
 
+RatioPad = tuple[tuple[float, float], tuple[float, float]]
 PictureHook = Callable[[int, int, str, np.ndarray], None]  # picture's number, layer's row, its block, maps (1, c, h, w)
 
 
@@ -57,6 +58,7 @@ class WindowBatch(NamedTuple):
     images: np.ndarray  # uint8 (b, 3, h, w) RGB
     pictures: list[int]  # the picture that each is a window of
     windows_xyxy: np.ndarray  # (b, 4) int, where in that picture, px
+    ratio_pads: list[RatioPad]  # what leads back to the window, as `scale_boxes` takes it
 
 
 class Detector:
@@ -101,14 +103,14 @@ class Detector:
 
     def prepare(self, pictures: Sequence[np.ndarray]) -> list[WindowBatch]:
         """Letterboxes pictures, uint8 (h, w, 3) BGR of any sizes, or their windows, and joins those of one shape."""
-        by_shape: dict[tuple[int, ...], list[tuple[np.ndarray, int, np.ndarray]]] = {}
+        by_shape: dict[tuple[int, ...], list[tuple[np.ndarray, int, np.ndarray, RatioPad]]] = {}
         for number, picture in enumerate(pictures):
             for window in self._windows(picture):
                 left, top, right, bottom = window
                 cut = picture[top:bottom, left:right]
                 boxed = letterbox(cut, self._shape_hw, auto=self._backend.dynamic, stride=self._backend.stride)
                 image = cv2.cvtColor(boxed.image, cv2.COLOR_BGR2RGB).transpose(2, 0, 1)
-                by_shape.setdefault(image.shape, []).append((image, number, window))
+                by_shape.setdefault(image.shape, []).append((image, number, window, boxed.ratio_pad(cut.shape)))
         return [
             _join(entries[start : start + MAX_BATCH])
             for entries in by_shape.values()
@@ -173,7 +175,10 @@ class Detector:
         for stage, start, end in zip(STAGES, clock, clock[1:], strict=False):
             self.last_s[stage] += end - start
         padded_hw = batch.images.shape[2:]
-        return [_in_picture(one, padded_hw, window) for one, window in zip(found, batch.windows_xyxy, strict=True)]
+        return [
+            _in_picture(one, padded_hw, *place)
+            for one, *place in zip(found, batch.windows_xyxy, batch.ratio_pads, strict=True)
+        ]
 
     def _merge(self, found: list[np.ndarray], windows_xyxy: list[np.ndarray]) -> np.ndarray:
         """Returns a picture's detections (k, 6), their corners in whole px, from those of its windows."""
@@ -191,18 +196,18 @@ class Detector:
         return time.perf_counter()
 
 
-def _join(entries: Sequence[tuple[np.ndarray, int, np.ndarray]]) -> WindowBatch:
-    """Joins images (3, h, w), each with its picture's number and its window, to a batch."""
-    images, pictures, places = zip(*entries, strict=True)
+def _join(entries: Sequence[tuple[np.ndarray, int, np.ndarray, RatioPad]]) -> WindowBatch:
+    """Joins images (3, h, w), each with its picture's number, its window and the way back to that, to a batch."""
+    images, pictures, places, ratio_pads = zip(*entries, strict=True)
     stacked = images[0][None] if len(images) == 1 else np.stack(images)  # a view: one picture is the usual case
-    return WindowBatch(stacked, list(pictures), np.stack(places))
+    return WindowBatch(stacked, list(pictures), np.stack(places), list(ratio_pads))
 
 
-def _in_picture(found: Array, padded_hw: Sequence[int], window_xyxy: np.ndarray) -> np.ndarray:
+def _in_picture(found: Array, padded_hw: Sequence[int], window_xyxy: np.ndarray, ratio_pad: RatioPad) -> np.ndarray:
     """Takes detections (k, 6) from a letterboxed window to the picture that it is cut from."""
     left, top, right, bottom = window_xyxy.tolist()
     moved = np.array(found if isinstance(found, np.ndarray) else found.cpu().numpy())
-    moved[:, :4] = scale_boxes(padded_hw, moved[:, :4], (bottom - top, right - left))
+    moved[:, :4] = scale_boxes(padded_hw, moved[:, :4], (bottom - top, right - left), ratio_pad)
     moved[:, :4] += (left, top, left, top)
     return moved
 

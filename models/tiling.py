@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from models.validation import PAD_STRIDES, Shape
-from utils.boxes import clip_boxes
+from utils.boxes import scale_boxes
 from utils.data.dataset import ShapeInfo, rectangular_batches
 from utils.data.fullsize import full_size_loader
 from utils.data.labels import load_labels
@@ -35,10 +35,9 @@ class View(NamedTuple):
     shape: ShapeInfo  # what leads back to the window
 
     def in_picture(self, detections: np.ndarray) -> np.ndarray:
-        """Takes detections (k, 6) from the letterboxed window's px to the picture's, each axis by its own ratio."""
-        original_hw, (ratio_h, ratio_w), pad_wh = self.shape
-        ratios = np.array((ratio_w, ratio_h, ratio_w, ratio_h), np.float32)
-        boxes_xyxy = clip_boxes((detections[:, :4] - np.tile(np.float32(pad_wh), 2)) / ratios, original_hw)
+        """Takes detections (k, 6) from the letterboxed window's px to the picture's."""
+        original_hw, *ratio_pad = self.shape
+        boxes_xyxy = scale_boxes(self.image.shape[1:], detections[:, :4], original_hw, ratio_pad)
         return np.concatenate((boxes_xyxy + np.tile(self.window_xyxy[:2], 2), detections[:, 4:]), 1, dtype=np.float32)
 
 

@@ -34,6 +34,7 @@ class Prepared(NamedTuple):
     inputs: np.ndarray  # letterboxed, uint8 (3, h, w) RGB
     picture_hw: tuple[int, int]
     thresholds: Thresholds
+    ratio_pad: tuple[tuple[float, float], tuple[float, float]] | None = None  # as `scale_boxes` takes it
 
 
 class Predictor:
@@ -87,7 +88,7 @@ class Predictor:
         """Letterboxes a picture, uint8 (h, w, 3) BGR."""
         boxed = letterbox(image, self.shape_hw, auto=self.backend.dynamic, stride=self.backend.stride)
         inputs = cv2.cvtColor(boxed.image, cv2.COLOR_BGR2RGB).transpose(2, 0, 1)
-        return Prepared(inputs, image.shape[:2], thresholds)
+        return Prepared(inputs, image.shape[:2], thresholds, boxed.ratio_pad(image.shape))
 
     def detect(self, batch: Sequence[Prepared]) -> list[np.ndarray]:
         """Detects in pictures that were letterboxed to one shape.
@@ -108,7 +109,8 @@ class Predictor:
         else:
             found = _to_numpy(non_max_suppression(rows, *item.thresholds, max_det=self.max_det)[0])
         found = np.array(found, np.float32)
-        found[:, :4] = scale_boxes(item.inputs.shape[1:], found[:, :4], item.picture_hw).round()
+        padded_hw = item.inputs.shape[1:]
+        found[:, :4] = scale_boxes(padded_hw, found[:, :4], item.picture_hw, item.ratio_pad).round()
         return found
 
     def records(self, detections: np.ndarray) -> list[dict[str, Any]]:

@@ -237,7 +237,7 @@ def test_boxes_of_odd_sizes_frame_what_they_did(odd_table, name, augment):
     rows, columns = np.nonzero(item.image[0].numpy() > 128 + 60)
     seen_xyxy = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     assert np.abs(box_xyxy - seen_xyxy).max() <= 1.5
-    if augment is None and name != "long.png":  # there both axes go by the height's ratio, as in YOLOv5
+    if augment is None:
         odd, (image_hw, *ratio_pad) = ODD[name], item.shape
         assert image_hw == (odd.height, odd.width)
         expected = xywhn2xyxy(table.labels(0)[:, 1:], w=odd.width, h=odd.height)

@@ -77,16 +77,18 @@ def scale_boxes(
         padded_hw: (height, width) of the letterboxed image.
         boxes_xyxy_px: corners in its pixels.
         image_hw: (height, width) of the original.
-        ratio_pad: ((ratio_h, ratio_w), (pad_w, pad_h)) where the loader recorded them; else worked out from the
-            sizes. As in YOLOv5 the height's ratio serves both axes.
+        ratio_pad: ((ratio_h, ratio_w), (pad_w, pad_h)) where the letterbox's own are known; else worked out from the
+            sizes. The ratios differ: sides are resized to whole pixels (YOLOv5 has the height's serve both axes).
     """
     if ratio_pad is None:
         gain = min(padded_hw[0] / image_hw[0], padded_hw[1] / image_hw[1])
-        pad_w, pad_h = (padded_hw[1] - image_hw[1] * gain) / 2, (padded_hw[0] - image_hw[0] * gain) / 2
+        resized_h, resized_w = (max(round(side * gain), 1) for side in image_hw[:2])
+        ratio_h, ratio_w = resized_h / image_hw[0], resized_w / image_hw[1]
+        pad_w, pad_h = (padded_hw[1] - resized_w) / 2, (padded_hw[0] - resized_h) / 2
     else:
-        gain, (pad_w, pad_h) = ratio_pad[0][0], ratio_pad[1]
-    pads = (pad_w, pad_h, pad_w, pad_h)
-    unscaled = _stack([(boxes_xyxy_px[..., column] - pads[column]) / gain for column in range(4)])
+        (ratio_h, ratio_w), (pad_w, pad_h) = ratio_pad
+    pads, ratios = (pad_w, pad_h, pad_w, pad_h), (ratio_w, ratio_h, ratio_w, ratio_h)
+    unscaled = _stack([(boxes_xyxy_px[..., column] - pads[column]) / ratios[column] for column in range(4)])
     return clip_boxes(unscaled, image_hw)
 
 

@@ -98,6 +98,14 @@ class Letterboxed(NamedTuple):
     ratio: tuple[float, float]  # (width, height)
     pad: tuple[float, float]  # px at the left and at the top; halves where the padding is odd
 
+    def ratio_pad(self, image_hw: Sequence[int]) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Returns ((ratio_h, ratio_w), (pad_w, pad_h)), as `scale_boxes` takes it, of an image (h, w) made into this.
+
+        Unlike `ratio` these are exact: the sides were resized to whole pixels.
+        """
+        resized_h, resized_w = (side - 2 * pad for side, pad in zip(self.image.shape, self.pad[::-1], strict=False))
+        return (resized_h / image_hw[0], resized_w / image_hw[1]), self.pad
+
 
 class LetterboxGeometry(NamedTuple):
     """The numbers of a letterbox: the resized image's size and the padding around it, in pixels."""

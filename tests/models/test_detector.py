@@ -70,6 +70,14 @@ def test_pictures_are_padded_to_the_one_size_of_a_fixed_model_and_to_rectangles_
         assert backend.seen == [expected]
 
 
+def test_boxes_of_a_strip_whose_height_was_rounded_down_come_back_to_their_place():
+    """129 x 1280 at 640 px is resized to 64 x 640, without padding: x is halved all the same."""
+    backend = Fixed([[96, 32, 64, 32, 1, 1, 0]], dynamic=True)
+    (detection,) = Detector(backend, [640, 640]).detect(np.zeros((129, 1280, 3), np.uint8))
+    assert backend.seen == [(1, 3, 64, 640)]
+    assert detection[:4].tolist() == [128, 32, 256, 97]  # 129 / 64 * 16 = 32.25, 96.75
+
+
 def test_size_is_what_was_asked_for_or_what_the_model_takes(caplog):
     caplog.set_level("INFO", "yolov5")
     fixed, free = Fixed([]), Fixed([], dynamic=True)

@@ -87,10 +87,13 @@ def test_scaling_back_worked_by_hand():
     # 720x1280 at 640 without enlarging: half size (360x640), 12 px above and below to a multiple of 32.
     image = boxes.scale_boxes((384, 640), np.array([[100.0, 112, 200, 212]]), (720, 1280))
     np.testing.assert_allclose(image, [[200, 200, 400, 400]])
-    recorded = ((0.25, 0.5), (10, 20))  # (height, width) ratios: the height's serves both axes
+    recorded = ((0.25, 0.5), (10, 20))  # ratios (height, width), padding (width, height)
     np.testing.assert_allclose(
-        boxes.scale_boxes((0, 0), np.array([[20.0, 30, 60, 70]]), (500, 500), recorded), [[40, 40, 200, 200]]
+        boxes.scale_boxes((0, 0), np.array([[20.0, 30, 60, 70]]), (500, 500), recorded), [[20, 40, 100, 200]]
     )
+    # 200x3000 at 640: 43x640, as 42.67 is no number of pixels; 10.5 px above. A quarter and a half of the height.
+    image = boxes.scale_boxes((64, 640), np.array([[320, 21.25, 640, 32.0]]), (200, 3000))
+    np.testing.assert_allclose(image, [[1500, 50, 3000, 100]])
 
 
 @st.composite
@@ -112,7 +115,7 @@ def test_what_is_seen_in_a_letterboxed_picture_leads_back_to_the_original(drawn,
     boxed = letterbox(picture, new_shape, color=(0, 0, 0), auto=auto)
     y, x = np.nonzero(boxed.image[..., 0] > 127)
     seen = np.array([[x.min(), y.min(), x.max() + 1, y.max() + 1]], np.float64)
-    record = (boxed.ratio[::-1], boxed.pad) if recorded else None
+    record = boxed.ratio_pad(picture.shape) if recorded else None
     back = boxes.scale_boxes(boxed.image.shape[:2], seen, picture.shape[:2], record)
     # a pixel for the drawing, half a one each for the resized size and the padding, which are whole numbers
     np.testing.assert_allclose(back[0], expected, atol=2 / boxed.ratio[0])

@@ -113,6 +113,24 @@ def test_boxes_of_labels_and_detections_are_clipped_alike():
     assert evaluate(model, [batch], names=NAMES, device="cpu").map == pytest.approx(0.995)
 
 
+def test_boxes_of_a_long_strip_come_back_to_their_place(tmp_path):
+    """200 x 3000 at 640 px is resized to 43 x 640, not to 42.67: each axis has its own ratio."""
+    label_xyxy = np.array([2700, 20, 2940, 180])
+    seen = label_xyxy * [640 / 3000, 43 / 200, 640 / 3000, 43 / 200] + [0, 10.5, 0, 10.5]
+    seen_xywh = np.array([seen[0] + seen[2], seen[1] + seen[3], 2 * (seen[2] - seen[0]), 2 * (seen[3] - seen[1])]) / 2
+    shape = ShapeInfo((200, 3000), (43 / 200, 640 / 3000), (0.0, 10.5))
+    target = torch.tensor([[0, 0, *seen_xywh / [640, 64, 640, 64]]])
+    batch = Batch(torch.zeros((1, 3, 64, 640), dtype=torch.uint8), target, ["x/strip.jpg"], [shape])
+    model = Scripted([[[*seen_xywh, 0.9, 1, 0]]])
+    options = {"save_dir": tmp_path, "save_json": True, "save_txt": True}
+    result = evaluate(model, [batch], names=NAMES, device="cpu", **options)
+    np.testing.assert_allclose(result.records[0].labels, [[0, *label_xyxy]], atol=1e-3)
+    (row,) = json.loads((tmp_path / "predictions.json").read_text())
+    assert row["bbox"] == pytest.approx([2700, 20, 240, 160], abs=1e-2)
+    line = np.loadtxt(tmp_path / "labels" / "strip.txt")
+    np.testing.assert_allclose(line, [0, 2820 / 3000, 0.5, 240 / 3000, 160 / 200], atol=1e-5)
+
+
 def test_single_class_ignores_classes():
     model = Scripted([[[64, 64, 60, 36, 0.9, 0, 1]]])
     assert evaluate(model, [wide_batch()], names=NAMES, device="cpu").map == 0
