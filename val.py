@@ -142,9 +142,9 @@ def save_one_txt(predn: torch.Tensor, save_conf: bool, shape: Sequence[int], fil
 
 def save_one_json(predn: torch.Tensor, jdict: list[dict[str, Any]], path: Path, class_map: Sequence[int]) -> None:
     """Appends one image's detections `predn` (n, 6) to COCO results `jdict`; `class_map` gives classes' categories."""
-    from utils.eval.coco import detection_rows
+    from utils.eval.coco import detection_rows, image_id
 
-    jdict.extend(detection_rows(path, predn.detach().cpu().numpy(), class_map))
+    jdict.extend(detection_rows(image_id(path), predn.detach().cpu().numpy(), class_map))
 
 
 def main(options: argparse.Namespace) -> EvalResult:

@@ -129,7 +129,7 @@ def validate(options: Namespace, subject: Subject, given: Given = NOTHING) -> Ev
             save_dir=folder,
             save_json=save_json,
             json_name=f"{subject.path.stem}_predictions.json",
-            categories=category_ids(getattr(spec, split), spec.nc) if spec else None,
+            categories=category_ids(spec.val, spec.names) if spec and not options.single_cls else None,
             annotations=spec.root / "annotations" / "instances_val2017.json" if spec else None,
             **{name: getattr(options, name) for name in PASSED_ON},
         )

@@ -1,8 +1,11 @@
 """val.py beyond one checkpoint on one split: series, ensembles, views, labels among detections, held models."""
 
+import json
 import logging
+import shutil
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +78,14 @@ def batches(model, data):
     """The batches of the five pictures at 128 px."""
     spec = load_spec(str(data), need=("val",))
     return list(make_loader(held_subject(model), spec, SIDE_PX, workers=0))
+
+
+def images_of(batches):
+    """Yields each image's path, its label file's rows (n, 5), and its height and width."""
+    for batch in batches:
+        for path, shape in zip(batch.paths, batch.shapes, strict=True):
+            label = Path(path.replace("/images/", "/labels/")).with_suffix(".txt")
+            yield path, np.loadtxt(label, ndmin=2), shape.original_hw
 
 
 def lines_of(folder):
@@ -220,6 +231,31 @@ def test_series_refuse_what_they_cannot_do_before_anything_is_evaluated(run, cal
     with pytest.raises(UserError, match=message):
         run(**options)
     assert not calls
+
+
+def test_coco_results_of_one_s_own_data_are_scored_by_the_numbers_of_its_file(tmp_path, run, weights, data, batches):
+    """The file counts categories backwards, and numbers images by itself; COCO's mAP is about ours."""
+    names = read_yaml(data)["names"]
+    content = {"images": [], "annotations": []}
+    content["categories"] = [{"id": 100 - number, "name": name} for number, name in names.items()]
+    for path, rows, (height, width) in images_of(batches):
+        content["images"].append({"id": len(content["images"]) + 1, "file_name": Path(path).name})
+        for class_id, x, y, w, h in rows.tolist():
+            bbox = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
+            one = {"image_id": len(content["images"]), "category_id": 100 - int(class_id), "bbox": bbox}
+            content["annotations"].append({"id": len(content["annotations"]) + 1, **one})
+    file = data.parent / "annotations" / "instances_val2017.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(content))
+    try:
+        figures = run(weights, save_json=True)[0]
+    finally:
+        shutil.rmtree(file.parent)
+    ours = run(weights)[0]
+    assert figures[:2] == ours[:2]
+    assert figures[2:4] == pytest.approx(ours[2:4], abs=0.02) and figures[3] != ours[3] > 0.1
+    rows = json.loads((tmp_path / "runs" / "exp" / "yolov5n-v6-coco_predictions.json").read_text())
+    assert {row["image_id"] for row in rows} <= set(range(1, 6)) and {row["category_id"] for row in rows} & {100}
 
 
 # ------------------------------------------------------------------------------------------- ensembles and views

@@ -1,7 +1,8 @@
 """COCO's twelve figures, for any data set with YOLO labels, and its prediction files.
 
-The ground truth is built in memory from the labels that were evaluated; no annotation JSON is needed. The computation
-is faster-coco-eval's or pycocotools', whichever is installed: an extra, imported only here and only when asked for.
+The ground truth is built in memory from the labels that were evaluated, or read from an annotation file, which also
+says what numbers COCO results give to images and categories. The computation is faster-coco-eval's or pycocotools',
+whichever is installed: an extra, imported only here and only when asked for.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +20,8 @@ import numpy as np
 
 from utils.boxes import xyxy2xywh
 from utils.checks import UserError
-from utils.files import atomic_write
+from utils.files import ROOT, atomic_write, read_yaml
+from utils.log import LOGGER
 
 COCO80_TO_91 = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
 
@@ -31,16 +34,26 @@ class ImageRecord(NamedTuple):
     detections: np.ndarray  # (n, 6) [x1, y1, x2, y2, confidence, class], most confident first
     labels: np.ndarray  # (m, 5) [class, x1, y1, x2, y2]
 
-    @property
-    def image_id(self) -> int | str:
-        """COCO's identifier."""
-        return image_id(self.path)
-
 
 def image_id(path: str | Path) -> int | str:
     """Returns COCO's identifier of an image: the file name's stem, as a number where it is one."""
     stem = Path(path).stem
     return int(stem) if stem.isdecimal() else stem
+
+
+def image_ids(paths: Sequence[str]) -> list[int | str]:
+    """Returns an identifier for each image: `image_id`'s; where two would share one, all paths below their folder."""
+    ids = [image_id(path) for path in paths]
+    if len(set(ids)) == len(ids):
+        return ids
+    first = {one: index for index, one in reversed(list(enumerate(ids)))}
+    later = next(index for index, one in enumerate(ids) if first[one] != index)
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    LOGGER.warning(
+        f"WARNING: {paths[first[ids[later]]]} and {paths[later]} would share the image_id {ids[later]!r}: in the JSON "
+        f"image_id is each image's path in {folder} instead"
+    )
+    return [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
 
 
 class CocoFigures(NamedTuple):
@@ -121,13 +134,17 @@ def _index(coco_class: type, dataset: dict[str, Any]) -> Any:
     return index
 
 
-def _run(truth: Any, found: Any, image_ids: Sequence[int | str] | None = None) -> CocoFigures:
-    """Runs the library's evaluation of boxes, silently, on all images or some."""
+def _run(
+    truth: Any, found: Any, images: Sequence[int | str] | None = None, categories: Sequence[int] | None = None
+) -> CocoFigures:
+    """Runs the library's evaluation of boxes, silently, on all images and categories or some."""
     _, eval_class = require_coco_tools()
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = eval_class(truth, found, iouType="bbox")
-        if image_ids is not None:
-            evaluation.params.imgIds = list(image_ids)
+        if images is not None:
+            evaluation.params.imgIds = list(images)
+        if categories is not None:
+            evaluation.params.catIds = list(categories)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -157,27 +174,39 @@ def figure_lines(figures: CocoFigures) -> list[str]:
     return [f"{title:<48}{value:8.3f}" for title, value in zip(_TITLES, figures, strict=True)]
 
 
-def category_ids(sources: Sequence[Path], nc: int) -> Sequence[int]:
-    """COCO's category of every class: its 91 numbers for the real COCO, whose list is coco/val2017.txt, else as is."""
-    is_coco = any(Path(source).parts[-2:] == ("coco", "val2017.txt") for source in sources)
-    return COCO80_TO_91 if is_coco else range(nc)
+def category_ids(sources: Sequence[Path], names: Mapping[int, str]) -> Sequence[int]:
+    """Returns the category of every class where no annotation file tells it: its number, but COCO's own 91 for COCO.
+
+    Args:
+        sources: the validation split; COCO's is the list coco/val2017.txt.
+        names: class names {number: name}; COCO's are those of data/coco.yaml.
+    """
+    listed = any(Path(source).parts[-2:] == ("coco", "val2017.txt") for source in sources)
+    return COCO80_TO_91 if listed and names == read_yaml(ROOT / "data" / "coco.yaml")["names"] else range(len(names))
 
 
-def predictions(records: Sequence[ImageRecord], categories: Sequence[int]) -> list[dict[str, Any]]:
+def predictions(
+    records: Sequence[ImageRecord], ids: Sequence[int | str], categories: Sequence[int]
+) -> list[dict[str, Any]]:
     """Detections as COCO's results format.
 
     Args:
         records: the images' detections.
+        ids: the identifier of every image.
         categories: the category of every class.
     """
-    return [row for record in records for row in detection_rows(record.path, record.detections, categories)]
+    return [
+        row
+        for record, one in zip(records, ids, strict=True)
+        for row in detection_rows(one, record.detections, categories)
+    ]
 
 
-def detection_rows(path: str | Path, detections: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
+def detection_rows(image: int | str, detections: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
     """One image's detections in COCO's results format: `bbox` [left, top, width, height] to 0.001 px, score to 0.00001.
 
     Args:
-        path: the image's; its stem is the identifier, as a number where it is one.
+        image: the image's identifier.
         detections: (n, 6) [x1, y1, x2, y2, confidence, class].
         categories: the category of every class.
     """
@@ -185,7 +214,7 @@ def detection_rows(path: str | Path, detections: np.ndarray, categories: Sequenc
     boxes_xywh[:, :2] -= boxes_xywh[:, 2:] / 2  # the corner instead of the centre
     return [
         {
-            "image_id": image_id(path),
+            "image_id": image,
             "category_id": categories[int(class_id)],
             "bbox": [round(value, 3) for value in box],
             "score": round(confidence, 5),
@@ -204,28 +233,90 @@ def write_predictions(rows: Sequence[dict[str, Any]], file: Path) -> None:
         json.dump(rows, stream)
 
 
-def annotated_figures(rows: Sequence[dict[str, Any]], image_ids: Sequence[int | str], annotations: Path) -> CocoFigures:
-    """Computes COCO's figures of results against an annotation file.
+class Annotations:
+    """A COCO annotation file (`instances_*.json`): its own numbers of categories and images, and its boxes."""
 
-    Args:
-        rows: what `predictions` returned.
-        image_ids: the images that were evaluated.
-        annotations: COCO's `instances_*.json`.
+    def __init__(self, path: Path) -> None:
+        """Reads a file.
 
-    Raises:
-        UserError: no COCO library, not an annotation file, or it does not list the images evaluated.
-    """
-    coco_class, _ = require_coco_tools()
-    try:
-        with open(annotations, encoding="utf-8") as stream:
-            dataset = json.load(stream)
-        truth = _index(coco_class, dataset)
-        known = {image["id"] for image in dataset["images"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{annotations}: not a COCO annotation file ({type(error).__name__}: {error}).") from error
-    unknown = [image_id for image_id in image_ids if image_id not in known]
-    if unknown:
-        raise UserError(f"{annotations}: lists no image {unknown[0]} ({len(unknown)} of {len(image_ids)} are missing).")
-    found = [{**row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} for row in rows]
-    kept = {key: dataset[key] for key in ("images", "categories")}
-    return _run(truth, _index(coco_class, {**kept, "annotations": found}), image_ids)
+        Raises:
+            UserError: it is no COCO annotation file.
+        """
+        self.path = path
+        try:
+            with open(path, encoding="utf-8") as stream:
+                content = json.load(stream)
+            self._images = [{"id": one["id"], "file_name": str(one["file_name"])} for one in content["images"]]
+            self._categories = [{"id": one["id"], "name": str(one["name"])} for one in content["categories"]]
+            self._boxes = [
+                {"area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0, **one} for one in content["annotations"]
+            ]
+            numbers = [one["id"] for one in (*self._images, *self._categories)]
+            numbers += [one[key] for one in self._boxes for key in ("image_id", "category_id")]
+            wrong = next((number for number in numbers if type(number) is not int), None)
+            if wrong is not None:  # the libraries turn some of them into others
+                raise ValueError(f"the number of an image or a category is {wrong!r:.40}")
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: not a COCO annotation file ({type(error).__name__}: {error}).") from error
+
+    def category_ids(self, names: Mapping[int, str]) -> list[int]:
+        """Returns the category of every class, by its name; capitals do not matter where they distinguish nothing.
+
+        Raises:
+            UserError: a class is no category of the file, or more than one.
+        """
+        for form in (str, str.lower):
+            ids: dict[str, list[int]] = {}
+            for one in self._categories:
+                ids.setdefault(form(one["name"]), []).append(one["id"])
+            found = [ids.get(form(str(name)), []) for name in names.values()]
+            wrong = [name for name, fitting in zip(names.values(), found, strict=True) if len(fitting) != 1]
+            if not wrong and len({one for (one,) in found}) == len(found):
+                return [one for (one,) in found]
+        name = wrong[0] if wrong else next(iter(names.values()))
+        have = ", ".join([f"'{one['name']}'" for one in self._categories[:5]] + ["..."] * (len(self._categories) > 5))
+        raise UserError(f"{self.path}: no one of its categories ({have}) has the name of class '{name}'.")
+
+    def image_ids(self, paths: Sequence[str]) -> list[int | str]:
+        """Returns the identifier of every image, by its file name, and as much of the path as the file gives.
+
+        Raises:
+            UserError: an image is not in the file, or not told apart from another by it.
+        """
+        by_name: dict[tuple[str, ...], set[int | str]] = {}
+        for one in self._images:
+            by_name.setdefault(Path(one["file_name"].replace("\\", "/")).parts, set()).add(one["id"])
+        depths = sorted({len(parts) for parts in by_name}, reverse=True)
+        ids, unknown = [], []
+        for path in paths:
+            tails = (Path(path).parts[-depth:] for depth in depths)
+            found = next((by_name[tail] for tail in tails if tail in by_name), set())
+            ids.extend(found if len(found) == 1 else ())
+            unknown.extend([] if len(found) == 1 else [path])
+        if unknown:
+            raise UserError(f"{self.path}: lists no single image {unknown[0]} ({len(unknown)} of {len(paths)} images).")
+        if len(set(ids)) < len(ids):
+            raise UserError(f"{self.path}: some of the images have one name, and it does not tell their folders.")
+        return ids
+
+    def figures(
+        self, rows: Sequence[dict[str, Any]], images: Sequence[int | str], categories: Sequence[int]
+    ) -> CocoFigures:
+        """Computes COCO's figures of results against the file's boxes.
+
+        Args:
+            rows: what `predictions` returned, with the file's own numbers.
+            images: the images that were evaluated, by the file's numbers.
+            categories: the categories of the model's classes; what the file has beside them does not count.
+
+        Raises:
+            UserError: no COCO library, or it cannot use the file.
+        """
+        coco_class, _ = require_coco_tools()
+        found = [{**row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} for row in rows]
+        known = {"images": self._images, "categories": self._categories}
+        try:
+            truth, results = (_index(coco_class, {**known, "annotations": boxes}) for boxes in (self._boxes, found))
+            return _run(truth, results, images, categories)
+        except (LookupError, ValueError, TypeError, RuntimeError) as error:  # of a box that lacks what COCO's have
+            raise UserError(f"{self.path}: cannot be used ({type(error).__name__}: {error}).") from error

@@ -20,11 +20,12 @@ from torch import nn
 from utils.boxes import scale_boxes, xywhn2xyxy
 from utils.checks import UserError
 from utils.eval.coco import (
+    Annotations,
     CocoFigures,
     ImageRecord,
-    annotated_figures,
     coco_figures,
     figure_lines,
+    image_ids,
     predictions,
     write_predictions,
 )
@@ -54,8 +55,9 @@ class EvalOptions:
         save_hybrid: labels join the candidates of NMS, sure of themselves; the figures then mean nothing.
         save_json: write detections as COCO results to `json_name`.
         json_name: that file's name.
-        categories: COCO's category of every class, for the JSON; None takes the class index.
-        annotations: COCO annotation file; where it exists, mAP is what COCO's computation says of the JSON.
+        categories: category of every class for the JSON, where `annotations` does not tell; None takes class numbers.
+        annotations: COCO annotation file. Where it exists and has the data set's class names, the JSON carries its
+            numbers of categories; where it lists all images as well, theirs, and mAP is what COCO's computation says.
         coco_metrics: compute and log COCO's twelve figures.
         verbose: list single classes even when they are many.
         training: log the overall row alone.
@@ -184,7 +186,7 @@ def evaluate(
         if settings.plots:
             _plot(result, names, settings)
         if settings.save_json:
-            result = _save_json(result, settings)
+            result = _save_json(result, names, settings)
     notify("on_val_end")
     return result
 
@@ -365,17 +367,28 @@ def _plot(result: EvalResult, names: Mapping[int, str], settings: EvalOptions) -
     plot_evaluation(result.details, result.confusion, names, settings.save_dir)
 
 
-def _save_json(result: EvalResult, settings: EvalOptions) -> EvalResult:
+def _save_json(result: EvalResult, names: Mapping[int, str], settings: EvalOptions) -> EvalResult:
     """Writes the JSON; returns the result with COCO's mAP where there are annotations that fit."""
-    rows = predictions(result.records, settings.categories or range(len(result.maps)))
+    paths = [record.path for record in result.records]
+    truth, categories, ids = None, settings.categories or range(len(names)), None
+    if settings.annotations is not None and settings.annotations.is_file():
+        try:
+            truth = Annotations(settings.annotations)
+            categories = truth.category_ids(names)
+            ids = truth.image_ids(paths)
+        except UserError as error:  # an extra: the evaluation itself stands
+            truth = None
+            LOGGER.warning(f"WARNING: COCO's annotations were not used for mAP: {error}")
+    ids = ids or image_ids(paths)
+    rows = predictions(result.records, ids, categories)
     write_predictions(rows, settings.save_dir / settings.json_name)
     LOGGER.info(f"Detections saved to {settings.save_dir / settings.json_name}")
-    if settings.annotations is None or not settings.annotations.is_file():
+    if truth is None:
         return result
     try:
-        figures = annotated_figures(rows, [record.image_id for record in result.records], settings.annotations)
-    except UserError as error:  # an extra: the evaluation itself stands
-        LOGGER.warning(f"WARNING: COCO's annotations were not used: {error}")
+        figures = truth.figures(rows, ids, categories)
+    except UserError as error:
+        LOGGER.warning(f"WARNING: COCO's annotations were not used for mAP: {error}")
         return result
     LOGGER.info("\n".join([f"COCO's figures by {settings.annotations}:", *figure_lines(figures)]))
     return replace(result, map=figures.ap, map50=figures.ap50, coco=figures)

@@ -169,7 +169,7 @@ def _validation_loader(
 
 def final_keywords(spec: DataSpec) -> dict[str, Any]:
     """Returns keywords of `evaluate` for the last validation: on COCO its NMS threshold and a results file."""
-    categories = category_ids(spec.val, spec.nc)
+    categories = category_ids(spec.val, spec.names)
     if categories != COCO80_TO_91:
         return {}
     annotations = spec.root / "annotations" / "instances_val2017.json"

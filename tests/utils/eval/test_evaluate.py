@@ -250,18 +250,28 @@ def test_files_of_a_run(tmp_path):
     assert [row["category_id"] for row in rows] == [17, 18]
 
 
-def test_annotations_replace_map_where_they_fit(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("categories", "file_name", "said"),
+    [
+        (["dog", "cat"], "12.jpg", ""),
+        (["dog", "kitten"], "12.jpg", "has the name of class 'cat'"),
+        (["dog", "cat"], "13.jpg", "lists no single image x/12.jpg"),
+    ],
+)
+def test_annotations_replace_map_where_names_and_images_fit(tmp_path, caplog, categories, file_name, said):
+    """Categories are counted from 1 in the file's own order, and the image has a number of its own."""
     annotations = tmp_path / "instances.json"
-    truth = {"id": 1, "image_id": 12, "category_id": 17, "bbox": [50, 20, 100, 60], "area": 6000, "iscrowd": 0}
-    dataset = {"images": [{"id": 12}], "categories": [{"id": 17}, {"id": 18}], "annotations": [truth]}
+    truth = {"id": 1, "image_id": 7, "category_id": 2, "bbox": [50, 20, 100, 60], "area": 6000, "iscrowd": 0}
+    dataset = {"images": [{"id": 7, "file_name": file_name}], "annotations": [truth]}
+    dataset["categories"] = [{"id": number, "name": name} for number, name in enumerate(categories, start=1)]
     annotations.write_text(json.dumps(dataset))
-    options = {"save_dir": tmp_path, "save_json": True, "categories": [17, 18], "annotations": annotations}
-    result = evaluate(Scripted([[EXACT]]), [wide_batch("12")], names=NAMES, device="cpu", **options)
-    assert (result.map, result.map50) == (1, 1)
+    options = {"save_dir": tmp_path, "save_json": True, "annotations": annotations}
     with caplog.at_level(logging.WARNING, "yolov5"):
-        result = evaluate(Scripted([[EXACT]]), [wide_batch("13")], names=NAMES, device="cpu", **options)
-    assert result.map == pytest.approx(0.995)
-    assert "lists no image 13" in caplog.text
+        result = evaluate(Scripted([[EXACT]]), [wide_batch("12")], names=NAMES, device="cpu", **options)
+    (row,) = json.loads((tmp_path / "predictions.json").read_text())
+    assert result.map == pytest.approx(0.995 if said else 1)
+    assert (row["image_id"], row["category_id"]) == (12 if said else 7, 2 if "cat" in categories else 0)
+    assert said in caplog.text and bool(caplog.text) == bool(said)
 
 
 def test_images_of_one_name_keep_their_own_label_files(tmp_path):

@@ -13,7 +13,7 @@ from utils.checkpoint import save_checkpoint
 from utils.checks import UserError
 from utils.data.images_cache import DiskImages, ImageFiles, RamImages
 from utils.data.spec import DataSpec, load_spec
-from utils.files import ROOT
+from utils.files import ROOT, read_yaml
 from utils.train import resume, setup
 from utils.train.distributed import ALONE, World
 from utils.train.hyp import Hyp
@@ -54,13 +54,16 @@ def test_image_sides_are_multiples_of_at_least_32_and_two_of_them(asked, expecte
     assert setup.image_side(Stub(), Namespace(imgsz=asked)) == expected
 
 
-def spec_of(val: Path, nc: int) -> DataSpec:
-    return DataSpec(None, Path("/data"), (), (val,), (), {index: str(index) for index in range(nc)})
+def spec_of(val: Path, names: dict[int, str]) -> DataSpec:
+    return DataSpec(None, Path("/data"), (), (val,), (), names)
 
 
 def test_only_coco_has_its_own_threshold_and_results_file():
-    assert setup.final_keywords(spec_of(Path("/data/coco128/images"), 80)) == {}
-    keywords = setup.final_keywords(spec_of(Path("/data/coco/val2017.txt"), 80))
+    names = read_yaml(ROOT / "data" / "coco.yaml")["names"]
+    assert setup.final_keywords(spec_of(Path("/data/coco128/images"), names)) == {}
+    others = dict(enumerate(map(str, range(80))))  # a list of that name is no COCO
+    assert setup.final_keywords(spec_of(Path("/data/coco/val2017.txt"), others)) == {}
+    keywords = setup.final_keywords(spec_of(Path("/data/coco/val2017.txt"), names))
     assert keywords["iou_thres"] == 0.65
     assert keywords["json_name"] == "best_predictions.json"
     assert keywords["categories"][79] == 90
