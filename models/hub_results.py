@@ -24,7 +24,7 @@ from models.backends.runtime import require
 from models.detector import in_words
 from utils.boxes import xyxy2xywh
 from utils.checks import UserError
-from utils.data.sinks import folder_names, output_stems
+from utils.data.sinks import OutputStems, folder_names
 from utils.draw import class_name, crop_box, detection_labels, draw_detections, save_image
 from utils.files import increment_path
 from utils.log import LOGGER
@@ -269,4 +269,4 @@ def _output_folder(save_dir: str | Path) -> Path:
 def _distinct(files: Sequence[str]) -> list[str]:
     """Returns file names of which no two are alike: later ones of a name are numbered."""
     places = [f"{number}/{file}" for number, file in enumerate(files)]
-    return [stem + Path(place).suffix for place, stem in output_stems(places).items()]
+    return [stem + Path(place).suffix for place, stem in OutputStems(places).items()]

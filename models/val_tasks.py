@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ def validate(options: Namespace, subject: Subject, given: Given = NOTHING) -> Ev
             annotations=spec.root / "annotations" / "instances_val2017.json" if spec else None,
             **{name: getattr(options, name) for name in PASSED_ON},
         )
-    _tell_what_was_written(options, folder)
+    if folder is not None:
+        LOGGER.info(f"Results saved to {colorstr(str(folder), 'bold')}")
     return result
 
 
@@ -346,19 +348,10 @@ def _run_folder(options: Namespace, given: Given, save_json: bool) -> Path | Non
     return None
 
 
-def _tell_what_was_written(options: Namespace, folder: Path | None) -> None:
-    """Logs where the results are."""
-    if folder is None:
-        return
-    if options.save_txt:
-        LOGGER.info(f"{len(list((folder / 'labels').glob('*.txt')))} labels saved to {folder / 'labels'}")
-    LOGGER.info(f"Results saved to {colorstr(str(folder), 'bold')}")
-
-
 def _unused(stem: str, tables: Sequence[Path]) -> Path:
     """Returns the file of a table; models of one name get `_2`, `_3`, ..."""
-    number = 1 + sum(table.stem == stem or table.stem.startswith(f"{stem}_") for table in tables)
-    return Path(f"{stem}.txt" if number == 1 else f"{stem}_{number}.txt")
+    numbered = (Path(f"{stem}_{number}.txt" if number > 1 else f"{stem}.txt") for number in count(1))
+    return next(file for file in numbered if file not in tables)
 
 
 def _write_table(file: Path, rows: np.ndarray) -> Path:

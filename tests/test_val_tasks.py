@@ -186,6 +186,13 @@ def test_study_writes_a_row_for_each_size_and_a_table_for_each_model(tmp_path, r
     assert "Study saved to study_eight" in caplog.text
 
 
+def test_tables_of_models_named_alike_do_not_overwrite_each_other():
+    tables = []
+    for stem in ("a_2", "a", "a", "a_2"):
+        tables.append(val_tasks._unused(stem, tables))
+    assert [table.name for table in tables] == ["a_2.txt", "a.txt", "a_3.txt", "a_2_2.txt"]
+
+
 def test_a_study_goes_from_256_to_1536(tmp_path, run, weights, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes, measured = [], val_tasks.validate

@@ -12,7 +12,7 @@ import os
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,26 +58,87 @@ class OutputOptions:
         return cls(save_images=not options.nosave, line_width=options.line_thickness, **chosen)
 
 
-def output_stems(paths: Sequence[str]) -> dict[str, str]:
+class OutputStems(dict[str, str]):
     """Gives each input a stem of its own for the files made from it, told apart without regard to case.
 
-    Args:
-        paths: the inputs. The first of a stem keeps it, later ones become `stem-2`, `stem-3`, ... A video gives way
-            also to images that are named like its frames' label files (`clip_12`).
+    The first input of a stem keeps it, later ones become `stem-2`, `stem-3`, ... Of the inputs that are known at the
+    beginning, none loses its own stem to such a number, and a video gives way to images that are named like its
+    frames' label files (`clip_12`). An input that was not known gets its stem when it is asked for.
     """
-    natural = {Path(path).stem.casefold() for path in paths}
-    like_frames = {stem.rpartition("_")[0] for stem in natural if re.fullmatch(r".+_\d+", stem)}
-    taken: set[str] = set()
-    stems = {}
-    for path in paths:
+
+    def __init__(self, paths: Iterable[str] = ()) -> None:
+        super().__init__()
+        paths = list(paths)
+        self._natural = {Path(path).stem.casefold() for path in paths}
+        self._like_frames = {stem.rpartition("_")[0] for stem in self._natural if re.fullmatch(r".+_\d+", stem)}
+        self._taken: set[str] = set()
+        self._next: Counter[str] = Counter()
+        for path in paths:
+            self[path]  # noqa: B018 - this makes it
+
+    def __missing__(self, path: str) -> str:
         stem = unique = Path(path).stem
-        number, clash = 1, suffix_of(path) in VID_FORMATS and stem.casefold() in like_frames
-        while clash or unique.casefold() in taken or (number > 1 and unique.casefold() in natural):
-            number, clash = number + 1, False
+        folded = stem.casefold()
+        number, clash = 1, suffix_of(path) in VID_FORMATS and folded in self._like_frames
+        while clash or unique.casefold() in self._taken or (number > 1 and unique.casefold() in self._natural):
+            number, clash = max(number, self._next[folded]) + 1, False
             unique = f"{stem}-{number}"
-        taken.add(unique.casefold())
-        stems[path] = unique
-    return stems
+        self._next[folded] = number
+        self._taken.add(unique.casefold())
+        self[path] = unique
+        return unique
+
+
+def label_lines(detections: np.ndarray, shape_hw: Sequence[int], save_conf: bool = False) -> list[str]:
+    """Returns lines `class x y w h[ confidence][ track]`, box normalised, of one image's detections, in their order.
+
+    Args:
+        detections: (n, 6) [x1, y1, x2, y2 in the image's pixels, confidence, class], or (n, 7) with tracks.
+        shape_hw: the image's (height, width).
+        save_conf: whether lines have the confidence.
+    """
+    boxes_norm = xyxy2xywhn(detections[:, :4], w=shape_hw[1], h=shape_hw[0])
+    columns = [detections[:, 5:6], boxes_norm] + ([detections[:, 4:5]] if save_conf else [])
+    lines = [" ".join(f"{value:g}" for value in row) for row in np.concatenate(columns, 1).tolist()]
+    if detections.shape[1] > 6:
+        lines = [f"{line} {int(track)}" for line, track in zip(lines, detections[:, 6], strict=True)]
+    return lines
+
+
+class LabelWriter:
+    """Writes detections as YOLO label files, one for each image that has any; a former run's file of an image goes.
+
+    Attributes:
+        folder: where.
+        written: number of files.
+    """
+
+    def __init__(self, folder: Path, save_conf: bool = False) -> None:
+        """Makes `folder`; with `save_conf` the lines have the confidence.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        self.folder, self.written = folder, 0
+        self._save_conf = save_conf
+        _make_folder(folder)
+
+    def write(self, stem: str, detections: np.ndarray, shape_hw: Sequence[int]) -> None:
+        """Writes one image's file, a line for each detection; see `label_lines`.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        file = self.folder / f"{stem}.txt"
+        try:
+            if not len(detections):
+                file.unlink(missing_ok=True)
+                return
+            lines = label_lines(detections, shape_hw, self._save_conf)
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written ({error.strerror}).") from error
+        self.written += 1
 
 
 def folder_names(names: Mapping[int, str]) -> dict[int, str]:
@@ -106,21 +167,26 @@ class ResultWriter:
 
     def __init__(self, folder: Path, paths: Sequence[str], names: Mapping[int, str], options: OutputOptions) -> None:
         """Prepares writing below `folder`, which exists, the results for the inputs `paths`."""
-        self.labels_written = 0
         self._folder, self._names, self._options = folder, names, options
-        self._stems = output_stems(paths)
+        self._stems = OutputStems(paths)
         self._crop_folders = folder_names(names)
         self._crops: set[Path] = set()
         self._crop_numbers: Counter[Path] = Counter()
         self._videos: dict[str, VideoFile] = {}  # open ones, by stem
         self._counts: dict[str, Counts] = {}  # the latest, by name
+        self._labels: LabelWriter | None = None
         self._table_file: IO[str] | None = None
         self._table: Any = None
+
+    @property
+    def labels_written(self) -> int:
+        """Number of label files."""
+        return self._labels.written if self._labels else 0
 
     def __enter__(self) -> ResultWriter:
         """Makes the subfolders and opens the table."""
         if self._options.save_txt:
-            _make_folder(self._folder / "labels")
+            self._labels = LabelWriter(self._folder / "labels", self._options.save_conf)
         if self._options.save_csv:
             self._table_file = _open_table(self._folder / "predictions.csv")
             self._table = csv.writer(self._table_file)
@@ -154,8 +220,9 @@ class ResultWriter:
         if counts is not None:
             self._counts[name] = counts
         try:
-            if self._options.save_txt:
-                self._write_labels(frame, detections, stem)
+            if self._labels:  # the least confident detection comes first, as in YOLOv5
+                name_of_frame = f"{stem}_{frame.number}" if frame.is_video else stem
+                self._labels.write(name_of_frame, detections[::-1], frame.image.shape)
             if self._options.save_csv:
                 self._write_rows(name, detections)
             if self._options.save_crop:
@@ -190,24 +257,6 @@ class ResultWriter:
             np.save(path.with_suffix(".npy"), maps)
         except OSError as error:
             raise UserError(f"{path.with_suffix('.npy')}: cannot be written ({error.strerror}).") from error
-
-    def _write_labels(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
-        """Writes `class x y w h[ confidence][ track]`, the box normalised; the least confident detection comes first.
-
-        Without detections there is no file.
-        """
-        path = self._folder / "labels" / (f"{stem}_{frame.number}.txt" if frame.is_video else f"{stem}.txt")
-        if not len(detections):
-            path.unlink(missing_ok=True)
-            return
-        height, width = frame.image.shape[:2]
-        boxes_xywh_norm = xyxy2xywhn(detections[:, :4], width, height)
-        columns = [detections[:, 5:6], boxes_xywh_norm] + ([detections[:, 4:5]] if self._options.save_conf else [])
-        lines = [" ".join(f"{value:g}" for value in row) for row in np.concatenate(columns, axis=1)]
-        if detections.shape[1] > 6:
-            lines = [f"{line} {int(track)}" for line, track in zip(lines, detections[:, 6], strict=True)]
-        path.write_text("\n".join(lines[::-1]) + "\n", encoding="utf-8")
-        self.labels_written += 1
 
     def _write_rows(self, name: str, detections: np.ndarray) -> None:
         """Adds the detections to the table, the least confident first, as in the label files."""

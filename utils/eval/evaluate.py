@@ -19,6 +19,7 @@ from torch import nn
 
 from utils.boxes import scale_boxes, xywhn2xyxy
 from utils.checks import UserError
+from utils.data.sinks import LabelWriter, OutputStems
 from utils.eval.coco import (
     Annotations,
     CocoFigures,
@@ -33,7 +34,7 @@ from utils.eval.confusion import ConfusionMatrix
 from utils.eval.metrics import IOU_THRESHOLDS, APResult, average_precisions, fitness, match_detections
 from utils.eval.plots import load_libraries, plot_evaluation
 from utils.eval.predictor import Clock, ModulePredictor, Predictor
-from utils.eval.report import HEADER, LabelWriter, speed_line, table_rows
+from utils.eval.report import HEADER, speed_line, table_rows
 from utils.log import LOGGER, progress
 from utils.nms import non_max_suppression
 
@@ -163,6 +164,7 @@ def evaluate(
     tally = _Tally(len(names), keep_records=settings.save_json or settings.coco_metrics)
     clock, losses = Clock(predictor), torch.zeros(3, device=device)
     writer = LabelWriter(settings.save_dir / "labels", settings.save_conf) if settings.save_txt else None
+    stems = OutputStems(_paths_of(loader) if writer else ())
     notify = callbacks.run if callbacks else _ignore
     notify("on_val_start")
     leave = not (settings.training or settings.quiet)
@@ -176,19 +178,27 @@ def evaluate(
             for record, detections in zip(_native_records(batch, found), found, strict=True):
                 tally.add(record)
                 if writer:
-                    writer.write(record.path, record.detections, record.shape_hw)
+                    writer.write(stems[record.path], record.detections, record.shape_hw)
                 notify("on_val_image_end", detections, record.detections, record.path, names, batch.images)
             pictures.add(batch, found)
             notify("on_val_batch_end")
         result = _result(tally, losses / max(len(loader), 1), clock, settings)
         if not settings.quiet:
             _report(result, names, settings, clock.shape)
+        if writer:
+            _tell_labels(writer, stems)
         if settings.plots:
             _plot(result, names, settings)
         if settings.save_json:
             result = _save_json(result, names, settings)
     notify("on_val_end")
     return result
+
+
+def _paths_of(loader: Any) -> Sequence[str]:
+    """Returns the paths of all images, as far as they are known at the beginning: a script may bring mere batches."""
+    table = getattr(getattr(loader, "dataset", None), "table", None)
+    return () if table is None else table.image_paths
 
 
 def _ignore(*_args: Any) -> None:
@@ -360,6 +370,18 @@ def _report(result: EvalResult, names: Mapping[int, str], settings: EvalOptions,
         LOGGER.info("\n".join(figure_lines(result.coco)))
     if not settings.training:
         LOGGER.info(speed_line(result.speed_ms, shape))
+
+
+def _tell_labels(writer: LabelWriter, stems: Mapping[str, str]) -> None:
+    """Logs how many label files were written, and that names are not the images' where several have one."""
+    LOGGER.info(f"{writer.written} labels saved to {writer.folder}")
+    renamed = [(path, stem) for path, stem in stems.items() if stem != Path(path).stem]
+    if renamed:
+        path, stem = renamed[0]
+        LOGGER.warning(
+            f"WARNING: {len(renamed)} of the images have the name of another: their label files are numbered, "
+            f"{stem}.txt is of {path}"
+        )
 
 
 def _plot(result: EvalResult, names: Mapping[int, str], settings: EvalOptions) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from utils.checks import UserError
 from utils.counting import Counts, Tally
-from utils.data.sinks import OutputOptions, ResultWriter, folder_names, output_stems
+from utils.data.sinks import OutputOptions, OutputStems, ResultWriter, folder_names
 from utils.data.sources import Frame, read_frames
 
 NAMES = {0: "cat", 1: "a/b"}
@@ -79,11 +79,11 @@ def test_csv_has_yolov5_s_columns_and_a_row_for_each_detection(tmp_path):
 
 def test_equal_stems_get_numbers_and_the_first_keeps_its_name():
     paths = ["/a/bus.jpg", "/b/bus.jpg", "/b/bus.png", "/c/BUS.jpg", "/c/bus-2.jpg", "/d/only.jpg"]
-    assert list(output_stems(paths).values()) == ["bus", "bus-3", "bus-4", "BUS-5", "bus-2", "only"]
+    assert list(OutputStems(paths).values()) == ["bus", "bus-3", "bus-4", "BUS-5", "bus-2", "only"]
 
 
 def test_video_gives_way_to_images_named_like_its_frames():
-    assert output_stems(["/a/clip_3.jpg", "/a/clip.mp4"]) == {"/a/clip_3.jpg": "clip_3", "/a/clip.mp4": "clip-2"}
+    assert OutputStems(["/a/clip_3.jpg", "/a/clip.mp4"]) == {"/a/clip_3.jpg": "clip_3", "/a/clip.mp4": "clip-2"}
 
 
 def test_equal_names_of_different_folders_are_all_written(tmp_path):

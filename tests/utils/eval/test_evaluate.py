@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import weakref
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from utils.data.dataset import ShapeInfo
 from utils.data.loader import Batch
 from utils.eval.evaluate import EvalOptions, evaluate
 from utils.eval.predictor import AugmentedPredictor, ModulePredictor
-from utils.eval.report import HEADER, LabelWriter, speed_line
+from utils.eval.report import HEADER, speed_line
 from utils.train.callbacks import Callbacks
 
 NAMES = {0: "cat", 1: "dog"}
@@ -274,18 +275,40 @@ def test_annotations_replace_map_where_names_and_images_fit(tmp_path, caplog, ca
     assert said in caplog.text and bool(caplog.text) == bool(said)
 
 
-def test_images_of_one_name_keep_their_own_label_files(tmp_path):
-    writer = LabelWriter(tmp_path)
-    for folder, class_id in (("x", 0), ("y", 1)):
-        writer.write(f"{folder}/a.jpg", np.array([[0, 0, 5, 10, 0.5, class_id]]), (10, 10))
-    assert (tmp_path / "a.txt").read_text() == "0 0.25 0.5 0.5 1\n"
-    assert (tmp_path / "a_2.txt").read_text() == "1 0.25 0.5 0.5 1\n"
+class Files(list):
+    """Batches of a data set whose images are known."""
+
+    dataset = Namespace(table=Namespace(image_paths=("x/a.jpg", "y/a.jpg", "y/a-2.jpg", "y/a_2.jpg", "z/none.jpg")))
+
+
+FOUND_IN = {"x/a.jpg": [EXACT], "y/a.jpg": [ELSEWHERE], "y/a-2.jpg": [[30, 60, 9, 9, 0.7, 1, 0]]}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_every_image_has_a_label_file_of_its_own(tmp_path, caplog, known):
+    """Whatever their order: y/a.jpg comes first, and takes the name only where the others are not known."""
+    paths = ["y/a.jpg", "x/a.jpg", "y/a_2.jpg", "z/none.jpg", "y/a-2.jpg"]
+    batches = [wide_batch()._replace(paths=[path]) for path in paths]
+    model = Scripted(*[[FOUND_IN.get(path, [[0] * 7])] for path in paths])
+    (tmp_path / "labels").mkdir()
+    for stale in ("none", "a_2", "other"):  # of a former run: two of images in which nothing is found now
+        (tmp_path / "labels" / f"{stale}.txt").write_text("1 0.5 0.5 1 1\n")
+    with caplog.at_level(logging.INFO, "yolov5"):
+        loader = Files(batches) if known else batches
+        evaluate(model, loader, names=NAMES, device="cpu", save_dir=tmp_path, save_txt=True)
+    widths = {file.stem: float(file.read_text().split()[3]) for file in (tmp_path / "labels").iterdir()}
+    names = ["a", "a-3", "a-2"] if known else ["a-2", "a", "a-2-2"]
+    assert widths == pytest.approx(
+        {**dict(zip(names, (60 / 120, 30 / 120, 9 / 120), strict=True)), "other": 1}, rel=1e-3
+    )
+    assert f"3 labels saved to {tmp_path / 'labels'}" in caplog.text
+    assert f"a-{3 if known else 2}.txt is of {'y' if known else 'x'}/a.jpg" in caplog.text
 
 
 def test_label_folder_in_the_way_is_a_clear_error(tmp_path):
     (tmp_path / "labels").write_text("a file")
     with pytest.raises(UserError, match="labels"):
-        LabelWriter(tmp_path / "labels")
+        evaluate(Scripted(), [], names=NAMES, save_dir=tmp_path, save_txt=True)
 
 
 def test_hooks_are_called_in_order():
