@@ -99,8 +99,8 @@ def run(
 
     Returns:
         (P, R, mAP50, mAP50-95, box, objectness and class loss (0 without `compute_loss`)); the mAP50-95 (nc,) of each
-        class; milliseconds per image of pre-processing, inference and NMS. Of a series (`task="speed"`, `"study"`) they
-        are the last evaluation's.
+        class; milliseconds per image of pre-processing, inference and NMS. Without labels the first four and mAP50-95
+        are NaN. Of a series (`task="speed"`, `"study"`) they are the last evaluation's.
 
     Raises:
         UserError: an unknown option, or a mistake that it names.

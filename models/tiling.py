@@ -158,7 +158,8 @@ def letterboxed_window(
 
 
 def make_tiled_loader(
-    spec: DataSpec, *, task: str = "val", workers: int = 8, single_cls: bool = False
+    spec: DataSpec, *, task: str = "val", workers: int = 8, single_cls: bool = False, need_labels: bool = True
 ) -> DetectionLoader:
     """Makes the loader of a split's whole pictures, which a `TiledPredictor` takes."""
-    return full_size_loader(load_labels(getattr(spec, task), spec, single_cls, workers, f"{task}: "), workers)
+    table = load_labels(getattr(spec, task), spec, single_cls, workers, f"{task}: ", need_labels)
+    return full_size_loader(table, workers)

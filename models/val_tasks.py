@@ -295,7 +295,7 @@ def _data(options: Namespace, subject: Subject, given: Given, split: str) -> Dat
 
 def _start_loader(options: Namespace, subject: Subject, spec: DataSpec, shape: Shape, split: str) -> DetectionLoader:
     """Makes the loader of a split, or with `--tile` of its whole pictures, and lets it begin."""
-    wanted = {"task": split, "workers": options.workers, "single_cls": options.single_cls}
+    wanted = {"task": split, "workers": options.workers, "single_cls": options.single_cls, "need_labels": False}
     if options.tile:
         return make_tiled_loader(spec, **wanted).start()
     return make_loader(subject, spec, shape, batch_size=options.batch_size, pad=_pad_of(options), **wanted).start()

@@ -234,12 +234,13 @@ def make_loader(
     workers: int = 8,
     single_cls: bool = False,
     pad: float = PAD_STRIDES,
+    need_labels: bool = True,
 ) -> DetectionLoader:
     """Makes the loader of a split: rectangular batches for a long side, else every image padded to height and width.
 
-    `pad` is the border that rectangular batches get, in strides.
+    `pad` is the border that rectangular batches get, in strides; `need_labels` is `load_labels`'.
     """
-    table = load_labels(getattr(spec, task), spec, single_cls, workers, f"{task}: ")
+    table = load_labels(getattr(spec, task), spec, single_cls, workers, f"{task}: ", need_labels)
     rect = isinstance(shape, int)
     dataset = DetectionDataset(
         table, shape, augment=None, rect=rect, batch_size=batch_size, stride=subject.stride, pad=pad

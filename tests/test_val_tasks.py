@@ -16,6 +16,7 @@ from models import val_tasks
 from models.load import load_model
 from models.validation import held_subject, make_loader
 from utils.checks import UserError
+from utils.data.labels import load_labels
 from utils.data.spec import load_spec
 from utils.files import read_yaml, write_yaml
 from utils.train.callbacks import Callbacks
@@ -263,6 +264,30 @@ def test_coco_results_of_one_s_own_data_are_scored_by_the_numbers_of_its_file(tm
     assert figures[2:4] == pytest.approx(ours[2:4], abs=0.02) and figures[3] != ours[3] > 0.1
     rows = json.loads((tmp_path / "runs" / "exp" / "yolov5n-v6-coco_predictions.json").read_text())
     assert {row["image_id"] for row in rows} <= set(range(1, 6)) and {row["category_id"] for row in rows} & {100}
+
+
+@pytest.mark.parametrize(
+    ("empty", "tile", "said"),
+    [(False, None, "No label file found for any of 2"), (True, 400, "2 label files are empty")],
+)
+def test_a_blind_split_gives_predictions(tmp_path, run, weights, data, caplog, empty, tile, said):
+    """Twice: the second time its label cache is there already."""
+    folder = tmp_path / "blind"
+    folder.mkdir()
+    for image in (data.parent / "val.txt").read_text().splitlines()[:2]:
+        shutil.copy(image, folder)
+        if empty:
+            (folder / Path(image).name).with_suffix(".txt").touch()
+    spec = {"path": str(folder), "train": ".", "val": ".", "test": ".", "names": read_yaml(data)["names"]}
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "yolov5"):
+            figures = run(weights, data=spec, task="test", save_json=True, save_txt=True, tile=tile, exist_ok=True)[0]
+        assert np.isnan(figures[:4]).all() and said in caplog.text and "without labels there is no P" in caplog.text
+    assert lines_of(tmp_path / "runs" / "exp")
+    assert json.loads((tmp_path / "runs" / "exp" / "yolov5n-v6-coco_predictions.json").read_text())
+    with pytest.raises(UserError, match=said):  # to train on it would teach nothing
+        load_labels([folder])
 
 
 # ------------------------------------------------------------------------------------------- ensembles and views

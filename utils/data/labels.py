@@ -71,6 +71,7 @@ def load_labels(
     single_cls: bool = False,
     workers: int | None = None,
     prefix: str = "",
+    need_labels: bool = True,
 ) -> LabelTable:
     """Finds, checks and reads the images and labels of folders and list files, through the label cache.
 
@@ -80,6 +81,7 @@ def load_labels(
         single_cls: make all labels class 0; their class ids are then not checked.
         workers: processes to scan with; 0 or 1 scan in this one; None chooses.
         prefix: what log lines begin with ("train: ").
+        need_labels: whether images without a single label are an error, not just a warning.
 
     Raises:
         UserError: no images; no usable image; no labels at all; a label that breaks the rules; a class id beyond nc.
@@ -92,12 +94,17 @@ def load_labels(
     shown = str(location if table is not None else sources[0] if len(sources) == 1 else location.parent)
     if table is None:
         table = scan_images(images, workers, f"{prefix}Scanning '{shown}' images and labels...")
-        _require_labels(table, images)
+        if not len(table):
+            raise UserError(f"None of the {len(images)} images can be used; the first: {table.messages[0]}.")
         if write_cache(location, key, table):
             LOGGER.info(f"{prefix}New cache created: {location}")
     else:
         LOGGER.info(f"{prefix}Scanning '{shown}' images and labels... {table.counts}")
     _show_messages(table.messages, prefix)
+    if not len(table.rows):
+        if need_labels:
+            raise UserError(_why_no_labels(table))
+        LOGGER.warning(f"{prefix}WARNING: {_why_no_labels(table)}")
     if single_cls:
         return table.with_single_class()
     if spec is not None:
@@ -317,20 +324,12 @@ def _show_messages(messages: Sequence[str], prefix: str) -> None:
         LOGGER.warning(f"{prefix}WARNING: ... and {len(messages) - SHOWN_MESSAGES} more like these")
 
 
-def _require_labels(table: LabelTable, images: Sequence[str]) -> None:
-    """Refuses a data set in which there is nothing to learn or to score.
-
-    Raises:
-        UserError: no image can be used, or none has a label.
-    """
-    if not len(table):
-        raise UserError(f"None of the {len(images)} images can be used; the first: {table.messages[0]}.")
-    if len(table.rows):
-        return
+def _why_no_labels(table: LabelTable) -> str:
+    """Returns why there is nothing to learn or to score: empty label files, or none where they were looked for."""
     image, label = table.image_paths[0], image_to_label_path(table.image_paths[0])
     if table.counts.found:
-        raise UserError(f"All {table.counts.found} label files are empty, for example {label}: no labels at all.")
-    raise UserError(
+        return f"All {table.counts.found} label files are empty, for example {label}: no labels at all."
+    return (
         f"No label file found for any of {len(table)} images. For {image} the labels were looked for in {label}: "
         "the last '/images/' of the path becomes '/labels/' (without one they stand beside the image), and the "
         "suffix '.txt'."

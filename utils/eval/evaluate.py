@@ -95,12 +95,14 @@ class EvalResult:
     """What an evaluation found.
 
     Attributes:
-        precision, recall: class means at the confidence of the best mean F1, at IoU 0.5.
+        precision, recall: class means at the confidence of the best mean F1, at IoU 0.5; NaN where there are no labels,
+            as of map50, map and maps.
         map50, map: mean average precision at IoU 0.5 and over 0.5 to 0.95.
         losses: box, objectness and class loss; zeros without `compute_loss`.
         maps: (nc,) average precision of each class; a class without labels has the overall one.
         speed_ms: milliseconds per image of pre-processing, inference and NMS.
         seen: images evaluated.
+        alarmed: of those without labels, how many have detections that the confusion matrix counts.
         details: figures and curves of each class.
         confusion: the confusion matrix.
         coco: COCO's figures, when asked for.
@@ -115,6 +117,7 @@ class EvalResult:
     maps: np.ndarray
     speed_ms: tuple[float, float, float]
     seen: int
+    alarmed: int
     details: APResult
     confusion: ConfusionMatrix
     coco: CocoFigures | None = None
@@ -284,7 +287,7 @@ class _Tally:
 
     def __init__(self, nc: int, keep_records: bool):
         self.nc = nc
-        self.seen = 0
+        self.seen = self.alarmed = 0
         self.confusion = ConfusionMatrix(nc)
         self.records: list[ImageRecord] = []
         self._keep_records = keep_records
@@ -298,6 +301,7 @@ class _Tally:
         self._scores.append(record.detections[:, 4:6])
         self._label_classes.append(record.labels[:, 0])
         self.confusion.update(record.detections, record.labels)
+        self.alarmed += not len(record.labels) and bool((record.detections[:, 4] > self.confusion.conf).any())
         if self._keep_records:
             self.records.append(record)
 
@@ -343,15 +347,17 @@ class _Pictures:
 def _result(tally: _Tally, losses: torch.Tensor, clock: Clock, settings: EvalOptions) -> EvalResult:
     """Puts the figures together."""
     details = tally.average_precisions()
+    measured = 1.0 if details.label_counts.sum() else np.nan
     return EvalResult(
-        precision=details.mean_precision,
-        recall=details.mean_recall,
-        map50=details.map50,
-        map=details.map,
+        precision=measured * details.mean_precision,
+        recall=measured * details.mean_recall,
+        map50=measured * details.map50,
+        map=measured * details.map,
         losses=tuple(losses.tolist()),
-        maps=details.maps(tally.nc),
+        maps=measured * details.maps(tally.nc),
         speed_ms=clock.per_image_ms(tally.seen),
         seen=tally.seen,
+        alarmed=tally.alarmed,
         details=details,
         confusion=tally.confusion,
         coco=coco_figures(tally.records, tally.nc) if settings.coco_metrics else None,
@@ -365,7 +371,11 @@ def _report(result: EvalResult, names: Mapping[int, str], settings: EvalOptions,
     for row in table_rows(result.details, names, result.seen, per_class):
         LOGGER.info(row)
     if not result.details.label_counts.sum():
-        LOGGER.warning("WARNING: these images have no labels: there is nothing to measure against")
+        found, conf = result.confusion.matrix[:-1, -1].sum(), result.confusion.conf
+        LOGGER.warning(
+            f"WARNING: without labels there is no P, R or mAP. Detections above confidence {conf:g}: {found}, in "
+            f"{result.alarmed} of {result.seen} images; they are false alarms where the images are backgrounds"
+        )
     if result.coco:
         LOGGER.info("\n".join(figure_lines(result.coco)))
     if not settings.training:

@@ -63,7 +63,7 @@ def load_libraries() -> None:
 
 
 def plot_evaluation(result: APResult, confusion: ConfusionMatrix, names: Mapping[int, str], folder: Path) -> list[Path]:
-    """Draws PR_curve.png, F1_curve.png, P_curve.png, R_curve.png and confusion_matrix.png.
+    """Draws PR_curve.png, F1_curve.png, P_curve.png, R_curve.png and confusion_matrix.png; without labels that alone.
 
     Args:
         result: the figures and curves.
@@ -80,7 +80,7 @@ def plot_evaluation(result: APResult, confusion: ConfusionMatrix, names: Mapping
     lettering = drawable_names(names)
     file = folder / "confusion_matrix.png"
     plot_confusion(confusion, lettering, file)
-    return [*plot_curves(result, lettering, folder), file]
+    return [*(plot_curves(result, lettering, folder) if result.label_counts.sum() else ()), file]
 
 
 def plot_curves(result: APResult, lettering: Lettering, folder: Path) -> list[Path]:

@@ -8,10 +8,11 @@ from utils.eval.metrics import APResult
 
 HEADER = ("%20s" + "%11s" * 6) % ("Class", "Images", "Labels", "P", "R", "mAP@.5", "mAP@.5:.95")
 ROW = "%20s" + "%11i" * 2 + "%11.3g" * 4
+UNMEASURED_ROW = "%20s" + "%11i" * 2 + "%11s" * 4
 
 
 def table_rows(result: APResult, names: Mapping[int, str], seen: int, per_class: bool) -> list[str]:
-    """The rows below `HEADER`: all classes together, then each class that has labels.
+    """The rows below `HEADER`: all classes together, then each class that has labels; without any labels no figures.
 
     Args:
         result: the figures.
@@ -19,6 +20,8 @@ def table_rows(result: APResult, names: Mapping[int, str], seen: int, per_class:
         seen: number of images evaluated.
         per_class: whether the single classes are wanted.
     """
+    if not result.label_counts.sum():
+        return [UNMEASURED_ROW % ("all", seen, 0, *"----")]
     overall = (result.mean_precision, result.mean_recall, result.map50, result.map)
     rows = [ROW % ("all", seen, result.label_counts.sum(), *overall)]
     if per_class:

@@ -216,13 +216,20 @@ def test_training_logs_one_row_and_many_classes_need_verbose(caplog):
         assert sum("class0" in line for line in caplog.messages) == classes
 
 
-def test_no_labels_is_said(caplog):
-    batch = wide_batch()._replace(targets=torch.zeros(0, 6))
-    with caplog.at_level(logging.WARNING, "yolov5"):
-        result = evaluate(Scripted([[EXACT]]), [batch], names=NAMES, device="cpu")
-    assert result.as_tuple()[:4] == (0, 0, 0, 0)
-    assert result.confusion.matrix[0, 2] == 1
-    assert "no labels" in caplog.text
+def test_without_labels_detections_are_written_and_figures_absent(tmp_path, caplog):
+    """Two of three pictures have a detection above 0.25, one of them two; a third is at 0.2."""
+    batches = [wide_batch(name)._replace(targets=torch.zeros(0, 6)) for name in "abc"]
+    model = Scripted([[EXACT, ELSEWHERE]], [[EXACT, [0] * 7]], [[[*EXACT[:4], 0.2, 1, 0]]])
+    options = {"save_dir": tmp_path, "plots": True, "save_txt": True, "save_json": True, "coco_metrics": True}
+    with caplog.at_level(logging.INFO, "yolov5"):
+        result = evaluate(model, batches, names=NAMES, device="cpu", **options)
+    assert np.isnan(result.as_tuple()[:4]).all() and np.isnan(result.maps).all() and np.isnan(result.fitness)
+    assert ["all", "3", "0", "-", "-", "-", "-"] in [line.split() for line in caplog.messages]
+    assert result.confusion.matrix[:2, 2].tolist() == [2, 1] and result.alarmed == 2
+    assert "no P, R or mAP. Detections above confidence 0.25: 3, in 2 of 3 images" in caplog.text
+    assert len(json.loads((tmp_path / "predictions.json").read_text())) == 4
+    assert len(list((tmp_path / "labels").iterdir())) == 3
+    assert [file.name for file in tmp_path.glob("*.png")] == ["confusion_matrix.png"]  # no curves without figures
 
 
 def test_files_of_a_run(tmp_path):
