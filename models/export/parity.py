@@ -2,8 +2,8 @@
 
 The images are a few of the data set's (or of data/images), and from them one turned upright, one darkened and one
 tiny. A file of a fixed shape gets them padded to it; a dynamic one gets rectangles and a batch. Compared are the raw
-rows, and the detections that NMS makes of them; where NMS is inside the file, the detections alone. For int8 what
-counts is the mAP, which `models.export.quality` measures.
+rows, and the detections that NMS makes of them; where NMS is inside the file, the detections alone: without any there
+nothing was compared, which is a failure. For int8 what counts is the mAP, which `models.export.quality` measures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from models.backends import load_backend
 from models.backends.metadata import Suppression
 from models.export.formats import Tolerance
 from models.export.job import ExportJob
-from utils.boxes import box_iou
+from utils.boxes import box_iou, xywh2xyxy
 from utils.checks import UserError
 from utils.images import ImageError, letterbox, read_image
 from utils.log import LOGGER
@@ -32,6 +32,7 @@ PICTURES = 4  # taken from the data set as they are
 DARKNESS, TINY_PX = 0.15, 40
 BATCH = 3
 SAME_IOU = 0.95
+BEST_ROWS = 100  # of each image, compared box by box however unsure they are: pictures may show none of the classes
 MAX_MARGIN = 0.1  # above the confidence threshold; less confident detections than that may be on one side only
 DEFAULT_NMS = Suppression(conf_thres=0.25, iou_thres=0.45, max_det=300, agnostic=False)
 
@@ -42,6 +43,8 @@ class Parity:
 
     Attributes:
         box_px: largest difference of a box coordinate in rows above the confidence threshold.
+        boxes: boxes of raw rows compared, BEST_ROWS of each image.
+        moved: those of them that lie elsewhere: beyond the limit of box_px, and with an IoU below 0.95.
         score: largest difference of objectness or a class probability.
         confidence: largest difference of the confidences of matched detections.
         detections: detections compared, of both sides.
@@ -52,6 +55,8 @@ class Parity:
     """
 
     box_px: float = 0.0
+    boxes: int = 0
+    moved: int = 0
     score: float = 0.0
     confidence: float = 0.0
     detections: int = 0
@@ -65,22 +70,30 @@ class Parity:
         unmatched = self.missed / max(self.detections, 1)
         measured = (
             ("boxes differ by {:.3g} px", self.box_px, tolerance.box_px),
+            ("a share of {:.2g} of the raw boxes lies elsewhere", self.moved / max(self.boxes, 1), tolerance.unmatched),
             ("scores differ by {:.3g}", self.score, tolerance.score),
             ("confidences of detections differ by {:.3g}", self.confidence, tolerance.score),
             ("a share of {:.2g} of the detections has no counterpart", unmatched, tolerance.unmatched),
         )
         beyond = [f"{text.format(value)} (limit {limit:g})" for text, value, limit in measured if not value <= limit]
+        if not (self.raw or self.detections or self.broken) and tolerance.unmatched < 1:
+            beyond.append(
+                "nothing was compared, as nothing was detected in the images. Give --data, whose images show the "
+                "classes, or a lower --conf-thres"
+            )
         return self.broken + beyond
 
     def summary(self) -> str:
         """Returns a line about what was compared."""
         if self.raw == "maps":
             return f"{self.images} images: probabilities in the maps within {self.score:.2g}"
-        rows = f"boxes within {self.box_px:.2g} px, scores within {self.score:.2g}; " if self.raw else ""
+        same = f"{self.boxes - self.moved} of {self.boxes} raw boxes in place"
+        rows = f"scores within {self.score:.2g}, {same}; " if self.raw else ""
         found = "nothing detected in them"
         if self.detections:
             same = f"{self.detections - self.missed} of {self.detections} detections"
             found = f"{same} have one of IoU {SAME_IOU} and equal class, confidences within {self.confidence:.2g}"
+            found += f", boxes within {self.box_px:.2g} px" if self.raw else ""
         return f"{self.images} images: {rows}{found}"
 
 
@@ -107,7 +120,7 @@ def check_parity(job: ExportJob, path: Path, pictures: Sequence[np.ndarray], tol
         output = np.asarray(torch.as_tensor(backend.predict(images)).float().cpu())
         parity.images += len(images)
         if not backend.chosen:
-            _compare_rows(parity, rows, output)
+            _compare_rows(parity, rows, output, tolerance)
         if not parity.broken:
             found = output if backend.chosen else non_max_suppression(output, **_limits(DEFAULT_NMS))
             _compare_detections(parity, job, rows, found, min(tolerance.score, MAX_MARGIN))
@@ -163,7 +176,7 @@ def run_checkpoint(job: ExportJob, images: np.ndarray) -> np.ndarray:
         return job.source(torch.from_numpy(images).float() / 255)[0].numpy()
 
 
-def _compare_rows(parity: Parity, rows: np.ndarray, output: np.ndarray) -> None:
+def _compare_rows(parity: Parity, rows: np.ndarray, output: np.ndarray, tolerance: Tolerance) -> None:
     """Takes in the differences of raw rows (b, n, 5 + nc)."""
     parity.raw = "rows"
     if rows.shape != output.shape:
@@ -173,7 +186,13 @@ def _compare_rows(parity: Parity, rows: np.ndarray, output: np.ndarray) -> None:
         parity.broken.append("the output holds values that are no numbers")
         return
     difference = np.abs(rows - output)
-    sure = rows[..., 4] * rows[..., 5:].max(axis=2) > DEFAULT_NMS.conf_thres
+    confidence = rows[..., 4] * rows[..., 5:].max(axis=2)
+    sure = confidence > DEFAULT_NMS.conf_thres
+    for image, best in enumerate(np.argsort(-confidence, axis=1, kind="stable")[:, :BEST_ROWS]):
+        far = difference[image, best, :4].max(axis=1) > tolerance.box_px
+        own, other = (xywh2xyxy(side[image, best[far], :4]) for side in (rows, output))
+        parity.boxes += len(best)
+        parity.moved += int((np.diag(box_iou(own, other)) < SAME_IOU).sum())
     parity.box_px = max(parity.box_px, float(difference[sure][:, :4].max(initial=0)))
     parity.score = max(parity.score, float(difference[..., 4:].max(initial=0)))
 

@@ -128,8 +128,50 @@ def test_outputs_that_cannot_be_compared_are_problems():
     rows = np.full((1, 4, 7), 0.5, np.float32)
     for output, words in ((rows[:, :3], "instead of"), (np.full_like(rows, np.nan), "no numbers")):
         found = Parity()
-        tested._compare_rows(found, rows, output)
+        tested._compare_rows(found, rows, output, EXACT)
         assert len(found.problems(EXACT)) == 1 and words in found.problems(EXACT)[0]
+
+
+def test_boxes_count_where_nothing_is_sure_enough_to_be_detected():
+    """500 rows at confidence 0.01 to 0.2: of each image the 100 most confident are looked at."""
+    rows = np.random.default_rng(0).uniform(50, 100, (2, 500, 6)).astype(np.float32)
+    rows[..., 4], rows[..., 5] = np.linspace(0.2, 0.01, 500), 1
+    for moved, shift, limit in ((3, 20, EXACT), (0, 0.2, EXACT), (0, 20, TOLERANCES["int8"])):
+        output = rows.copy()
+        output[0, 10:13, 0] += shift
+        output[:, 100:, :4] = 0
+        found = Parity()
+        tested._compare_rows(found, rows, output, limit)
+        assert (found.moved, found.boxes) == (moved, 200)
+        assert found.problems(limit) == []  # 3 of 200 are within the limit of a share
+    output[1, :10, 1] += 30
+    found = Parity()
+    tested._compare_rows(found, rows, output, EXACT)
+    (problem,) = found.problems(EXACT)
+    assert problem == "a share of 0.065 of the raw boxes lies elsewhere (limit 0.02)"
+
+
+class Silent:
+    """An export with NMS inside that never finds anything."""
+
+    chosen = True
+
+    def predict(self, images):
+        return np.zeros((len(images), 300, 6), np.float32)
+
+
+@pytest.mark.parametrize(("conf_thres", "missed"), [(0.999, False), (0.25, True)])
+def test_an_export_that_finds_nothing_fails_also_where_nothing_is_to_be_found(
+    published, pictures, monkeypatch, conf_thres, missed
+):
+    monkeypatch.setattr(tested, "load_backend", lambda *_: Silent())
+    job, path = published
+    job = replace(job, metadata=replace(job.metadata, nms=Suppression(conf_thres, 0.45, 300, False)))
+    found = check_parity(job, path, pictures[:1], EXACT)
+    (problem,) = found.problems(EXACT)
+    assert ("no counterpart" if missed else "nothing was compared") in problem
+    assert bool(found.missed) == missed
+    assert found.problems(TOLERANCES["int8"]) == []  # its mAP decides
 
 
 def test_limits_are_inclusive_and_each_is_named():
