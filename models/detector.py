@@ -266,4 +266,4 @@ def _tell_what_is_fixed(limits: Limits, inside: Suppression) -> None:
     if limits.agnostic != inside.agnostic:
         fixed.append("--agnostic-nms" if inside.agnostic else "no --agnostic-nms")
     if fixed:
-        LOGGER.info(f"The model chooses detections itself (export.py --nms): {', '.join(fixed)} holds")
+        LOGGER.info(f"The model chooses detections itself: {', '.join(fixed)} holds")

@@ -273,6 +273,11 @@ def _warn_of_inner_nms(subject: Subject, options: Namespace) -> None:
     inside = subject.nms
     if inside is None:
         return
+    if inside.iou_thres == 1:  # chosen by the network, not by NMS
+        LOGGER.info(
+            f"{subject.path} chooses its boxes itself: --iou-thres and --max-det above {inside.max_det} change nothing"
+        )
+        return
     LOGGER.warning(
         f"WARNING: NMS is inside {subject.path} (confidence above {inside.conf_thres}, IoU {inside.iou_thres}, at most "
         f"{inside.max_det} detections): mAP comes out lower than without it, and --iou-thres {options.iou_thres} and "

@@ -15,13 +15,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from models.backends.metadata import Metadata
+from models.backends.metadata import Metadata, Suppression
 from utils.checks import UserError, did_you_mean
 from utils.files import read_yaml
 from utils.log import LOGGER
 
 UNKNOWN_STRIDE = 64  # of files that do not say: no YOLOv5 needs more, and multiples of it are multiples of 32
 UNKNOWN_SHAPE_HW = (640, 640)  # px, likewise
+CHOSEN_COLUMNS = 6  # x1, y1, x2, y2, confidence, class; as many as the raw rows of a detector of one class have
+UNKNOWN_MAX_DET = 300  # of such a list
+STRIDES = (4, 8, 16, 32, 64, 128)
+MAX_ANCHORS = 9  # per cell
 
 
 class Graph(NamedTuple):
@@ -142,8 +146,18 @@ def describe(texts: Mapping[str, str], graph: Graph, where: str | Path, boxes_no
         UserError: the texts are damaged, or the output is not a YOLOv5 detector's.
     """
     found = Metadata.from_texts(texts, str(where))
+    if found is not None and found.nms is None and texts.get("end2end", "").lower() == "true":
+        if graph.columns != CHOSEN_COLUMNS:
+            raise UserError(
+                f"{where}: chooses boxes itself (metadata end2end), but its first output has {graph.columns} columns, "
+                f"not the {CHOSEN_COLUMNS} of a detector: export it without that."
+            )
+        # Whatever it finds is in its list, which no overlap has shortened
+        found = replace(found, nms=Suppression(0.0, 1.0, graph.rows or UNKNOWN_MAX_DET, agnostic=False))
     if found is None or found.nms is None:
         _check_rows(graph, where)
+        if "metadata" not in texts:
+            _check_not_chosen(graph, found, where)
         names = {number: f"class{number}" for number in range(graph.columns - 5)}
         found = found or Metadata({}, UNKNOWN_STRIDE, UNKNOWN_SHAPE_HW, licence="", preprocessing="")
         found = found if found.names else replace(found, names=names)
@@ -170,6 +184,35 @@ def _check_rows(graph: Graph, where: str | Path) -> None:
             f"{where}: its first output is {shape} per image, not rows of x, y, w, h, objectness and classes: "
             "this is no YOLOv5 detector, or one exported with --train."
         )
+
+
+def _check_not_chosen(graph: Graph, said: Metadata | None, where: str | Path) -> None:
+    """Refuses outputs that are boxes chosen inside, by rules that the file does not state.
+
+    They may look like the raw rows of one class. Those are some for each cell of grids whose strides double.
+
+    Raises:
+        UserError: there are six columns, and more classes named than one, or rows that no grids have.
+    """
+    if graph.columns != CHOSEN_COLUMNS:
+        return
+    one_class = said is None or len(said.names) in (0, 1)
+    if one_class and (graph.rows is None or graph.rows in _grid_rows(graph.height, graph.width)):
+        return
+    raise UserError(
+        f"{where}: its first output is {graph.rows or '?'} x {graph.columns} per image, boxes that are chosen inside, "
+        "but it does not say how (metadata end2end): export it without NMS, as rows of x, y, w, h, objectness and "
+        "classes."
+    )
+
+
+def _grid_rows(height: int | None, width: int | None) -> set[int]:
+    """Returns how many raw rows there can be for images of that size; none where it is open, as then they are too."""
+    if height is None or width is None:
+        return set()
+    cells = [(height // stride) * (width // stride) for stride in STRIDES]
+    levels = (sum(cells[first:last]) for last in range(2, len(cells) + 1) for first in range(last - 1))
+    return {anchors * count for count in levels for anchors in range(1, MAX_ANCHORS + 1)}
 
 
 def graph_of(input_shape: Sequence[Any], output_shape: Sequence[Any], channels_last: bool = False) -> Graph:

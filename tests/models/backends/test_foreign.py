@@ -12,7 +12,10 @@ from torch import nn
 from models.backends import load_backend
 from models.backends.coreml import CoreMlBackend
 from models.backends.load_order import before_tensorflow
+from models.backends.metadata import Suppression
+from models.backends.runtime import Graph, describe
 from models.backends.tflite import _floats, _quantised
+from models.detector import Detector
 from utils.checks import UserError
 from utils.files import write_yaml
 
@@ -58,6 +61,63 @@ def test_onnx_that_is_no_yolov5_detector_is_told(tmp_path):
     path = write_onnx(tmp_path / "v8.onnx", Raw(columns=8400, rows=84))
     with pytest.raises(UserError, match=r"first output is 84 x 8400 per image, not rows of x, y, w, h"):
         load_backend(path, "cpu")
+
+
+def described(rows, columns=6, height=160, width=160, **texts):
+    return describe(texts, Graph(1, height, width, rows, columns), "drone.onnx")
+
+
+ONE = {"names": "{0: 'drone'}", "stride": "32"}
+TWO = {"names": "{0: 'drone', 1: 'bird'}", "stride": "32"}
+
+
+@pytest.mark.parametrize("names", [ONE, TWO])
+def test_a_model_that_chooses_its_boxes_itself_is_known_by_what_it_says(names):
+    """1 x 300 x 6, as YOLOv10 and YOLO26 give it: of one class it looks like raw rows."""
+    found = described(300, **names, end2end="True")
+    assert found.nms == Suppression(0.0, 1.0, 300, agnostic=False)
+    assert described(300, height=None, width=None, **names, end2end="True").dynamic
+    with pytest.raises(UserError, match=r"chooses boxes itself .* has 38 columns"):
+        described(300, columns=38, **names, end2end="True")
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "texts"),
+    [(300, 160, {}), (300, 160, ONE), (300, None, ONE), (300, 640, {**ONE, "end2end": "False"}), (1575, 160, TWO)],
+)
+def test_boxes_chosen_by_rules_that_are_not_told_are_refused(rows, size, texts):
+    with pytest.raises(UserError, match=rf"drone\.onnx: its first output is {rows} x 6 .* export it without NMS"):
+        described(rows, height=size, width=size, **texts)
+
+
+@pytest.mark.parametrize(
+    ("rows", "height", "width"),
+    [(25200, 640, 640), (1575, 160, 160), (2520, 640, 64), (102000, 1280, 1280), (2535, 416, 416), (None, None, None)],
+)
+def test_raw_rows_of_one_class_are_taken(rows, height, width):
+    """YOLOv5 at three sizes, its four levels at 1280 px, YOLOv3-tiny's two at 416, and rows that depend on the size."""
+    assert described(rows, height=height, width=width, **ONE).nms is None
+
+
+def test_boxes_that_a_model_chose_itself_are_found(tmp_path):
+    """Every picture has two of them; what fills the list up is next to noise, not nothing."""
+
+    class Chosen(nn.Module):
+        def forward(self, images):
+            boxes = torch.full((300, 6), 0.01)
+            boxes[:2] = torch.tensor([[10.0, 10, 30, 40, 0.9, 0], [20, 10, 50, 60, 0.8, 0]])
+            return boxes[None] + 0 * images.mean((1, 2, 3)).view(-1, 1, 1), images * 2, images * 3
+
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    path = write_onnx(tmp_path / "drone.onnx", Chosen())
+    model = onnx.load(path)
+    for key, value in {**ONE, "end2end": "True"}.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    onnx.save(model, path)
+    found = Detector(load_backend(path, "cpu"), (64, 64)).detect(np.zeros((64, 64, 3), np.uint8))
+    np.testing.assert_allclose(found, [[10, 10, 30, 40, 0.9, 0], [20, 10, 50, 60, 0.8, 0]], rtol=1e-6)
 
 
 def test_raw_maps_are_told(exported):
