@@ -131,6 +131,32 @@ def test_worker_processes_change_nothing(run, weights):
     assert run(weights, workers=2, batch_size=2)[0] == run(weights, batch_size=2)[0]
 
 
+def test_reduced_precision_and_batch_size_change_little(run, weights):
+    """Confidences in bfloat16 are others, in the third digit. Of one shape, images are padded alike in any batch."""
+    shape = [SIDE_PX, SIDE_PX]
+    plain = run(weights, imgsz=shape)[0]
+    reduced, alone = run(weights, imgsz=shape, bf16=True)[0], run(weights, imgsz=shape, batch_size=1)[0]
+    assert plain[3] > 0.2
+    assert reduced != plain and reduced[2:4] == pytest.approx(plain[2:4], abs=0.05)
+    assert alone == pytest.approx(plain, abs=1e-3)
+
+
+def test_as_one_class_it_does_not_matter_which(tmp_path, run, weights, data):
+    """Labels of which every one is of a wrong class, and one of a class that the data set does not have."""
+    folder = tmp_path / "wrong"
+    folder.mkdir()
+    for image in map(Path, (data.parent / "val.txt").read_text().splitlines()):
+        shutil.copy(image, folder)
+        rows = np.loadtxt(str(image.with_suffix(".txt")).replace("images", "labels"), ndmin=2)
+        rows[:, 0] = 900 + rows[:, 0] % 2
+        np.savetxt((folder / image.name).with_suffix(".txt"), rows, "%g")
+    spec = {"path": str(folder), "train": ".", "val": ".", "names": ["thing"]}
+    figures, maps, _ = run(weights, data=spec, single_cls=True)
+    assert maps.shape == (1,) and figures[2] > 0.2
+    with pytest.raises(UserError, match="knows 80 classes"):
+        run(weights, data=spec)
+
+
 def test_many_classes_are_listed_when_verbose(run, weights, caplog):
     with caplog.at_level(logging.INFO, "yolov5"):
         run(weights)

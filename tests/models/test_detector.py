@@ -118,6 +118,21 @@ def test_a_large_picture_is_run_in_batches_of_bounded_size_and_its_tiles_are_joi
     assert np.array_equal(found[:, :4], found[:, :4].round())
 
 
+@pytest.mark.parametrize(("agnostic", "confidences"), [(False, {1: 0.9, 0: 0.8}), (True, {1: 0.9})])
+def test_agnostic_suppression_holds_between_tiles_too(agnostic, confidences):
+    """Of two tiles that overlap the left one takes an object for class 1, the right one for class 0."""
+    rows = [[70, 32, 20, 20, 1, 0.1, 0.9], [22, 32, 20, 20, 1, 0.8, 0.1], [0] * 7]  # the last: the whole picture
+
+    class InTurn(Fixed):
+        def run(self, inputs):
+            return np.float32([[rows.pop(0)]])
+
+    detector = Detector(InTurn([[0] * 7]), [64, 96], tiling=Tiling(96, 0.5), agnostic=agnostic)
+    found = detector.detect(np.zeros((64, 144, 3), np.uint8))
+    assert not rows and dict(found[:, [5, 4]].tolist()) == pytest.approx(confidences)
+    np.testing.assert_array_equal(found[:, :4], [[60, 22, 80, 42]] * len(confidences))
+
+
 def test_layers_are_shown_for_each_picture_of_a_batch():
     class Showing(Fixed):
         def infer(self, inputs, visualize=None, augment=False):

@@ -7,6 +7,7 @@ import torch
 from models.backends import load_backend
 from models.experimental import Ensemble
 from models.load import load_model, read_weights
+from models.validation import image_shape, open_subject
 from models.yolo import Model
 from utils.checkpoint import save_checkpoint
 from utils.checks import UserError
@@ -51,6 +52,12 @@ def test_rows_of_the_members_stand_side_by_side(ensemble, weights, other, square
 def test_images_must_suit_the_largest_stride_and_classes_are_the_members(ensemble):
     assert (ensemble.stride, ensemble.names, ensemble.dynamic, ensemble.chosen) == (64, NAMES, True, False)
     assert [member.stride for member in ensemble.members] == [32, 64]
+
+
+def test_validation_sizes_images_for_the_largest_stride_whichever_member_has_it(weights, other):
+    for files in ([weights, other], [other, weights]):
+        subject = open_subject([str(file) for file in files], "cpu")
+        assert (subject.stride, image_shape(subject, 96)) == (64, 128)
 
 
 def test_each_member_looks_at_every_view(ensemble, squares):

@@ -14,7 +14,7 @@ from torch import nn
 from utils.checks import UserError
 from utils.data.dataset import ShapeInfo
 from utils.data.loader import Batch
-from utils.eval.evaluate import EvalOptions, evaluate
+from utils.eval.evaluate import EvalOptions, _tensor, evaluate
 from utils.eval.predictor import AugmentedPredictor, ModulePredictor
 from utils.eval.report import HEADER, speed_line
 from utils.train.callbacks import Callbacks
@@ -365,6 +365,14 @@ def test_a_runtime_of_numpy_rows_scores_as_a_module_does():
     module = evaluate(Scripted([[EXACT, ELSEWHERE]]), [wide_batch()], names=NAMES)
     assert result.as_tuple() == module.as_tuple()
     assert isinstance(runtime.images, np.ndarray) and runtime.images.dtype == np.uint8 and runtime.waited == 3
+
+
+def test_rows_of_a_runtime_are_not_copied():
+    """They are 17 MB of an image at 1280 px; only what may not be written to is."""
+    rows = np.zeros((1, 2, 7), np.float32)
+    assert np.shares_memory(_tensor(rows).numpy(), rows)
+    rows.flags.writeable = False
+    assert not np.shares_memory(_tensor(rows).numpy(), rows)
 
 
 def test_detections_chosen_by_the_model_are_taken_as_they_are():
