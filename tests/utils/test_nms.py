@@ -76,6 +76,13 @@ def test_equal_scores_keep_the_models_order_and_max_det_cuts():
     assert len(both(scene, max_det=1000)[0]) == 600
 
 
+def test_thirty_thousand_candidates_are_looked_at_and_no_more():
+    """All but the first of one place are suppressed; the 30,000th is elsewhere, and so is the next."""
+    scene = np.tile(rows([50, 50, 20, 20, 0.9, 1, 0]), (1, 30_001, 1))
+    scene[0, 29_999:, 0] = 150, 250
+    assert both(scene)[0][:, 0].tolist() == [40, 140]
+
+
 def test_known_labels_join_with_score_one():
     labels = [np.array([[1, 50, 50, 20, 20]], np.float32), np.zeros((0, 5), np.float32)]
     scene = np.concatenate([rows([50, 50, 20, 20, 0.9, 0, 1])] * 2)

@@ -73,6 +73,13 @@ def test_a_piece_loses_against_the_whole_object_of_the_next_tile_however_sure_it
     assert merged(short_of_it, whole) == [[left, 100, left + 200, 200, 0.5, 0]]
 
 
+@pytest.mark.parametrize(("right", "kept"), [(628, 1), (627, 2)])
+def test_a_box_that_ends_well_before_the_border_is_no_piece(right, kept):
+    """Of a tile of 640 px the last 12.8 are its border."""
+    seen, larger = (LEFT, 560, 100, right, 200, 0.9, 0), (RIGHT, 560, 100, 900, 200, 0.5, 0)
+    assert len(merged(seen, larger)) == kept
+
+
 def test_an_object_larger_than_a_tile_comes_from_the_whole_picture():
     pieces = (LEFT, 100, 50, 640, 600, 0.9, 0), (RIGHT, 360, 50, 950, 600, 0.8, 0)
     assert merged(*pieces, (WHOLE, 100, 50, 950, 600, 0.4, 0)) == [[100, 50, 950, 600, 0.4, 0]]
