@@ -2,7 +2,8 @@
 
 Where an object is means the centre of its box. A line counts it as soon as it has left the line behind by a quarter of
 its box's shorter side: so one that trembles or waits on the line is not counted again and again, and one that turns
-back before that is not counted at all. Not here: tracking (`utils.tracking`) and drawing (`utils.draw`).
+back before that is not counted at all. It counts for the class that its track has then. Not here: tracking
+(`utils.tracking`) and drawing (`utils.draw`).
 """
 
 from __future__ import annotations

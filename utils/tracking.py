@@ -1,8 +1,8 @@
 """Following objects through videos and streams: every object gets a number that it keeps from frame to frame.
 
 The work is done by ByteTrack (Zhang et al., "ByteTrack: Multi-Object Tracking by Associating Every Detection Box",
-2022) as the library `trackers` has it; here are its settings, the numbers, and what keeps inputs and classes apart.
-Not here: counting (`utils.counting`) and drawing (`utils.draw`).
+2022) as the library `trackers` has it; here are its settings, the numbers, what class an object is of, and what keeps
+inputs apart. Not here: counting (`utils.counting`) and drawing (`utils.draw`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -52,8 +52,8 @@ class Trackers:
     """Gives the objects of every video and live input their numbers: 1, 2, ... for each input.
 
     An object has its number from the second frame on in which it is seen, and keeps it through gaps of up to a second
-    of the video. A number never passes to an object of another class: one whose class flickers between two has a
-    number for each. The same frames give the same numbers in every run.
+    of the video, whatever classes the model takes it for meanwhile. Its class is that of most of its detections so
+    far, each as heavy as it is confident. The same frames give the same numbers in every run.
     """
 
     def __init__(self, vid_stride: int = 1) -> None:
@@ -79,91 +79,60 @@ class Trackers:
 
         Returns:
             The same detections in the same order, (k, 7): the last column is the object's number, -1 for none (yet).
+            The class of one that has a number is its object's.
         """
         if not frame.live and frame.path != self._file:
             self._tracks.pop(self._file, None)
             self._file = frame.path
         if frame.path not in self._tracks:
             self._tracks[frame.path] = _InputTracks(self._library, self._vid_stride, frame.fps)
-        numbers = self._tracks[frame.path].update(frame, detections)
-        return np.concatenate([detections, numbers[:, None].astype(detections.dtype)], axis=1)
+        return self._tracks[frame.path].update(frame, detections)
 
 
 class _InputTracks:
-    """The tracks of one input: a tracker for each class, and numbers that the classes share."""
+    """The tracks of one input, and what each of them was taken for."""
 
     def __init__(self, library: tuple[ModuleType, ModuleType], vid_stride: int, fps: float) -> None:
         """Starts without tracks; every `vid_stride`-th of an input's `fps` frames a second is to come."""
-        self._trackers_library, self._supervision = library
-        self._vid_stride, self._frame_rate = vid_stride, fps / vid_stride
-        self._trackers: dict[int, Any] = {}  # by class
-        self._numbers: dict[tuple[int, int], int] = {}  # (class, the library's number) -> ours
-        self._last_number = 0  # the largest of ours
-        self._last_frame, self._seconds = 0, 0.0
-
-    def update(self, frame: Frame, detections: np.ndarray) -> np.ndarray:
-        """Returns the number (k,) of each detection (k, 6), -1 for none.
-
-        All trackers see every frame, so that tracks whose class is not found grow old. Time is a video's own: frames
-        that are missing count. Of live inputs only the frames that were handed over are numbered and count; their
-        time is summed up, as one that comes back may have another rate.
-        """
-        stride = self._vid_stride if frame.live else 1  # a video's numbers have the stride in them
-        self._seconds += (frame.number - self._last_frame) * stride / frame.fps
-        self._last_frame = frame.number
-        classes = detections[:, 5].astype(int)
-        for class_id in sorted(set(classes.tolist()) - set(self._trackers)):
-            self._trackers[class_id] = self._new_tracker()
-        keys: dict[int, tuple[int, int]] = {}  # by row of the detections
-        for class_id, tracker in self._trackers.items():
-            rows = np.flatnonzero(classes == class_id)
-            keys.update(self._associate(class_id, tracker, detections, rows))
-        for row in sorted(keys):
-            if keys[row] not in self._numbers:
-                self._last_number += 1
-                self._numbers[keys[row]] = self._last_number
-        numbers = np.full(len(detections), NO_TRACK)
-        for row, key in keys.items():
-            numbers[row] = self._numbers[key]
-        self._forget()
-        return numbers
-
-    def _new_tracker(self) -> Any:
-        """Makes a tracker for one class."""
-        return self._trackers_library.ByteTrackTracker(
+        trackers, self._supervision = library
+        self._vid_stride = vid_stride
+        self._tracker = trackers.ByteTrackTracker(
             lost_track_buffer=round(MEMORY_S * _LIBRARY_FPS),
-            frame_rate=self._frame_rate,
+            frame_rate=fps / vid_stride,
             track_activation_threshold=CONFIDENT,
             high_conf_det_threshold=CONFIDENT,
             minimum_consecutive_frames=CONFIRMED_AFTER,
             minimum_iou_threshold=LEAST_IOU,
         )
+        self._votes: dict[int, dict[int, float]] = {}  # {the library's number: {class: sum of confidences}}
+        self._last_frame, self._seconds = 0, 0.0
 
-    def _associate(
-        self, class_id: int, tracker: Any, detections: np.ndarray, rows: np.ndarray
-    ) -> dict[int, tuple[int, int]]:
-        """Hands a class's rows of detections (k, 6) to its tracker; returns {row: (class, library's number)}.
+    def update(self, frame: Frame, detections: np.ndarray) -> np.ndarray:
+        """Returns the detections (k, 6) as (k, 7); see `Trackers.update`.
 
-        Rows without a track are left out.
+        Time is a video's own: frames that are missing count. Of live inputs only the frames that were handed over are
+        numbered and count; their time is summed up, as one that comes back may have another rate.
         """
+        stride = self._vid_stride if frame.live else 1  # a video's numbers have the stride in them
+        self._seconds += (frame.number - self._last_frame) * stride / frame.fps
+        self._last_frame = frame.number
         found = self._supervision.Detections(
-            xyxy=detections[rows, :4], confidence=detections[rows, 4], data={"row": rows}
+            xyxy=detections[:, :4], confidence=detections[:, 4], data={"row": np.arange(len(detections))}
         )
-        tracked = tracker.update(found, timestamp=self._seconds)
-        if not len(tracked):
-            return {}
-        pairs = zip(tracked.data["row"].tolist(), tracked.tracker_id.tolist(), strict=True)
-        return {row: (class_id, number) for row, number in pairs if number != NO_TRACK}
+        found = self._tracker.update(found, timestamp=self._seconds)
+        tracked = np.column_stack((detections, np.full(len(detections), NO_TRACK, detections.dtype)))
+        for row, number in zip(found.data.get("row", ()), found.tracker_id.tolist(), strict=True):
+            if number != NO_TRACK:
+                tracked[row, 5:] = self._vote(number, *detections[row, 4:].tolist()), number + 1
+        alive = set(self._tracker.tracked_objects.tracker_id.tolist())  # a stream that runs for months has many dead
+        self._votes = {number: votes for number, votes in self._votes.items() if number in alive}
+        return tracked
 
-    def _forget(self) -> None:
-        """Drops what belongs to tracks that ended: a stream that runs for months would fill the memory."""
-        self._trackers = {class_id: tracker for class_id, tracker in self._trackers.items() if tracker.tracks}
-        alive = {
-            (class_id, number)
-            for class_id, tracker in self._trackers.items()
-            for number in tracker.tracked_objects.tracker_id.tolist()
-        }
-        self._numbers = {key: number for key, number in self._numbers.items() if key in alive}
+    def _vote(self, number: int, confidence: float, class_id: float) -> int:
+        """Counts what a track was taken for; returns the class that leads, of equal ones the one it had first."""
+        votes = self._votes.setdefault(number, {})
+        votes[int(class_id)] = votes.get(int(class_id), 0.0) + confidence
+        return max(votes, key=votes.__getitem__)
 
 
 def _load_library() -> tuple[ModuleType, ModuleType]:

@@ -1,4 +1,4 @@
-"""Tracks against scenes whose truth is known: crossing paths, gaps, two classes; and what keeps inputs apart."""
+"""Tracks against scenes whose truth is known: crossing paths, gaps, classes in doubt; and what keeps inputs apart."""
 
 import importlib
 import sys
@@ -59,7 +59,7 @@ class Scene:
         for number in frames:
             given, seen = self.at(number, shuffle)
             tracked = trackers.update(frame(number, **fields), given)
-            np.testing.assert_array_equal(tracked[:, :6], given)
+            np.testing.assert_array_equal(tracked[:, :6], given)  # the classes too: they are in no doubt here
             for index, track in zip(seen, tracked[:, 6], strict=True):
                 found[index].append(int(track))
         return found
@@ -116,7 +116,7 @@ def test_motion_is_expected_alike_with_a_stride_and_in_a_video_of_that_rate():
             given = detections(box(100 + 5 * index, 200 + 9 * (index % 3)))
             trackers.update(frame(1 + stride * index, fps=fps), given if index < 8 else detections())
         (state,) = trackers._tracks.values()
-        expected.append(state._trackers[0].tracked_objects.xyxy)
+        expected.append(state._tracker.tracked_objects.xyxy)
     np.testing.assert_allclose(*expected, rtol=1e-6)
     assert expected[0][0, 0] > 80 + 5 * 7  # its left side went on while it was out of sight
 
@@ -139,10 +139,37 @@ def test_stream_that_returns_with_another_rate_goes_on():
     assert tracks[1:] == [1] * 59
 
 
-def test_object_whose_class_changes_gets_another_number():
+DOUBTS = np.random.default_rng(0).random(61)
+
+
+@pytest.mark.parametrize(
+    "class_in, counted_as",
+    [
+        (lambda n: n % 2, 0),  # by turns; a 0 is the first that has a number
+        (lambda n: int(n % 3 == 0), 0),
+        (lambda n: int(n >= 30), 0),  # from where it reaches the line
+        (lambda n: int(n >= 5), 1),
+        (lambda n: int(DOUBTS[n] < 0.2), 0),
+        (lambda n: int(DOUBTS[n] < 0.4), 0),
+    ],
+)
+def test_object_whose_class_is_in_doubt_has_one_number_and_counts_once(class_in, counted_as):
+    trackers, counter, numbers = Trackers(), Counter.parse("0,240,640,240"), []
+    for number in range(1, 61):
+        one = frame(number)
+        tracked = trackers.update(one, detections(box(320, 60 + 6 * number, class_in(number))))
+        numbers.append(tracked[0, 6])
+        counts = counter.update(one, tracked)
+    assert numbers == [NO_TRACK, *[1] * 59]
+    assert {tally.class_id: tally[1:] for tally in counts.tallies if any(tally[1:])} == {counted_as: (1, 0)}
+
+
+def test_class_of_a_track_is_what_its_detections_say_by_confidence():
     trackers = Trackers()
-    numbers = [trackers.update(frame(n), detections(box(300, 200, int(n > 10))))[0, 6] for n in range(1, 21)]
-    assert numbers == [NO_TRACK, *[1] * 9, NO_TRACK, *[2] * 9]
+    given = [(2, 0.5), (2, 0.5), (7, 0.5), (7, 0.5), (7, 0.25), (2, 0.3)]  # the first has no number yet
+    tracked = [trackers.update(frame(n), detections(box(300, 200, *one)))[0] for n, one in enumerate(given, start=1)]
+    assert [int(row[5]) for row in tracked] == [2, 2, 2, 7, 7, 7]  # 2: .5, .8; 7: .5, 1, 1.25
+    assert [row[4] for row in tracked] == pytest.approx([confidence for _, confidence in given])
 
 
 def test_detections_without_a_track_are_given_back_in_their_places():
@@ -183,12 +210,12 @@ def test_a_video_that_is_done_is_forgotten_and_live_inputs_are_kept():
 def test_tracks_that_ended_take_no_memory():
     trackers = Trackers()
     for number in range(1, 400):  # somebody new, of another class, every third frame
-        place, class_id = (number // 3) % 7, (number // 3) % 5
-        trackers.update(frame(number), detections(box(60 + 80 * place, 200, class_id)))
+        place, class_id = (number // 3) % 15, (number // 3) % 4
+        trackers.update(frame(number), detections(box(20 + 42 * place, 200, class_id)))
     (state,) = trackers._tracks.values()
-    assert state._last_number > 50
-    assert len(state._numbers) < 15
-    assert len(state._trackers) <= 5
+    assert trackers.update(frame(400), detections(box(300, 400)))[0, 6] == NO_TRACK
+    assert trackers.update(frame(401), detections(box(300, 400)))[0, 6] > 50
+    assert len(state._votes) < 15
 
 
 def test_counting_what_is_tracked_equals_the_count_by_hand():
