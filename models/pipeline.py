@@ -25,7 +25,7 @@ from utils.data.sources import Frame, Source
 from utils.files import ROOT, find_file, read_yaml
 from utils.log import LOGGER
 from utils.tiles import Tiling
-from utils.tracking import Trackers, require_video
+from utils.tracking import WEAKEST, Trackers, require_video
 
 DEFAULT_PX = 640
 AHEAD = 4  # frames that are read before their turn
@@ -40,7 +40,7 @@ class Result(NamedTuple):
     Attributes:
         frame: the picture and where it comes from.
         detections: (k, 6) [x1, y1, x2, y2 in whole px, confidence, class], most confident first; with tracking (k, 7),
-            the last column the track's number, -1 for none.
+            the last column the track's number, -1 for none, and the class the track's.
         names: class names {number: name}.
         counts: how often the line was crossed or the zone entered so far; None without counting.
         input_hw: height and width that the model saw.
@@ -187,7 +187,7 @@ def open_pipeline(options: Namespace) -> Pipeline:
         counter = Counter.parse(options.count) if options.count else None
         if options.track:
             require_video(source.inputs, source.live)
-        trackers = Trackers(options.vid_stride) if options.track else None
+        trackers = Trackers(options.conf_thres, options.vid_stride) if options.track else None
         options.weights = weights_list(options.weights)
         detector, names = _open_detector(options)
     except BaseException:
@@ -228,6 +228,9 @@ def _open_detector(options: Namespace) -> tuple[Detector, dict[int, str]]:
     if unknown:
         raise UserError(f"--classes {unknown[0]}: the model has the classes 0 to {max(names)}.")
     limits = {name: getattr(options, name) for name in ("conf_thres", "iou_thres", "max_det", "classes", "augment")}
+    if options.track:  # weak detections prolong tracks, as far as the model itself lets them through
+        weakest = max(WEAKEST, backend.metadata.nms.conf_thres) if backend.chosen else WEAKEST
+        limits["conf_thres"] = min(options.conf_thres, weakest)
     tiling = Tiling(options.tile, options.tile_overlap) if options.tile else None
     shape_hw = shape_for(backend, options.imgsz, DEFAULT_PX)
     return Detector(backend, shape_hw, agnostic=options.agnostic_nms, tiling=tiling, **limits), names

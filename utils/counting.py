@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("yolov5")
 CLEARANCE = 0.25  # of the box's shorter side, beyond the line
-FORGET_AFTER = 1000  # frames: no tracker remembers an object out of sight for so long, so its number never comes back
+FORGET_AFTER_S = 2.0  # no tracker remembers an object out of sight for so long, so its number never comes back
 FARTHEST_PX = 1e6  # no picture is larger
 LINE_HEADINGS, ZONE_HEADINGS = ("in", "out"), ("inside so far", "inside now")
 
@@ -116,7 +116,7 @@ class Counter:
             points_px = self._points_in(shape_hw)
             _warn_if_outside(frame.path, points_px, shape_hw)
             state.resize(points_px, shape_hw)
-        state.update(tracked[tracked[:, 6] >= 0])
+        state.update(frame.time, tracked[tracked[:, 6] >= 0])
         return state.counts()
 
     def summary(self, names: Mapping[int, str] | Sequence[str] = ()) -> list[str]:
@@ -141,7 +141,7 @@ class _Path(NamedTuple):
     center_xy: Point  # where it was seen last
     crossings: int  # of the line since it was last clear of it: +1 inwards, -1 outwards
     inside: bool  # whether it was in the zone at any time
-    seen: int  # the input's frame, counted from 1
+    seen_s: float  # when that was, by the frames' time
 
 
 class _State:
@@ -151,7 +151,7 @@ class _State:
         """Starts from nothing; `resize` comes before the first `update`."""
         self.shape_hw: tuple[int, int] = (1, 1)
         self._points_xy: tuple[Point, ...] = ()
-        self._frames = 0
+        self._now_s = 0.0  # the frame's time
         self._paths: dict[int, _Path] = {}  # by track
         self._classes: set[int] = set()
         self._first: collections.Counter[int] = collections.Counter()  # by class, as in a `Tally`
@@ -170,9 +170,9 @@ class _State:
         tallies = [Tally(class_id, self._first[class_id], self._second[class_id]) for class_id in sorted(self._classes)]
         return Counts(self._points_xy, tuple(tallies))
 
-    def update(self, tracked: np.ndarray) -> None:
-        """Counts on with the tracked objects (k, 7) of the next frame."""
-        self._frames += 1
+    def update(self, now_s: float, tracked: np.ndarray) -> None:
+        """Counts on with the tracked objects (k, 7) of the next frame, which is of that time."""
+        self._now_s = now_s
         zone = len(self._points_xy) > 2
         if zone:
             self._second.clear()
@@ -185,7 +185,7 @@ class _State:
             else:
                 path = self._step_over_line(int(class_id), center_xy, min(x2 - x1, y2 - y1), former)
             self._paths[int(track)] = path
-        self._paths = {track: path for track, path in self._paths.items() if self._frames - path.seen < FORGET_AFTER}
+        self._paths = {track: path for track, path in self._paths.items() if now_s - path.seen_s < FORGET_AFTER_S}
 
     def _step_in_zone(self, class_id: int, center_xy: Point, former: _Path | None) -> _Path:
         """Counts a track that is inside, and the first time that it is."""
@@ -193,7 +193,7 @@ class _State:
         been_inside = former is not None and former.inside
         self._second[class_id] += inside
         self._first[class_id] += inside and not been_inside
-        return _Path(center_xy, 0, inside or been_inside, self._frames)
+        return _Path(center_xy, 0, inside or been_inside, self._now_s)
 
     def _step_over_line(self, class_id: int, center_xy: Point, side_px: float, former: _Path | None) -> _Path:
         """Notes a crossing; counts it once the track is clear of the line. `side_px`: its box's shorter side."""
@@ -202,7 +202,7 @@ class _State:
             self._first[class_id] += crossings > 0
             self._second[class_id] += crossings < 0
             crossings = 0
-        return _Path(center_xy, crossings, False, self._frames)
+        return _Path(center_xy, crossings, False, self._now_s)
 
 
 def _distance(point_xy: Point, line_xy: Sequence[Point]) -> float:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NO_TRACK = -1
 MEMORY_S = 1.0  # how long an object may be out of sight and keep its number
-CONFIDENT = 0.25  # the usual --conf-thres: a weaker detection prolongs a track but begins none
+WEAKEST = 0.1  # confidence of the weakest detections that prolong a track
 CONFIRMED_AFTER = 2  # frames in a row: one alone is more often a mistake of the detector
 LEAST_IOU = 0.1  # of a detection and where its track was expected
 _LIBRARY_FPS = 30  # the library tells its memory in frames at this rate
@@ -51,22 +51,23 @@ def require_video(inputs: Sequence[str], live: bool = False) -> None:
 class Trackers:
     """Gives the objects of every video and live input their numbers: 1, 2, ... for each input.
 
-    An object has its number from the second frame on in which it is seen, and keeps it through gaps of up to a second
-    of the video, whatever classes the model takes it for meanwhile. Its class is that of most of its detections so
-    far, each as heavy as it is confident. The same frames give the same numbers in every run.
+    An object has its number from the second frame on in which it is seen, and keeps it through gaps of up to MEMORY_S
+    by the frames' own time, whatever classes the model takes it for meanwhile. Its class is that of most of its
+    detections so far, each as heavy as it is confident. The same frames give the same numbers in every run.
     """
 
-    def __init__(self, vid_stride: int = 1) -> None:
+    def __init__(self, conf_thres: float = 0.25, vid_stride: int = 1) -> None:
         """Loads the library.
 
         Args:
+            conf_thres: a weaker detection prolongs a track but begins none.
             vid_stride: every so many frames of an input are handed over.
 
         Raises:
             UserError: it is not installed, or does not work here.
         """
         self._library = _load_library()
-        self._vid_stride = vid_stride
+        self._conf_thres, self._vid_stride = conf_thres, vid_stride
         self._tracks: dict[str, _InputTracks] = {}
         self._file = ""  # the video file that is being read
 
@@ -75,51 +76,44 @@ class Trackers:
 
         Args:
             frame: the frames of an input come in order; those of live inputs may alternate.
-            detections: (k, 6) [x1, y1, x2, y2 in px, confidence, class].
+            detections: (k, 6) [x1, y1, x2, y2 in px, confidence, class], those down to WEAKEST among them.
 
         Returns:
-            The same detections in the same order, (k, 7): the last column is the object's number, -1 for none (yet).
-            The class of one that has a number is its object's.
+            (m, 7), in the same order, without the weak ones that prolong no track: the last column is the object's
+            number, -1 for none (yet). The class of one that has a number is its object's.
         """
         if not frame.live and frame.path != self._file:
             self._tracks.pop(self._file, None)
             self._file = frame.path
         if frame.path not in self._tracks:
-            self._tracks[frame.path] = _InputTracks(self._library, self._vid_stride, frame.fps)
-        return self._tracks[frame.path].update(frame, detections)
+            rate = frame.fps / self._vid_stride
+            self._tracks[frame.path] = _InputTracks(self._library, self._conf_thres, rate)
+        tracked = self._tracks[frame.path].update(frame.time, detections)
+        return tracked[(tracked[:, 4] > self._conf_thres) | (tracked[:, 6] != NO_TRACK)]
 
 
 class _InputTracks:
     """The tracks of one input, and what each of them was taken for."""
 
-    def __init__(self, library: tuple[ModuleType, ModuleType], vid_stride: int, fps: float) -> None:
-        """Starts without tracks; every `vid_stride`-th of an input's `fps` frames a second is to come."""
+    def __init__(self, library: tuple[ModuleType, ModuleType], conf_thres: float, rate: float) -> None:
+        """Starts without tracks; `rate` frames a second are to come, more or less."""
         trackers, self._supervision = library
-        self._vid_stride = vid_stride
         self._tracker = trackers.ByteTrackTracker(
             lost_track_buffer=round(MEMORY_S * _LIBRARY_FPS),
-            frame_rate=fps / vid_stride,
-            track_activation_threshold=CONFIDENT,
-            high_conf_det_threshold=CONFIDENT,
+            frame_rate=rate,  # the unit of its model of motion; how much time passed is told with every frame
+            track_activation_threshold=conf_thres,
+            high_conf_det_threshold=conf_thres,
             minimum_consecutive_frames=CONFIRMED_AFTER,
             minimum_iou_threshold=LEAST_IOU,
         )
         self._votes: dict[int, dict[int, float]] = {}  # {the library's number: {class: sum of confidences}}
-        self._last_frame, self._seconds = 0, 0.0
 
-    def update(self, frame: Frame, detections: np.ndarray) -> np.ndarray:
-        """Returns the detections (k, 6) as (k, 7); see `Trackers.update`.
-
-        Time is a video's own: frames that are missing count. Of live inputs only the frames that were handed over are
-        numbered and count; their time is summed up, as one that comes back may have another rate.
-        """
-        stride = self._vid_stride if frame.live else 1  # a video's numbers have the stride in them
-        self._seconds += (frame.number - self._last_frame) * stride / frame.fps
-        self._last_frame = frame.number
+    def update(self, time_s: float, detections: np.ndarray) -> np.ndarray:
+        """Returns the detections (k, 6) of the frame of that time as (k, 7), with class and number of their tracks."""
         found = self._supervision.Detections(
             xyxy=detections[:, :4], confidence=detections[:, 4], data={"row": np.arange(len(detections))}
         )
-        found = self._tracker.update(found, timestamp=self._seconds)
+        found = self._tracker.update(found, timestamp=time_s)
         tracked = np.column_stack((detections, np.full(len(detections), NO_TRACK, detections.dtype)))
         for row, number in zip(found.data.get("row", ()), found.tracker_id.tolist(), strict=True):
             if number != NO_TRACK:

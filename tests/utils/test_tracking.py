@@ -24,8 +24,9 @@ def no_warnings():
         yield
 
 
-def frame(number: int, path: str = "/in/a.mp4", fps: float = FPS, live: bool = False) -> Frame:
-    return Frame(path, 1, 1, np.zeros((480, 640, 3), np.uint8), number=number, fps=fps, live=live)
+def frame(number: int, path: str = "/in/a.mp4", fps: float = FPS, time: float | None = None, live=False) -> Frame:
+    time = (number - 1) / fps if time is None else time
+    return Frame(path, 1, 1, np.zeros((480, 640, 3), np.uint8), number=number, fps=fps, live=live, time=time)
 
 
 def box(x: float, y: float, class_id: int = 0, confidence: float = 0.8, width: int = 40, height: int = 60) -> list:
@@ -96,19 +97,6 @@ def test_memory_is_a_second_of_the_video_whatever_its_rate(fps, hidden, kept):
     assert (numbers[-1] == numbers[1]) is kept
 
 
-@pytest.mark.parametrize("live", [False, True])
-def test_memory_is_a_second_with_a_stride_too(live):
-    """Numbers of a video's frames have the stride in them; live frames are numbered as they come."""
-    for hidden, kept in ((4, True), (7, False)):  # of frames handed over, of which 5 are a second
-        trackers, still = Trackers(vid_stride=5), detections(box(300, 200))
-        tracks = []
-        for index in range(20):
-            number = index + 1 if live else 1 + 5 * index
-            given = detections() if 5 <= index < 5 + hidden else still
-            tracks += trackers.update(frame(number, live=live), given)[:, 6].tolist()
-        assert (tracks[-1] == tracks[1]) is kept
-
-
 def test_motion_is_expected_alike_with_a_stride_and_in_a_video_of_that_rate():
     expected = []
     for trackers, fps, stride in ((Trackers(vid_stride=5), 50.0, 5), (Trackers(), 10.0, 1)):
@@ -130,13 +118,38 @@ def test_frames_that_could_not_be_read_count_as_time():
     assert after_two_more == [NO_TRACK, 2, 2, 2]
 
 
-def test_stream_that_returns_with_another_rate_goes_on():
-    trackers, still = Trackers(), detections(box(300, 200))
-    rates = [15.0] * 30 + [60.0] * 30
+@pytest.mark.parametrize("outage_s, kept", [(0.8, True), (1.2, False), (240.0, False)])
+def test_number_of_a_camera_s_object_outlives_a_second_without_frames_and_no_more(outage_s, kept):
+    """Live frames are numbered as they are handed out, whatever time passes between them."""
+    trackers, still, started_s = Trackers(), detections(box(300, 200)), 1e6
+    times = [started_s + 0.04 * index for index in range(10)]
+    times += [times[-1] + outage_s + 0.04 * index for index in range(3)]
     tracks = [
-        trackers.update(frame(number, "cam", fps, live=True), still)[0, 6] for number, fps in enumerate(rates, start=1)
+        trackers.update(frame(number, "cam", time=time, live=True), still)[0, 6]
+        for number, time in enumerate(times, start=1)
     ]
-    assert tracks[1:] == [1] * 59
+    assert tracks == [NO_TRACK, *[1] * 9, *([1, 1, 1] if kept else [NO_TRACK, 2, 2])]
+
+
+@pytest.mark.parametrize("rate, away, kept", [(25, 20, True), (25, 30, False), (5, 3, True), (5, 6, False)])
+def test_a_second_is_a_second_however_few_of_a_camera_s_frames_are_handed_out(rate, away, kept):
+    trackers, tracks = Trackers(), []
+    for number in range(1, 21 + away):
+        given = detections() if 10 < number <= 10 + away else detections(box(300, 200))
+        one = frame(number, "cam", fps=25.0, time=number / rate, live=True)
+        tracks += trackers.update(one, given)[:, 6].tolist()
+    assert tracks[1:] == [1] * 19 if kept else tracks[1:] == [*[1] * 9, NO_TRACK, *[2] * 9]
+
+
+@pytest.mark.parametrize("jump_px, kept", [(25, True), (36, False)])
+def test_object_that_jumps_keeps_its_number_as_long_as_a_tenth_overlaps(jump_px, kept):
+    """Boxes 40 px wide: 25 px aside they overlap by 15 / 65, 36 px aside by 4 / 76."""
+    trackers = Trackers()
+    tracks = [
+        trackers.update(frame(number), detections(box(300 + jump_px * (number > 6), 200)))[0, 6]
+        for number in range(1, 9)
+    ]
+    assert tracks[1:6] + tracks[7:] == [1] * 5 + [1 if kept else 2]
 
 
 DOUBTS = np.random.default_rng(0).random(61)
@@ -172,16 +185,16 @@ def test_class_of_a_track_is_what_its_detections_say_by_confidence():
     assert [row[4] for row in tracked] == pytest.approx([confidence for _, confidence in given])
 
 
-def test_detections_without_a_track_are_given_back_in_their_places():
-    """Weak ones begin no track but prolong one; what is seen once has none."""
-    trackers = Trackers()
+@pytest.mark.parametrize("conf_thres", [0.25, 0.5])
+def test_weak_detections_prolong_a_track_and_are_else_left_out(conf_thres):
+    trackers, sure, weak = Trackers(conf_thres), conf_thres + 0.01, conf_thres - 0.01
     for number in range(1, 5):
-        trackers.update(frame(number), detections(box(300, 200)))
-    given = detections(box(100, 100, confidence=0.9), box(300, 200, confidence=0.1), box(500, 300, confidence=0.12))
-    tracked = trackers.update(frame(5), given)
-    np.testing.assert_array_equal(tracked[:, :6], given)
-    assert tracked[:, 6].tolist() == [NO_TRACK, 1, NO_TRACK]
-    assert trackers.update(frame(6), given)[:, 6].tolist() == [2, 1, NO_TRACK]
+        trackers.update(frame(number), detections(box(300, 200, confidence=sure)))
+    for number in range(5, 60):  # far beyond the memory
+        given = detections(box(100, 100, confidence=sure), box(500, 300, confidence=weak), box(300, 200, 0, 0.11))
+        tracked = trackers.update(frame(number), given)
+        np.testing.assert_array_equal(tracked[:, :6], given[[0, 2]])
+        assert tracked[:, 6].tolist() == [NO_TRACK if number == 5 else 2, 1]
 
 
 def test_frames_without_detections_give_none():
