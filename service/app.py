@@ -1,7 +1,8 @@
 """The service's routes: an image in, boxes or a picture with boxes out; health, metrics, and one page for people.
 
-A request is admitted (or refused at once), read and decoded within limits, letterboxed in a thread, queued, and
-answered; when its client leaves it is dropped. Not here: the server and its options (`serve.py`).
+A request is admitted (or refused at once), read within limits, decoded and letterboxed in a thread as soon as the
+images of the others leave room for its pixels, queued, and answered; when its client leaves it is dropped. Not here:
+the server and its options (`serve.py`).
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -21,21 +22,23 @@ from fastapi.exceptions import RequestValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from service.batching import Batcher, InferenceError, Outcome
+from service.batching import Batcher, InferenceError
 from service.guard import HEADERS, Guard
 from service.metrics import CONTENT_TYPE, Metrics
 from service.page import build_page
 from service.predictor import Predictor, Prepared, Thresholds
-from service.uploads import FIELD, Limits, Upload, decode_upload
+from service.uploads import FIELD, Limits, Upload, check_upload, decode_upload
 from utils.checks import UserError
 from utils.draw import PALETTE, draw_detections
 
 YOLOV5_ROUTE, ROUTE = "/v1/object-detection/yolov5s", "/v1/detect"
 MAX_DECODERS = 4
+DECODED_PIXELS = 100_000_000  # at once, over all requests: 300 MB, and as much again while boxes are drawn
 JPEG_QUALITY, JPEG_MAX_SIDE = 90, 65_500  # px, the format's own
 RETRY_AFTER_S = 1
 CLIENT_LEFT = 499  # nobody sees it; the number that servers log by custom
 
+T = TypeVar("T")
 Share = Annotated[float | None, Query(ge=0, le=1, allow_inf_nan=False)]
 UPLOAD_SCHEMA = {
     "requestBody": {
@@ -61,6 +64,27 @@ class Batching(NamedTuple):
     wait_s: float = 0.005
 
 
+class Budget:
+    """An amount that requests share; they get their parts in the order in which they ask."""
+
+    def __init__(self, total: int) -> None:
+        self._free = total
+        self._turn, self._returned = asyncio.Lock(), asyncio.Event()
+
+    async def take(self, amount: int) -> None:
+        """Waits until so much is free and takes it; the total at most."""
+        async with self._turn:  # none is overtaken for ever by smaller ones
+            while self._free < amount:
+                self._returned.clear()
+                await self._returned.wait()
+            self._free -= amount
+
+    def give_back(self, amount: int) -> None:
+        """Gives back what was taken."""
+        self._free += amount
+        self._returned.set()
+
+
 class Service:
     """A model behind HTTP: what one request goes through.
 
@@ -78,6 +102,7 @@ class Service:
         self.metrics = Metrics(lambda: len(self.batcher), lambda: self._active)
         counters = (self.metrics.batch, self.metrics.dropped)
         self.batcher = Batcher(predictor.detect, batching.size, batching.wait_s, *counters)
+        self._pixels = Budget(max(DECODED_PIXELS, limits.pixels))
         self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_DECODERS), "decode")
 
     @asynccontextmanager
@@ -113,32 +138,48 @@ class Service:
             return Response(status_code=CLIENT_LEFT)
 
     async def _detect(self, upload: Upload, thresholds: Thresholds, annotated: bool) -> Response:
-        """Reads an admitted request's image, detects, and writes the answer."""
+        """Reads an admitted request's image, detects, and writes the answer.
 
-        def prepare(data: bytes) -> tuple[Prepared, np.ndarray]:
-            image = decode_upload(data, self.limits)
-            return self.predictor.prepare(image, thresholds), image
-
+        Pixels are taken from the budget before they are decoded, and given back when only the letterboxed image is
+        left, or the annotated one is written.
+        """
         clock = StageClock(self.metrics)
         with self.batcher.expected():
             data = await upload.read()
             clock.lap("read")
-            prepared, image = await self._in_pool(prepare, data)
-            clock.lap("decode")
-            queued = self.batcher.enqueue(prepared)
-        if not annotated:
-            del image  # it would lie in memory as long as the request waits
-        outcome = await _unless_client_leaves(upload, queued)
-        clock.add("queue", outcome.queue_s)
-        clock.add("inference", outcome.inference_s)
-        clock.restart()
-        if annotated:
-            response = Response(await self._in_pool(self._annotate, image, outcome.detections), media_type="image/jpeg")
-        else:
-            response = JSONResponse(self.predictor.records(outcome.detections))
-        clock.lap("encode")
+            pixels = await self._in_pool(check_upload, data, self.limits)
+        await _unless_client_leaves(upload, self._pixels.take(pixels))
+        try:
+            waited_s = clock.elapsed_s
+            clock.restart()
+            with self.batcher.expected():
+                prepared, image = await self._in_pool(self._prepare, data, thresholds)
+                del data
+                clock.lap("decode")
+                queued = self.batcher.enqueue(prepared)
+            if not annotated:
+                del image  # it would lie in memory as long as the request waits
+                self._pixels.give_back(pixels)
+                pixels = 0
+            outcome = await _unless_client_leaves(upload, queued)
+            clock.add("queue", waited_s + outcome.queue_s)
+            clock.add("inference", outcome.inference_s)
+            clock.restart()
+            if annotated:
+                drawn = await self._in_pool(self._annotate, image, outcome.detections)
+                response = Response(drawn, media_type="image/jpeg")
+            else:
+                response = JSONResponse(self.predictor.records(outcome.detections))
+            clock.lap("encode")
+        finally:
+            self._pixels.give_back(pixels)
         response.headers["Server-Timing"] = clock.header()
         return response
+
+    def _prepare(self, data: bytes, thresholds: Thresholds) -> tuple[Prepared, np.ndarray]:
+        """Decodes an image; returns what the model is to see of it, and itself."""
+        image = decode_upload(data)
+        return self.predictor.prepare(image, thresholds), image
 
     def _in_pool(self, function: Callable[..., Any], *arguments: Any) -> Coroutine[Any, Any, Any]:
         """Runs a function of pixels beside the event loop."""
@@ -152,20 +193,21 @@ class Service:
         return cv2.imencode(".jpg", drawn, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
 
 
-async def _unless_client_leaves(upload: Upload, queued: asyncio.Future[Outcome]) -> Outcome:
-    """Waits for a queued picture; takes it out of the queue when its client leaves, or this request is cancelled.
+async def _unless_client_leaves(upload: Upload, awaited: Awaitable[T]) -> T:
+    """Waits for something; cancels it when the request's client leaves, or this request is cancelled.
 
     Raises:
         ClientDisconnect: the client left.
     """
+    awaited = asyncio.ensure_future(awaited)
     gone = asyncio.ensure_future(upload.wait_until_gone())
     try:
-        await asyncio.wait({queued, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not queued.done():
+        await asyncio.wait({awaited, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not awaited.done():
             raise ClientDisconnect
-        return queued.result()
+        return awaited.result()
     finally:
-        queued.cancel()
+        awaited.cancel()
         gone.cancel()
 
 
@@ -181,9 +223,14 @@ class StageClock:
         """Starts a stage."""
         self._start_s = time.monotonic()
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the stage was started."""
+        return time.monotonic() - self._start_s
+
     def lap(self, stage: str) -> None:
         """Ends a stage and starts the next."""
-        self.add(stage, time.monotonic() - self._start_s)
+        self.add(stage, self.elapsed_s)
         self.restart()
 
     def add(self, stage: str, seconds: float) -> None:

@@ -7,7 +7,8 @@ header before a pixel is decoded. Nothing is written to disk, and no name in a r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,16 +151,33 @@ class Upload:
         return HTTPException(413, f"the image is larger than {self._limits.image_bytes / 2**20:g} MB")
 
 
-def decode_upload(data: bytes, limits: Limits) -> np.ndarray:
+def check_upload(data: bytes, limits: Limits) -> int:
+    """Looks at an image file's header and returns its number of pixels.
+
+    Raises:
+        HTTPException: 400 no image, 413 too many pixels, 415 a format that is not taken.
+    """
+    with _told():
+        info = image_info(data)
+    _check_info(info, data, limits)
+    return info.width * info.height
+
+
+def decode_upload(data: bytes) -> np.ndarray:
     """Decodes an image file's content to uint8 (h, w, 3) BGR, upright.
 
     Raises:
-        HTTPException: 400 no image or a damaged one, 413 too many pixels, 415 a format that is not taken.
+        HTTPException: 400 a damaged image.
     """
-    try:
-        info = image_info(data)
-        _check_info(info, data, limits)
+    with _told():
         return decode_image(data)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Makes refusals of what is wrong with an image."""
+    try:
+        yield
     except ImageTooLargeError as error:
         raise HTTPException(413, f"the image {error}") from error
     except ImageError as error:

@@ -1,11 +1,14 @@
 """The routes of a running service: answers, refusals, health, metrics, headers."""
 
+import asyncio
 import gc
 import io
 import re
 import struct
+import time
 import weakref
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -80,6 +83,69 @@ def test_nothing_of_a_picture_is_kept_once_it_was_answered(exported, encoded, an
         gc.collect()
         alive = sum(reference() is not None for reference in references)
     assert len(references) == 12 and alive <= 2, alive  # a thread may hold the last one until its next
+
+
+@pytest.mark.parametrize("annotated", [0, 1])
+def test_images_of_all_requests_share_a_budget_of_decoded_pixels(exported, encoded, picture, monkeypatch, annotated):
+    """Of a service in this process that has room for two of ten images at once."""
+    testclient = pytest.importorskip("starlette.testclient")
+    import service.app
+    from models.backends import load_backend
+    from service.predictor import Predictor, Thresholds
+
+    decoded, alive, peak = [], lambda: sum(reference() is not None for reference in decoded), [0]
+    decode = service.app.decode_upload
+
+    def noting(data):
+        image = decode(data)
+        decoded.append(weakref.ref(image))
+        peak.append(alive())
+        return image
+
+    class Slow(Predictor):
+        def detect(self, batch):
+            time.sleep(0.05)  # the others have time to be decoded
+            peak.append(alive())
+            return super().detect(batch)
+
+    monkeypatch.setattr(service.app, "decode_upload", noting)
+    monkeypatch.setattr(service.app, "DECODED_PIXELS", 2 * 48 * 64)
+    predictor = Slow(load_backend([str(exported)], "cpu"), [64], Thresholds(0.25, 0.45))
+    app = service.app.create_app(predictor, "tiny", service.app.Limits(pixels=48 * 64))
+    with testclient.TestClient(app) as client, ThreadPoolExecutor(10) as pool:
+        params = {"annotated": annotated}
+        answers = list(pool.map(lambda seed: post(client, encoded(seed), params=params), range(10)))
+        assert post(client, encoded(1, 49, 64)).status_code == 413
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.content for answer in answers}) == 10
+    assert max(peak) <= 2 + 2, "threads may hold on to what they have done"
+
+
+def test_budget_is_shared_in_the_order_of_asking_and_by_those_who_wait():
+    pytest.importorskip("fastapi")
+    from service.app import Budget
+
+    async def scene():
+        budget, order = Budget(10), []
+
+        async def take(amount):
+            await budget.take(amount)
+            order.append(amount)
+
+        await take(6)
+        large, gone, small = (asyncio.ensure_future(take(amount)) for amount in (10, 9, 1))
+        await asyncio.sleep(0)
+        gone.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert order == [6], "the small one would fit, but was not the first to ask"
+        budget.give_back(6)
+        await large
+        budget.give_back(10)
+        await small
+        return order
+
+    assert asyncio.run(asyncio.wait_for(scene(), 5)) == [6, 10, 1]
 
 
 def test_an_error_of_the_program_is_answered_without_its_words_and_with_the_headers(exported, encoded):
