@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from service.hosts import LOCAL_HOSTS, TrustedHosts
 from utils.checks import UserError
 from utils.cli import CommandParser, echo_options, newest_weights, number, options_from, run_command
 from utils.files import ROOT
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 SHUTDOWN_S = 30  # that requests in progress have left when the service is stopped
-MAX_CONNECTIONS = 1000
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+TRUSTED_HELP = "more names that requests may ask for than localhost and --host; * for all"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--half", action="store_true", help="compute in float16 (CUDA only)")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     add("--port", type=number(int, 0, 65535), default=5000, help="port to listen on; 0 takes a free one")
+    add("--trusted-hosts", nargs="+", default=[], metavar="NAME", help=TRUSTED_HELP)
     add("--batch-size", type=number(int, 1), default=8, help="most images in a batch")
     add("--batch-wait-ms", type=number(float, 0, 1000), default=5, help="longest wait for more images of a batch")
     add("--max-image-mb", type=number(float, 0.001, 100_000), default=16, help="largest image file in MB")
@@ -69,13 +70,14 @@ def main(options: argparse.Namespace) -> None:
     echo_options("serve", options)
     listener = listen(options.host, options.port)  # mistakes are told before a model is loaded
     try:
-        app = build_app(options)
+        hosts = TrustedHosts((options.host, listener.getsockname()[0]), options.trusted_hosts)
+        app = build_app(options, hosts)
         serve_forever(app, listener)
     finally:
         listener.close()
 
 
-def build_app(options: argparse.Namespace) -> FastAPI:
+def build_app(options: argparse.Namespace, hosts: TrustedHosts) -> FastAPI:
     """Loads the model and makes the application around it."""
     from models.backends import load_backend
     from service.app import Batching, create_app
@@ -89,7 +91,8 @@ def build_app(options: argparse.Namespace) -> FastAPI:
     if batch_size < options.batch_size:
         LOGGER.info(f"the model was exported for batches of {batch_size}: larger ones would gain nothing")
     limits = Limits(int(options.max_image_mb * 2**20), int(options.max_pixels), options.queue)
-    return create_app(predictor, Path(weights).name, limits, Batching(batch_size, options.batch_wait_ms / 1000))
+    batching = Batching(batch_size, options.batch_wait_ms / 1000)
+    return create_app(predictor, Path(weights).name, limits, batching, hosts)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -117,14 +120,17 @@ def serve_forever(app: FastAPI, listener: socket.socket) -> None:
     """Serves until the first SIGINT or SIGTERM, then finishes what is in progress; a second SIGINT cuts it off."""
     import uvicorn
 
+    from service.connection import Connection
+
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(
         app,
+        http=Connection,
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
     for number_ in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it is done: that is no error here

@@ -24,6 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from service.batching import Batcher, InferenceError
 from service.guard import HEADERS, Guard
+from service.hosts import TrustedHosts
 from service.metrics import CONTENT_TYPE, Metrics
 from service.page import build_page
 from service.predictor import Predictor, Prepared, Thresholds
@@ -244,7 +245,11 @@ class StageClock:
 
 
 def create_app(
-    predictor: Predictor, model: str, limits: Limits | None = None, batching: Batching | None = None
+    predictor: Predictor,
+    model: str,
+    limits: Limits | None = None,
+    batching: Batching | None = None,
+    hosts: TrustedHosts | None = None,
 ) -> FastAPI:
     """Makes the application.
 
@@ -253,10 +258,12 @@ def create_app(
         model: its name for people.
         limits: what a request may ask for; None takes the defaults.
         batching: how requests are gathered; None takes the defaults.
+        hosts: the names that requests may ask for; None takes this machine's own.
     """
     service = Service(predictor, limits or Limits(), batching or Batching())
     app = FastAPI(title="Object detection", docs_url=None, redoc_url=None, lifespan=service.running)
-    app.add_middleware(Guard, answered=service.metrics.answered, paths=(YOLOV5_ROUTE, ROUTE, "/health", "/"))
+    counting = {"answered": service.metrics.answered, "paths": (YOLOV5_ROUTE, ROUTE, "/health", "/")}
+    app.add_middleware(Guard, hosts=hosts or TrustedHosts(), **counting)
     app.add_exception_handler(RequestValidationError, _tell_mistake)
     app.add_exception_handler(Exception, _tell_failure)
     _add_detection(app, service)

@@ -1,9 +1,11 @@
 """The routes of a running service: answers, refusals, health, metrics, headers."""
 
 import asyncio
+import contextlib
 import gc
 import io
 import re
+import socket
 import struct
 import time
 import weakref
@@ -15,6 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+httpx = pytest.importorskip("httpx")
+LOCAL = "http://localhost"
 YOLOV5_ROUTE, ROUTE = "/v1/object-detection/yolov5s", "/v1/detect"
 
 
@@ -76,7 +80,7 @@ def test_nothing_of_a_picture_is_kept_once_it_was_answered(exported, encoded, an
             return prepared
 
     predictor = Noting(load_backend([str(exported)], "cpu"), [64], Thresholds(0.25, 0.45))
-    with testclient.TestClient(create_app(predictor, "tiny")) as client:
+    with testclient.TestClient(create_app(predictor, "tiny"), LOCAL) as client:
         for seed in range(6):
             assert post(client, encoded(seed), params={"annotated": annotated}).status_code == 200
         assert post(client, b"no picture").status_code == 400
@@ -112,7 +116,7 @@ def test_images_of_all_requests_share_a_budget_of_decoded_pixels(exported, encod
     monkeypatch.setattr(service.app, "DECODED_PIXELS", 2 * 48 * 64)
     predictor = Slow(load_backend([str(exported)], "cpu"), [64], Thresholds(0.25, 0.45))
     app = service.app.create_app(predictor, "tiny", service.app.Limits(pixels=48 * 64))
-    with testclient.TestClient(app) as client, ThreadPoolExecutor(10) as pool:
+    with testclient.TestClient(app, LOCAL) as client, ThreadPoolExecutor(10) as pool:
         params = {"annotated": annotated}
         answers = list(pool.map(lambda seed: post(client, encoded(seed), params=params), range(10)))
         assert post(client, encoded(1, 49, 64)).status_code == 413
@@ -160,7 +164,7 @@ def test_an_error_of_the_program_is_answered_without_its_words_and_with_the_head
             raise RuntimeError("/home/somebody/secret")
 
     predictor = Broken(load_backend([str(exported)], "cpu"), [64], Thresholds(0.25, 0.45))
-    with testclient.TestClient(create_app(predictor, "tiny"), raise_server_exceptions=False) as client:
+    with testclient.TestClient(create_app(predictor, "tiny"), LOCAL, raise_server_exceptions=False) as client:
         answer = post(client, encoded(1))
         assert client.get("/health").status_code == 200
     assert answer.status_code == 500 and answer.json() == {"detail": "the service failed: its log says why"}
@@ -286,6 +290,41 @@ def test_every_answer_carries_security_headers_and_none_opens_it_to_other_sites(
         assert "default-src 'none'" in answer.headers["content-security-policy"]
         assert not [name for name in answer.headers if name.startswith("access-control")]
     assert "script-src 'sha256-" in client.get("/").headers["content-security-policy"]
+
+
+def test_requests_for_other_names_are_refused_on_every_route(client, encoded):
+    """A page of evil.example, whose name leads here after a while, sends that name as the host."""
+    for host in ("evil.example", "evil.example:5000", "localhost.evil.example", "10.0.0.7"):
+        for answer in (
+            client.get("/", headers={"Host": host}),
+            client.get("/health", headers={"Host": host}),
+            post(client, encoded(), headers={"Host": host}),
+            post(client, bytes(10_000_000), headers={"Host": host}),  # it gets to see the answer
+        ):
+            assert answer.status_code == 400 and host in answer.json()["detail"]
+            assert "--trusted-hosts" in answer.json()["detail"] and answer.headers["x-frame-options"] == "DENY"
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:1234", "[::1]:5000", "[::1]", "localhost."):
+        assert client.get("/health", headers={"Host": host}).status_code == 200
+
+
+def test_health_is_told_however_many_clients_send_half_a_request(client, server):
+    host, port = server.url.removeprefix("http://").split(":")
+    connections = []
+    try:
+        for _ in range(600):
+            connections.append(socket.create_connection((host, int(port))))
+            connections[-1].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: ")
+        begun_s = time.monotonic()
+        assert httpx.get(server.url + "/health", timeout=5).json()["status"] == "ok"
+        assert time.monotonic() - begun_s < 5
+        connections[-1].sendall(b"b\r\n\r\n")  # the newest are still served
+        assert connections[-1].recv(15) == b"HTTP/1.1 200 OK"
+        connections[0].settimeout(5)
+        with contextlib.suppress(ConnectionResetError):
+            assert connections[0].recv(1) == b""
+    finally:
+        for connection in connections:
+            connection.close()
 
 
 def test_schema_describes_the_upload(client):
