@@ -51,7 +51,7 @@ class Batcher:
     """The queue before a model. Use from one event loop, between `start` and `close`.
 
     Attributes:
-        failing: whether the last batch raised an error.
+        failing: whether the last batch raised an error, and each of its pictures alone as well.
     """
 
     def __init__(
@@ -153,17 +153,25 @@ class Batcher:
         return batch
 
     async def _run(self, batch: list[_Waiting]) -> None:
-        """Runs a batch in the thread and hands out its results, or its error."""
+        """Runs a batch in the thread and hands out its results; where it fails, each of its pictures alone."""
         start_s = time.monotonic()
         pictures = [item.prepared for item in batch]
         try:
             found = await asyncio.get_running_loop().run_in_executor(self._thread, self._detect, pictures)
-        except Exception as error:  # whatever a runtime raises: its senders are told, the service goes on
+        except Exception as error:  # whatever a runtime raises: its sender is told, the service goes on
+            if len(batch) > 1:
+                LOGGER.warning(f"WARNING: inference on {len(batch)} images failed ({error}); trying each alone")
+                del pictures  # of those that are answered nothing is to be kept
+                works = False
+                while batch:
+                    await self._run([batch.pop(0)])
+                    works |= not self.failing
+                self.failing = not works
+                return
             self.failing = True
-            LOGGER.exception(f"inference on {len(batch)} pictures failed")
-            for item in batch:
-                if not item.result.done():
-                    item.result.set_exception(InferenceError(str(error)))
+            LOGGER.exception("inference on an image failed")
+            if not batch[0].result.done():
+                batch[0].result.set_exception(InferenceError(str(error)))
             return
         self.failing = False
         self._on_batch(len(batch))

@@ -137,6 +137,28 @@ def test_error_reaches_its_batch_alone_and_the_next_batch_runs():
     assert play(scene)[2] is False
 
 
+def test_picture_that_fails_leaves_the_others_of_its_batch_alone():
+    async def scene(batcher, model):
+        queued = [batcher.enqueue(prepared(value)) for value in (1, 2, 13)]
+        outcomes = await asyncio.gather(*queued, return_exceptions=True)
+        assert not batcher.failing, "the model works"
+        return outcomes
+
+    model, _, (*good, bad) = play(scene)
+    assert model.batches == [[1, 2, 13], [1], [2], [13]]
+    assert [int(outcome.detections[0]) for outcome in good] == [1, 2]
+    assert isinstance(bad, InferenceError)
+
+
+def test_full_batch_does_not_wait_for_more():
+    async def scene(batcher, model):
+        with batcher.expected():
+            queued = [batcher.enqueue(prepared(value)) for value in range(4)]
+            return [(await asyncio.wait_for(item, LIMIT_S / 2)).batch for item in queued]
+
+    assert play(scene, batch_size=4, wait_s=LIMIT_S)[2] == [4] * 4
+
+
 def test_closing_finishes_what_is_queued():
     async def scene(batcher, model):
         model.free.clear()
