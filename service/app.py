@@ -300,18 +300,20 @@ def _add_information(app: FastAPI, service: Service, model: str) -> None:
     shown = {"conf": predictor.defaults.conf, "lowestConf": predictor.lowest_conf, "palette": PALETTE}
     page = build_page(model, {**shown, "device": about["device"], "maxBytes": limits.image_bytes, "route": ROUTE})
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         """Tells whether the model works: 503 while its last batch failed."""
         status = "failing" if service.batcher.failing else "ok"
         return JSONResponse({"status": status, **about}, 200 if status == "ok" else 503)
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics")
     async def metrics() -> Response:
         """Returns the counters in Prometheus' text format."""
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index() -> Response:
         """Returns the page."""
         return HTMLResponse(page.html, headers={"Content-Security-Policy": page.policy})

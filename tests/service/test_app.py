@@ -270,6 +270,13 @@ def test_health_names_the_model(client):
     assert (answer["classes"], answer["imgsz"]) == (2, [64, 64])
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics"])
+def test_head_gives_the_headers_of_what_can_be_got(client, path):
+    head, got = client.head(path), client.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == got.headers["content-type"] and int(head.headers["content-length"])
+
+
 def test_metrics_count_requests_images_and_stages(client, encoded):
     names = ['yolov5_requests_total{path="/v1/detect",status="200"}', "yolov5_images_total", "yolov5_batch_size_count"]
     names += ['yolov5_stage_seconds_count{stage="inference"}', 'yolov5_request_seconds_count{path="/v1/detect"}']
@@ -287,6 +294,7 @@ def test_metrics_count_requests_images_and_stages(client, encoded):
 def test_every_answer_carries_security_headers_and_none_opens_it_to_other_sites(client, encoded):
     for answer in (client.get("/"), client.get("/health"), client.get("/no"), post(client, b"")):
         assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-frame-options"] == "DENY"
         assert "default-src 'none'" in answer.headers["content-security-policy"]
         assert not [name for name in answer.headers if name.startswith("access-control")]
     assert "script-src 'sha256-" in client.get("/").headers["content-security-policy"]
