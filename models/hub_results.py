@@ -123,6 +123,8 @@ class Detections:
         crop: bool = False,
         render: bool = False,
         save_dir: str | Path = SAVE_DIR,
+        labels: bool = True,
+        exist_ok: bool | None = None,
     ) -> list[dict[str, Any]] | None:
         """Does what is asked for, as the methods of these names do.
 
@@ -132,7 +134,7 @@ class Detections:
             save: save to `save_dir`; together with `crop` the crops too.
             crop: cut the detections out.
             render: draw.
-            save_dir: where to save.
+            save_dir, labels, exist_ok: as in `save`.
 
         Returns:
             The crops, with `crop`.
@@ -140,25 +142,28 @@ class Detections:
         if pprint:
             self.print()
         if show:
-            self.show()
-        folder = _output_folder(save_dir) if save else None
+            self.show(labels)
+        folder = _output_folder(save_dir, exist_ok) if save else None
         if folder:
-            self._save(folder)
+            self._save(folder, labels)
         if render:
-            self.render()
+            self.render(labels)
         return self._crops(folder) if crop else None
 
     def print(self) -> None:
         """Prints what was found, a line for each picture, and the times."""
         print(self)
 
-    def show(self) -> None:
+    def show(self, labels: bool = True) -> None:
         """Shows the pictures with what was found: in the notebook, else in the system's picture viewer.
+
+        Args:
+            labels: draw class names and confidences, not boxes alone.
 
         Raises:
             UserError: there is none here.
         """
-        pictures = [Image.fromarray(image) for image in self._drawn()]
+        pictures = [Image.fromarray(image) for image in self._drawn(labels)]
         if "ipykernel" in sys.modules:
             notebook = importlib.import_module("IPython.display")
             notebook.display(*pictures)
@@ -168,23 +173,28 @@ class Detections:
             if not screen or not ImageShow.show(picture, title=file):
                 raise UserError("show(): there is no display or no picture viewer here; use save() or render().")
 
-    def save(self, save_dir: str | Path = SAVE_DIR) -> None:
+    def save(self, save_dir: str | Path = SAVE_DIR, labels: bool = True, exist_ok: bool | None = None) -> None:
         """Saves the pictures with what was found drawn in.
 
         Args:
-            save_dir: the folder. The default is numbered on if it is there already; any other is used again.
+            save_dir: the folder.
+            labels: draw class names and confidences, not boxes alone.
+            exist_ok: whether a folder that is there already is used again, or numbered on; None numbers the default
+                folder on and uses any other again.
 
         Raises:
             UserError: the folder or a file cannot be written.
         """
-        self._save(_output_folder(save_dir))
+        self._save(_output_folder(save_dir, exist_ok), labels)
 
-    def crop(self, save: bool = True, save_dir: str | Path = SAVE_DIR) -> list[dict[str, Any]]:
+    def crop(
+        self, save: bool = True, save_dir: str | Path = SAVE_DIR, exist_ok: bool | None = None
+    ) -> list[dict[str, Any]]:
         """Cuts the detections out of the pictures.
 
         Args:
             save: write each to `crops/CLASS/FILE` in the folder, numbered on where that is there already.
-            save_dir: the folder, as in `save`.
+            save_dir, exist_ok: the folder, as in `save`.
 
         Returns:
             For each detection a dict: box (four tensors x1, y1, x2, y2 in px), conf and cls (tensors), label, and the
@@ -193,11 +203,15 @@ class Detections:
         Raises:
             UserError: the folder or a file cannot be written.
         """
-        return self._crops(_output_folder(save_dir) if save else None)
+        return self._crops(_output_folder(save_dir, exist_ok) if save else None)
 
-    def render(self) -> list[np.ndarray]:
-        """Draws what was found into copies of the pictures, which take their places in `imgs`, and returns them."""
-        self.imgs = self._drawn()
+    def render(self, labels: bool = True) -> list[np.ndarray]:
+        """Draws what was found into copies of the pictures, which take their places in `imgs`, and returns them.
+
+        Args:
+            labels: draw class names and confidences, not boxes alone.
+        """
+        self.imgs = self._drawn(labels)
         return self.imgs
 
     def pandas(self) -> Detections:
@@ -231,15 +245,18 @@ class Detections:
         """Returns the detections (k, 6) of each picture as arrays."""
         return [rows.cpu().numpy() for rows in self.pred]
 
-    def _drawn(self) -> list[np.ndarray]:
+    def _drawn(self, labels: bool) -> list[np.ndarray]:
         """Returns copies of the pictures, RGB, with what was found drawn in."""
         bgr = [np.ascontiguousarray(image[..., ::-1]) for image in self._given]
-        drawn = [draw_detections(image, rows, self.names) for image, rows in zip(bgr, self._rows(), strict=True)]
+        drawn = [
+            draw_detections(image, rows, self.names, hide_labels=not labels)
+            for image, rows in zip(bgr, self._rows(), strict=True)
+        ]
         return [np.ascontiguousarray(image[..., ::-1]) for image in drawn]
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, folder: Path, labels: bool) -> None:
         """Saves the drawn pictures into a folder."""
-        for image, file in zip(self._drawn(), self.files, strict=True):
+        for image, file in zip(self._drawn(labels), self.files, strict=True):
             save_image(folder / file, image[..., ::-1])
         LOGGER.info(f"Saved {self.n} image{'s' * (self.n > 1)} to {folder}")
 
@@ -261,9 +278,10 @@ class Detections:
         return crops
 
 
-def _output_folder(save_dir: str | Path) -> Path:
-    """Makes the folder that is saved to."""
-    return increment_path(save_dir, exist_ok=Path(save_dir) != Path(SAVE_DIR), mkdir=True)
+def _output_folder(save_dir: str | Path, exist_ok: bool | None) -> Path:
+    """Makes the folder that is saved to; see `Detections.save`."""
+    exist_ok = Path(save_dir) != Path(SAVE_DIR) if exist_ok is None else exist_ok
+    return increment_path(save_dir, exist_ok=exist_ok, mkdir=True)
 
 
 def _distinct(files: Sequence[str]) -> list[str]:

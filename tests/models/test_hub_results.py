@@ -11,6 +11,7 @@ import torch
 
 from models.hub_results import Detections
 from utils.checks import UserError
+from utils.draw import draw_detections
 
 NAMES = {0: "person", 1: "a/b", 2: "tie"}
 
@@ -124,6 +125,36 @@ def test_the_default_folder_is_numbered_on(tmp_path, monkeypatch):
     folders = sorted(path.name for path in (tmp_path / "runs" / "detect").iterdir())
     assert folders == ["exp", "exp2", "exp3"]
     assert (tmp_path / "runs/detect/exp3/crops/person/bus2.jpg").is_file()
+
+
+def test_labels_are_left_out_on_demand(tmp_path, monkeypatch):
+    """As in 7.0. Boxes alone leave the picture as it is inside and outside of their lines."""
+    boxes_alone = np.full((200, 400, 3), (50, 100, 200), np.uint8)
+    draw_detections(boxes_alone, detections().pred[0].numpy(), NAMES, hide_labels=True)
+    boxes_alone = boxes_alone[..., ::-1]
+    results, shown = detections(), []
+    assert not np.array_equal(results.render()[0], boxes_alone)
+    assert np.array_equal(results.render(labels=False)[0], boxes_alone)
+    results.save(labels=False, save_dir=tmp_path)
+    saved = cv2.imread(str(tmp_path / "bus.jpg"))[..., ::-1].astype(int)
+    assert np.abs(saved - boxes_alone).mean() < 2 < np.abs(saved - results.render()[0]).mean()
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=lambda *images: shown.extend(images)))
+    results.show(labels=False)
+    assert np.array_equal(np.asarray(shown[0]), boxes_alone)
+    assert results.display(render=True, labels=False) is None and np.array_equal(results.imgs[0], boxes_alone)
+
+
+@pytest.mark.parametrize("call", ["save", "crop"])
+def test_folder_is_used_again_or_numbered_on_as_said(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    save = getattr(detections(), call)
+    for exist_ok in (None, True, False, None):
+        save(save_dir="out", exist_ok=exist_ok)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out2"]
+    for exist_ok, count in ((None, 1), (None, 2), (True, 2), (False, 3)):
+        save(exist_ok=exist_ok)
+        assert len(list((tmp_path / "runs" / "detect").iterdir())) == count
 
 
 def test_crops_are_dicts_and_files(tmp_path):
