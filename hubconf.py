@@ -66,14 +66,31 @@ def _create(
     _check_packages()
     import logging
 
-    from models.autoshape import AutoShape
-    from models.multibackend import DetectMultiBackend
-    from utils.checks import UserError
     from utils.log import LOGGER, setup_logging
 
     setup_logging()
+    level = LOGGER.level
     if not verbose:
-        LOGGER.setLevel(logging.WARNING)
+        LOGGER.setLevel(max(level, logging.WARNING))
+    try:
+        return _load(name, pretrained, channels, classes, autoshape, device)
+    finally:
+        LOGGER.setLevel(level)  # what the caller does with the model is told as ever
+
+
+def _load(
+    name: str | pathlib.Path,
+    pretrained: bool,
+    channels: int,
+    classes: int,
+    autoshape: bool,
+    device: str | torch.device | None,
+) -> nn.Module:
+    """Makes or loads what `_create` is asked for."""
+    from models.autoshape import AutoShape
+    from models.multibackend import DetectMultiBackend
+    from utils.checks import UserError
+
     if pretrained and name in _SLIM:
         raise UserError(
             f"There are no released weights for {name}: train it and load your own with custom(path=...), or take it "

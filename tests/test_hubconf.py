@@ -7,8 +7,11 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from utils.checks import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -133,16 +136,24 @@ def test_says_when_a_file_is_missing(tmp_path):
         hub("custom", str(tmp_path / "lost.pt"))
 
 
-def test_verbose_sets_the_level(hubconf, weights):
+def test_without_verbose_loading_is_silent_and_what_comes_after_is_told(
+    hubconf, weights, caplog, monkeypatch, tmp_path
+):
     logger = logging.getLogger("yolov5")
-    hubconf.custom(weights, autoshape=False, device="cpu")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    for quiet in ({"verbose": False}, {"_verbose": False}):  # torch.hub.load keeps `verbose` for itself
+        caplog.clear()
+        hubconf.custom(weights, device="cpu", **quiet)
+        assert not caplog.records and logger.level == logging.INFO
+    model = hubconf.custom(weights, device="cpu")
+    assert caplog.records, "what was loaded"
+    hubconf.custom(weights, device="cpu", verbose=False)
+    caplog.clear()
+    model(np.zeros((32, 32, 3), np.uint8), size=32).save(tmp_path / "out")
+    assert "Saved 1 image to" in caplog.text
+    with pytest.raises(UserError):
+        hubconf.custom(tmp_path / "lost.pt", verbose=False)
     assert logger.level == logging.INFO
-    hubconf.custom(weights, autoshape=False, verbose=False, device="cpu")
-    assert logger.level == logging.WARNING
-    hub("yolov5n", pretrained=False, device="cpu")
-    assert logger.level == logging.INFO
-    hub("yolov5n", pretrained=False, device="cpu", _verbose=False)  # torch.hub.load keeps `verbose` for itself
-    assert logger.level == logging.WARNING
 
 
 def test_foreign_packages_of_our_names_are_told(hubconf, monkeypatch):
