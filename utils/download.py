@@ -185,21 +185,29 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _transfer(url: str, file: BinaryIO, target: Path) -> None:
-    """Copies what `url` gives into `file`, going on after interruptions where the server allows it.
+    """Copies what `url` gives into `file`, going on after interruptions where it is still the same file.
 
     Raises:
         UserError: offline, refused, cut short, or larger than the free disk.
     """
-    opener, reason = _opener(), ""
+    opener, reason, version = _opener(), "", ""
     for _ in range(ATTEMPTS):
+        if not version:  # nobody could tell whether the rest belongs to what is there
+            file.seek(0)
+            file.truncate()
         headers = {"User-Agent": "yolov5-slim"}
         if file.tell():
-            headers["Range"] = f"bytes={file.tell()}-"
+            headers |= {"Range": f"bytes={file.tell()}-", "If-Range": version}
         response = _network(url, opener.open, urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
         with response:
-            if file.tell() and response.status != http.client.PARTIAL_CONTENT:
+            whole = response.status != http.client.PARTIAL_CONTENT
+            if not whole and not _continues(response, file.tell(), version):
+                reason, version = "the file was replaced meanwhile", ""
+                continue
+            if whole:
                 file.seek(0)
                 file.truncate()
+                version = _version(response)
             length = response.headers.get("Content-Length")
             total = file.tell() + int(length) if length and length.isdigit() else None
             _check_space(target, (total or 0) - file.tell())
@@ -207,6 +215,18 @@ def _transfer(url: str, file: BinaryIO, target: Path) -> None:
         if not reason:
             return
     raise UserError(f"{url}: the download was cut short {ATTEMPTS} times ({reason}). Try again later.")
+
+
+def _version(response: http.client.HTTPResponse) -> str:
+    """Returns what tells a file from its successor of the same address; empty where the server does not say."""
+    tag = response.headers.get("ETag", "")
+    return tag if tag.startswith('"') else response.headers.get("Last-Modified", "")  # W/"..." need not be the same
+
+
+def _continues(response: http.client.HTTPResponse, position: int, version: str) -> bool:
+    """Says whether a part is of that version and begins at that byte; some servers overlook what they were asked."""
+    start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+    return _version(response) in ("", version) and start == str(position)
 
 
 def _copy(response: http.client.HTTPResponse, file: BinaryIO, total: int | None, name: str) -> str:

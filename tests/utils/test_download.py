@@ -18,6 +18,13 @@ from utils.checks import UserError
 from utils.download import RELEASES, Release, download_file, download_weights, fetch
 
 PAYLOAD = bytes(range(256)) * 4000
+DATE = "Mon, 01 Jan 2024 00:00:00 GMT"
+VERSIONS = {  # what a path says of the file's version; others say an entity tag
+    "/flaky-dated.bin": {"Last-Modified": DATE},
+    "/flaky-weak.bin": {"ETag": 'W/"v1"', "Last-Modified": DATE},
+    "/flaky-weak-alone.bin": {"ETag": 'W/"v1"'},
+    "/flaky-unknown.bin": {},
+}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -27,7 +34,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.server.requests.append((self.path, self.headers.get("Range")))
+        self.server.requests.append((self.headers.get("Range"), self.headers.get("If-Range")))
         start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
         if self.path == "/gone.bin":
             self.send_error(404)
@@ -35,18 +42,31 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(302, b"", Location="file:///etc/passwd")
         elif self.path == "/elsewhere":
             self.reply(302, b"", Location=self.server.elsewhere)
-        elif self.path.startswith("/flaky") and not start:
-            self.reply(200, PAYLOAD, send=PAYLOAD[:100_000])
-        elif self.path.startswith("/flaky-restart"):
-            self.reply(200, PAYLOAD)
         elif self.path.startswith("/flaky"):
-            self.reply(206, PAYLOAD[start:])
+            self.break_off_or_go_on(start)
         elif self.path.startswith("/short"):
-            self.reply(206 if start else 200, PAYLOAD[start:], send=PAYLOAD[start : start + 1000])
+            said = {"ETag": '"v1"', "Content-Range": f"bytes {start}-{len(PAYLOAD) - 1}/{len(PAYLOAD)}"}
+            self.reply(206 if start else 200, PAYLOAD[start:], send=PAYLOAD[start : start + 1000], **said)
         elif self.path.startswith("/zip"):
             self.reply(200, zip_bytes({"set/a.txt": b"a", "set/b/c.txt": b"c"}))
         else:
             self.reply(200, PAYLOAD)
+
+    def break_off_or_go_on(self, start):
+        """Sends a part at first, then what is asked for, more or less."""
+        now = {"Content-Range": f"bytes {start}-{len(PAYLOAD) - 1}/{len(PAYLOAD)}"} if start else {}
+        if len(self.server.requests) == 1:
+            self.reply(200, PAYLOAD, send=PAYLOAD[:100_000], **VERSIONS.get(self.path, {"ETag": '"v1"'}))
+        elif self.path.startswith("/flaky-replaced"):  # by another of the same length
+            if "-heeds" in self.path and self.headers["If-Range"] != '"v2"':
+                start, now = 0, {}
+            self.reply(206 if start else 200, PAYLOAD[::-1][start:], ETag='"v2"', **now)
+        elif self.path.startswith("/flaky-restart"):
+            self.reply(200, PAYLOAD)
+        elif self.path.startswith("/flaky-elsewhere") and start:  # not the part that was asked for
+            self.reply(206, PAYLOAD[50_000:], **{"Content-Range": f"bytes 50000-{len(PAYLOAD) - 1}/{len(PAYLOAD)}"})
+        else:
+            self.reply(206 if start else 200, PAYLOAD[start:], **now)
 
     def reply(self, status, body, send=None, **headers):
         self.send_response(status)
@@ -93,10 +113,30 @@ def test_a_wrong_hash_leaves_nothing(server, tmp_path):
     assert everything_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("path", ["/flaky.bin", "/flaky-restart.bin"])
-def test_an_interrupted_transfer_goes_on(server, tmp_path, path):
+PART = "bytes=100000-"
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/flaky.bin", [(PART, '"v1"')]),
+        ("/flaky-restart.bin", [(PART, '"v1"')]),
+        ("/flaky-dated.bin", [(PART, DATE)]),
+        ("/flaky-weak.bin", [(PART, DATE)]),
+        ("/flaky-weak-alone.bin", [(None, None)]),
+        ("/flaky-unknown.bin", [(None, None)]),
+        ("/flaky-elsewhere.bin", [(PART, '"v1"'), (None, None)]),
+    ],
+)
+def test_an_interrupted_transfer_goes_on_where_the_file_is_known_to_be_the_same(server, tmp_path, path, asked):
     assert download_file(f"{server.url}{path}", tmp_path / "x.bin").read_bytes() == PAYLOAD
-    assert [requested for _, requested in server.requests] == [None, "bytes=100000-"]
+    assert server.requests == [(None, None), *asked]
+
+
+@pytest.mark.parametrize("path", ["/flaky-replaced.bin", "/flaky-replaced-heeds.bin"])
+def test_halves_of_two_files_are_not_joined(server, tmp_path, path):
+    """The server replaces the file while it is fetched; one of the two does not look at If-Range."""
+    assert download_file(f"{server.url}{path}", tmp_path / "x.bin").read_bytes() == PAYLOAD[::-1]
 
 
 def test_a_transfer_that_stays_short_is_an_error_and_leaves_nothing(server, tmp_path):
