@@ -31,7 +31,8 @@ from utils.boxes import scale_boxes
 from utils.checks import UserError, grid_stride, round_up
 from utils.devices import resolve_amp
 from utils.download import download_file
-from utils.images import ImageError, decode_image, letterbox, read_image
+from utils.images import SLACK, ImageError, decode_image, letterbox, read_image, to_8_bits
+from utils.log import LOGGER
 from utils.nms import non_max_suppression
 
 COPIED = ("yaml", "nc", "hyp", "names", "stride")  # attributes of the model that the wrapper has too
@@ -72,6 +73,7 @@ class AutoShape(nn.Module):
     classes: Sequence[int] | None = None
     max_det = 1000
     amp = False
+    _range_told = False
 
     def __init__(self, model: Model | Ensemble | DetectMultiBackend) -> None:
         """Takes a model, and puts it into evaluation mode."""
@@ -93,9 +95,10 @@ class AutoShape(nn.Module):
 
         Args:
             imgs: a picture or a list of them, of one kind or several: a file; an http or https address; a Pillow
-                image; an array (h, w, 3), (h, w), (h, w, 1) or (3, h, w) in RGB order, 0 to 255 (of OpenCV's pictures
-                give `image[..., ::-1]`); a tensor (3, h, w), 0 to 1 if of floats. EXIF orientation is heeded, alpha
-                left out. A tensor (b, 3, h, w) of values 0 to 1 goes straight to the model.
+                image; an array or a tensor (h, w, 3), (h, w), (h, w, 1) or (3, h, w) in RGB order (of OpenCV's
+                pictures give `image[..., ::-1]`), 0 to 255, 0 to 1 or of 12 or 16 bits (`utils.images.to_8_bits`).
+                EXIF orientation is heeded, alpha left out. A tensor (b, 3, h, w) of values 0 to 1 goes straight to
+                the model; one of other values is warned of.
             size: the long side, px, that pictures are scaled to, or exactly (height, width); both are rounded up to
                 the model's stride. None is 640, or what the model was exported for.
             augment: look at every picture in three sizes, once mirrored (checkpoints alone).
@@ -111,6 +114,7 @@ class AutoShape(nn.Module):
         if self.training:
             raise UserError("The model is in training mode, in which it detects nothing: call .eval() first.")
         if isinstance(imgs, Tensor) and imgs.dim() == 4:
+            self._warn_of_range(imgs)
             return self._run(imgs, augment, profile)
         times = [self._now()]
         pictures = read_pictures(imgs if isinstance(imgs, (list, tuple)) else [imgs])
@@ -125,6 +129,18 @@ class AutoShape(nn.Module):
         times.append(self._now())
         images, files = zip(*pictures, strict=True)
         return Detections(list(images), found, list(files), times, self.names, tuple(inputs.shape))
+
+    def _warn_of_range(self, images: Tensor) -> None:
+        """Says, once, if images (b, 3, h, w) are not of the values that the model was trained on."""
+        if self._range_told or not images.numel():
+            return
+        low, high = (value.item() for value in images.aminmax())
+        if low < -SLACK or high > 1 + SLACK:
+            LOGGER.warning(
+                f"WARNING: the tensor has values from {low:g} to {high:g}, but the model was trained on 0 to 1: divide "
+                "by 255, and leave normalisation by mean and deviation out."
+            )
+            self._range_told = True
 
     def _shape_for(self, shapes_hw: Sequence[Sequence[int]], size: int | Sequence[int] | None) -> list[int]:
         """Returns height and width that pictures of these heights and widths are letterboxed to.
@@ -231,8 +247,6 @@ def _read(item: Any) -> tuple[np.ndarray, str]:
     if isinstance(item, Tensor):
         return _from_tensor(item), ""
     if isinstance(item, np.ndarray):
-        if np.issubdtype(item.dtype, np.floating) and item.size and 0 < item.max() <= 1:
-            raise ImageError("is an array of values up to 1; 0 to 255 is expected: multiply by 255")
         return _from_array(item), ""
     raise ImageError(
         f"is a {type(item).__name__}; a file, an address, a Pillow image, an array or a tensor is expected"
@@ -250,20 +264,17 @@ def _from_pillow(image: Image.Image) -> np.ndarray:
 
 
 def _from_tensor(tensor: Tensor) -> np.ndarray:
-    """Returns a tensor (c, h, w) or (h, w, c), 0 to 1 if of floats and else 0 to 255, as uint8 (h, w, 3) RGB."""
+    """Returns a tensor (c, h, w) or (h, w, c) as uint8 (h, w, 3) RGB."""
     values = tensor.detach().cpu()
-    return _from_array((values.float() * 255).numpy() if values.is_floating_point() else values.numpy())
+    return _from_array((values.float() if values.is_floating_point() else values).numpy())
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:
-    """Returns an array (h, w), (h, w, c) or (c, h, w), 0 to 255 or of 16 bits, as uint8 (h, w, 3) RGB."""
+    """Returns an array (h, w), (h, w, c) or (c, h, w), of a range that `to_8_bits` knows, as uint8 (h, w, 3) RGB."""
     if array.ndim == 3 and array.shape[0] <= MOST_CHANNELS:
         array = array.transpose(1, 2, 0)
     if array.ndim not in (2, 3) or not array.size:
         raise ImageError(f"is an array {array.shape}; (h, w), (h, w, 3) or (3, h, w) is expected")
-    if array.dtype == np.uint16:
-        array = (array >> 8).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        array = np.rint(np.clip(array, 0, 255)).astype(np.uint8)
     array = array[..., None] if array.ndim == 2 else array
-    return array[..., :3] if array.shape[2] > 2 else np.repeat(array[..., :1], 3, axis=2)
+    colours = to_8_bits(array[..., : 3 if array.shape[2] > 2 else 1])
+    return colours if colours.shape[2] == 3 else np.repeat(colours, 3, axis=2)

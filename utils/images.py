@@ -26,6 +26,9 @@ MAX_ASPECT = 200  # longer strips than this shrink to nothing at training size
 MAX_PIXELS = 178_956_970  # where Pillow refuses; 13,377 x 13,377
 MAX_PIXELS_PER_BYTE = 4096  # of a file; a blank PNG in colour has 344
 DENSITY_FROM_PIXELS = 1 << 24  # below this decoding is quick whatever the file claims
+DEPTHS = {255: 0, 4095: 4, 65535: 8}  # largest values of integers of 8, 12 and 16 bits, and the bits to drop
+DARKEST_DEEP = 15  # the upper 8 of 16 bits of 4095
+SLACK = 0.05  # of the largest value, by which values may leave their range: interpolation overshoots
 
 # OpenCV decodes these fastest. It fails on turned and float TIFF, and darkens a TIFF's colours by their alpha.
 _OPENCV_FORMATS = frozenset({"jpeg", "png", "webp"})
@@ -40,7 +43,7 @@ _JPEG_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # markers of the frames that deco
 _JPEG_SCAN, _JPEG_APP1 = 0xDA, 0xE1
 _EXIF_START = b"Exif\x00\x00"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_ORIENTATION_TAG, _TIFF_WIDTH_TAG, _TIFF_HEIGHT_TAG = 0x0112, 0x0100, 0x0101
+_ORIENTATION_TAG, _TIFF_WIDTH_TAG, _TIFF_HEIGHT_TAG, _TIFF_DEPTHS_TAG = 0x0112, 0x0100, 0x0101, 0x0102
 # EXIF orientation -> (rows and columns change places, then this flip: 1 left-right, 0 upside down, -1 both)
 _TURNS = {2: (False, 1), 3: (False, -1), 4: (False, 0), 5: (True, None), 6: (True, 1), 7: (True, -1), 8: (True, 0)}
 # What Pillow raises on damaged files; its decoders and EXIF reader promise nothing narrower.
@@ -117,7 +120,7 @@ class LetterboxGeometry(NamedTuple):
 
 
 def read_image(path: str | Path, min_side_hint: int | None = None) -> np.ndarray:
-    """Decodes an image to uint8 (h, w, 3) BGR: upright, 8 bits deep, alpha dropped, the first frame of several.
+    """Decodes an image to uint8 (h, w, 3) BGR: upright, 8 bits deep (`to_8_bits`), no alpha, the first of several.
 
     Args:
         path: the file.
@@ -128,6 +131,35 @@ def read_image(path: str | Path, min_side_hint: int | None = None) -> np.ndarray
         ImageError: unreadable, damaged or truncated.
     """
     return decode_image(_read_bytes(path), min_side_hint)
+
+
+def to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Returns an image's values as uint8, whatever type holds them, by a rule of type and range.
+
+    Integers, and floats of 2 or more, are taken for the smallest of 8, 12 and 16 bits that holds the largest of them;
+    floats that all are below 2 for values from 0 to 1. What leaves its range by less than SLACK is clipped.
+
+    Args:
+        values: of any shape; bool, integers or floats.
+
+    Raises:
+        ImageError: not finite, negative, or beyond 16 bits.
+    """
+    if values.dtype == np.uint8 or not values.size:
+        return values.astype(np.uint8, copy=False)
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    low, high, floats = float(values.min()), float(values.max()), values.dtype.kind == "f"
+    if floats and high < 2:
+        full = 1
+    else:
+        full = next((full for full in DEPTHS if high <= (1 + SLACK) * full), 0)
+    if not full or not np.isfinite((low, high)).all() or low < -SLACK * abs(high):
+        raise ImageError(
+            f"has values from {low:g} to {high:g}; 0 to 1 (floats), 0 to 255, or 0 to 4095 or 65535 are expected"
+        )
+    values = np.clip(values, 0, full)
+    return np.rint(values * (255 / full)).astype(np.uint8) if floats else (values >> DEPTHS[full]).astype(np.uint8)
 
 
 def decode_image(data: bytes, min_side_hint: int | None = None) -> np.ndarray:
@@ -318,11 +350,13 @@ def _decode(data: bytes, header: _Header, min_side_hint: int | None = None) -> n
         long_side = max(header.width, header.height)
         reduction = next((factor for factor in (8, 4, 2) if long_side >= factor * min_side_hint), 1)
     flags = _REDUCED_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+    if header.format == "png":  # the others have 8 bits
+        flags |= cv2.IMREAD_ANYDEPTH
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise ImageError(f"cannot be decoded ({error.err})") from error
-    return _decode_with_pillow(data) if image is None else _turn(image, header.orientation)
+    return _decode_with_pillow(data) if image is None else _turn(to_8_bits(image), header.orientation)
 
 
 def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -337,14 +371,22 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
     try:
         with Image.open(BytesIO(data)) as opened:
             image = ImageOps.exif_transpose(opened)
-            if image.mode == "F":  # by convention 0 to 1
-                image = Image.fromarray((np.clip(np.asarray(image), 0, 1) * 255).astype(np.uint8))
-            elif image.mode.startswith("I"):  # 16 bits, whatever holds them
-                image = Image.fromarray((np.clip(np.asarray(image), 0, 0xFFFF) >> 8).astype(np.uint8))
+            if image.mode.startswith(("F", "I")):
+                image = Image.fromarray(to_8_bits(np.asarray(image)))
             rgb = np.asarray(image.convert("RGB"))
+            if _is_cut_to_8_bits(opened) and rgb.max() <= DARKEST_DEEP:
+                raise ImageError(
+                    "is a colour TIFF of 16 bits a channel with values below 4096 alone, which would be black: write "
+                    "it with 8 bits a channel, or stretched to 16"
+                )
     except _DAMAGE as error:
         raise ImageError(f"cannot be decoded ({_reason(error)})") from error
     return np.ascontiguousarray(rgb[:, :, ::-1])
+
+
+def _is_cut_to_8_bits(opened: Image.Image) -> bool:
+    """Says whether Pillow reads the upper 8 of 16 bits of each channel: of TIFF with several channels."""
+    return opened.format == "TIFF" and opened.mode[:1] != "I" and 16 in opened.tag_v2.get(_TIFF_DEPTHS_TAG, ())
 
 
 def resized_wh(size_wh: Sequence[int], new_shape: int | Sequence[int]) -> tuple[int, int]:

@@ -92,6 +92,7 @@ def test_every_kind_of_picture_gives_the_same_boxes(model, bus, address):
     floats = torch.from_numpy(array.transpose(2, 0, 1) / np.float32(255))
     kinds = [str(bus), bus, f"{address}/bus.jpg?size=1", opened, array, cv2.imread(str(bus))[..., ::-1]]
     kinds += [array.transpose(2, 0, 1), array.astype(np.float32), floats, (floats * 255).round().byte()]
+    kinds += [floats * 255, floats.numpy(), floats.double(), array.astype(np.int64), array.astype(np.uint16) * 257]
     results = model(kinds, size=320)
     assert results.files[:6] == ["bus.jpg", "bus-2.jpg", "bus-3.jpg", "bus-4.jpg", "image4.jpg", "image5.jpg"]
     assert len(results.xyxy[0]) >= 4
@@ -231,7 +232,7 @@ def read(item):
 
 
 def test_grey_alpha_palette_and_16_bits_become_rgb():
-    grey = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64)
+    grey = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21
     eight = (grey >> 8).astype(np.uint8)
     rgb = eight[..., None].repeat(3, 2)
     for item in (eight, eight[..., None], eight[None], rgb, np.dstack([rgb, eight]), Image.fromarray(eight)):
@@ -243,6 +244,18 @@ def test_grey_alpha_palette_and_16_bits_become_rgb():
         Image.fromarray(eight).convert("P"),
     ):
         assert np.array_equal(read(item), rgb)
+
+
+def test_tensors_of_another_range_than_the_model_s_are_warned_of_once(small, caplog):
+    model, images = AutoShape(small), torch.rand(1, 3, 64, 64)
+    model(images)
+    assert not caplog.records
+    for _ in range(2):
+        model(images * 255)
+    (record,) = caplog.records
+    assert "but the model was trained on 0 to 1: divide by 255" in record.message
+    AutoShape(small)((images - 0.5) / 0.25)
+    assert len(caplog.records) == 2
 
 
 def test_orientation_is_heeded_in_files_and_images(tmp_path):
@@ -266,7 +279,9 @@ def test_images_from_memory_have_no_file_name():
     [
         ("nowhere.jpg", "nowhere.jpg: cannot be read"),
         (__file__, "not a readable image"),
-        (np.full((48, 64, 3), 0.5), "multiply by 255"),
+        (np.random.default_rng(0).normal(0, 1, (48, 64, 3)), "Picture 0: has values from -[34]"),
+        (torch.full((3, 48, 64), torch.nan), "has values from nan to nan"),
+        (np.full((48, 64, 3), 70_000), "has values from 70000 to 70000; 0 to 1 .floats., 0 to 255, or 0 to 4095 or"),
         (np.zeros((2, 48, 64, 3), np.uint8), r"Picture 0: is an array \(2, 48, 64, 3\)"),
         (np.zeros((0, 64, 3), np.uint8), "is an array"),
         (7, "is a int"),

@@ -23,6 +23,7 @@ from utils.images import (
     letterbox_geometry,
     read_image,
     resized_wh,
+    to_8_bits,
 )
 
 ORIENTATION = 0x0112
@@ -120,6 +121,10 @@ def sixteen_bits(array):
     return array.astype(np.uint16) * 257
 
 
+def twelve_bits(array):
+    return array.astype(np.uint16) * 16 + 15
+
+
 def cv_encoded(suffix, array):
     return cv2.imencode(suffix, array)[1].tobytes()
 
@@ -157,6 +162,14 @@ KINDS = {  # file name: (its bytes, the pixels expected, tolerance)
     "grey32.tif": (encoded(LONG_PIC, "TIFF"), GREY_BGR, 0),
     "colour16.tif": (cv_encoded(".tiff", sixteen_bits(SCENE_BGR)), SCENE_BGR, 0),
     "float.tif": (encoded(FLOAT_PIC, "TIFF"), GREY_BGR, 1),
+    "float255.tif": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), GREY_BGR, 0),
+    "float16bits.tif": (encoded(Image.fromarray(GREY.astype(np.float32) * 257), "TIFF"), GREY_BGR, 0),
+    "grey12.tif": (encoded(Image.fromarray(twelve_bits(GREY)), "TIFF"), GREY_BGR, 0),
+    "grey8in16.tif": (encoded(Image.fromarray(GREY.astype(np.uint16)), "TIFF"), GREY_BGR, 0),
+    "grey8in32.tif": (encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF"), GREY_BGR, 0),
+    "grey12.png": (encoded(Image.fromarray(twelve_bits(GREY)), "PNG"), GREY_BGR, 0),
+    "colour12.png": (cv_encoded(".png", twelve_bits(SCENE_BGR)), SCENE_BGR, 0),
+    "alpha12.png": (cv_encoded(".png", twelve_bits(np.dstack([SCENE_BGR, ALPHA]))), SCENE_BGR, 0),
     "bits.tif": (encoded(BIT_PIC, "TIFF"), BIT_BGR, 0),
     "cmyk.tif": (encoded(Image.fromarray(SCENE).convert("CMYK"), "TIFF"), SCENE_BGR, 1),
     "pages.tif": (encoded(kind="TIFF", compression="tiff_lzw", several=True), SCENE_BGR, 0),
@@ -167,6 +180,63 @@ KINDS = {  # file name: (its bytes, the pixels expected, tolerance)
 def test_every_kind_is_read_as_8_bit_colour_without_alpha_first_frame(tmp_path, name):
     data, expected, tolerance = KINDS[name]
     assert_reads_as(write(tmp_path / name, data), expected, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0, 128, 255], np.uint8), [0, 128, 255]),
+        (np.array([False, True]), [0, 255]),
+        (np.array([0, 128, 255], np.uint16), [0, 128, 255]),
+        (np.array([-3, 128, 260], np.int64), [0, 128, 255]),  # interpolation overshot
+        (np.array([0, 2048, 4095], np.uint16), [0, 128, 255]),
+        (np.array([0, 2048, 4095], np.int32), [0, 128, 255]),
+        (np.array([0, 32768, 65535], np.uint16), [0, 128, 255]),
+        (np.array([0, 0.5, 1]), [0, 128, 255]),
+        (np.array([-0.04, 0.5, 1.3], np.float32), [0, 128, 255]),
+        (np.array([0, 127.6, 255], np.float32), [0, 128, 255]),
+        (np.array([-9, 127.6, 262], np.float16), [0, 128, 255]),
+        (np.array([0, 2056, 4095.0]), [0, 128, 255]),
+        (np.array([0, 32896, 65535.0]), [0, 128, 255]),
+        (np.zeros(2), [0, 0]),
+        (np.zeros((0, 3)), np.zeros((0, 3))),
+    ],
+)
+def test_values_become_8_bits_by_type_and_range(values, expected):
+    found = to_8_bits(values)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [-2.1, 0.3, 2.6],  # normalised by mean and deviation
+        [-1.0, 1.0],
+        [-0.5, 0.5],
+        [0.0, np.nan],
+        [0.0, np.inf],
+        [0.0, 1e6],
+        [-300, 70],
+        [0, 2**31 - 1],
+    ],
+)
+def test_values_of_no_known_range_are_refused(values):
+    with pytest.raises(ImageError, match=r"has values from \S+ to \S+; 0 to 1 \(floats\), 0 to 255"):
+        to_8_bits(np.array(values))
+
+
+def test_files_of_no_known_range_are_found_when_checked_and_when_read(tmp_path):
+    for name, array, words in (
+        ("heights.tif", GREY.astype(np.float32) * 1000, "has values from"),
+        ("normal.tif", GREY.astype(np.float32) / 60 - 2, "has values from -2 to"),
+        ("colour12.tif", twelve_bits(SCENE_BGR), "16 bits a channel with values below 4096"),
+    ):
+        array = array if array.ndim == 2 else array
+        data = encoded(Image.fromarray(array), "TIFF") if array.ndim == 2 else cv_encoded(".tiff", array)
+        for look in (check_image, read_image):
+            with pytest.raises(ImageError, match=words):
+                look(write(tmp_path / name, data))
 
 
 def test_the_content_counts_not_the_suffix(tmp_path):
