@@ -8,6 +8,8 @@ inputs apart. Not here: counting (`utils.counting`) and drawing (`utils.draw`).
 from __future__ import annotations
 
 import importlib
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,10 +23,12 @@ from utils.images import VID_FORMATS
 if TYPE_CHECKING:
     from utils.data.sources import Frame
 
+LOGGER = logging.getLogger("yolov5")
 NO_TRACK = -1
 MEMORY_S = 1.0  # how long an object may be out of sight and keep its number
 WEAKEST = 0.1  # confidence of the weakest detections that prolong a track
 CONFIRMED_AFTER = 2  # frames in a row: one alone is more often a mistake of the detector
+SELDOM = 3  # frames in a row that come after MEMORY_S: no outage, but a model too slow, or too large a stride
 LEAST_IOU = 0.1  # of a detection and where its track was expected
 _LIBRARY_FPS = 30  # the library tells its memory in frames at this rate
 
@@ -87,7 +91,7 @@ class Trackers:
             self._file = frame.path
         if frame.path not in self._tracks:
             rate = frame.fps / self._vid_stride
-            self._tracks[frame.path] = _InputTracks(self._library, self._conf_thres, rate)
+            self._tracks[frame.path] = _InputTracks(frame.path, self._library, self._conf_thres, rate)
         tracked = self._tracks[frame.path].update(frame.time, detections)
         return tracked[(tracked[:, 4] > self._conf_thres) | (tracked[:, 6] != NO_TRACK)]
 
@@ -95,8 +99,8 @@ class Trackers:
 class _InputTracks:
     """The tracks of one input, and what each of them was taken for."""
 
-    def __init__(self, library: tuple[ModuleType, ModuleType], conf_thres: float, rate: float) -> None:
-        """Starts without tracks; `rate` frames a second are to come, more or less."""
+    def __init__(self, name: str, library: tuple[ModuleType, ModuleType], conf_thres: float, rate: float) -> None:
+        """Starts without tracks; `rate` frames a second of the input `name` are to come, more or less."""
         trackers, self._supervision = library
         self._tracker = trackers.ByteTrackTracker(
             lost_track_buffer=round(MEMORY_S * _LIBRARY_FPS),
@@ -107,9 +111,17 @@ class _InputTracks:
             minimum_iou_threshold=LEAST_IOU,
         )
         self._votes: dict[int, dict[int, float]] = {}  # {the library's number: {class: sum of confidences}}
+        self._name, self._last_s, self._seldom = name, math.inf, 0  # how many frames in a row came too late
 
     def update(self, time_s: float, detections: np.ndarray) -> np.ndarray:
         """Returns the detections (k, 6) of the frame of that time as (k, 7), with class and number of their tracks."""
+        self._seldom = self._seldom + 1 if time_s - self._last_s > MEMORY_S else 0
+        self._last_s = time_s
+        if self._seldom == SELDOM:
+            LOGGER.warning(
+                f"WARNING: --track: the frames of {self._name} come more than {MEMORY_S:g} s apart, so that no object "
+                "can be followed: take a smaller model or --imgsz, or a smaller --vid-stride."
+            )
         found = self._supervision.Detections(
             xyxy=detections[:, :4], confidence=detections[:, 4], data={"row": np.arange(len(detections))}
         )

@@ -141,6 +141,17 @@ def test_a_second_is_a_second_however_few_of_a_camera_s_frames_are_handed_out(ra
     assert tracks[1:] == [1] * 19 if kept else tracks[1:] == [*[1] * 9, NO_TRACK, *[2] * 9]
 
 
+def test_frames_that_come_too_seldom_to_follow_anything_are_warned_of(caplog):
+    trackers = Trackers()
+    for number, time in enumerate([0, 0.5, 240, 241.5, 242, 300, 301.2], start=1):  # outages
+        trackers.update(frame(number, "cam", time=time, live=True), detections(box(300, 200)))
+    assert not caplog.records
+    for number in range(8, 20):
+        trackers.update(frame(number, "cam", time=300 + 1.2 * number, live=True), detections(box(300, 200)))
+    (record,) = caplog.records
+    assert record.message.startswith("WARNING: --track: the frames of cam come more than 1 s apart")
+
+
 @pytest.mark.parametrize("jump_px, kept", [(25, True), (36, False)])
 def test_object_that_jumps_keeps_its_number_as_long_as_a_tenth_overlaps(jump_px, kept):
     """Boxes 40 px wide: 25 px aside they overlap by 15 / 65, 36 px aside by 4 / 76."""
