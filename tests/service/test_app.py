@@ -7,6 +7,7 @@ import io
 import re
 import socket
 import struct
+import threading
 import time
 import weakref
 import zlib
@@ -123,6 +124,36 @@ def test_images_of_all_requests_share_a_budget_of_decoded_pixels(exported, encod
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.content for answer in answers}) == 10
     assert max(peak) <= 2 + 2, "threads may hold on to what they have done"
+
+
+def test_health_is_told_while_the_model_and_the_queue_are_stuck(exported, encoded):
+    """Of a service in this process that takes two requests and whose model never returns until it is let go."""
+    testclient = pytest.importorskip("starlette.testclient")
+    from models.backends import load_backend
+    from service.app import Limits, create_app
+    from service.predictor import Predictor, Thresholds
+
+    entered, free = threading.Event(), threading.Event()
+
+    class Stuck(Predictor):
+        def detect(self, batch):
+            entered.set()
+            assert free.wait(20)
+            return super().detect(batch)
+
+    predictor = Stuck(load_backend([str(exported)], "cpu"), [64], Thresholds(0.25, 0.45))
+    with testclient.TestClient(create_app(predictor, "tiny", Limits(requests=2)), LOCAL) as client:
+        with ThreadPoolExecutor(2) as pool:
+            try:
+                waiting = [pool.submit(post, client, encoded(seed)) for seed in range(2)]
+                assert entered.wait(20)
+                while metric(client, "yolov5_requests_in_progress") < 2:
+                    time.sleep(0.005)
+                assert post(client, encoded()).status_code == 503
+                assert client.get("/health").status_code == 200
+            finally:
+                free.set()
+            assert [answer.result().status_code for answer in waiting] == [200, 200]
 
 
 def test_budget_is_shared_in_the_order_of_asking_and_by_those_who_wait():
