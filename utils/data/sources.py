@@ -41,6 +41,7 @@ class Frame:
     count: int = 0  # frames that the video declares; 0 if unknown
     fps: float = 0.0
     live: bool = False  # from a camera, a network stream or the screen
+    time: float = 0.0  # s: when its video shows it, or it arrived (live; by a monotonic clock); 0 for an image
 
     @property
     def is_video(self) -> bool:
@@ -231,15 +232,18 @@ def _read_video(path: str, file_number: int, file_count: int, vid_stride: int) -
     video = cv2.VideoCapture(path)
     count, fps = max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0), _frame_rate(video)
     position, lost, last = 0, 0, None  # frames passed, frames missing before the end, the last picture
+    time = -math.inf
     try:
         while video is not None:
             while video.grab():
                 position += 1
+                time = _time_of(video, time, fps)
                 decoded, image = video.retrieve()
                 last = image if decoded else last
                 if (position - 1) % vid_stride == 0:
                     error = "" if decoded else "cannot be decoded"
-                    yield Frame(path, file_number, file_count, image if decoded else None, error, position, count, fps)
+                    image = image if decoded else None
+                    yield Frame(path, file_number, file_count, image, error, position, count, fps, time=time)
             video.release()
             video, resumed = _resume(path, position, count, last)
             lost, position = lost + resumed - position, resumed
@@ -248,13 +252,19 @@ def _read_video(path: str, file_number: int, file_count: int, vid_stride: int) -
             video.release()
     error = _shortage(path, position, count, lost)
     if error:
-        yield Frame(path, file_number, file_count, None, error, max(position, 1), count, fps)
+        yield Frame(path, file_number, file_count, None, error, max(position, 1), count, fps, time=max(time, 0.0))
 
 
 def _frame_rate(video: cv2.VideoCapture) -> float:
     """Returns a video's frames per second; a usual one where it declares none that can be."""
     fps = video.get(cv2.CAP_PROP_FPS)
     return fps if math.isfinite(fps) and 0 < fps <= 1000 else DEFAULT_FPS
+
+
+def _time_of(video: cv2.VideoCapture, former: float, fps: float) -> float:
+    """Returns when the frame grabbed last is shown, in s: a frame later than the former where the file does not say."""
+    declared = video.get(cv2.CAP_PROP_POS_MSEC) / 1000  # 0 where it does not
+    return declared if declared > former else former + 1 / fps
 
 
 def _shortage(path: str, position: int, count: int, lost: int) -> str:

@@ -186,7 +186,7 @@ class _Reader(threading.Thread):
         self._lost_s: float | None = None  # since when nothing comes any more
 
         self.image: np.ndarray | None = None  # (h, w, 3), waits to be handed out
-        self.arrived_s = self.fps = 0.0
+        self.time_s = self.fps = 0.0  # as `Frame` says
         self.tally = Tally()
         self.opened = self.ended = False
         self.error: BaseException | None = None  # why it could not be opened, or what went wrong within
@@ -202,10 +202,10 @@ class _Reader(threading.Thread):
         if self.image is None:
             return None
         self.tally.used += 1
-        waited_s = time.monotonic() - self.arrived_s
+        waited_s = time.monotonic() - self.time_s
         self.tally.late += waited_s > self._patience.late_s and not self._is_recording
         place = {"file_number": file_number, "file_count": file_count, "number": self.tally.used}
-        frame = Frame(self.source.name, image=self.image, fps=self.fps, live=True, **place)
+        frame = Frame(self.source.name, image=self.image, fps=self.fps, live=True, time=self.time_s, **place)
         self.image = None
         return frame
 
@@ -269,6 +269,7 @@ class _Reader(threading.Thread):
             if self._is_recording and not self._pass_over_the_seen(capture):
                 return
             while (damaged := self._grab(capture)) is not None:  # beyond the count too: it may be an estimate
+                time_s = self._position / capture.fps if self._is_recording else time.monotonic()
                 self._position += 1
                 wanted = (self._position - 1) % self._vid_stride == 0
                 image = capture.retrieve() if wanted else None
@@ -276,7 +277,7 @@ class _Reader(threading.Thread):
                 if image is not None or not wanted:
                     self._whole = self._position
                 if image is not None:
-                    self._deliver(image, capture.fps)
+                    self._deliver(image, capture.fps, time_s)
         finally:
             capture.release()
 
@@ -299,7 +300,7 @@ class _Reader(threading.Thread):
         with self._changed:
             self.tally.undecodable += frames
 
-    def _deliver(self, image: np.ndarray, fps: float) -> None:
+    def _deliver(self, image: np.ndarray, fps: float, time_s: float) -> None:
         """Puts a frame (h, w, 3) in the place of the one that waits; a recording waits until the place is free."""
         with self._changed:
             while self._is_recording and self.image is not None and not self._stopped.is_set():
@@ -308,7 +309,7 @@ class _Reader(threading.Thread):
                 return
             self.discard()
             self.tally.received += 1
-            self.image, self.fps, self.arrived_s = image, fps, time.monotonic()
+            self.image, self.fps, self.time_s = image, fps, time_s
             self.opened = True
             if self._lost_s is not None:
                 self.tally.reconnections += 1

@@ -159,6 +159,30 @@ def test_video_frames_are_numbered_from_1_with_the_source_s_rate(tmp_path):
     assert frames[2].where == f"video 1/1 (3/7) {path}"
 
 
+def test_frames_say_when_their_video_shows_them(tmp_path):
+    even = write_video(tmp_path / "clip.mp4", frames=7, fps=12.5)
+    assert [frame.time for frame in read_frames([str(even)], vid_stride=2)] == pytest.approx([0, 0.16, 0.32, 0.48])
+    first, *others = [Image.fromarray(picture(seed)) for seed in range(4)]
+    first.save(tmp_path / "uneven.gif", save_all=True, append_images=others, duration=[100, 500, 200, 100])
+    assert [frame.time for frame in read_frames([str(tmp_path / "uneven.gif")])] == pytest.approx([0, 0.1, 0.6, 0.8])
+
+
+def test_times_rise_by_a_frame_where_the_file_states_none(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "clip.mp4", frames=4, fps=12.5)
+    open_video = cv2.VideoCapture
+
+    class Timeless:
+        def __init__(self, path: str) -> None:
+            self.video = open_video(path)
+            self.grab, self.retrieve, self.release = self.video.grab, self.video.retrieve, self.video.release
+
+        def get(self, key: int) -> float:
+            return 0.0 if key == cv2.CAP_PROP_POS_MSEC else self.video.get(key)
+
+    monkeypatch.setattr(cv2, "VideoCapture", Timeless)
+    assert [frame.time for frame in read_frames([str(path)])] == pytest.approx([0, 0.08, 0.16, 0.24])
+
+
 def test_vid_stride_takes_every_so_many_frames_under_their_own_numbers(tmp_path):
     path = write_video(tmp_path / "clip.mp4", frames=8)
     every, third = list(read_frames([str(path)])), list(read_frames([str(path)], vid_stride=3))

@@ -102,6 +102,20 @@ def test_frames_say_that_they_are_live_and_count_from_1(opened):
     }
 
 
+def test_frames_say_when_they_arrived_or_where_in_their_recording_they_stand(opened):
+    camera = Script([1, PAUSE, 2])
+    before = time.monotonic()
+    source = opened(camera)
+    frames = iter(source)
+    (first,) = next(frames)
+    between = time.monotonic()
+    camera.more.set()
+    (second,) = next(frames)
+    assert before <= first.time <= between <= second.time <= time.monotonic()
+    recording = opened(Script([*range(6)], frame_count=6, fps=12.5), vid_stride=2)
+    assert [frame.time for (frame,) in recording] == pytest.approx([0, 0.16, 0.32])
+
+
 def test_only_the_newest_frame_is_kept_and_the_others_are_counted(opened):
     script = Script([*range(10), PAUSE, *range(10, 15)])
     source = opened(script)
