@@ -2,14 +2,16 @@
 
 A result is written once for each frame, replacing what a former run left in the same folder. Two inputs of one stem
 never share a file: the later one is numbered (`bus.jpg` and `bus.png` give `bus` and `bus-2`). Live inputs are written
-side by side, each to a video of its own.
+side by side, each to a video of its own. A run that is killed leaves its tables as they were a second before.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
+import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,10 +28,13 @@ from utils.checks import UserError
 from utils.counting import Counts
 from utils.data.sources import Frame, suffix_of
 from utils.draw import class_name, crop_box, draw_detections, feature_grid, save_image
-from utils.images import VID_FORMATS
+from utils.files import atomic_write
+from utils.images import IMG_FORMATS, VID_FORMATS
 
 CSV_COLUMNS = ("Image Name", "Prediction", "Confidence")
 TRACK_COLUMN = "Track"  # with tracking
+FRAME_COLUMN = "Frame"  # where an input is a video or live; from 1, empty for an image
+KEEP_S = 1.0  # how old what was counted may be on the disk
 VIDEO_CODEC = "mp4v"
 _PORT_NAMES = {f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)}
 _RESERVED_NAMES = frozenset({"con", "prn", "aux", "nul"} | _PORT_NAMES)  # by Windows
@@ -114,6 +119,9 @@ class ResultWriter:
         self._crop_numbers: Counter[Path] = Counter()
         self._videos: dict[str, VideoFile] = {}  # open ones, by stem
         self._counts: dict[str, Counts] = {}  # the latest, by name
+        self._kept_counts: dict[str, Counts] = {}  # those on the disk
+        self._kept_s = -math.inf  # when the tables were brought to the disk
+        self._with_frames = any(suffix_of(path) not in IMG_FORMATS for path in paths)
         self._table_file: IO[str] | None = None
         self._table: Any = None
 
@@ -124,7 +132,8 @@ class ResultWriter:
         if self._options.save_csv:
             self._table_file = _open_table(self._folder / "predictions.csv")
             self._table = csv.writer(self._table_file)
-            self._table.writerow((*CSV_COLUMNS, *([TRACK_COLUMN] if self._options.track else [])))
+            track, number = [TRACK_COLUMN] * self._options.track, [FRAME_COLUMN] * self._with_frames
+            self._table.writerow((*CSV_COLUMNS, *track, *number))
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -132,10 +141,8 @@ class ResultWriter:
         with ExitStack() as ends:
             for stem in list(self._videos):
                 ends.callback(self._end_video, stem)
-            if self._table_file is not None:
-                ends.callback(self._table_file.close)
-            if self._counts:
-                ends.callback(self._write_counts)
+            ends.callback(self._close_table)
+            ends.callback(self._keep_counts)
 
     def write(self, frame: Frame, detections: np.ndarray, counts: Counts | None = None) -> None:
         """Writes everything asked for about one frame.
@@ -157,9 +164,11 @@ class ResultWriter:
             if self._options.save_txt:
                 self._write_labels(frame, detections, stem)
             if self._options.save_csv:
-                self._write_rows(name, detections)
+                self._write_rows(name, detections, frame)
             if self._options.save_crop:
                 self._write_crops(frame, detections, stem)
+            if time.monotonic() - self._kept_s >= KEEP_S:
+                self._keep_tables()
         except OSError as error:
             raise UserError(f"{error.filename or self._folder}: cannot be written ({error.strerror}).") from error
         if self._options.save_images:
@@ -209,21 +218,42 @@ class ResultWriter:
         path.write_text("\n".join(lines[::-1]) + "\n", encoding="utf-8")
         self.labels_written += 1
 
-    def _write_rows(self, name: str, detections: np.ndarray) -> None:
+    def _write_rows(self, name: str, detections: np.ndarray, frame: Frame) -> None:
         """Adds the detections to the table, the least confident first, as in the label files."""
+        number = [frame.number or ""] * self._with_frames
         for row in detections[::-1]:
             track = [int(row[6])] if self._options.track else []
-            self._table.writerow((name, class_name(self._names, int(row[5])), f"{row[4]:.4f}", *track))
+            self._table.writerow((name, class_name(self._names, int(row[5])), f"{row[4]:.4f}", *track, *number))
+        self._table_file.flush()  # a run that is killed leaves them
 
-    def _write_counts(self) -> None:
-        """Writes the table of what was counted: a row for each class that was tracked in an input."""
-        with _open_table(self._folder / "counts.csv") as file:
+    def _keep_tables(self) -> None:
+        """Brings the tables to the disk, so that they outlast a loss of power."""
+        self._kept_s = time.monotonic()
+        if self._table_file is not None:
+            os.fsync(self._table_file.fileno())
+        self._keep_counts()
+
+    def _close_table(self) -> None:
+        """Finishes the table of detections."""
+        if self._table_file is None:
+            return
+        try:
+            self._table_file.close()
+        except OSError as error:
+            raise UserError(f"{self._folder / 'predictions.csv'}: cannot be written ({error.strerror}).") from error
+
+    def _keep_counts(self) -> None:
+        """Replaces the table of what was counted, if that has changed: a row for each class tracked in an input."""
+        if self._counts == self._kept_counts:
+            return
+        with atomic_write(self._folder / "counts.csv") as temporary, _open_table(temporary) as file:
             table = csv.writer(file)
             headings = next(iter(self._counts.values())).headings
             table.writerow(("Input", "Class", *(heading.capitalize() for heading in headings)))
             for name, counts in self._counts.items():
                 for class_id, *numbers in counts.tallies:
                     table.writerow((name, class_name(self._names, class_id), *numbers))
+        self._kept_counts = dict(self._counts)
 
     def _write_crops(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
         """Cuts the detections out of the picture: `crops/CLASS/STEM.jpg`, then `STEM2.jpg` and so on."""

@@ -9,6 +9,7 @@ import pytest
 
 from utils.checks import UserError
 from utils.counting import Counts, Tally
+from utils.data import sinks
 from utils.data.sinks import OutputOptions, ResultWriter, folder_names, output_stems
 from utils.data.sources import Frame, read_frames
 
@@ -74,6 +75,14 @@ def test_csv_has_yolov5_s_columns_and_a_row_for_each_detection(tmp_path):
     assert [tuple(row) for row in rows[:1]] == [("Image Name", "Prediction", "Confidence")]
     assert [(row["Image Name"], row["Prediction"], float(row["Confidence"])) for row in rows] == [
         ("photo.jpg", "cat", 0.25), ("photo.jpg", "a/b", 0.5), ("photo.jpg", "cat", 0.9),
+    ]  # fmt: skip
+
+
+def test_table_tells_a_video_s_frames_apart(tmp_path):
+    results = [(frame(), FOUND[:1]), *[(one, FOUND[:1]) for one, _ in video_frames("/in/a.avi", 2)]]
+    write(tmp_path, results, save_csv=True, save_images=False)
+    assert (tmp_path / "predictions.csv").read_text().splitlines() == [
+        "Image Name,Prediction,Confidence,Frame", "photo.jpg,cat,0.9000,", "a.avi,cat,0.9000,1", "a.avi,cat,0.9000,2",
     ]  # fmt: skip
 
 
@@ -186,7 +195,7 @@ def test_tracks_are_the_last_column_of_label_lines_and_of_the_table(tmp_path):
     assert lines == ["0 0.3 0.3 0.2 0.2 0.25 1234567", "1 0.5 0.25 1 0.5 0.5 -1", "0 0.3 0.4 0.4 0.4 0.9 7"]
     with open(tmp_path / "predictions.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["Image Name", "Prediction", "Confidence", "Track"]
+    assert list(rows[0]) == ["Image Name", "Prediction", "Confidence", "Track", "Frame"]
     assert [(row["Prediction"], int(row["Track"])) for row in rows] == [("cat", 1234567), ("a/b", -1), ("cat", 7)]
     write(tmp_path, results, save_txt=True, save_images=False)
     assert (tmp_path / "labels/a_3.txt").read_text().splitlines()[2] == "0 0.3 0.4 0.4 0.4 7"
@@ -276,6 +285,33 @@ def test_what_was_counted_last_is_in_a_table(tmp_path):
         "Input,Class,Inside so far,Inside now",
         "a.avi,a/b,4,1",
     ]
+
+
+def test_tables_are_on_the_disk_while_the_run_goes_on(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(sinks.time, "monotonic", lambda: now[0])
+    options = OutputOptions(save_images=False, save_csv=True)
+    with ResultWriter(tmp_path, ["hall"], NAMES, options) as writer:
+        for number, now[0] in enumerate((100.0, 100.5, 101.1, 101.5), start=1):
+            writer.write(frame("hall", number=number, live=True), FOUND[:1], Counts(LINE, (Tally(0, number, 0),)))
+            assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + number
+            assert (tmp_path / "counts.csv").read_text().splitlines()[1] == f"hall,cat,{1 if number < 3 else 3},0"
+    assert (tmp_path / "counts.csv").read_text().splitlines()[1] == "hall,cat,4,0"
+    assert files(tmp_path) == ["counts.csv", "predictions.csv"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_table_on_a_full_disk_is_told_in_words(tmp_path):
+    for close in (False, True):
+        writer = ResultWriter(tmp_path, ["hall"], NAMES, OutputOptions(save_images=False, save_csv=True))
+        with pytest.raises(UserError, match=rf"{tmp_path}.*cannot be written \(No space left on device\)"), writer:
+            writer._table_file.close()
+            writer._table_file = open("/dev/full", "w")
+            writer._table = csv.writer(writer._table_file)
+            if close:
+                writer._table.writerow(("hall",))
+            else:
+                writer.write(frame("hall", number=1, live=True), FOUND)
 
 
 def test_table_of_counts_that_cannot_be_written_is_named(tmp_path):
