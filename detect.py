@@ -32,10 +32,11 @@ IMGSZ_HELP = "image size: h w; default: 640, or the one size that an export take
 NEWEST = "default: the newest runs/train/*/weights/best.pt"
 SOURCE_HELP = "image, video, folder, glob, list of paths or streams (.txt), URL, camera number, or screen"
 COUNT_HELP = 'count tracks that cross the line "x1,y1,x2,y2" or enter the zone of three or more points, in pixels'
+SEGMENT_HELP = "write videos in pieces of so many minutes (default: 5 for live inputs; a file's video stays whole)"
 # options that say what is written or shown, and mean nothing where results are handed to a caller
 WRITING = frozenset(
-    "view_img save_txt save_conf save_crop save_csv nosave visualize update project name exist_ok line_thickness "
-    "hide_labels hide_conf".split()
+    "view_img save_txt save_conf save_crop save_csv nosave segment visualize update project name exist_ok "
+    "line_thickness hide_labels hide_conf".split()
 )
 
 
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-crop", action="store_true", help="cut the detections out into crops/<class>/")
     add("--save-csv", action="store_true", help="write predictions.csv")
     add("--nosave", action="store_true", help="write no annotated images and videos")
+    add("--segment", type=number(float, 0.01, 1440), metavar="MINUTES", help=SEGMENT_HELP)
     add("--classes", nargs="+", type=number(int, 0), default=None, help="keep these class numbers only")
     add("--agnostic-nms", action="store_true", help="suppress across classes")
     add("--augment", action="store_true", help="look at every picture in three sizes, mirrored too")

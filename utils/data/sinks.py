@@ -2,19 +2,22 @@
 
 A result is written once for each frame, replacing what a former run left in the same folder. Two inputs of one stem
 never share a file: the later one is numbered (`bus.jpg` and `bus.png` give `bus` and `bus-2`). Live inputs are written
-side by side, each to a video of its own. A run that is killed leaves its tables as they were a second before.
+side by side, each to a video of its own. A run that is killed leaves its tables as they were a second before,
+and all pieces of its videos but those that were being written.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import os
 import re
 import time
 from argparse import Namespace
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,7 @@ import numpy as np
 from utils.boxes import xyxy2xywhn
 from utils.checks import UserError
 from utils.counting import Counts
+from utils.data.mp4 import Mp4Error, set_times
 from utils.data.sources import Frame, suffix_of
 from utils.draw import class_name, crop_box, draw_detections, feature_grid, save_image
 from utils.files import atomic_write
@@ -34,6 +38,7 @@ from utils.images import IMG_FORMATS, VID_FORMATS
 CSV_COLUMNS = ("Image Name", "Prediction", "Confidence")
 TRACK_COLUMN = "Track"  # with tracking
 FRAME_COLUMN = "Frame"  # where an input is a video or live; from 1, empty for an image
+LIVE_PIECE_S = 300.0  # of a live input's recording, which a loss of power may cost
 KEEP_S = 1.0  # how old what was counted may be on the disk
 VIDEO_CODEC = "mp4v"
 _PORT_NAMES = {f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)}
@@ -54,12 +59,13 @@ class OutputOptions:
     hide_labels: bool = False
     hide_conf: bool = False
     vid_stride: int = 1
+    segment: float | None = None  # minutes of a piece of video; None: LIVE_PIECE_S of what is live, files whole
 
     @classmethod
     def from_options(cls, options: Namespace) -> OutputOptions:
         """Takes what concerns writing from detect.py's options."""
-        same = ("save_txt", "save_conf", "save_crop", "save_csv", "track", "hide_labels", "hide_conf", "vid_stride")
-        chosen = {name: getattr(options, name) for name in same}
+        same = "save_txt save_conf save_crop save_csv track hide_labels hide_conf vid_stride segment"
+        chosen = {name: getattr(options, name) for name in same.split()}
         return cls(save_images=not options.nosave, line_width=options.line_thickness, **chosen)
 
 
@@ -117,7 +123,7 @@ class ResultWriter:
         self._crop_folders = folder_names(names)
         self._crops: set[Path] = set()
         self._crop_numbers: Counter[Path] = Counter()
-        self._videos: dict[str, VideoFile] = {}  # open ones, by stem
+        self._recordings: dict[str, Recording] = {}  # those that go on, by stem
         self._counts: dict[str, Counts] = {}  # the latest, by name
         self._kept_counts: dict[str, Counts] = {}  # those on the disk
         self._kept_s = -math.inf  # when the tables were brought to the disk
@@ -139,8 +145,8 @@ class ResultWriter:
     def __exit__(self, *_exception: object) -> None:
         """Ends all that is open, one after the other even if an end fails, and writes what was counted."""
         with ExitStack() as ends:
-            for stem in list(self._videos):
-                ends.callback(self._end_video, stem)
+            for stem in list(self._recordings):
+                ends.callback(self._end_recording, stem)
             ends.callback(self._close_table)
             ends.callback(self._keep_counts)
 
@@ -282,27 +288,71 @@ class ResultWriter:
     def _write_picture(self, frame: Frame, image: np.ndarray, stem: str) -> None:
         """Saves the drawn picture (h, w, 3), or adds it to its video."""
         if frame.is_video:
-            self._video_of(frame, image, stem).write(image)
+            self._recording_of(frame, stem).write(image, frame.time)
             return
         suffix = Path(frame.path).suffix
         save_image(self._folder / (stem + (suffix if cv2.haveImageWriter(f"x{suffix}") else ".jpg")), image)
 
-    def _video_of(self, frame: Frame, image: np.ndarray, stem: str) -> VideoFile:
-        """Returns the video that a frame goes into; the first frame of a file ends the video of the file before it."""
-        if stem not in self._videos:
-            for former in list(self._videos) if not frame.live else []:
-                self._end_video(former)
-            path, size_wh = self._folder / f"{stem}.mp4", (image.shape[1], image.shape[0])
-            self._videos[stem] = VideoFile(path, frame.fps / self._options.vid_stride, size_wh)
-        return self._videos[stem]
+    def _recording_of(self, frame: Frame, stem: str) -> Recording:
+        """Returns what a frame is recorded in; the first frame of a file ends the recording of the file before it."""
+        if stem not in self._recordings:
+            for former in list(self._recordings) if not frame.live else []:
+                self._end_recording(former)
+            piece_s = 60 * self._options.segment if self._options.segment else LIVE_PIECE_S if frame.live else math.inf
+            self._recordings[stem] = Recording(self._pieces(stem), frame.fps / self._options.vid_stride, piece_s)
+        return self._recordings[stem]
 
-    def _end_video(self, stem: str) -> None:
-        """Finishes a video, so that it plays."""
-        self._videos.pop(stem).close()
+    def _pieces(self, stem: str) -> Iterator[Path]:
+        """Yields `STEM.mp4`, `STEM_part2.mp4`, `STEM_part3.mp4`, ..., without what another input's video is called."""
+        taken = {other.casefold() for other in self._stems.values()}
+        yield self._folder / f"{stem}.mp4"
+        names = (f"{stem}_part{number}" for number in itertools.count(2))
+        yield from (self._folder / f"{name}.mp4" for name in names if name.casefold() not in taken)
+
+    def _end_recording(self, stem: str) -> None:
+        """Finishes a recording, so that it plays."""
+        self._recordings.pop(stem).close()
+
+
+class Recording:
+    """The annotated frames of a video or live input, in one mp4 file or in pieces, of which each plays.
+
+    A frame is shown from its own time to the next one's, so that a recording lasts as long as what it shows, whatever
+    became of frames in between.
+    """
+
+    def __init__(self, paths: Iterator[Path], fps: float, piece_s: float = math.inf) -> None:
+        """Takes names for the pieces, the rate that the input declares, and how long a piece is."""
+        self._paths, self._fps, self._piece_s = paths, fps, piece_s
+        self._file: VideoFile | None = None
+        self._ends_s = math.inf  # the piece
+
+    def write(self, image: np.ndarray, time_s: float) -> None:
+        """Adds a picture (h, w, 3) BGR that is shown from a time on, into the next piece where it is time for that.
+
+        Raises:
+            UserError: a piece cannot be written.
+        """
+        if time_s >= self._ends_s:
+            self.close(self._ends_s)
+        if self._file is None:
+            self._file = VideoFile(next(self._paths), self._fps, (image.shape[1], image.shape[0]))
+            self._ends_s = time_s + self._piece_s
+        self._file.write(image, time_s)
+
+    def close(self, end_s: float | None = None) -> None:
+        """Finishes the last piece, which ends at a time, or when its last frame has been shown for a usual while.
+
+        Raises:
+            UserError: it is not whole.
+        """
+        file, self._file = self._file, None
+        if file is not None:  # else the next piece could not be opened
+            file.close(end_s)
 
 
 class VideoFile:
-    """An mp4 file being written frame by frame."""
+    """An mp4 file being written frame by frame; it plays once it is closed."""
 
     def __init__(self, path: Path, fps: float, size_wh: tuple[int, int]) -> None:
         """Opens the file.
@@ -311,26 +361,39 @@ class VideoFile:
             UserError: OpenCV cannot write a video there.
         """
         self.path = path
-        self._size_wh = size_wh
-        self._writer = cv2.VideoWriter(os.fspath(path), cv2.VideoWriter_fourcc(*VIDEO_CODEC), fps, size_wh)
+        self._size_wh, self._fps = size_wh, fps
+        self._odd = (size_wh[1] % 2, size_wh[0] % 2)  # a row, a column: the encoder leaves out what is one too many
+        self._times_s = array("d")
+        even_wh = (size_wh[0] + self._odd[1], size_wh[1] + self._odd[0])
+        self._writer = cv2.VideoWriter(os.fspath(path), cv2.VideoWriter_fourcc(*VIDEO_CODEC), fps, even_wh)
         if not self._writer.isOpened():
             raise UserError(f"{path}: OpenCV cannot write an mp4 video of {size_wh[0]}x{size_wh[1]} px there.")
 
-    def write(self, image: np.ndarray) -> None:
-        """Adds a picture (h, w, 3) BGR; one of another size than the first is resized, or it would be left out."""
+    def write(self, image: np.ndarray, time_s: float) -> None:
+        """Adds a picture (h, w, 3) BGR, shown from a time on that is later than the former's.
+
+        One of another size than the first is resized, or it would be left out; odd sides get a row or column more.
+        """
         if (image.shape[1], image.shape[0]) != self._size_wh:
             image = cv2.resize(image, self._size_wh)
+        if any(self._odd):
+            image = cv2.copyMakeBorder(image, 0, self._odd[0], 0, self._odd[1], cv2.BORDER_REPLICATE)
         self._writer.write(image)
+        self._times_s.append(time_s)
 
-    def close(self) -> None:
-        """Finishes the file.
+    def close(self, end_s: float | None = None) -> None:
+        """Finishes the file; the last frame is shown until a time, or as long as the rate says.
 
         Raises:
-            UserError: nothing arrived on the disk; OpenCV reports no error of its own.
+            UserError: it is not whole; OpenCV reports no error of its own.
         """
         self._writer.release()
-        if not self.path.is_file() or not self.path.stat().st_size:
-            raise UserError(f"{self.path}: the video could not be written. Is the disk full?")
+        try:
+            set_times(self.path, self._times_s, self._times_s[-1] + 1 / self._fps if end_s is None else end_s)
+        except Mp4Error as error:
+            raise UserError(f"{self.path}: the video could not be written: {error}. Is the disk full?") from error
+        except OSError as error:
+            raise UserError(f"{self.path}: the video could not be written ({error.strerror}).") from error
 
 
 def _make_folder(path: Path) -> None:

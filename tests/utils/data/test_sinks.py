@@ -1,6 +1,10 @@
 """What a run of detection writes: names, contents, and nothing of one input in another's files."""
 
 import csv
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,6 +17,7 @@ from utils.data import sinks
 from utils.data.sinks import OutputOptions, ResultWriter, folder_names, output_stems
 from utils.data.sources import Frame, read_frames
 
+ROOT = Path(__file__).resolve().parents[3]
 NAMES = {0: "cat", 1: "a/b"}
 FOUND = np.array([[10, 20, 50, 60, 0.9, 0], [0, 0, 100, 50, 0.5, 1], [20, 20, 40, 40, 0.25, 0]], np.float32)
 NOTHING = np.zeros((0, 6), np.float32)
@@ -127,8 +132,18 @@ def test_format_that_opencv_cannot_write_becomes_jpg(tmp_path):
     assert files(tmp_path) == ["PHOTO2.TIF", "photo.jpg"]
 
 
-def video_frames(path: str, count: int) -> list[tuple[Frame, np.ndarray]]:
-    return [(frame(path, number=number, count=count, fps=12.5), FOUND) for number in range(1, count + 1)]
+def video_frames(path: str, count: int, step: int = 1) -> list[tuple[Frame, np.ndarray]]:
+    numbers = range(1, count + 1, step)
+    return [(frame(path, number=n, count=count, fps=12.5, time=(n - 1) / 12.5), FOUND) for n in numbers]
+
+
+def times(path: Path) -> list[float]:
+    return [one.time for one in read_frames([str(path)])]
+
+
+def seconds(path: Path) -> float:
+    video = cv2.VideoCapture(str(path))
+    return video.get(cv2.CAP_PROP_FRAME_COUNT) / video.get(cv2.CAP_PROP_FPS)
 
 
 def test_videos_become_mp4_files_that_play_at_the_source_s_rate(tmp_path):
@@ -143,8 +158,9 @@ def test_videos_become_mp4_files_that_play_at_the_source_s_rate(tmp_path):
 
 
 def test_video_read_with_a_stride_lasts_as_long_as_its_source(tmp_path):
-    write(tmp_path, video_frames("/in/a.avi", 4), vid_stride=5)
-    assert next(read_frames([str(tmp_path / "a.mp4")])).fps == 2.5
+    write(tmp_path, video_frames("/in/a.avi", 20, step=5), vid_stride=5)
+    assert times(tmp_path / "a.mp4") == pytest.approx([0, 0.4, 0.8, 1.2])
+    assert seconds(tmp_path / "a.mp4") == pytest.approx(1.6)
 
 
 def test_video_is_finished_when_the_run_is_interrupted(tmp_path):
@@ -210,12 +226,12 @@ def test_crops_do_not_depend_on_tracks(tmp_path):
     assert all((tmp_path / "plain" / name).read_bytes() == (tmp_path / "tracked" / name).read_bytes() for name in crops)
 
 
-def live_frames(count: int, height: int = 100) -> list[tuple[Frame, np.ndarray]]:
+def live_frames(count: int, height: int = 100, first: int = 1) -> list[tuple[Frame, np.ndarray]]:
     """Two cameras by turns; each picture's brightness tells the camera and the frame."""
     results = []
-    for number in range(1, count + 1):
+    for number in range(first, first + count):
         for camera, fps in (("hall", 12.5), ("rtsp_gate_1", 30.0)):
-            one = frame(camera, number=number, fps=fps, live=True)
+            one = frame(camera, number=number, fps=fps, live=True, time=1e6 + number / fps)
             one.image = np.full((height, 100, 3), 20 * number + 100 * (camera == "hall"), np.uint8)
             results.append((one, NOTHING))
     return results
@@ -258,8 +274,97 @@ def test_one_video_that_cannot_be_ended_leaves_the_others_whole(tmp_path):
 
 
 def test_stream_whose_pictures_change_their_size_goes_on(tmp_path):
-    write(tmp_path, live_frames(2) + live_frames(2, height=60))
+    write(tmp_path, live_frames(2) + live_frames(2, height=60, first=3))
     assert [one.image.shape for one in read_frames([str(tmp_path / "hall.mp4")])] == [(100, 100, 3)] * 4
+
+
+def camera(*times_s: float) -> list[tuple[Frame, np.ndarray]]:
+    """A camera that declares 25 frames a second and gives them at these times; brightness tells them apart."""
+    frames = [frame("hall", number=n, fps=25.0, live=True, time=5e5 + at) for n, at in enumerate(times_s, start=1)]
+    for one in frames:
+        one.image[:] = 20 * one.number
+    return [(one, NOTHING) for one in frames]
+
+
+def test_recording_of_a_live_input_lasts_as_long_as_what_it_shows(tmp_path):
+    at = [0, 0.2, 0.45, 0.5, 4.5, 4.52]  # a slow model, and an outage
+    write(tmp_path, camera(*at))
+    assert times(tmp_path / "hall.mp4") == pytest.approx(at, abs=1e-3)
+    assert brightness(tmp_path / "hall.mp4") == [20, 40, 60, 80, 100, 120]
+    assert seconds(tmp_path / "hall.mp4") == pytest.approx(4.56, abs=1e-3)
+
+
+def test_recording_is_cut_into_pieces_that_join_without_a_gap(tmp_path):
+    results = camera(0, 2, 5, 6.5, 7, 30) + [(frame("hall_part2", number=1, fps=25.0, live=True), NOTHING)]
+    write(tmp_path, results, segment=0.1)
+    assert files(tmp_path) == ["hall.mp4", "hall_part2.mp4", "hall_part3.mp4", "hall_part4.mp4"]
+    pieces = [tmp_path / f"hall{part}.mp4" for part in ("", "_part3", "_part4")]  # the second name is another input's
+    assert [brightness(piece) for piece in pieces] == [[20, 40, 60], [80, 100], [120]]
+    assert [times(piece) for piece in pieces] == [[0, 2, 5], [0, 0.5], [0]]
+    assert [seconds(piece) for piece in pieces] == pytest.approx([6, 6, 0.04])
+
+
+@pytest.mark.parametrize(
+    ("live", "segment", "pieces"), [(True, None, 3), (False, None, 1), (False, 5.0, 3), (True, 30.0, 1)]
+)
+def test_live_inputs_are_recorded_in_pieces_of_five_minutes_and_files_whole(tmp_path, live, segment, pieces):
+    results = [(frame("hall.avi", number=n, fps=25.0, live=live, time=100.0 * n), NOTHING) for n in range(1, 8)]
+    write(tmp_path, results, segment=segment)
+    assert len(files(tmp_path)) == pieces
+    assert sum(len(times(tmp_path / name)) for name in files(tmp_path)) == 7
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from utils.counting import Counts, Tally
+from utils.data.sinks import OutputOptions, ResultWriter
+from utils.data.sources import Frame
+
+with ResultWriter(Path(sys.argv[1]), ["hall"], {0: "cat"}, OutputOptions(save_csv=True)) as writer:
+    for n in range(1, 41):
+        image = np.full((48, 64, 3), n, np.uint8)
+        one = Frame("hall", 1, 1, image, number=n, fps=25.0, live=True, time=10.0 * n)
+        writer.write(one, np.array([[1, 1, 9, 9, 0.9, 0]]), Counts(((0.0, 5.0), (9.0, 5.0)), (Tally(0, n, 0),)))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_run_that_is_killed_keeps_its_tables_and_all_but_the_last_piece_of_its_video(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 40
+    assert (tmp_path / "counts.csv").read_text().splitlines()[0] == "Input,Class,In,Out"
+    assert len(times(tmp_path / "hall.mp4")) == 30 and seconds(tmp_path / "hall.mp4") == pytest.approx(300)
+
+
+def test_odd_sides_lose_no_row_and_no_column(tmp_path):
+    for width, height in ((63, 47), (1, 1)):
+        image = np.full((height, width, 3), 200, np.uint8)
+        image[np.arange(height) // 8 % 2 == 1] = 50
+        image[:, -1] = 120
+        video = sinks.VideoFile(tmp_path / "odd.mp4", 25.0, (width, height))
+        video.write(image, 0.0)
+        video.close()
+        (played,) = read_frames([str(tmp_path / "odd.mp4")])
+        assert played.image.shape == (height + 1, width + 1, 3)
+        assert np.abs(played.image[:height, :width].astype(int) - image).mean() < 8
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
+def test_full_disk_is_told_when_a_video_is_closed(tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).integers(0, 255, (100, 100, 3), np.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"a\.mp4: the video could not be written: it breaks off.*Is the disk full"):
+            write(tmp_path, [(replace(one, image=noise.copy()), NOTHING) for one, _ in video_frames("/in/a.avi", 20)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_video_file_is_ended_when_the_next_begins(tmp_path):
