@@ -33,6 +33,7 @@ NEWEST = "default: the newest runs/train/*/weights/best.pt"
 SOURCE_HELP = "image, video, folder, glob, list of paths or streams (.txt), URL, camera number, or screen"
 COUNT_HELP = 'count tracks that cross the line "x1,y1,x2,y2" or enter the zone of three or more points, in pixels'
 SEGMENT_HELP = "write videos in pieces of so many minutes (default: 5 for live inputs; a file's video stays whole)"
+TIMEOUT_HELP = "give a live input up, with status 1, that sends nothing for so long (default: 300; 0: never)"
 # options that say what is written or shown, and mean nothing where results are handed to a caller
 WRITING = frozenset(
     "view_img save_txt save_conf save_crop save_csv nosave segment visualize update project name exist_ok "
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hide-conf", action="store_true", help="draw no confidences")
     add("--half", action="store_true", help="compute in 16 bits where the device can")
     add("--dnn", action="store_true", help="run an ONNX file in OpenCV")
+    add("--stream-timeout", type=number(float, 0), default=300.0, metavar="SECONDS", help=TIMEOUT_HELP)
     add("--vid-stride", type=number(int, 1), default=1, help="take every so many frames of a video or stream")
     return parser
 
@@ -97,7 +99,7 @@ def run(stream: bool = False, **keywords: Any) -> Iterator[Result] | None:
 
     Raises:
         UserError: what the command line would have refused; `ReportedError` at the end of a run that had to skip
-            damaged inputs.
+            damaged inputs or lost live ones.
     """
     options = options_from(build_parser(), keywords)
     if not stream:
@@ -113,7 +115,7 @@ def run(stream: bool = False, **keywords: Any) -> Iterator[Result] | None:
 def _handed_over(pipeline: Pipeline) -> Iterator[Result]:
     """Yields the results of a run that writes nothing, then reports what was damaged."""
     yield from pipeline
-    _report_damaged(pipeline.damaged)
+    _report_damaged(pipeline)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -132,7 +134,7 @@ def main(options: argparse.Namespace) -> None:
         raise type(interrupt)(f"Results so far are in {folder}") from interrupt
     if options.update:
         _strip(options.weights)
-    _report_damaged(pipeline.damaged)
+    _report_damaged(pipeline)
 
 
 def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, window: Window | None = None) -> None:
@@ -186,14 +188,19 @@ def _strip(weights: list[str]) -> None:
         LOGGER.info(f"Optimizer stripped from {path}, {path.stat().st_size / 1e6:.1f}MB")
 
 
-def _report_damaged(damaged: list[str]) -> None:
-    """Ends a run that had to skip something with an error that names it."""
-    if not damaged:
-        return
-    count = "1 damaged input was" if len(damaged) == 1 else f"{len(damaged)} damaged inputs were"
-    summary = f"{count} skipped, all others are done:\n  " + "\n  ".join(damaged)
-    LOGGER.error(summary)
-    raise ReportedError(summary)
+def _report_damaged(pipeline: Pipeline) -> None:
+    """Ends a run that had to skip something, or lost a live input, with an error that names it."""
+    summary = "\n".join(
+        f"{len(lines)} {thing}{' was' if len(lines) == 1 else 's were'} {outcome}:\n  " + "\n  ".join(lines)
+        for lines, thing, outcome in (
+            (pipeline.damaged, "damaged input", "skipped, all others are done"),
+            (pipeline.ended, "live input", "lost"),
+        )
+        if lines
+    )
+    if summary:
+        LOGGER.error(summary)
+        raise ReportedError(summary)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ class Pipeline:
         source: what is read.
         names: class names {number: name}.
         damaged: what could not be read so far, one line each.
+        ended: live inputs that ended before their time, one line each.
         counter: counts what passes, where asked for.
     """
 
@@ -120,6 +121,7 @@ class Pipeline:
         """
         self.source, self.names, self.counter = source, names, counter
         self.damaged: list[str] = []
+        self.ended: list[str] = []
         self._detector, self._trackers, self._ahead = detector, trackers, ahead
 
     def __iter__(self) -> Iterator[Result]:
@@ -155,7 +157,9 @@ class Pipeline:
     ) -> Iterator[Result]:
         """Detects in the frames that have a picture."""
         for frame in frames:
-            if frame.image is None:
+            if frame.image is None and frame.live:  # its source has said so
+                self.ended.append(f"{frame.path}: {frame.error}")
+            elif frame.image is None:
                 self.damaged.append(f"{frame.where}: {frame.error}")
                 LOGGER.warning(f"WARNING: {self.damaged[-1]}; skipped")
         good = [frame for frame in frames if frame.image is not None]
@@ -182,7 +186,7 @@ def open_pipeline(options: Namespace) -> Pipeline:
         UserError: a source or weights that cannot be opened, or options that do not go together.
     """
     _check(options)
-    source = open_source(options.source, options.vid_stride)
+    source = open_source(options.source, options.vid_stride, options.stream_timeout)
     try:
         counter = Counter.parse(options.count) if options.count else None
         if options.track:
