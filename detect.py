@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,16 +129,20 @@ def main(options: argparse.Namespace) -> None:
     folder = increment_path(folder, exist_ok=options.exist_ok, mkdir=True)
     try:
         with limits_explained({"--imgsz": options.imgsz}):
-            write_all(pipeline, folder, options, window)
+            failed = write_all(pipeline, folder, options, window)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(f"Results so far are in {folder}") from interrupt
     if options.update:
         _strip(options.weights)
-    _report_damaged(pipeline)
+    _report_damaged(pipeline, failed)
 
 
-def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, window: Window | None = None) -> None:
-    """Writes all results in a thread of its own, logs a line for each and shows them, until the window is closed."""
+def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, window: Window | None = None) -> list[str]:
+    """Writes all results in a thread of its own, logs a line for each and shows them, until the window is closed.
+
+    Returns:
+        A line for every input of which not everything could be written.
+    """
     from utils.background import Background
     from utils.data.sinks import OutputOptions, ResultWriter
 
@@ -161,6 +165,7 @@ def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, win
     LOGGER.info(f"Results saved to {colorstr(str(folder), 'bold')}")
     if options.save_txt:
         LOGGER.info(f"{writer.labels_written} labels saved to {folder / 'labels'}")
+    return list(writer.failed.values())
 
 
 def _open_window(asked: bool, live: bool) -> Window | None:
@@ -188,12 +193,13 @@ def _strip(weights: list[str]) -> None:
         LOGGER.info(f"Optimizer stripped from {path}, {path.stat().st_size / 1e6:.1f}MB")
 
 
-def _report_damaged(pipeline: Pipeline) -> None:
-    """Ends a run that had to skip something, or lost a live input, with an error that names it."""
+def _report_damaged(pipeline: Pipeline, failed: Sequence[str] = ()) -> None:
+    """Ends a run that had to skip something, could not write it, or lost a live input, with an error that names it."""
     summary = "\n".join(
         f"{len(lines)} {thing}{' was' if len(lines) == 1 else 's were'} {outcome}:\n  " + "\n  ".join(lines)
         for lines, thing, outcome in (
             (pipeline.damaged, "damaged input", "skipped, all others are done"),
+            (failed, "input", "not written whole"),
             (pipeline.ended, "live input", "lost"),
         )
         if lines

@@ -8,7 +8,9 @@ and all pieces of its videos but those that were being written.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import itertools
 import math
 import os
@@ -34,13 +36,18 @@ from utils.data.sources import Frame, suffix_of
 from utils.draw import class_name, crop_box, draw_detections, feature_grid, save_image
 from utils.files import atomic_write
 from utils.images import IMG_FORMATS, VID_FORMATS
+from utils.log import LOGGER
 
 CSV_COLUMNS = ("Image Name", "Prediction", "Confidence")
 TRACK_COLUMN = "Track"  # with tracking
 FRAME_COLUMN = "Frame"  # where an input is a video or live; from 1, empty for an image
+MAX_STEM_BYTES = 220  # file systems take names of 255; those made from a stem are longer by numbers and a suffix
 LIVE_PIECE_S = 300.0  # of a live input's recording, which a loss of power may cost
 KEEP_S = 1.0  # how old what was counted may be on the disk
 VIDEO_CODEC = "mp4v"
+# Why one file's results cannot be written while others' can: names that are too long or taken by folders, files that
+# are write-protected or, on Windows, open in another program
+_OF_ONE_FILE = frozenset({errno.EACCES, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.EPERM})
 _PORT_NAMES = {f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)}
 _RESERVED_NAMES = frozenset({"con", "prn", "aux", "nul"} | _PORT_NAMES)  # by Windows
 
@@ -69,6 +76,14 @@ class OutputOptions:
         return cls(save_images=not options.nosave, line_width=options.line_thickness, **chosen)
 
 
+def _stem_of(path: str) -> str:
+    """Returns an input's stem, cut where names made from it would not fit."""
+    stem = Path(path).stem
+    while len(os.fsencode(stem)) > MAX_STEM_BYTES:
+        stem = stem[:-1]
+    return stem
+
+
 def output_stems(paths: Sequence[str]) -> dict[str, str]:
     """Gives each input a stem of its own for the files made from it, told apart without regard to case.
 
@@ -76,12 +91,12 @@ def output_stems(paths: Sequence[str]) -> dict[str, str]:
         paths: the inputs. The first of a stem keeps it, later ones become `stem-2`, `stem-3`, ... A video gives way
             also to images that are named like its frames' label files (`clip_12`).
     """
-    natural = {Path(path).stem.casefold() for path in paths}
+    natural = {_stem_of(path).casefold() for path in paths}
     like_frames = {stem.rpartition("_")[0] for stem in natural if re.fullmatch(r".+_\d+", stem)}
     taken: set[str] = set()
     stems = {}
     for path in paths:
-        stem = unique = Path(path).stem
+        stem = unique = _stem_of(path)
         number, clash = 1, suffix_of(path) in VID_FORMATS and stem.casefold() in like_frames
         while clash or unique.casefold() in taken or (number > 1 and unique.casefold() in natural):
             number, clash = number + 1, False
@@ -112,17 +127,21 @@ def folder_names(names: Mapping[int, str]) -> dict[int, str]:
 class ResultWriter:
     """Writes the results of a run of detection into one folder; use in a `with` block, which ends videos properly.
 
+    What cannot be written of one file, for its name or because another program has it open, is told and stands in
+    `failed`; the others go on.
+
     Calls of `write` come from one thread at a time, the frames of a video in order; those of live inputs may alternate.
     """
 
     def __init__(self, folder: Path, paths: Sequence[str], names: Mapping[int, str], options: OutputOptions) -> None:
         """Prepares writing below `folder`, which exists, the results for the inputs `paths`."""
         self.labels_written = 0
+        self.failed: dict[str, str] = {}  # inputs of which not everything could be written, and why
         self._folder, self._names, self._options = folder, names, options
         self._stems = output_stems(paths)
+        self._taken = {stem.casefold() for stem in self._stems.values()}
         self._crop_folders = folder_names(names)
-        self._crops: set[Path] = set()
-        self._crop_numbers: Counter[Path] = Counter()
+        self._crop_numbers: Counter[tuple[str, Path]] = Counter()  # by stem and folder; a file's until the next file
         self._recordings: dict[str, Recording] = {}  # those that go on, by stem
         self._counts: dict[str, Counts] = {}  # the latest, by name
         self._kept_counts: dict[str, Counts] = {}  # those on the disk
@@ -160,23 +179,34 @@ class ResultWriter:
             counts: what was counted in this input up to this frame.
 
         Raises:
-            UserError: a file cannot be written.
+            UserError: a file cannot be written, for a reason that others share, or a live input's.
         """
+        if frame.path in self.failed:
+            return
+        try:
+            with _explained(self._folder):
+                self._write(frame, detections, counts)
+        except UserError as error:
+            if frame.live or not _is_of_one_file(error):
+                raise
+            self.failed[frame.path] = f"{frame.where}: {error}"
+            LOGGER.warning(f"WARNING: {self.failed[frame.path]} The others go on.")
+        if time.monotonic() - self._kept_s >= KEEP_S:
+            with _explained(self._folder / "predictions.csv"):
+                self._keep_tables()
+
+    def _write(self, frame: Frame, detections: np.ndarray, counts: Counts | None) -> None:
+        """Does what `write` says."""
         stem = self._stems[frame.path]
         name = stem + Path(frame.path).suffix
         if counts is not None:
             self._counts[name] = counts
-        try:
-            if self._options.save_txt:
-                self._write_labels(frame, detections, stem)
-            if self._options.save_csv:
-                self._write_rows(name, detections, frame)
-            if self._options.save_crop:
-                self._write_crops(frame, detections, stem)
-            if time.monotonic() - self._kept_s >= KEEP_S:
-                self._keep_tables()
-        except OSError as error:
-            raise UserError(f"{error.filename or self._folder}: cannot be written ({error.strerror}).") from error
+        if self._options.save_txt:
+            self._write_labels(frame, detections, stem)
+        if self._options.save_csv:
+            self._write_rows(name, detections, frame)
+        if self._options.save_crop:
+            self._write_crops(frame, detections, stem)
         if self._options.save_images:
             self._write_picture(frame, self._draw(np.ascontiguousarray(frame.image), detections, counts), stem)
 
@@ -241,12 +271,9 @@ class ResultWriter:
 
     def _close_table(self) -> None:
         """Finishes the table of detections."""
-        if self._table_file is None:
-            return
-        try:
-            self._table_file.close()
-        except OSError as error:
-            raise UserError(f"{self._folder / 'predictions.csv'}: cannot be written ({error.strerror}).") from error
+        if self._table_file is not None:
+            with _explained(self._folder / "predictions.csv"):
+                self._table_file.close()
 
     def _keep_counts(self) -> None:
         """Replaces the table of what was counted, if that has changed: a row for each class tracked in an input."""
@@ -263,21 +290,21 @@ class ResultWriter:
 
     def _write_crops(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
         """Cuts the detections out of the picture: `crops/CLASS/STEM.jpg`, then `STEM2.jpg` and so on."""
+        if not frame.live and not any(stem == former for former, _ in self._crop_numbers):
+            self._crop_numbers.clear()
         for row in detections[::-1]:
             folder = self._folder / "crops" / self._crop_folders.get(int(row[5]), str(int(row[5])))
             folder.mkdir(parents=True, exist_ok=True)
-            path = self._next_crop(folder / f"{stem}.jpg")
-            save_image(path, crop_box(frame.image, row[:4]))
+            save_image(folder / self._next_crop(stem, folder), crop_box(frame.image, row[:4]))
 
-    def _next_crop(self, first: Path) -> Path:
-        """Returns `STEM.jpg`, `STEM2.jpg`, ...: the first that this run has not written."""
+    def _next_crop(self, stem: str, folder: Path) -> str:
+        """Returns `STEM.jpg`, `STEM2.jpg`, ...: the next that no other input's crop can be called."""
         while True:
-            self._crop_numbers[first] += 1
-            number = self._crop_numbers[first]
-            path = first if number == 1 else first.with_name(f"{first.stem}{number}.jpg")
-            if path not in self._crops:
-                self._crops.add(path)
-                return path
+            self._crop_numbers[stem, folder] += 1
+            number = self._crop_numbers[stem, folder]
+            digits = "" if number == 1 else str(number)
+            if not any((stem + digits[:end]).casefold() in self._taken for end in range(1, len(digits) + 1)):
+                return f"{stem}{digits}.jpg"
 
     def _draw(self, image: np.ndarray, detections: np.ndarray, counts: Counts | None) -> np.ndarray:
         """Draws the detections and what was counted into the picture (h, w, 3), contiguous; returns it."""
@@ -304,10 +331,9 @@ class ResultWriter:
 
     def _pieces(self, stem: str) -> Iterator[Path]:
         """Yields `STEM.mp4`, `STEM_part2.mp4`, `STEM_part3.mp4`, ..., without what another input's video is called."""
-        taken = {other.casefold() for other in self._stems.values()}
         yield self._folder / f"{stem}.mp4"
         names = (f"{stem}_part{number}" for number in itertools.count(2))
-        yield from (self._folder / f"{name}.mp4" for name in names if name.casefold() not in taken)
+        yield from (self._folder / f"{name}.mp4" for name in names if name.casefold() not in self._taken)
 
     def _end_recording(self, stem: str) -> None:
         """Finishes a recording, so that it plays."""
@@ -396,6 +422,22 @@ class VideoFile:
             raise UserError(f"{self.path}: the video could not be written ({error.strerror}).") from error
 
 
+def _is_of_one_file(error: UserError) -> bool:
+    """Whether what could not be written for one file can be for others: not where the disk is full or gone."""
+    if isinstance(error.__cause__, OSError):
+        return error.__cause__.errno in _OF_ONE_FILE
+    return not isinstance(error.__cause__, Mp4Error)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Says what cannot be written, `path` where the system names no file, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be written ({error.strerror}).") from error
+
+
 def _make_folder(path: Path) -> None:
     """Makes a folder, with the reason in words if that fails."""
     try:
@@ -406,7 +448,5 @@ def _make_folder(path: Path) -> None:
 
 def _open_table(path: Path) -> IO[str]:
     """Opens a table for writing, with the reason in words if that fails."""
-    try:
+    with _explained(path):
         return open(path, "w", newline="", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}).") from error

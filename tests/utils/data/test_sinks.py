@@ -1,9 +1,11 @@
 """What a run of detection writes: names, contents, and nothing of one input in another's files."""
 
 import csv
+import errno
 import signal
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +117,13 @@ def test_numbered_crops_do_not_overwrite_those_of_an_image_of_that_name(tmp_path
     assert files(tmp_path / "crops/cat") == ["bus.jpg", "bus2.jpg", "bus3.jpg"]
 
 
+def test_no_two_inputs_write_crops_of_one_name(tmp_path):
+    """The third of `bus1` would be the first of `bus13`, and the 12th of `bus` the first of `bus12`."""
+    paths = ["/a/bus.jpg", "/a/bus1.jpg", "/a/BUS12.jpg", "/a/bus13.jpg", "/a/bus02.jpg"]
+    write(tmp_path, [(frame(path), np.repeat(FOUND[:1], 40, axis=0)) for path in paths], save_crop=True)
+    assert len({name.casefold() for name in files(tmp_path / "crops/cat")}) == 40 * len(paths)
+
+
 def test_class_folders_are_safe_and_distinct_on_every_system():
     names = {0: "a/b", 1: "a\\b", 2: "..", 3: "CON", 4: "汽车", 5: "", 6: "person.", 7: "Person"}
     folders = folder_names(names)
@@ -185,11 +194,71 @@ def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "labels").write_text("a file where the folder must be")
     with pytest.raises(UserError, match="labels: the folder cannot be made"):
         write(tmp_path, [(frame(), FOUND)], save_txt=True)
-    (tmp_path / "photo.jpg").mkdir()
-    with pytest.raises(UserError, match=r"photo\.jpg: cannot be written"):
+    with pytest.raises(UserError, match=r"photo\.jpg: cannot be written \(No such file"):
+        write(tmp_path / "gone", [(frame(), FOUND)])
+
+
+def test_what_cannot_be_written_of_one_file_is_told_once_and_the_others_go_on(tmp_path, caplog):
+    for name in ("photo.jpg", "clip.mp4"):
+        (tmp_path / name).mkdir()
+    results = [(frame(), FOUND), *video_frames("/in/clip.avi", 3), (frame("/in/other.jpg"), FOUND)]
+    writer = write(tmp_path, results)
+    assert (tmp_path / "other.jpg").is_file()
+    photo, clip = writer.failed.values()
+    assert photo == f"image 1/1 /in/photo.jpg: {tmp_path / 'photo.jpg'}: cannot be written (Is a directory)."
+    assert clip.startswith(f"video 1/1 (1/3) /in/clip.avi: {tmp_path / 'clip.mp4'}: OpenCV cannot write an mp4 video")
+    assert caplog.text.count("The others go on.") == 2
+    live = [(replace(one, live=True), found) for one, found in video_frames("/in/clip.avi", 1)]
+    with pytest.raises(UserError, match="OpenCV cannot write"):
+        write(tmp_path, live)
+
+
+def test_full_disk_ends_the_run_at_the_first_file(tmp_path, monkeypatch):
+    def full(path: Path, _image: np.ndarray) -> None:
+        raise UserError(f"{path}: full") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sinks, "save_image", full)
+    with pytest.raises(UserError, match=r"photo\.jpg: full"):
         write(tmp_path, [(frame(), FOUND)])
-    with pytest.raises(UserError, match=r"clip\.mp4: OpenCV cannot write an mp4 video"):
-        write(tmp_path / "gone", video_frames("/in/clip.avi", 1))
+
+
+def test_names_that_leave_no_room_for_what_is_derived_from_them_are_cut_and_stay_apart(tmp_path):
+    folder, long = tmp_path / "out", "あ" * 82  # 246 bytes
+    folder.mkdir()
+    paths = [f"/in/{long}{end}.{kind}" for end, kind in (("1", "jpg"), ("2", "jpg"), ("2", "png"), ("3", "avi"))]
+    numbers = {path: 123456 if path.endswith("avi") else 0 for path in paths}
+    results = [(frame(path, number=numbers[path], fps=25.0), np.repeat(FOUND[:1], 12, axis=0)) for path in paths]
+    write(folder, results, save_txt=True, save_crop=True, segment=0.1)
+    names = files(folder)
+    assert len(names) == len(paths) * (1 + 1 + 12)
+    assert all(len(Path(name).name.encode()) <= 255 for name in names)
+    assert output_stems(["/in/" + "a" * 220 + ".jpg"])["/in/" + "a" * 220 + ".jpg"] == "a" * 220
+
+
+def test_crops_of_a_stream_take_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks, "save_image", lambda path, _image: names.append(path.name))
+    names, many = [], np.repeat(FOUND[:1], 100, axis=0)
+    with ResultWriter(tmp_path, ["hall"], NAMES, OutputOptions(save_crop=True, save_images=False)) as writer:
+        writer.write(frame("hall", number=1, live=True), many)
+        names.clear()
+        tracemalloc.start()
+        for number in range(2, 6):
+            writer.write(frame("hall", number=number, live=True), many)
+            names.clear()
+        kept = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert kept < 400 * 5
+        for number in range(20):
+            writer.write(frame("hall", number=number, live=True), FOUND[:1])
+        assert names[-1] == "hall520.jpg"
+
+
+def test_crops_of_files_are_not_remembered_beyond_their_file(tmp_path):
+    paths = [f"/in/{number}.jpg" for number in range(5)]
+    with ResultWriter(tmp_path, paths, NAMES, OutputOptions(save_crop=True, save_images=False)) as writer:
+        for path in paths:
+            writer.write(frame(path), FOUND)
+        assert len(writer._crop_numbers) == 2
 
 
 def test_feature_maps_are_written_for_each_picture_and_frame(tmp_path):
