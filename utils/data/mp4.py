@@ -1,8 +1,9 @@
-"""The index of an mp4 file that was just written: whether every frame is in the file, and when each one is shown.
+"""The index of mp4 and mov files: whether every frame is in the file, and which are shown when.
 
 A `cv2.VideoWriter` knows a constant rate alone, and tells nothing where the disk is full. So what it has finished is
-looked through, and gets an index with the frames' own times. An mp4 file is a row of boxes, each with its length, its
-kind and its content, which may be boxes again (ISO 14496-12). Not here: encoding, and reading of videos.
+looked through, and gets an index with the frames' own times (`set_times`). A `cv2.VideoCapture` counts frames that are
+never shown (`frames_shown`). Such a file is a row of boxes, each with its length, its kind and its content, which may
+be boxes again (ISO 14496-12). Not here: encoding and decoding.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+MAX_INDEX_BYTES = 1 << 28
+MAX_FRAMES = 10_000_000  # four days
 _CONTAINERS = frozenset({b"edts", b"mdia", b"minf", b"stbl", b"trak"})
 # Where a box has its duration: in its first version, with 4 bytes, and in its second, with 8
 _DURATION_AT = {b"elst": (8, 8), b"mdhd": (16, 24), b"mvhd": (16, 24), b"tkhd": (20, 28)}
@@ -57,6 +60,59 @@ def set_times(path: Path, times_s: Sequence[float], end_s: float) -> None:
         _sync(file)
 
 
+def frames_shown(path: str | Path) -> int | None:
+    """Returns how many frames of a video are shown by its edit list; None where it has none that can be read.
+
+    One that was cut without encoding anew has frames that are only there for others to be decoded, and is told to hide
+    them.
+    """
+    try:
+        with open(path, "rb") as file:
+            at, length = dict(_places(file))[b"moov"]
+            file.seek(at + 8)
+            index = file.read(min(length - 8, MAX_INDEX_BYTES))
+        track = next(
+            content
+            for kind, content in _boxes(index)
+            if kind == b"trak" and _found(content, b"mdia", b"hdlr")[8:12] == b"vide"
+        )
+        begins, edits = _begins(_found(track, b"mdia", b"minf", b"stbl")), _found(track, b"edts", b"elst")
+        unit = _scale(_found(track, b"mdia", b"mdhd")) / _scale(_found(index, b"mvhd"))  # of the edits, in the frames'
+        form = struct.Struct((">IiI", ">QqI")[edits[0]])
+        shown = 0
+        for place in range(struct.unpack_from(">I", edits, 4)[0]):
+            duration, first, _rate = form.unpack_from(edits, 8 + form.size * place)
+            end = first + (duration - 1) * unit if duration else np.inf  # it may have been rounded up
+            shown += int(np.count_nonzero((begins >= first) & (begins < end))) if first >= 0 else 0
+        return shown
+    except (IndexError, KeyError, Mp4Error, OSError, StopIteration, ValueError, ZeroDivisionError, struct.error):
+        return None
+
+
+def _begins(table: bytes) -> np.ndarray:
+    """Returns when each frame begins (n,), in the units of its track, in the order of decoding.
+
+    Raises:
+        ValueError: there are more than a file can be believed to have.
+    """
+    steps = _runs(_found(table, b"stts"), ">u4")
+    offsets = [_runs(content, ">i4") for kind, content in _boxes(table) if kind == b"ctts"]
+    begins = np.cumsum(steps) - steps
+    return begins + offsets[0] if offsets else begins
+
+
+def _runs(content: bytes, form: str) -> np.ndarray:
+    """Returns the values (n,) of a box of rows: how often, and which.
+
+    Raises:
+        ValueError: there are more than MAX_FRAMES.
+    """
+    rows = np.frombuffer(content, form, 2 * struct.unpack_from(">I", content, 4)[0], 8).reshape(-1, 2).astype(np.int64)
+    if not 0 <= rows[:, 0].sum() <= MAX_FRAMES or rows[:, 0].min(initial=0) < 0:
+        raise ValueError
+    return np.repeat(rows[:, 1], rows[:, 0])
+
+
 def _sync(file: BinaryIO) -> None:
     """Brings what was written to the disk."""
     file.flush()
@@ -83,10 +139,16 @@ def _places(file: BinaryIO) -> Iterator[tuple[bytes, tuple[int, int]]]:
 
 
 def _boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yields the kinds and the contents of the boxes in a box's content."""
+    """Yields the kinds and the contents of the boxes in a box's content.
+
+    Raises:
+        Mp4Error: one is shorter than its own head.
+    """
     at = 0
     while at < len(content):
         length, kind = struct.unpack_from(">I4s", content, at)
+        if length < 8:
+            raise Mp4Error("its index is damaged")
         yield kind, content[at + 8 : at + length]
         at += length
 
@@ -96,9 +158,16 @@ def _box(kind: bytes, content: bytes) -> bytes:
 
 
 def _found(content: bytes, *kinds: bytes) -> bytes:
-    """Returns the content of the first box of that kind, in one of the kind before it, and so on."""
+    """Returns the content of the first box of that kind, in one of the kind before it, and so on.
+
+    Raises:
+        Mp4Error: there is none.
+    """
     for kind in kinds:
-        content = next(inner for found, inner in _boxes(content) if found == kind)
+        inner = next((inner for found, inner in _boxes(content) if found == kind), None)
+        if inner is None:
+            raise Mp4Error(f"its index lacks '{kind.decode()}'")
+        content = inner
     return content
 
 

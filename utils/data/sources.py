@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from utils.checks import UserError, did_you_mean
+from utils.data.mp4 import frames_shown
 from utils.images import IMG_FORMATS, MAX_ASPECT, VID_FORMATS, ImageError, read_image
 
 LIST_FORMATS = frozenset({"streams", "txt"})
@@ -245,6 +246,8 @@ def _read_video(path: str, file_number: int, file_count: int, vid_stride: int) -
                     image = image if decoded else None
                     yield Frame(path, file_number, file_count, image, error, position, count, fps, time=time)
             video.release()
+            if position < count and suffix_of(path) in _COUNTING_FORMATS:
+                count = min(frames_shown(path) or count, count)
             video, resumed = _resume(path, position, count, last)
             lost, position = lost + resumed - position, resumed
     finally:

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.data.mp4 import Mp4Error, set_times
+from utils.data.mp4 import Mp4Error, frames_shown, set_times
 from utils.data.sources import read_frames
 
 
@@ -75,3 +75,19 @@ def test_file_that_is_not_whole_is_refused_and_left_as_it_is(video):
         with pytest.raises(Mp4Error, match=message):
             set_times(video, [0.0] * (7 if content == data else 6), 1.0)
         assert video.read_bytes() == content
+
+
+def test_damaged_index_hides_nothing_and_breaks_nothing(video):
+    data, generator = video.read_bytes(), np.random.default_rng(0)
+    assert frames_shown(video) == 6
+    at = data.index(b"moov") - 4
+    for _ in range(80):
+        damaged = bytearray(data)
+        places = generator.integers(at, len(data), 4)
+        for place in places:
+            damaged[place] = generator.choice([0, 1, 127, 128, 255])
+        video.write_bytes(damaged)
+        assert frames_shown(video) in (None, *range(7))
+    for content in (b"", data[:at], data[: at + 300], data[at:]):
+        video.write_bytes(content)
+        assert frames_shown(video) in (None, 6)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import cv2
@@ -211,6 +212,49 @@ def test_video_that_ends_early_is_read_to_its_end_and_the_shortage_is_told(tmp_p
     assert 15 <= len(frames) <= 30
     assert all(frame.image is not None for frame in frames)
     assert last.error == f"{FRAMES - len(frames)} of {FRAMES} declared frames are missing or cannot be decoded"
+
+
+def cut(path: Path, first: int, last: int) -> Path:
+    """Hides all frames but these (from 1), as programs do that cut without encoding anew; at 25 a second."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst") + 12  # the edits' number is before it, then a duration in ms and a beginning in 1/12800 s
+    data[at : at + 8] = struct.pack(">II", (last - first + 1) * 40, (first - 1) * 512)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 40), (11, 40), (1, 30), (18, 33)])
+def test_frames_that_a_video_hides_are_not_missing(tmp_path, first, last):
+    path = write_video(tmp_path / "clip.mp4")
+    whole = [frame.image for frame in read_frames([str(path)])]
+    frames = list(read_frames([str(cut(path, first, last))]))
+    assert [frame.error for frame in frames] == [""] * (last - first + 1)
+    assert all(map(np.array_equal, [frame.image for frame in frames], whole[first - 1 : last]))
+
+
+def test_frames_that_a_video_shows_and_lacks_are_told_where_it_hides_others(tmp_path):
+    path = cut(write_video(tmp_path / "clip.mp4", frames=100), 21, 90)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) * 3 // 5] = bytes(len(data) * 3 // 5 - len(data) // 2)
+    path.write_bytes(data)
+    *frames, last = read_frames([str(path)])
+    assert 30 < len(frames) < 70
+    assert last.error == f"{70 - len(frames)} of 70 declared frames are missing or cannot be decoded"
+
+
+def test_frames_that_are_stored_in_another_order_than_shown_are_hidden_by_their_times(tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"bf": "3", "g": "20"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for index in range(FRAMES):
+            image = np.roll(picture(1, 96, 64), 2 * index, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="bgr24")))
+        container.mux(stream.encode())
+    path = cut(tmp_path / "clip.mp4", 1, 12)  # times begin with two frames of delay
+    frames = list(read_frames([str(path)]))
+    assert b"ctts" in path.read_bytes()
+    assert [frame.error for frame in frames] == [""] * 10
 
 
 @pytest.mark.parametrize("vid_stride", [1, 2])
