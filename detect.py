@@ -151,12 +151,12 @@ def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, win
     try:
         with writer, Background(writer.write) as sink, closing(window) if window else nullcontext():
             for result in pipeline.results(feature_sink):
+                shown = writer.drawn(*result[:2], result.counts) if window else None  # then it is drawn into
                 sink.put(result.frame, result.detections, result.counts)  # first: what is told is in the outputs
                 height, width = result.input_hw
                 found = f"{result.summary()}, " if len(result.detections) else ""
                 took = f"Done. ({result.inference_s:.3f}s)"
                 LOGGER.info(f"{result.frame.where}: {height}x{width} {found}{took}")
-                shown = writer.drawn(*result[:2], result.counts) if window else None
                 if window and not window.show(result.path if result.frame.live else "detect.py", shown):
                     break
     finally:
