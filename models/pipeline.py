@@ -43,7 +43,7 @@ class Result(NamedTuple):
             the last column the track's number, -1 for none.
         names: class names {number: name}.
         counts: how often the line was crossed or the zone entered so far; None without counting.
-        input_hw: height and width that the model saw.
+        input_hw: height and width that the model saw of this picture, of its first tile where it was cut.
         inference_s: seconds of the model's run, which all pictures of a batch share.
     """
 
@@ -170,11 +170,14 @@ class Pipeline:
             feature_sink(good[number], row, block, maps)
 
         found = self._detector(batches, len(good), show if feature_sink else None)
-        input_hw = batches[0].images.shape[2:]
-        for frame, detections in zip(good, found, strict=True):
+        seen_hw: dict[int, tuple[int, int]] = {}  # by number of the picture; of its first window
+        for batch in batches:
+            for number in batch.pictures:
+                seen_hw.setdefault(number, batch.images.shape[2:])
+        for number, (frame, detections) in enumerate(zip(good, found, strict=True)):
             tracked = self._trackers.update(frame, detections) if self._trackers else detections
             counts = self.counter.update(frame, tracked) if self.counter else None
-            yield Result(frame, tracked, self.names, counts, input_hw, self._detector.last_s["inference"])
+            yield Result(frame, tracked, self.names, counts, seen_hw[number], self._detector.last_s["inference"])
 
 
 def open_pipeline(options: Namespace) -> Pipeline:

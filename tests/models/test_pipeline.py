@@ -35,6 +35,19 @@ def test_stride_and_patience_reach_the_source_and_the_stride_the_tracks(monkeypa
     assert 3 in given[1]
 
 
+def test_every_picture_has_the_size_that_the_model_saw_of_it():
+    shapes = [((1, 3, 64, 32), [1]), ((2, 3, 32, 64), [0, 2])]  # cameras of two shapes side by side
+    batches = [SimpleNamespace(images=np.zeros(shape), pictures=pictures) for shape, pictures in shapes]
+    frames = [Frame(f"cam{n}", n + 1, 3, np.zeros((8, 8, 3), np.uint8), number=1, live=True) for n in range(3)]
+
+    def detector(_batches, count, _show):
+        return [np.zeros((0, 6))] * count
+
+    detector.last_s = {"inference": 0.0}
+    running = pipeline.Pipeline(SimpleNamespace(live=True), detector, {})
+    assert [result.input_hw for result in running._detect(frames, batches, None)] == [(32, 64), (64, 32), (32, 64)]
+
+
 class AtOnce(contextlib.nullcontext):
     """A writer's thread that is always faster than the one that shows."""
 
