@@ -8,10 +8,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from utils.checks import UserError
 from utils.data.sources import find_sources, read_frames
+from utils.images import check_image
 
 FRAMES = 40
 
@@ -27,6 +28,19 @@ def write_video(path: Path, codec: str = "mp4v", frames: int = FRAMES, fps: floa
     for index in range(frames):
         writer.write(np.roll(texture, 2 * index, axis=1))
     writer.release()
+    return path
+
+
+def encode(path: Path, codec: str, **options: str) -> Path:
+    """The same texture in what OpenCV does not write."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for index in range(FRAMES):
+            image = np.roll(picture(1, 96, 64), 2 * index, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="bgr24")))
+        container.mux(stream.encode())
     return path
 
 
@@ -92,11 +106,42 @@ def test_what_is_no_source_is_refused_with_what_was_tried(folder, monkeypatch, s
         find_sources(source)
 
 
+def test_images_that_cannot_be_read_are_counted_and_named(folder, caplog):
+    for name in ("phone.HEIC", "scan.jp2", "table.csv"):
+        (folder / name).touch()
+    assert names(find_sources(folder)) == ["C.JPG", "a.png", "b.jpg", "0.mp4"]
+    said = f"WARNING: --source '{folder}': 2 images are left out, such as {folder / 'phone.HEIC'}: files of these kinds"
+    assert f"{said} (heic, jp2) are not read. Convert them to JPEG or PNG." in caplog.text
+    with pytest.raises(UserError, match="images of this kind are not read.*Convert it to JPEG or PNG"):
+        find_sources(folder / "phone.HEIC")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read_as_other_images(tmp_path):
+    Image.fromarray(picture(1, 96, 64)[:, :, ::-1]).resize((48, 32)).save(tmp_path / "a.avif", quality=95)
+    data = (tmp_path / "a.avif").read_bytes()
+    (tmp_path / "cut.avif").write_bytes(data[: len(data) // 2])
+    whole, damaged = read_frames(find_sources(tmp_path))
+    assert whole.image.shape == (32, 48, 3) and not whole.error
+    assert damaged.error
+    assert check_image(tmp_path / "a.avif") == (48, 32, "avif")
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.webm", "libvpx"), ("a.ts", "mpeg2video"), ("a.mts", "libx264"), ("a.3gp", "mpeg4")]
+)
+def test_videos_of_other_containers_are_read_whole(tmp_path, name, codec):
+    path = encode(tmp_path / name, codec)
+    frames = list(read_frames(find_sources(path)))
+    assert [frame.error for frame in frames] == [""] * FRAMES
+    assert [frame.time for frame in frames] == pytest.approx([n / 25 for n in range(FRAMES)], abs=2e-3)
+
+
 def test_empty_folder_and_empty_list_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").write_text("\n# nothing\n")
     for source in ("empty", "list.txt"):
-        with pytest.raises(UserError, match="no images or videos found there.*Images: bmp"):
+        with pytest.raises(UserError, match="no images or videos found there.*Images: avif, bmp"):
             find_sources(tmp_path / source)
 
 
@@ -243,14 +288,7 @@ def test_frames_that_a_video_shows_and_lacks_are_told_where_it_hides_others(tmp_
 
 
 def test_frames_that_are_stored_in_another_order_than_shown_are_hidden_by_their_times(tmp_path):
-    av = pytest.importorskip("av")
-    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"bf": "3", "g": "20"})
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        for index in range(FRAMES):
-            image = np.roll(picture(1, 96, 64), 2 * index, axis=1)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="bgr24")))
-        container.mux(stream.encode())
+    encode(tmp_path / "clip.mp4", "libx264", bf="3", g="20")
     path = cut(tmp_path / "clip.mp4", 1, 12)  # times begin with two frames of delay
     frames = list(read_frames([str(path)]))
     assert b"ctts" in path.read_bytes()
