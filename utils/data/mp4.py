@@ -181,6 +181,8 @@ def _frames_in(index: bytes) -> tuple[int, int]:
 def _with_times(index: bytes, times_s: np.ndarray) -> bytes:
     """Returns an index with other times (n + 1,): those of its n frames from 0 on, and the end."""
     scales = {kind: _scale(_found(index, *way, kind)) for *way, kind in ([b"mvhd"], [b"trak", b"mdia", b"mdhd"])}
+    if not _found(index, b"trak", b"mdia", b"mdhd")[0]:  # times of a damaged video may lie beyond four bytes
+        times_s = np.minimum(times_s, (2**32 - 1 - len(times_s)) / max(scales.values()))
     steps = np.maximum(np.diff(np.rint(times_s * scales[b"mdhd"]).astype(np.int64)), 1)  # of every frame
     firsts = np.flatnonzero(np.diff(steps, prepend=0))  # of frames that last equally long
     rows = np.stack([np.diff(firsts, append=len(steps)), steps[firsts]], axis=1).astype(">u4")

@@ -43,6 +43,12 @@ def test_times_of_the_rate_leave_the_index_as_it_was(video):
     assert video.read_bytes()[-length:] == old[:length] and video.read_bytes()[:at] == before[:at]
 
 
+def test_absurd_times_leave_a_video_that_plays(video):
+    set_times(video, [0, 0.04, 1e9, 2e9, 3e9, 4e9], 1e12)
+    shown = times(video)
+    assert len(shown) == 6 and shown[1] == pytest.approx(0.04) and shown == sorted(set(shown))
+
+
 def test_long_videos_have_durations_of_eight_bytes(video):
     data = video.read_bytes()
     at = data.index(b"mdhd") + 4
