@@ -183,6 +183,9 @@ class ResultWriter:
         """
         if frame.path in self.failed:
             return
+        if not frame.live:
+            for former in self._recordings.keys() - {self._stems[frame.path]}:
+                self._end_recording(former)
         try:
             with _explained(self._folder):
                 self._write(frame, detections, counts)
@@ -321,10 +324,8 @@ class ResultWriter:
         save_image(self._folder / (stem + (suffix if cv2.haveImageWriter(f"x{suffix}") else ".jpg")), image)
 
     def _recording_of(self, frame: Frame, stem: str) -> Recording:
-        """Returns what a frame is recorded in; the first frame of a file ends the recording of the file before it."""
+        """Returns what a frame is recorded in."""
         if stem not in self._recordings:
-            for former in list(self._recordings) if not frame.live else []:
-                self._end_recording(former)
             piece_s = 60 * self._options.segment if self._options.segment else LIVE_PIECE_S if frame.live else math.inf
             self._recordings[stem] = Recording(self._pieces(stem), frame.fps / self._options.vid_stride, piece_s)
         return self._recordings[stem]

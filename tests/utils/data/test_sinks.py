@@ -443,6 +443,17 @@ def test_video_file_is_ended_when_the_next_begins(tmp_path):
         assert len(list(read_frames([str(tmp_path / "a.mp4")]))) == 3
 
 
+def test_video_that_is_not_whole_when_the_next_begins_is_named_itself(tmp_path):
+    writer = ResultWriter(tmp_path, ["/in/a.avi", "/in/b.avi"], NAMES, OutputOptions())
+    (one, _), (other, _) = *video_frames("/in/a.avi", 1), *video_frames("/in/b.avi", 1)
+    with pytest.raises(UserError, match=r"a\.mp4: the video could not be written"), writer:
+        writer.write(one, FOUND)
+        (tmp_path / "a.mp4").unlink()
+        (tmp_path / "a.mp4").mkdir()
+        writer.write(other, FOUND)
+    assert not writer.failed
+
+
 def test_what_was_counted_last_is_in_a_table(tmp_path):
     early, late = Counts(LINE, (Tally(0, 1, 0),)), Counts(LINE, (Tally(0, 2, 1), Tally(1, 0, 3)))
     with ResultWriter(tmp_path, ["/in/a.avi", "hall"], NAMES, OutputOptions(save_images=False)) as writer:
