@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,10 +32,12 @@ IMGSZ_HELP = "image size: h w; default: 640, or the one size that an export take
 NEWEST = "default: the newest runs/train/*/weights/best.pt"
 SOURCE_HELP = "image, video, folder, glob, list of paths or streams (.txt), URL, camera number, or screen"
 COUNT_HELP = 'count tracks that cross the line "x1,y1,x2,y2" or enter the zone of three or more points, in pixels'
+SEGMENT_HELP = "write videos in pieces of so many minutes (default: 5 for live inputs; a file's video stays whole)"
+TIMEOUT_HELP = "give a live input up, with status 1, that sends nothing for so long (default: 300; 0: never)"
 # options that say what is written or shown, and mean nothing where results are handed to a caller
 WRITING = frozenset(
-    "view_img save_txt save_conf save_crop save_csv nosave visualize update project name exist_ok line_thickness "
-    "hide_labels hide_conf".split()
+    "view_img save_txt save_conf save_crop save_csv nosave segment visualize update project name exist_ok "
+    "line_thickness hide_labels hide_conf".split()
 )
 
 
@@ -57,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-crop", action="store_true", help="cut the detections out into crops/<class>/")
     add("--save-csv", action="store_true", help="write predictions.csv")
     add("--nosave", action="store_true", help="write no annotated images and videos")
+    add("--segment", type=number(float, 0.01, 1440), metavar="MINUTES", help=SEGMENT_HELP)
     add("--classes", nargs="+", type=number(int, 0), default=None, help="keep these class numbers only")
     add("--agnostic-nms", action="store_true", help="suppress across classes")
     add("--augment", action="store_true", help="look at every picture in three sizes, mirrored too")
@@ -74,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hide-conf", action="store_true", help="draw no confidences")
     add("--half", action="store_true", help="compute in 16 bits where the device can")
     add("--dnn", action="store_true", help="run an ONNX file in OpenCV")
+    add("--stream-timeout", type=number(float, 0), default=300.0, metavar="SECONDS", help=TIMEOUT_HELP)
     add("--vid-stride", type=number(int, 1), default=1, help="take every so many frames of a video or stream")
     return parser
 
@@ -95,7 +99,7 @@ def run(stream: bool = False, **keywords: Any) -> Iterator[Result] | None:
 
     Raises:
         UserError: what the command line would have refused; `ReportedError` at the end of a run that had to skip
-            damaged inputs.
+            damaged inputs or lost live ones.
     """
     options = options_from(build_parser(), keywords)
     if not stream:
@@ -111,7 +115,7 @@ def run(stream: bool = False, **keywords: Any) -> Iterator[Result] | None:
 def _handed_over(pipeline: Pipeline) -> Iterator[Result]:
     """Yields the results of a run that writes nothing, then reports what was damaged."""
     yield from pipeline
-    _report_damaged(pipeline.damaged)
+    _report_damaged(pipeline)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -125,16 +129,20 @@ def main(options: argparse.Namespace) -> None:
     folder = increment_path(folder, exist_ok=options.exist_ok, mkdir=True)
     try:
         with limits_explained({"--imgsz": options.imgsz}):
-            write_all(pipeline, folder, options, window)
+            failed = write_all(pipeline, folder, options, window)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(f"Results so far are in {folder}") from interrupt
     if options.update:
         _strip(options.weights)
-    _report_damaged(pipeline.damaged)
+    _report_damaged(pipeline, failed)
 
 
-def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, window: Window | None = None) -> None:
-    """Writes all results in a thread of its own, logs a line for each and shows them, until the window is closed."""
+def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, window: Window | None = None) -> list[str]:
+    """Writes all results in a thread of its own, logs a line for each and shows them, until the window is closed.
+
+    Returns:
+        A line for every input of which not everything could be written.
+    """
     from utils.background import Background
     from utils.data.sinks import OutputOptions, ResultWriter
 
@@ -143,12 +151,12 @@ def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, win
     try:
         with writer, Background(writer.write) as sink, closing(window) if window else nullcontext():
             for result in pipeline.results(feature_sink):
+                shown = writer.drawn(*result[:2], result.counts) if window else None  # then it is drawn into
                 sink.put(result.frame, result.detections, result.counts)  # first: what is told is in the outputs
                 height, width = result.input_hw
                 found = f"{result.summary()}, " if len(result.detections) else ""
                 took = f"Done. ({result.inference_s:.3f}s)"
                 LOGGER.info(f"{result.frame.where}: {height}x{width} {found}{took}")
-                shown = writer.drawn(*result[:2], result.counts) if window else None
                 if window and not window.show(result.path if result.frame.live else "detect.py", shown):
                     break
     finally:
@@ -157,6 +165,7 @@ def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, win
     LOGGER.info(f"Results saved to {colorstr(str(folder), 'bold')}")
     if options.save_txt:
         LOGGER.info(f"{writer.labels_written} labels saved to {folder / 'labels'}")
+    return list(writer.failed.values())
 
 
 def _open_window(asked: bool, live: bool) -> Window | None:
@@ -184,14 +193,20 @@ def _strip(weights: list[str]) -> None:
         LOGGER.info(f"Optimizer stripped from {path}, {path.stat().st_size / 1e6:.1f}MB")
 
 
-def _report_damaged(damaged: list[str]) -> None:
-    """Ends a run that had to skip something with an error that names it."""
-    if not damaged:
-        return
-    count = "1 damaged input was" if len(damaged) == 1 else f"{len(damaged)} damaged inputs were"
-    summary = f"{count} skipped, all others are done:\n  " + "\n  ".join(damaged)
-    LOGGER.error(summary)
-    raise ReportedError(summary)
+def _report_damaged(pipeline: Pipeline, failed: Sequence[str] = ()) -> None:
+    """Ends a run that had to skip something, could not write it, or lost a live input, with an error that names it."""
+    summary = "\n".join(
+        f"{len(lines)} {thing}{' was' if len(lines) == 1 else 's were'} {outcome}:\n  " + "\n  ".join(lines)
+        for lines, thing, outcome in (
+            (pipeline.damaged, "damaged input", "skipped, all others are done"),
+            (failed, "input", "not written whole"),
+            (pipeline.ended, "live input", "lost"),
+        )
+        if lines
+    )
+    if summary:
+        LOGGER.error(summary)
+        raise ReportedError(summary)
 
 
 if __name__ == "__main__":

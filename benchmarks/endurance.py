@@ -207,11 +207,12 @@ class WatchedSource:
 class EndlessCapture:
     """A stand-in for a camera (`utils.data.capture.Capture`) that waits for its reader and ends after some frames."""
 
-    fps, frame_count, is_recording = 25.0, 0, True
+    fps, is_recording = 25.0, True
 
     def __init__(self, frames: int) -> None:
         """Will give so many frames."""
-        self._left, self._pictures = frames, moving_pictures()
+        self.frame_count = self._left = frames
+        self._pictures = moving_pictures()
 
     def grab(self) -> bool:
         """Returns whether there is another frame."""

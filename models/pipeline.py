@@ -43,7 +43,7 @@ class Result(NamedTuple):
             the last column the track's number, -1 for none, and the class the track's.
         names: class names {number: name}.
         counts: how often the line was crossed or the zone entered so far; None without counting.
-        input_hw: height and width that the model saw.
+        input_hw: height and width that the model saw of this picture, of its first tile where it was cut.
         inference_s: seconds of the model's run, which all pictures of a batch share.
     """
 
@@ -96,6 +96,7 @@ class Pipeline:
         source: what is read.
         names: class names {number: name}.
         damaged: what could not be read so far, one line each.
+        ended: live inputs that ended before their time, one line each.
         counter: counts what passes, where asked for.
     """
 
@@ -120,6 +121,7 @@ class Pipeline:
         """
         self.source, self.names, self.counter = source, names, counter
         self.damaged: list[str] = []
+        self.ended: list[str] = []
         self._detector, self._trackers, self._ahead = detector, trackers, ahead
 
     def __iter__(self) -> Iterator[Result]:
@@ -155,7 +157,9 @@ class Pipeline:
     ) -> Iterator[Result]:
         """Detects in the frames that have a picture."""
         for frame in frames:
-            if frame.image is None:
+            if frame.image is None and frame.live:  # its source has said so
+                self.ended.append(f"{frame.path}: {frame.error}")
+            elif frame.image is None:
                 self.damaged.append(f"{frame.where}: {frame.error}")
                 LOGGER.warning(f"WARNING: {self.damaged[-1]}; skipped")
         good = [frame for frame in frames if frame.image is not None]
@@ -166,11 +170,14 @@ class Pipeline:
             feature_sink(good[number], row, block, maps)
 
         found = self._detector(batches, len(good), show if feature_sink else None)
-        input_hw = batches[0].images.shape[2:]
-        for frame, detections in zip(good, found, strict=True):
+        seen_hw: dict[int, tuple[int, int]] = {}  # by number of the picture; of its first window
+        for batch in batches:
+            for number in batch.pictures:
+                seen_hw.setdefault(number, batch.images.shape[2:])
+        for number, (frame, detections) in enumerate(zip(good, found, strict=True)):
             tracked = self._trackers.update(frame, detections) if self._trackers else detections
             counts = self.counter.update(frame, tracked) if self.counter else None
-            yield Result(frame, tracked, self.names, counts, input_hw, self._detector.last_s["inference"])
+            yield Result(frame, tracked, self.names, counts, seen_hw[number], self._detector.last_s["inference"])
 
 
 def open_pipeline(options: Namespace) -> Pipeline:
@@ -182,7 +189,7 @@ def open_pipeline(options: Namespace) -> Pipeline:
         UserError: a source or weights that cannot be opened, or options that do not go together.
     """
     _check(options)
-    source = open_source(options.source, options.vid_stride)
+    source = open_source(options.source, options.vid_stride, options.stream_timeout)
     try:
         counter = Counter.parse(options.count) if options.count else None
         if options.track:

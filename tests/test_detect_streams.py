@@ -16,6 +16,7 @@ import pytest
 
 import detect
 from utils.checks import UserError
+from utils.cli import ReportedError
 from utils.data import inputs
 from utils.data.sources import read_frames
 from utils.data.streams import DEFAULT_PATIENCE, LiveSource
@@ -32,7 +33,7 @@ def camera_server(mjpeg_server, monkeypatch):
     patience = replace(DEFAULT_PATIENCE, first_wait_s=0.01, longest_wait_s=0.05, give_up_s=1.5)
 
     class Impatient(LiveSource):
-        def __init__(self, sources, vid_stride):
+        def __init__(self, sources, vid_stride, _patience):
             super().__init__(sources, vid_stride, patience)
 
         def __iter__(self):
@@ -84,7 +85,10 @@ def options_for(weights, source, tmp_path) -> dict:
 def test_camera_that_dies_twice_is_detected_to_the_end_with_the_right_counts(weights, camera_server, tmp_path, caplog):
     caplog.set_level(logging.INFO, "yolov5")
     server = camera_server(["cut", "refuse", "end", "refuse", "refuse", "end"])
-    detect.run(**options_for(weights, server.address, tmp_path), save_txt=True)
+    with pytest.raises(
+        ReportedError, match=r"^1 live input was lost:\n  http_\S+: ended: it could not be opened again"
+    ):
+        detect.run(**options_for(weights, server.address, tmp_path), save_txt=True)
     name = re.sub(r"\W+", "_", server.address)
     report = re.search(rf"{name}: (\d+) frames received, (\d+) used, (\d+) dropped", caplog.text)
     received, used, dropped = map(int, report.groups())
@@ -103,7 +107,9 @@ def test_camera_that_dies_twice_is_detected_to_the_end_with_the_right_counts(wei
 def test_results_of_a_camera_are_its_own_new_whole_pictures(weights, camera_server, numbered, tmp_path):
     server = camera_server(["cut", "refuse", "stall", "corrupt"])
     options = {key: value for key, value in options_for(weights, server.address, tmp_path).items() if key != "project"}
-    numbers = [numbered.read(result.image) for result in detect.run(**options, stream=True)]
+    results, numbers = detect.run(**options, stream=True), []
+    with pytest.raises(ReportedError, match="1 live input was lost"):
+        numbers.extend(numbered.read(result.image) for result in results)
     assert numbers == sorted(set(numbers))
     assert numbers[-1] == server.sent[-1][-1]
 
@@ -112,7 +118,8 @@ def test_list_of_cameras_is_detected_side_by_side(weights, camera_server, tmp_pa
     caplog.set_level(logging.INFO, "yolov5")
     servers = [camera_server(["end"]), camera_server(["end", "end"])]
     (tmp_path / "list.txt").write_text("".join(f"{server.address}\n" for server in servers))
-    detect.run(**options_for(weights, tmp_path / "list.txt", tmp_path), line_thickness=1)
+    with pytest.raises(ReportedError, match="2 live inputs were lost"):
+        detect.run(**options_for(weights, tmp_path / "list.txt", tmp_path), line_thickness=1)
     names = [re.sub(r"\W+", "_", server.address) for server in servers]
     for number, name in enumerate(names):
         used = int(re.search(rf"{name}: \d+ frames received, (\d+) used", caplog.text)[1])

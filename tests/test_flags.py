@@ -107,14 +107,16 @@ def test_agnostic_nms_leaves_one_class_where_several_are_seen(golden_dir, tmp_pa
     assert set(together) < set(apart)
 
 
-def test_vid_stride_leaves_frames_out(weights, tmp_path):
-    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 48))
+def test_vid_stride_leaves_frames_out_and_segment_cuts_the_video(weights, tmp_path):
+    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5, (64, 48))
     for index in range(5):
         writer.write(np.random.default_rng(index).integers(0, 255, (48, 64, 3), np.uint8))
     writer.release()
     options = {"weights": str(weights), "source": str(tmp_path / "clip.mp4"), "imgsz": [64], "device": "cpu"}
-    detect.run(vid_stride=2, save_txt=True, nosave=True, project=str(tmp_path / "runs"), **options)
+    detect.run(vid_stride=2, save_txt=True, segment=0.01, project=str(tmp_path / "runs"), **options)
     assert list(label_lines(tmp_path / "runs" / "exp")) == ["clip_1", "clip_3", "clip_5"]
+    pieces = [cv2.VideoCapture(str(tmp_path / "runs" / "exp" / f"clip{part}.mp4")) for part in ("", "_part2")]
+    assert [piece.get(cv2.CAP_PROP_FRAME_COUNT) for piece in pieces] == [2, 1]
 
 
 def test_an_onnx_file_runs_in_opencv_and_half_says_that_it_is_not_for_it(weights, tmp_path, caplog):

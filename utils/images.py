@@ -18,8 +18,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-IMG_FORMATS = frozenset({"bmp", "dng", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp"})
-VID_FORMATS = frozenset({"asf", "avi", "gif", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "wmv"})
+# Those of YOLOv5, and what else is read: AVIF (by Pillow from 11.3 on), web video, transport streams, phones' videos
+IMG_FORMATS = frozenset("avif bmp dng jpeg jpg mpo png tif tiff webp".split())
+VID_FORMATS = frozenset("3gp asf avi flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ts webm wmv".split())
 PAD_COLOUR = (114, 114, 114)
 MIN_SIDE = 10  # px; smaller images are refused, as in YOLOv5
 MAX_ASPECT = 200  # longer strips than this shrink to nothing at training size

@@ -404,7 +404,7 @@ def test_strips_are_refused_for_training_but_can_be_read(tmp_path, width, height
 
 
 def test_a_gif_is_no_training_image(tmp_path):
-    with pytest.raises(ImageError, match="is of format gif, which is not one of bmp, dng"):
+    with pytest.raises(ImageError, match="is of format gif, which is not one of avif, bmp, dng"):
         check_image(write(tmp_path / "image.jpg", encoded(kind="GIF")))
 
 

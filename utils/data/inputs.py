@@ -6,8 +6,10 @@ before a model is loaded. Not here: how files are read (`utils.data.sources`) an
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +27,13 @@ from utils.data.remote import (
 )
 from utils.data.screen import ScreenCapture, is_screen, parse_screen
 from utils.data.sources import LIST_FORMATS, FileSource, Source, files_of_list, find_sources, read_list, suffix_of
-from utils.data.streams import LiveInput, LiveSource
+from utils.data.streams import DEFAULT_PATIENCE, GIVE_UP_S, LiveInput, LiveSource, Patience
 from utils.download import file_name_of
 
 MAX_CAMERA_DIGITS = 9
 
 
-def open_source(source: str | Path, vid_stride: int = 1) -> Source:
+def open_source(source: str | Path, vid_stride: int = 1, stream_timeout_s: float = GIVE_UP_S) -> Source:
     """Opens what `--source` names.
 
     Args:
@@ -39,6 +41,7 @@ def open_source(source: str | Path, vid_stride: int = 1) -> Source:
             the working folder; a camera's number; the address of a stream or of a YouTube page; the screen (see
             `utils.data.screen`); or a list file (.txt, .streams) with one of these a line, all files or all live.
         vid_stride: of a video or live input every so many frames are used.
+        stream_timeout_s: a live input that sends nothing for so long is given up; 0: never.
 
     Returns:
         A `FileSource`, or a `LiveSource` whose inputs all have given a frame: `close` it.
@@ -47,10 +50,11 @@ def open_source(source: str | Path, vid_stride: int = 1) -> Source:
         UserError: nothing of that name, it cannot be opened or fetched, or a library is missing.
     """
     text = str(source).strip()
+    patience = replace(DEFAULT_PATIENCE, give_up_s=stream_timeout_s or math.inf)
     if suffix_of(text) in LIST_FORMATS and os.path.isfile(os.path.expanduser(text)):
-        return _open_list(os.path.expanduser(text), vid_stride)
+        return _open_list(os.path.expanduser(text), vid_stride, patience)
     if is_live(text):
-        return LiveSource(live_inputs([text]), vid_stride)
+        return LiveSource(live_inputs([text]), vid_stride, patience)
     if is_file_address(text):
         return FileSource([fetch_file(text)], vid_stride)
     if "://" in text:
@@ -99,7 +103,7 @@ def _open_youtube(page: str) -> Capture:
     return open_address(resolve_youtube(page), page, Timeouts())
 
 
-def _open_list(path: str, vid_stride: int) -> Source:
+def _open_list(path: str, vid_stride: int, patience: Patience) -> Source:
     """Opens what a list file names: live inputs side by side, or files one after the other."""
     entries = read_list(path)
     live = [entry for entry in entries if is_live(entry)]
@@ -110,7 +114,7 @@ def _open_list(path: str, vid_stride: int) -> Source:
             "Make a list of each."
         )
     if live:
-        return LiveSource(live_inputs(entries), vid_stride)
+        return LiveSource(live_inputs(entries), vid_stride, patience)
     return FileSource(files_of_list(path, _fetch_all(path, entries)), vid_stride)
 
 

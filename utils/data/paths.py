@@ -16,6 +16,11 @@ from utils.files import atomic_write
 from utils.images import IMG_FORMATS
 from utils.log import LOGGER
 
+# Images of other programs and cameras; those that IMG_FORMATS has are read all the same
+UNREAD_FORMATS = frozenset(
+    "arw avif bpg cr2 cr3 exr gif hdr heic heif ico j2k jfif jp2 jpe jpx jxl jxr nef orf pbm pcx pfm pgm pnm ppm psd "
+    "raf raw rw2 sr2 svg tga".split()
+)
 AUTOSPLIT_NAMES = ("train", "val", "test")
 
 

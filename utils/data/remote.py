@@ -18,6 +18,7 @@ from utils.log import LOGGER
 
 SCHEMES = ("rtsp", "rtmp", "http", "https")
 _FILE_SCHEMES = ("http", "https")
+_ENDLESS_FORMATS = frozenset({"flv", "m2ts", "mts", "ts", "webm"})  # also of what cameras and programmes are sent in
 _YOUTUBE_HOSTS = ("youtube.com", "youtu.be")
 # Without sound; H.264 first, which every decoder reads.
 _YOUTUBE_FORMAT = "bestvideo[vcodec^=avc1]/best[ext=mp4]/bestvideo/best"
@@ -35,12 +36,15 @@ def is_address(source: str) -> bool:
 
 
 def is_file_address(source: str) -> bool:
-    """Whether an address is that of an image or video file, by its suffix: such are fetched, then read."""
+    """Whether an address is that of an image or video file, by its suffix: such are fetched, then read.
+
+    Those of kinds that may have no end are read as streams, which loses no frame of a file either.
+    """
     if not is_address(source) or is_youtube(source):
         return False
     parts = urllib.parse.urlsplit(source)
     suffix = Path(parts.path).suffix.lower().lstrip(".")
-    return parts.scheme in _FILE_SCHEMES and suffix in IMG_FORMATS | VID_FORMATS
+    return parts.scheme in _FILE_SCHEMES and suffix in (IMG_FORMATS | VID_FORMATS) - _ENDLESS_FORMATS
 
 
 def is_youtube(source: str) -> bool:

@@ -20,11 +20,14 @@ import cv2
 import numpy as np
 
 from utils.checks import UserError, did_you_mean
+from utils.data.mp4 import frames_shown
+from utils.data.paths import UNREAD_FORMATS
 from utils.images import IMG_FORMATS, MAX_ASPECT, VID_FORMATS, ImageError, read_image
+from utils.log import LOGGER
 
 LIST_FORMATS = frozenset({"streams", "txt"})
 DEFAULT_FPS = 30.0  # for videos that do not say
-_COUNTING_FORMATS = frozenset({"avi", "m4v", "mov", "mp4"})  # their headers count the frames; others estimate
+_COUNTING_FORMATS = frozenset({"3gp", "avi", "m4v", "mov", "mp4"})  # their headers count the frames; others estimate
 _ESTIMATE_TOLERANCE = 0.05  # of the frames declared
 
 
@@ -128,6 +131,13 @@ def find_sources(source: str | Path) -> list[str]:
         candidates = sorted(path for path in glob.glob(text, recursive=True) if os.path.isfile(path))
     else:
         raise UserError(f"--source '{source}': {_not_found(text)}")
+    unread = [path for path in candidates if suffix_of(path) in UNREAD_FORMATS - IMG_FORMATS - VID_FORMATS]
+    if unread:
+        kinds = ", ".join(sorted({suffix_of(path) for path in unread}))
+        LOGGER.warning(
+            f"WARNING: --source '{source}': {len(unread)} images are left out, such as {unread[0]}: files of these "
+            f"kinds ({kinds}) are not read. Convert them to JPEG or PNG."
+        )
     return _order([path for path in candidates if suffix_of(path) in IMG_FORMATS | VID_FORMATS], text)
 
 
@@ -139,7 +149,10 @@ def _is_file_or_dead_link(path: str) -> bool:
 def _single_file(path: str) -> list[str]:
     """Returns the file alone, if its suffix is one that can be read."""
     if suffix_of(path) not in IMG_FORMATS | VID_FORMATS:
-        raise UserError(f"--source '{path}': not an image or a video by its suffix. {_formats()}")
+        image = suffix_of(path) in UNREAD_FORMATS
+        reason = "images of this kind are not read" if image else "not an image or a video by its suffix"
+        advice = " Convert it to JPEG or PNG." if image else ""
+        raise UserError(f"--source '{path}': {reason}. {_formats()}{advice}")
     return [os.path.abspath(path)]
 
 
@@ -245,6 +258,8 @@ def _read_video(path: str, file_number: int, file_count: int, vid_stride: int) -
                     image = image if decoded else None
                     yield Frame(path, file_number, file_count, image, error, position, count, fps, time=time)
             video.release()
+            if position < count and suffix_of(path) in _COUNTING_FORMATS:
+                count = min(frames_shown(path) or count, count)
             video, resumed = _resume(path, position, count, last)
             lost, position = lost + resumed - position, resumed
     finally:

@@ -2,8 +2,9 @@
 
 What is live keeps its newest frame alone, so that detection never falls behind; a recording that is served as a stream
 waits instead, and loses none. A frame is handed out once, as it came: nothing stands in for one that is missing. An
-input that falls silent is opened again and again, ever more seldom, for GIVE_UP_S seconds. Not here: where a frame
-comes from (`utils.data.capture`), which inputs there are (`utils.data.inputs`).
+input that falls silent is opened again and again, ever more seldom, for GIVE_UP_S seconds; one that ends before its
+time says so in a last frame, which has no picture. Not here: where a frame comes from (`utils.data.capture`), which
+inputs there are (`utils.data.inputs`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from utils.data.sources import Frame
 from utils.log import LOGGER
 
 LATE_S = 1.0  # a live frame that waited longer than this for its turn counts as late
-GIVE_UP_S = 300.0  # an input that gave no frame for so long, though opened again and again, has ended
+GIVE_UP_S = 300.0  # an input that gave no frame for so long, though opened again and again, is given up
 FIRST_WAIT_S = 0.5  # before an input is opened again; doubled each time ...
 LONGEST_WAIT_S = 10.0  # ... up to this
 FAILED_GRABS = 3  # in a row: one may be a damaged packet, more mean that nothing comes any more
@@ -98,7 +99,10 @@ class LiveSource:
             raise
 
     def __iter__(self) -> Iterator[list[Frame]]:
-        """Yields one frame of every input that has a new one, whenever one has; ends when all inputs have ended."""
+        """Yields one frame of every input that has a new one, whenever one has; ends when all inputs have ended.
+
+        The last frame of one that ended before its time has an error and no picture.
+        """
         with self._changed:
             for reader in self._readers:
                 reader.begin()
@@ -158,7 +162,7 @@ class LiveSource:
         """Whether there is a frame, an error, or nothing more to come."""
         if self._stopped.is_set() or all(reader.ended for reader in self._readers):
             return True
-        return any(reader.image is not None or reader.error is not None for reader in self._readers)
+        return any(reader.has_news() for reader in self._readers)
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         """Waits for a condition that the readers bring about; `changed` is held, and is again afterwards."""
@@ -191,6 +195,7 @@ class _Reader(threading.Thread):
         self.opened = self.ended = False
         self.error: BaseException | None = None  # why it could not be opened, or what went wrong within
         self.ending = ""  # why it ended before its time
+        self._is_told = False  # in a frame
 
     def begin(self) -> None:
         """Forgets what passed while nobody could use it: a model was being loaded. A recording has waited."""
@@ -198,9 +203,9 @@ class _Reader(threading.Thread):
             self.tally = Tally(received=int(self.image is not None))
 
     def take(self, file_number: int, file_count: int) -> Frame | None:
-        """Hands out the frame that waits, if one does."""
+        """Hands out the frame that waits, if one does; where none does any more, the one that says why it ended."""
         if self.image is None:
-            return None
+            return self._farewell(file_number, file_count)
         self.tally.used += 1
         waited_s = time.monotonic() - self.time_s
         self.tally.late += waited_s > self._patience.late_s and not self._is_recording
@@ -208,6 +213,19 @@ class _Reader(threading.Thread):
         frame = Frame(self.source.name, image=self.image, fps=self.fps, live=True, time=self.time_s, **place)
         self.image = None
         return frame
+
+    def _farewell(self, file_number: int, file_count: int) -> Frame | None:
+        """Returns a frame without a picture, once, for an input that ended before its time."""
+        if not (self.ended and self.ending) or self._is_told:
+            return None
+        self._is_told = True
+        return Frame(self.source.name, file_number, file_count, error=self.ending, live=True, time=time.monotonic())
+
+    def has_news(self) -> bool:
+        """Whether a frame waits, or something went wrong that was not told yet."""
+        return (
+            self.image is not None or self.error is not None or bool(self.ended and self.ending and not self._is_told)
+        )
 
     def discard(self) -> None:
         """Drops the frame that waits, if one does."""

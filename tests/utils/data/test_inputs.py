@@ -2,8 +2,10 @@
 
 import http.server
 import logging
+import math
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,7 +16,7 @@ from utils.checks import UserError
 from utils.data import inputs
 from utils.data.inputs import is_live, live_inputs, open_source
 from utils.data.sources import FileSource
-from utils.data.streams import LiveSource
+from utils.data.streams import DEFAULT_PATIENCE, LiveSource
 
 FRAMES = 40
 
@@ -159,6 +161,14 @@ def test_list_of_live_inputs_is_read_side_by_side(cameras, tmp_path, suffix):
     assert {frame.file_count for frame in frames} == {2}
 
 
+@pytest.mark.parametrize(("seconds", "give_up_s"), [(20.0, 20.0), (0.0, math.inf)])
+def test_live_inputs_are_given_up_after_the_seconds_asked_for_or_never(tmp_path, monkeypatch, seconds, give_up_s):
+    monkeypatch.setattr(inputs, "LiveSource", lambda _inputs, _stride, patience: patience)
+    (tmp_path / "list.txt").write_text("0\n1\n")
+    for source in ("0", tmp_path / "list.txt"):
+        assert open_source(source, stream_timeout_s=seconds) == replace(DEFAULT_PATIENCE, give_up_s=give_up_s)
+
+
 def test_list_of_files_may_name_addresses_of_files(tmp_path, monkeypatch, server, video):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list.streams").write_text(f"{video}\n{server.address}/sub/clip.avi?size=1\n")
@@ -231,7 +241,9 @@ def test_video_served_without_a_suffix_is_read_as_a_stream_to_its_end(server, nu
 
 def test_video_that_breaks_off_again_and_again_gives_what_came_once_and_says_what_is_missing(server, numbered):
     source = open_source(f"{server.address}/cut/live")
-    numbers = [numbered.read(frame.image) for frame in read_all(source)]
+    *frames, last = read_all(source)
+    numbers = [numbered.read(frame.image) for frame in frames]
+    assert last.error == f"ended: only {len(numbers)} of its {FRAMES} frames come"
     assert numbers == [*range(1, len(numbers) + 1)]
     assert 10 <= len(numbers) <= FRAMES // 2
     assert source.report()[0].endswith(f"ended: only {len(numbers)} of its {FRAMES} frames come")

@@ -47,6 +47,8 @@ def pages(monkeypatch):
     [
         *[("http://a/b.jpg", True), ("HTTPS://a/b.MP4?x=1", True), ("http://a/b.jpg/video", False)],
         *[("rtsp://a/b.mp4", False), ("http://a/b.m3u8", False), ("http://a/?file=b.jpg", False), ("a/b.jpg", False)],
+        *[("http://a/live.flv", False), ("http://a/live.ts?x=1", False), ("http://a/live.webm", False)],
+        *[("http://a/b.avif", True), ("http://a/b.3gp", True)],
     ],
 )
 def test_files_are_told_by_the_suffix_of_the_path(address, is_file):

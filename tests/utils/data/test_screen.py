@@ -111,9 +111,10 @@ def test_what_is_not_on_the_desktop_is_refused(display, area, message):
 
 def test_screen_is_read_as_a_live_source_until_it_refuses(display):
     source = open_source("screen 2")
-    frames = [frame for (frame,) in source]
+    *frames, last = [frame for (frame,) in source]
     source.close()
     assert 1 <= len(frames) <= 3
+    assert (last.error, last.image) == ("ended: it gives no frames any more", None)
     assert {(frame.path, frame.live, frame.image.shape) for frame in frames} == {("screen_2", True, (80, 200, 3))}
     assert source.report()[0].endswith("ended: it gives no frames any more")
 

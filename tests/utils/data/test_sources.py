@@ -2,15 +2,17 @@
 
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from utils.checks import UserError
 from utils.data.sources import find_sources, read_frames
+from utils.images import check_image
 
 FRAMES = 40
 
@@ -26,6 +28,19 @@ def write_video(path: Path, codec: str = "mp4v", frames: int = FRAMES, fps: floa
     for index in range(frames):
         writer.write(np.roll(texture, 2 * index, axis=1))
     writer.release()
+    return path
+
+
+def encode(path: Path, codec: str, **options: str) -> Path:
+    """The same texture in what OpenCV does not write."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for index in range(FRAMES):
+            image = np.roll(picture(1, 96, 64), 2 * index, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="bgr24")))
+        container.mux(stream.encode())
     return path
 
 
@@ -91,11 +106,42 @@ def test_what_is_no_source_is_refused_with_what_was_tried(folder, monkeypatch, s
         find_sources(source)
 
 
+def test_images_that_cannot_be_read_are_counted_and_named(folder, caplog):
+    for name in ("phone.HEIC", "scan.jp2", "table.csv"):
+        (folder / name).touch()
+    assert names(find_sources(folder)) == ["C.JPG", "a.png", "b.jpg", "0.mp4"]
+    said = f"WARNING: --source '{folder}': 2 images are left out, such as {folder / 'phone.HEIC'}: files of these kinds"
+    assert f"{said} (heic, jp2) are not read. Convert them to JPEG or PNG." in caplog.text
+    with pytest.raises(UserError, match="images of this kind are not read.*Convert it to JPEG or PNG"):
+        find_sources(folder / "phone.HEIC")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read_as_other_images(tmp_path):
+    Image.fromarray(picture(1, 96, 64)[:, :, ::-1]).resize((48, 32)).save(tmp_path / "a.avif", quality=95)
+    data = (tmp_path / "a.avif").read_bytes()
+    (tmp_path / "cut.avif").write_bytes(data[: len(data) // 2])
+    whole, damaged = read_frames(find_sources(tmp_path))
+    assert whole.image.shape == (32, 48, 3) and not whole.error
+    assert damaged.error
+    assert check_image(tmp_path / "a.avif") == (48, 32, "avif")
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.webm", "libvpx"), ("a.ts", "mpeg2video"), ("a.mts", "libx264"), ("a.3gp", "mpeg4")]
+)
+def test_videos_of_other_containers_are_read_whole(tmp_path, name, codec):
+    path = encode(tmp_path / name, codec)
+    frames = list(read_frames(find_sources(path)))
+    assert [frame.error for frame in frames] == [""] * FRAMES
+    assert [frame.time for frame in frames] == pytest.approx([n / 25 for n in range(FRAMES)], abs=2e-3)
+
+
 def test_empty_folder_and_empty_list_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").write_text("\n# nothing\n")
     for source in ("empty", "list.txt"):
-        with pytest.raises(UserError, match="no images or videos found there.*Images: bmp"):
+        with pytest.raises(UserError, match="no images or videos found there.*Images: avif, bmp"):
             find_sources(tmp_path / source)
 
 
@@ -211,6 +257,42 @@ def test_video_that_ends_early_is_read_to_its_end_and_the_shortage_is_told(tmp_p
     assert 15 <= len(frames) <= 30
     assert all(frame.image is not None for frame in frames)
     assert last.error == f"{FRAMES - len(frames)} of {FRAMES} declared frames are missing or cannot be decoded"
+
+
+def cut(path: Path, first: int, last: int) -> Path:
+    """Hides all frames but these (from 1), as programs do that cut without encoding anew; at 25 a second."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst") + 12  # the edits' number is before it, then a duration in ms and a beginning in 1/12800 s
+    data[at : at + 8] = struct.pack(">II", (last - first + 1) * 40, (first - 1) * 512)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 40), (11, 40), (1, 30), (18, 33)])
+def test_frames_that_a_video_hides_are_not_missing(tmp_path, first, last):
+    path = write_video(tmp_path / "clip.mp4")
+    whole = [frame.image for frame in read_frames([str(path)])]
+    frames = list(read_frames([str(cut(path, first, last))]))
+    assert [frame.error for frame in frames] == [""] * (last - first + 1)
+    assert all(map(np.array_equal, [frame.image for frame in frames], whole[first - 1 : last]))
+
+
+def test_frames_that_a_video_shows_and_lacks_are_told_where_it_hides_others(tmp_path):
+    path = cut(write_video(tmp_path / "clip.mp4", frames=100), 21, 90)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) * 3 // 5] = bytes(len(data) * 3 // 5 - len(data) // 2)
+    path.write_bytes(data)
+    *frames, last = read_frames([str(path)])
+    assert 30 < len(frames) < 70
+    assert last.error == f"{70 - len(frames)} of 70 declared frames are missing or cannot be decoded"
+
+
+def test_frames_that_are_stored_in_another_order_than_shown_are_hidden_by_their_times(tmp_path):
+    encode(tmp_path / "clip.mp4", "libx264", bf="3", g="20")
+    path = cut(tmp_path / "clip.mp4", 1, 12)  # times begin with two frames of delay
+    frames = list(read_frames([str(path)]))
+    assert b"ctts" in path.read_bytes()
+    assert [frame.error for frame in frames] == [""] * 10
 
 
 @pytest.mark.parametrize("vid_stride", [1, 2])

@@ -82,7 +82,7 @@ def wait_until(condition) -> None:
 
 
 def values(source) -> list[int]:
-    return [int(frame.image[0, 0, 0]) for frames in source for frame in frames]
+    return [int(frame.image[0, 0, 0]) for frames in source for frame in frames if frame.image is not None]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +209,31 @@ def test_input_that_comes_back_goes_on_and_one_that_does_not_has_ended(opened, c
     assert "in0 is back after " in caplog.text
 
 
+def test_last_frame_of_an_input_that_is_given_up_says_why_and_comes_once(opened):
+    source = opened(Script([1]), Script([*range(100, 130)], frame_count=30), patience=replace(IMPATIENT, give_up_s=0.1))
+    frames = [frame for batch in source for frame in batch]
+    (last,) = [frame for frame in frames if frame.image is None]
+    assert (last.path, last.where, last.live) == ("in0", "0", True)
+    assert last.error == "ended: it could not be opened again for 0.1 s"
+    assert frames[-1] is last
+    assert len(frames) == 1 + 30 + 1
+
+
+def test_waits_between_attempts_double_up_to_the_longest(opened, monkeypatch):
+    waits = []
+    wait = threading.Event.wait
+
+    def noted(event: threading.Event, seconds: float | None = None) -> bool:
+        if threading.current_thread().name == "stream in0":
+            waits.append(seconds)
+        return wait(event, seconds)
+
+    monkeypatch.setattr(threading.Event, "wait", noted)
+    source = opened(Script([1]), patience=Patience(first_wait_s=0.01, longest_wait_s=0.08, give_up_s=0.2))
+    values(source)
+    assert waits[:5] == [0.01, 0.02, 0.04, 0.08, 0.08]
+
+
 def test_one_input_that_ends_does_not_end_the_others(opened):
     source = opened(Script([1, 2], frame_count=2), Script([*range(100, 130)], frame_count=30))
     batches = list(source)
@@ -287,7 +312,9 @@ def served(mjpeg_server):
 
 def test_mjpeg_server_that_breaks_off_stalls_and_comes_back_gives_whole_new_frames_alone(served, numbered):
     source, (server,) = served(["cut", "refuse", "stall", "refuse", "refuse", "corrupt"])
-    numbers = [numbered.read(frame.image) for (frame,) in source]
+    *frames, last = [frame for (frame,) in source]
+    numbers = [numbered.read(frame.image) for frame in frames]
+    assert last.error.startswith("ended: it could not be opened again")
     assert numbers == sorted(set(numbers))
     assert [len(session) for session in server.sent] == [12, 12, 13]
     assert set(numbers) <= {number for session in server.sent for number in session}
@@ -307,7 +334,8 @@ def test_two_servers_of_which_one_dies_are_read_side_by_side(served, numbered):
     for frames in source:
         assert len({frame.path for frame in frames}) == len(frames) > 0
         for frame in frames:
-            numbers[frame.path].append(numbered.read(frame.image))
+            if not frame.error:
+                numbers[frame.path].append(numbered.read(frame.image))
     for given, server in zip(numbers.values(), servers, strict=True):
         assert given == sorted(set(given))
         assert given[-1] == server.number
