@@ -100,7 +100,7 @@ class Trainer:
         self.validation = [0.0] * 7  # P, R, mAP50, mAP50-95 and the three losses of the last validation
         self.maps = np.zeros(detect.nc)  # mAP50-95 of each class at the last validation
         self.best_fitness = 0.0
-        self.last_step = -1  # iteration of the last optimizer step
+        self.gathered = 0  # batches whose gradient waits for the next optimizer step
         # of torch's own generator, which no layer here reads, but one of somebody's may (dropout)
         self.rng_state = torch.Generator().manual_seed(options.seed).get_state()
         self.epoch = -1  # the last finished epoch
@@ -164,7 +164,6 @@ class Trainer:
             loader.set_image_weights(self._image_weights())
         self.callbacks.run("on_train_epoch_start")
         LOGGER.info(("\n" + "%10s" * len(HEADER)) % HEADER)
-        self.optimizer.zero_grad(set_to_none=True)
         mean_items = torch.zeros(3)
         with progress(total=len(loader.dataset), unit="img") as bar:
             for index, batch in enumerate(loader):
@@ -180,7 +179,10 @@ class Trainer:
         return mean_items
 
     def _train_batch(self, batch: Batch, source: BatchSource) -> tuple[LossResult, int]:
-        """Computes one batch's gradient, and steps where enough have been gathered; returns the loss and the width."""
+        """Computes one batch's gradient, and steps where enough have been gathered; returns the loss and the width.
+
+        An epoch's last batch always steps: no image is computed for nothing, and no gradient outlives an epoch.
+        """
         iteration = source.index + len(self.loaders.train) * source.epoch
         settings = self.schedule.at(source.epoch, source.index)
         apply_settings(self.optimizer, settings)
@@ -188,7 +190,8 @@ class Trainer:
         images = images.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
         if self.options.multi_scale:
             images = rescaled(images, self.loaders.imgsz, self.loaders.grid_stride, self.options.seed, iteration)
-        steps = iteration - self.last_step >= settings.accumulate
+        self.gathered += 1
+        steps = self.gathered >= settings.accumulate or source.index + 1 == len(self.loaders.train)
         with exchanging(self.replica, wanted=steps):
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 outputs = self.replica(images)
@@ -197,7 +200,6 @@ class Trainer:
             self.scaler.scale(loss.total * 4 if self.options.quad else loss.total).backward()
         if steps:
             self._step(source)
-            self.last_step = iteration
         self._after_batch(batch, images, iteration)
         return loss, images.shape[-1]
 
@@ -225,6 +227,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.gathered = 0
         if self.ema:
             self.ema.update(self.model)
 
@@ -315,7 +318,6 @@ class Trainer:
             "optimizer": optimizer_state_by_name(self.optimizer, self.model),
             "scaler": self.scaler.state_dict(),
             "schedule": {
-                "last_step": self.last_step,
                 "complete": self.complete,
                 "validation": self.validation,
                 "maps": self.maps.tolist(),
@@ -333,7 +335,7 @@ class Trainer:
         load_optimizer_state(self.optimizer, self.model, checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         schedule = checkpoint["schedule"]
-        self.last_step, self.complete = schedule["last_step"], schedule["complete"]
+        self.complete = schedule["complete"]
         self.validation, self.maps = schedule["validation"], np.array(schedule["maps"])
         self.loss.load_state_dict(schedule["loss"])
         self.stopper.load_state_dict(checkpoint["stopper"])

@@ -1,9 +1,10 @@
 """The trainer's checkpoints: which is written first, and the state of the loss scaler, which only GPUs use as it is.
 
-Also a gradient that is lost. Every other part of a resumed run's state is in tests/test_resume.py.
+Also when gradients are used, or lost. Every other part of a resumed run's state is in tests/test_resume.py.
 """
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from utils.checks import UserError
 from utils.train import engine
 from utils.train.callbacks import Callbacks
 
+HYP = Path(train.ROOT) / "data" / "hyps" / "hyp.scratch-low.yaml"
 FITNESS = (0.1, 0.9, 0.2)  # of the epochs: the second is the best
 MODEL = """
 nc: 4
@@ -106,3 +108,36 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_a_step(options, tmp_
     with pytest.raises(UserError, match=r"gradient norm is nan in epoch 0, batch 0 \(images .*\.jpg"):
         train.run(**options)
     assert not list((tmp_path / "exp" / "weights").iterdir())
+
+
+def test_every_image_counts_in_a_step(options, tmp_path, monkeypatch):
+    """Two batches an epoch, of 16 and 8 images, where four make a step: gradients left over are used, not dropped."""
+    events, reckon, step = [], engine.DetectionLoss.__call__, torch.optim.SGD.step
+
+    def reckoned(loss, outputs, *arguments):
+        if outputs[0].requires_grad:
+            events.append(len(outputs[0]))
+        return reckon(loss, outputs, *arguments)
+
+    def stepped(optimizer, *arguments):
+        events.append("step")
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(engine.DetectionLoss, "__call__", reckoned)
+    monkeypatch.setattr(torch.optim.SGD, "step", stepped)
+    monkeypatch.setattr("utils.train.optim.WARMUP_FLOOR", 1)
+    (tmp_path / "hyp.yaml").write_text(re.sub("(?m)^warmup_epochs:.*", "warmup_epochs: 0.0", HYP.read_text()))
+    train.run(**{**options, "batch_size": 16, "hyp": str(tmp_path / "hyp.yaml")})
+    assert events == [16, "step", 8, "step", 16, 8, "step", 16, 8, "step"]
+    assert "last_step" not in load_checkpoint(tmp_path / "exp" / "weights" / "epoch1.pt")["schedule"]
+
+
+def test_a_run_begun_before_steps_ended_with_the_epoch_goes_on(options, tmp_path):
+    """Its checkpoint says where the last step was, and that gradients of a batch after it are missing."""
+    train.run(**options)
+    old = tmp_path / "old" / "weights" / "last.pt"
+    old.parent.mkdir(parents=True)
+    state = load_checkpoint(tmp_path / "exp" / "weights" / "epoch1.pt")
+    save_checkpoint(old, {**state, "schedule": {**state["schedule"], "last_step": 4}})
+    train.run(resume=str(old))
+    assert_same_tensors(old.with_name("epoch2.pt"), tmp_path / "exp" / "weights" / "epoch2.pt", "model")
