@@ -92,7 +92,7 @@ class Trainer:
         scaled = hyp.scaled(detect.nl, detect.nc, loaders.imgsz, options.label_smoothing)
         self.loss = DetectionLoss(scaled, detect.anchors, detect.stride, detect.nc)
         self.schedule = Schedule(hyp, options.epochs, len(loaders.train), options.batch_size, options.cos_lr)
-        weight_decay = scaled_weight_decay(hyp.weight_decay, options.batch_size)
+        weight_decay = scaled_weight_decay(hyp, options.batch_size)
         self.optimizer = build_optimizer(model, options.optimizer, hyp.lr0, hyp.momentum, weight_decay)
         self.autocast_dtype = resolve_amp(options.amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast_dtype == torch.float16)

@@ -1,8 +1,8 @@
 """Training hyperparameters: read, checked, scaled.
 
-Covers every key of YOLOv5 6.1's `data/hyps/*.yaml`, plus `mosaic9` and `label_smoothing`. A `Hyp` cannot change;
-`scaled` returns a new one with the loss gains fitted to a model. Not here: what the augmentations do with their keys
-(`utils.data`), the schedule (`utils.train.optim`).
+Covers every key of YOLOv5 6.1's `data/hyps/*.yaml`, plus `mosaic9`, `label_smoothing` and `nominal_batch`. A `Hyp` does
+not change; `scaled` returns a new one with the loss gains fitted to a model. Not here: what the augmentations do with
+their keys (`utils.data`), the schedule (`utils.train.optim`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Hyp:
     lr0: float = _key(_POSITIVE)  # initial learning rate
     lrf: float = _key(_NOT_NEGATIVE)  # final learning rate as a fraction of lr0
     momentum: float = _key(_BELOW_ONE)  # SGD's momentum, Adam's first beta
-    weight_decay: float = _key(_NOT_NEGATIVE)  # at the nominal batch of 64
+    weight_decay: float = _key(_NOT_NEGATIVE)  # at the nominal batch
     warmup_epochs: float = _key(_NOT_NEGATIVE)
     warmup_momentum: float = _key(_BELOW_ONE)
     warmup_bias_lr: float = _key(_NOT_NEGATIVE)
@@ -90,6 +90,7 @@ class Hyp:
     anchors: float | None = _key(Range(0.0, 100.0), default=None)  # per layer, rounded; 0 = as the model says
     mosaic9: float = _key(_FRACTION, default=0.0)  # share of mosaics made of nine images
     label_smoothing: float = _key(_BELOW_ONE, default=0.0)
+    nominal_batch: float = _key(Range(1.0), default=64.0)  # images an optimizer step; smaller batches are accumulated
     key_order: tuple[str, ...] = field(default=(), repr=False, compare=False)  # as the file had them, for to_dict
 
     def __post_init__(self) -> None:
