@@ -89,7 +89,7 @@ class Trainer:
         self.ema = ModelEMA(self.model) if world.is_first else None
         self.replica = replicate(self.model, device, world, options.sync_bn)
         detect = self.model.detect
-        scaled = hyp.scaled(detect.nl, detect.nc, loaders.imgsz, options.label_smoothing)
+        scaled = hyp.scaled(detect.nl, detect.nc, loaders.imgsz)
         self.loss = DetectionLoss(scaled, detect.anchors, detect.stride, detect.nc)
         self.schedule = Schedule(hyp, options.epochs, len(loaders.train), options.batch_size, options.cos_lr)
         weight_decay = scaled_weight_decay(hyp, options.batch_size)

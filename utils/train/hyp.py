@@ -142,14 +142,13 @@ class Hyp:
         told = [name for name in _KEYS if name not in self.key_order and getattr(self, name) != _KEYS[name].default]
         return {name: getattr(self, name) for name in (*self.key_order, *told) if getattr(self, name) is not None}
 
-    def scaled(self, nl: int, nc: int, imgsz: int, label_smoothing: float | None = None) -> Hyp:
+    def scaled(self, nl: int, nc: int, imgsz: int) -> Hyp:
         """Returns hyperparameters whose loss gains suit a model; call it once on what a file holds.
 
         Args:
             nl: detection layers; all gains go with 3 / nl.
             nc: classes; the class gain goes with nc / 80.
             imgsz: image side in pixels; the objectness gain goes with (imgsz / 640) squared.
-            label_smoothing: replaces the file's value unless None.
         """
         layers = 3 / nl
         return dataclasses.replace(
@@ -157,7 +156,6 @@ class Hyp:
             box=self.box * layers,
             cls=self.cls * nc / 80 * layers,
             obj=self.obj * (imgsz / 640) ** 2 * layers,
-            label_smoothing=self.label_smoothing if label_smoothing is None else label_smoothing,
         )
 
 

@@ -16,6 +16,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.checks import UserError
 from utils.train import engine
 from utils.train.callbacks import Callbacks
+from utils.train.hyp import Hyp
 
 HYP = Path(train.ROOT) / "data" / "hyps" / "hyp.scratch-low.yaml"
 FITNESS = (0.1, 0.9, 0.2)  # of the epochs: the second is the best
@@ -108,6 +109,25 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_a_step(options, tmp_
     with pytest.raises(UserError, match=r"gradient norm is nan in epoch 0, batch 0 \(images .*\.jpg"):
         train.run(**options)
     assert not list((tmp_path / "exp" / "weights").iterdir())
+
+
+@pytest.mark.parametrize(("option", "smoothing"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
+def test_label_smoothing_of_the_file_holds_unless_the_option_is_given(
+    option, smoothing, options, tmp_path, monkeypatch
+):
+    made = []
+    monkeypatch.setattr(engine, "DetectionLoss", lambda hyp, *_: made.append(hyp.label_smoothing) or 1 / 0)
+    (tmp_path / "hyp.yaml").write_text(HYP.read_text() + "label_smoothing: 0.1\n")
+    given = {} if option is None else {"label_smoothing": option}
+    with pytest.raises(ZeroDivisionError):
+        train.run(**options, hyp=str(tmp_path / "hyp.yaml"), **given)
+    assert made == [smoothing] and Hyp.from_yaml(tmp_path / "exp" / "hyp.yaml").label_smoothing == smoothing
+
+
+def test_a_label_smoothing_that_leaves_nothing_to_learn_is_refused_before_anything_is_written(options, tmp_path):
+    with pytest.raises(UserError, match="--label-smoothing: .* is 1; it must be at least 0 and below 1"):
+        train.run(**{**options, "project": str(tmp_path / "runs")}, label_smoothing=1.0)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_every_image_counts_in_a_step(options, tmp_path, monkeypatch):
