@@ -172,6 +172,8 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
         spec = load_spec(options.data)
         names = {0: "item"} if options.single_cls and spec.nc != 1 else spec.names
         model = build_for_training(options, names, hyp.anchors, checkpoint)
+    if len(names) == 1 and hyp.label_smoothing:
+        LOGGER.warning("WARNING: --label-smoothing has no effect: one class (as of --single-cls) has no class loss")
     setup.freeze_layers(model, options.freeze)
     if options.batch_size == -1:
         options.batch_size = setup.fitting_batch_size(model, options, device)

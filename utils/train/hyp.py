@@ -71,7 +71,7 @@ class Hyp:
     cls_pw: float = _key(_POSITIVE)  # weight of positives in the two cross entropies
     obj: float = _key(_NOT_NEGATIVE)
     obj_pw: float = _key(_POSITIVE)
-    iou_t: float = _key(_FRACTION)  # no part of the program reads it; files have it
+    iou_t: float = _key(_FRACTION)  # without effect
     anchor_t: float = _key(Range(1.0, low_open=True))  # largest side ratio of a target and an anchor that match
     fl_gamma: float = _key(_NOT_NEGATIVE)  # focal loss exponent, 0 = plain cross entropy
     hsv_h: float = _key(_FRACTION)
@@ -131,6 +131,9 @@ class Hyp:
             )
         if "copy_paste" not in values:  # the releases before 6.0 had no such key
             LOGGER.info(f"{source}: no copy_paste, using {_KEYS['copy_paste'].default:g}")
+        for name, usual in _UNUSED.items():
+            if values[name] != usual:
+                LOGGER.warning(f"WARNING: {source}: {name} has no effect, as in YOLOv5")
         numbers = {name: _number(name, value, source) for name, value in values.items()}
         try:
             return cls(**numbers, key_order=tuple(values))
@@ -160,6 +163,7 @@ class Hyp:
 
 
 _KEYS: dict[str, dataclasses.Field] = {entry.name: entry for entry in dataclasses.fields(Hyp) if entry.metadata}
+_UNUSED = {"iou_t": 0.2}  # keys that files have and nothing reads, with the value that YOLOv5's files give them
 _REQUIRED = tuple(name for name, entry in _KEYS.items() if entry.default is dataclasses.MISSING)
 
 
