@@ -141,25 +141,31 @@ def train(
     from utils.train.setup import prepare_determinism
 
     world = world or ALONE
-    hyp = _with_smoothing(hyp, options.label_smoothing)
-    device = own_device(options.device, world)
-    resolve_amp(options.amp, device)  # refused, if at all, before anything is written
-    prepare_cpu_memory(device)
-    LOGGER.info(device_line(device) + "\n")
-    if options.sync_bn:
-        check_sync_bn(device, world)
-    if options.deterministic:
-        prepare_determinism(device)
-    with world.first_speaks():
-        model, loaders = _prepare(hyp, options, device, checkpoint, world)
     callbacks = callbacks if world.is_first else Callbacks()
-    callbacks.run("on_pretrain_routine_end")
-    trainer = Trainer(model.to(device), hyp, options, loaders, device, callbacks, checkpoint, world)
-    with advising(trainer.how_to_resume), limits_explained(_sizes(options)), contextlib.closing(trainer):
-        result = trainer.train()
-    if result is not None:
-        LOGGER.info(fingerprint.summary(options.save_dir))
-    return result
+    with contextlib.ExitStack() as ends:
+        ends.callback(callbacks.run, "teardown")
+        callbacks.run("on_pretrain_routine_start")
+        hyp = _with_smoothing(hyp, options.label_smoothing)
+        device = own_device(options.device, world)
+        resolve_amp(options.amp, device)  # refused, if at all, before anything is written
+        prepare_cpu_memory(device)
+        LOGGER.info(device_line(device) + "\n")
+        if options.sync_bn:
+            check_sync_bn(device, world)
+        if options.deterministic:
+            prepare_determinism(device)
+        asked = options.batch_size
+        with world.first_speaks():
+            model, loaders = _prepare(hyp, options, device, checkpoint, world)
+        if options.batch_size != asked:
+            callbacks.run("on_params_update", {"batch_size": options.batch_size})
+        callbacks.run("on_pretrain_routine_end")
+        trainer = Trainer(model.to(device), hyp, options, loaders, device, callbacks, checkpoint, world)
+        with advising(trainer.how_to_resume), limits_explained(_sizes(options)), contextlib.closing(trainer):
+            result = trainer.train()
+        if result is not None:
+            LOGGER.info(fingerprint.summary(options.save_dir))
+        return result
 
 
 def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dict | None, world: Any) -> tuple:

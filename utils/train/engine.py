@@ -173,7 +173,7 @@ class Trainer:
                 mean_items += (loss.items.cpu() - mean_items) / (index + 1)
                 row = (f"{epoch}/{epochs - 1}", self._memory(), *mean_items.tolist(), loss.labels, side)
                 bar.set_description_str(("%10s" * 2 + "%10.4g" * 5) % row, refresh=False)
-                bar.update(loss.images)
+                bar.update(min(self.options.batch_size, len(loader.dataset) - index * self.options.batch_size))
                 if self.world.told_by_first(self.callbacks.stop_training):
                     return None
         return mean_items
@@ -226,6 +226,8 @@ class Trainer:
             raise not_finite(source, "gradient norm", norm.item(), self.how_to_resume())
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.callbacks.run("optimizer_step")
+        self.callbacks.run("on_before_zero_grad")
         self.optimizer.zero_grad(set_to_none=True)
         self.gathered = 0
         if self.ema:

@@ -15,7 +15,7 @@ import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.checks import UserError
 from utils.train import engine
-from utils.train.callbacks import Callbacks
+from utils.train.callbacks import HOOKS, Callbacks
 from utils.train.hyp import Hyp
 
 HYP = Path(train.ROOT) / "data" / "hyps" / "hyp.scratch-low.yaml"
@@ -128,6 +128,64 @@ def test_a_label_smoothing_that_leaves_nothing_to_learn_is_refused_before_anythi
     with pytest.raises(UserError, match="--label-smoothing: .* is 1; it must be at least 0 and below 1"):
         train.run(**{**options, "project": str(tmp_path / "runs")}, label_smoothing=1.0)
     assert not (tmp_path / "runs").exists()
+
+
+def test_all_hooks_run_at_their_moments_with_their_arguments(options, tmp_path, monkeypatch):
+    """Two epochs of two batches; the numbers of arguments are YOLOv5's."""
+    callbacks, calls = Callbacks(), []
+    for hook in HOOKS:
+        callbacks.register_action(hook, callback=lambda *args, hook=hook, **named: calls.append((hook, args, named)))
+    monkeypatch.setattr("utils.train.setup.choose_batch_size", lambda *_: 16)
+    monkeypatch.setattr("utils.train.optim.WARMUP_FLOOR", 4)
+    train.run(callbacks, **{**options, "epochs": 2, "batch_size": -1})
+    validation = ["on_val_start", "on_val_batch_start", *["on_val_image_end"] * 8, "on_val_batch_end", "on_val_end"]
+    step, end = ["optimizer_step", "on_before_zero_grad"], ["on_train_batch_end"]
+    epoch = ["on_train_epoch_end", *validation, "on_fit_epoch_end", "on_model_save"]
+    assert [hook for hook, *_ in calls] == [
+        *["on_pretrain_routine_start", "on_params_update", "on_pretrain_routine_end", "on_train_start"],
+        *["on_train_epoch_start", "on_train_batch_start", *step, *end, "on_train_batch_start", *step, *end, *epoch],
+        *["on_train_epoch_start", "on_train_batch_start", *end, "on_train_batch_start", *step, *end, *epoch],
+        *[*validation, "on_train_end", "teardown"],
+    ]
+    arguments = {hook: (args, named) for hook, args, named in calls}
+    last, best = (tmp_path / "exp" / "weights" / name for name in ("last.pt", "best.pt"))
+    assert set(arguments) == set(HOOKS)
+    assert arguments["on_params_update"] == (({"batch_size": 16},), {})
+    assert arguments["on_train_epoch_end"] == ((), {"epoch": 1})
+    assert len(arguments["on_train_batch_end"][0]) == 7 and len(arguments["on_val_image_end"][0]) == 5
+    assert len(arguments["on_fit_epoch_end"][0][0]) == 13 and arguments["on_fit_epoch_end"][0][1:] == (1, 0.9, 0.9)
+    assert arguments["on_model_save"] == ((last, 1, True, 0.9, 0.9), {})
+    assert arguments["on_train_end"][0][:4] == (last, best, False, 1) and len(arguments["on_train_end"][0][4]) == 7
+    with_arguments = {hook for hook, value in arguments.items() if value != ((), {})}
+    assert with_arguments == {
+        *["on_params_update", "on_train_batch_end", "on_train_epoch_end", "on_val_image_end"],
+        *["on_fit_epoch_end", "on_model_save", "on_train_end"],
+    }
+
+
+def test_what_a_caller_opened_is_torn_down_however_a_run_ends(options, tmp_path):
+    callbacks, calls = Callbacks(), []
+    callbacks.register_action("on_train_start", callback=lambda: 1 / 0)
+    callbacks.register_action("teardown", callback=lambda: calls.append("teardown"))
+    with pytest.raises(ZeroDivisionError):
+        train.run(callbacks, **options)
+    with pytest.raises(UserError):
+        train.run(callbacks, **{**options, "data": str(tmp_path / "nowhere.yaml")})
+    assert calls == ["teardown"] * 2
+
+
+@pytest.mark.parametrize("quad", [False, True])
+def test_the_progress_bar_counts_the_images_of_the_data_set(quad, options, monkeypatch):
+    bars, make = [], engine.progress
+
+    def progress(*arguments, **named):
+        bars.append((make(*arguments, **named), []))
+        monkeypatch.setattr(bars[-1][0], "update", bars[-1][1].append)
+        return bars[-1][0]
+
+    monkeypatch.setattr(engine, "progress", progress)
+    train.run(**{**options, "epochs": 1, "batch_size": 16}, quad=quad)
+    assert [(bar.total, seen) for bar, seen in bars] == [(24, [16, 8])]
 
 
 def test_every_image_counts_in_a_step(options, tmp_path, monkeypatch):
