@@ -170,7 +170,7 @@ class Trainer:
                 self.callbacks.run("on_train_batch_start")
                 source = BatchSource(epoch, index, batch.paths)
                 loss, side = self._train_batch(batch, source)
-                mean_items += (loss.items.cpu() - mean_items) / (index + 1)
+                mean_items += (loss.items - mean_items) / (index + 1)
                 row = (f"{epoch}/{epochs - 1}", self._memory(), *mean_items.tolist(), loss.labels, side)
                 bar.set_description_str(("%10s" * 2 + "%10.4g" * 5) % row, refresh=False)
                 bar.update(min(self.options.batch_size, len(loader.dataset) - index * self.options.batch_size))
@@ -179,7 +179,10 @@ class Trainer:
         return mean_items
 
     def _train_batch(self, batch: Batch, source: BatchSource) -> tuple[LossResult, int]:
-        """Computes one batch's gradient, and steps where enough have been gathered; returns the loss and the width.
+        """Computes one batch's gradient, and steps where enough have been gathered.
+
+        Returns:
+            The loss, its items on the CPU, and the images' width.
 
         An epoch's last batch always steps: no image is computed for nothing, and no gradient outlives an epoch.
         """
@@ -195,9 +198,10 @@ class Trainer:
         with exchanging(self.replica, wanted=steps):
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 outputs = self.replica(images)
-            loss = self.loss(outputs, batch.targets.to(self.device), self._pool(source.index))
-            self._check_finite(loss, source)
+            loss = self.loss(outputs, batch.targets, self._pool(source.index))
             self.scaler.scale(loss.total * 4 if self.options.quad else loss.total).backward()
+        loss = loss._replace(items=loss.items.cpu())  # waits for the device, which has the backward pass to do
+        self._check_finite(loss, source)
         if steps:
             self._step(source)
         self._after_batch(batch, images, iteration)

@@ -4,6 +4,7 @@ The loop is written from the recipe alone. It leaves to the program the forward 
 which have golden values of their own (test_yolo.py, test_loss.py).
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -76,11 +77,11 @@ class Loader(list):
         """Has no order to settle."""
 
 
-def trainer_of(model, hyp: Hyp, folder: Path, **options) -> engine.Trainer:
+def trainer_of(model, hyp: Hyp, folder: Path, device: str = "cpu", **options) -> engine.Trainer:
     settings = train.build_parser().parse_args([])
     vars(settings).update(epochs=EPOCHS, batch_size=BATCH, save_dir=str(folder), noplots=True, **options)
     loaders = SimpleNamespace(train=Loader(batches()), val=None, imgsz=SIDE_PX, grid_stride=32, final={})
-    return engine.Trainer(model, hyp, settings, loaders, torch.device("cpu"), Callbacks())
+    return engine.Trainer(model, hyp, settings, loaders, torch.device(device), Callbacks())
 
 
 def trained_by_hand(model, hyp: Hyp, factor: float = 1.0) -> tuple[dict, dict, list[float]]:
@@ -142,6 +143,33 @@ def test_the_trainer_takes_the_steps_of_the_recipe(quad, amp, model, tmp_path, m
         assert not value.is_floating_point() or name.endswith("anchors") or not torch.equal(value, start[name]), name
     for name, value in trainer.ema.ema.state_dict().items():
         torch.testing.assert_close(value.double(), average[name].double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_waits_for_the_device_for_the_loss_and_the_norm_alone(model, tmp_path, monkeypatch):
+    """Tensors on the meta device have no values: whatever asks for one, or for how many there are, fails.
+
+    What the trainer does ask for, the three terms and whether the gradient is finite, is answered here.
+    """
+    monkeypatch.setattr("utils.train.records.open_tensorboard", lambda *_: None)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
+    reckon, clip = DetectionLoss.__call__, torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def reckoned(*arguments):
+        calls.append("loss")
+        return reckon(*arguments)._replace(items=torch.ones(3))
+
+    def clipped(*arguments):
+        calls.append("norm")
+        return torch.ones(()) if clip(*arguments).is_meta else None
+
+    monkeypatch.setattr(DetectionLoss, "__call__", reckoned)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    anchors = model.detect.anchors.float()
+    trainer = trainer_of(model.to("meta"), LOW, tmp_path / "run", device="meta")
+    trainer.loss.anchors = anchors
+    assert trainer._train_epoch(0).tolist() == [1.0] * 3
+    assert calls.count("loss") == BATCHES and calls[-1] == "norm"
 
 
 UNUSED = {"iou_t"}
