@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
-from utils.checks import MAX_IMAGE_SIDE_PX
+from utils.checks import MAX_IMAGE_SIDE_PX, UserError
 from utils.cli import CommandParser, advising, echo_options, number, options_from, run_command
 from utils.files import ROOT, find_file, increment_path, run_folder, write_yaml
 from utils.limits import limits_explained
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--exist-ok", action="store_true", help="write into an existing folder")
     add("--quad", action="store_true", help="collate four images into one of twice the size")
     add("--cos-lr", action="store_true", help="cosine instead of linear learning rate")
-    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="label smoothing epsilon")
+    add("--label-smoothing", type=number(float, 0, 1), help="label smoothing epsilon, in place of --hyp's")
     add("--patience", type=number(int, 0), default=100, help="stop after this many epochs without gain; 0: never")
     add("--freeze", nargs="+", type=number(int, 0), default=[0], help="n: layers below n; several: exactly those")
     add("--save-period", type=number(int, -1), default=-1, help="keep epochN.pt every so many epochs")
@@ -140,24 +141,31 @@ def train(
     from utils.train.setup import prepare_determinism
 
     world = world or ALONE
-    device = own_device(options.device, world)
-    resolve_amp(options.amp, device)  # refused, if at all, before anything is written
-    prepare_cpu_memory(device)
-    LOGGER.info(device_line(device) + "\n")
-    if options.sync_bn:
-        check_sync_bn(device, world)
-    if options.deterministic:
-        prepare_determinism(device)
-    with world.first_speaks():
-        model, loaders = _prepare(hyp, options, device, checkpoint, world)
     callbacks = callbacks if world.is_first else Callbacks()
-    callbacks.run("on_pretrain_routine_end")
-    trainer = Trainer(model.to(device), hyp, options, loaders, device, callbacks, checkpoint, world)
-    with advising(trainer.how_to_resume), limits_explained(_sizes(options)), contextlib.closing(trainer):
-        result = trainer.train()
-    if result is not None:
-        LOGGER.info(fingerprint.summary(options.save_dir))
-    return result
+    with contextlib.ExitStack() as ends:
+        ends.callback(callbacks.run, "teardown")
+        callbacks.run("on_pretrain_routine_start")
+        hyp = _with_smoothing(hyp, options.label_smoothing)
+        device = own_device(options.device, world)
+        resolve_amp(options.amp, device)  # refused, if at all, before anything is written
+        prepare_cpu_memory(device)
+        LOGGER.info(device_line(device) + "\n")
+        if options.sync_bn:
+            check_sync_bn(device, world)
+        if options.deterministic:
+            prepare_determinism(device)
+        asked = options.batch_size
+        with world.first_speaks():
+            model, loaders = _prepare(hyp, options, device, checkpoint, world)
+        if options.batch_size != asked:
+            callbacks.run("on_params_update", {"batch_size": options.batch_size})
+        callbacks.run("on_pretrain_routine_end")
+        trainer = Trainer(model.to(device), hyp, options, loaders, device, callbacks, checkpoint, world)
+        with advising(trainer.how_to_resume), limits_explained(_sizes(options)), contextlib.closing(trainer):
+            result = trainer.train()
+        if result is not None:
+            LOGGER.info(fingerprint.summary(options.save_dir))
+        return result
 
 
 def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dict | None, world: Any) -> tuple:
@@ -170,6 +178,8 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
         spec = load_spec(options.data)
         names = {0: "item"} if options.single_cls and spec.nc != 1 else spec.names
         model = build_for_training(options, names, hyp.anchors, checkpoint)
+    if len(names) == 1 and hyp.label_smoothing:
+        LOGGER.warning("WARNING: --label-smoothing has no effect: one class (as of --single-cls) has no class loss")
     setup.freeze_layers(model, options.freeze)
     if options.batch_size == -1:
         options.batch_size = setup.fitting_batch_size(model, options, device)
@@ -189,6 +199,16 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
 
             plot_labels(tables.train.rows, names, Path(options.save_dir))
     return model, setup.build_loaders(tables, spec, model, hyp, options, world)
+
+
+def _with_smoothing(hyp: Any, label_smoothing: float | None) -> Any:
+    """Returns hyperparameters in which the option `--label-smoothing`, where it is given, has replaced the file's."""
+    if label_smoothing is None:
+        return hyp
+    try:
+        return dataclasses.replace(hyp, label_smoothing=label_smoothing)
+    except UserError as error:
+        raise UserError(f"--label-smoothing: {error}") from error
 
 
 def _not_begun() -> str:

@@ -49,7 +49,7 @@ class Step:
         inputs = images.to(self.device).to(dtype=torch.float32, memory_format=self.layout) / 255
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             outputs = self.model(inputs)
-        self.loss(outputs, targets.to(self.device)).total.backward()
+        self.loss(outputs, targets).total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

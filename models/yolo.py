@@ -67,8 +67,13 @@ class Detect(nn.Module):
         Returns:
             In training the logits, a list of nl (b, na, ny, nx, no). In evaluation (decoded, logits): decoded is
             float32 (b, rows, no) with centre x, y, width, height in pixels, objectness and class probabilities; rows
-            go level by level, then by anchor, y, x.
+            go level by level, then by anchor, y, x. Under autocast the logits have the weights' own type.
         """
+        device_type = features[0].device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            # bfloat16 has steps of 1/32 at the -5 to -8 of the objectness' biases
+            with torch.autocast(device_type, enabled=False):
+                return self.forward([map_.to(conv.weight.dtype) for conv, map_ in zip(self.m, features, strict=True)])
         logits = []
         for conv, feature in zip(self.m, features, strict=True):
             batch, _, height, width = feature.shape

@@ -35,7 +35,7 @@ BASES = {
     "data": {"path": "set", "train": "images/train", "val": "images/val", "test": "images/test"}
     | {"nc": "2", "names": "[cat, dog]", "download": None, "convert": None, "generate": None},
     "hyp": dict(re.findall(r"^(\w+): (\S+)", HYP_TEXT, re.MULTILINE))
-    | {"anchors": "3", "mosaic9": "0.1", "label_smoothing": "0.1"},
+    | {"anchors": "3", "mosaic9": "0.1", "label_smoothing": "0.1", "nominal_batch": "64"},
     "model": {"nc": "1", "depth_multiple": "1.0", "width_multiple": "1.0", "anchors": "[[8, 16], [32, 64]]"}
     | {"backbone": f"[[-1, 1, Conv, [8, 3, 2]], [-1, 1, Conv, [8, 3, 2]], {ROW}]"}
     | {"head": "[[-1, 1, C3, [16]], [[1, 3], 1, Detect, [nc, anchors]]]"}
@@ -78,14 +78,16 @@ null ¦ true ¦ [1, 2] ¦ [[[]]] ¦ !!set {a, b} ¦ {a: 1} ¦ -1 ¦ -.inf ¦ 1e4
 2020-01-31 ¦ fast ¦ "a\nb\nc\nd\ne" ¦ "\e[2J\a\0" ¦ "\ud800" ¦ '0.5' ¦ '0,5' ¦ '  ' ¦ 50% ¦ ''
 """
 KINDS |= {value: value for [value] in table(PLAIN)}
-UNBOUNDED = "lr0|lrf|weight_decay|warmup_epochs|warmup_bias_lr|box|cls|cls_pw|obj|obj_pw|anchor_t|fl_gamma"
+UNBOUNDED = (
+    "lr0|lrf|weight_decay|nominal_batch|warmup_epochs|warmup_bias_lr|box|cls|cls_pw|obj|obj_pw|anchor_t|fl_gamma"
+)
 LEGAL = {  # reader and key, kind -> why what only looks wrong is taken
     r"data nc: (missing|null)": "the names count",
     r"data names: (missing|null)": "with nc alone the classes are called class0, class1, ...",
     r"data names: \[1, 2]": "a number is a name, too",
     r"data (convert|generate|download): (missing|null)": "most data sets need none",
     rf"hyp ({UNBOUNDED}): huge": "no bound is right for every optimizer and schedule",
-    r"hyp (copy_paste|anchors|mosaic9|label_smoothing): missing": "younger than many files",
+    r"hyp (copy_paste|anchors|mosaic9|label_smoothing|nominal_batch): missing": "younger than many files",
     r"hyp anchors: null": "means as many as the model has",
     r"model (ch|inplace|activation|channel_multiple): missing": "have defaults",
     r"model activation: (null|\{a: 1})": "the default, and a block that is not there",
@@ -190,6 +192,7 @@ MISSPELT += (
 )
 ABOVE = {"degrees": "181", "shear": "90", "perspective": "0.011", "anchors": "100.5"}  # for the other keys 1.5
 ENDS = "lr0 0, cls_pw 0, obj_pw 0.0, anchor_t 1, momentum 1, scale 1.0, label_smoothing 1, lrf -1e-9, mosaic 1.0000001"
+ENDS += ", nominal_batch 0.5"
 UNKNOWN = ["1", "null", "true", "2020-01-31", "!!binary AAEC", r'"a\nb\nc\nd"', "x" * 5000, "nbs", "lr_0", r'"\e[2J"']
 
 

@@ -170,6 +170,7 @@ DATA_OF_MODEL = "the checkpoint names its data set"
 WHETHER_GIVEN = "the same, but whether it was given is known: without --nms it is refused"
 DEFAULTS_THAT_DIFFER = {
     ("train", "weights"): ("", "offline nothing is fetched: from scratch"),
+    ("train", "label_smoothing"): (None, "0, or what the hyperparameter file says"),
     ("train", "data"): (str(ROOT / "data" / "shapes.yaml"), "offline nothing is fetched: the embedded data set"),
     ("val", "weights"): ([], NEWEST),
     ("val", "data"): ("", DATA_OF_MODEL),

@@ -176,6 +176,23 @@ def test_channels_last_and_bf16_change_the_output_by_rounding_only():
     assert (rough[..., :4] - plain[..., :4]).abs().mean() < 0.5
 
 
+def test_logits_are_float32_under_autocast():
+    """A new head's objectness lies at -5 to -8, where bfloat16 has steps of 1/32: each logit would be off by 0.01."""
+    torch.manual_seed(0)
+    model, x = Model("yolov5n.yaml", nc=3), torch.rand(2, 3, 64, 64)
+    biases = torch.cat([conv.bias.detach().view(3, -1)[:, 4] for conv in model.detect.m])
+    assert -9 < biases.min() and biases.max() < -3.5
+    kept = []
+    model.detect.register_forward_pre_hook(lambda _, arguments: kept.append(arguments[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x)
+    assert {maps.dtype for maps in kept[0]} == {torch.bfloat16} and {maps.dtype for maps in logits} == {torch.float32}
+    exact = model.detect([maps.float() for maps in kept[0]])
+    assert all(torch.equal(maps, others) for maps, others in zip(logits, exact, strict=True))
+    sum(maps.sum() for maps in logits).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_no_size_is_baked_into_a_traced_model():
     model = Model("yolov5n-slimneck.yaml").eval()
     x = torch.rand(2, 3, 96, 128)

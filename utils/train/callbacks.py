@@ -7,26 +7,26 @@ from typing import Any, NamedTuple
 
 from utils.checks import UserError, did_you_mean
 
-HOOKS = (
+HOOKS = (  # with YOLOv5's arguments; those without a note have none
     "on_pretrain_routine_start",
     "on_pretrain_routine_end",
     "on_train_start",
     "on_train_epoch_start",
     "on_train_batch_start",
-    "optimizer_step",
+    "optimizer_step",  # after it
     "on_before_zero_grad",
-    "on_train_batch_end",
-    "on_train_epoch_end",
+    "on_train_batch_end",  # iteration, model, images, targets, paths, whether to plot, --sync-bn
+    "on_train_epoch_end",  # epoch=
     "on_val_start",
     "on_val_batch_start",
-    "on_val_image_end",
+    "on_val_image_end",  # detections in the padded and in the image's own pixels, path, names, the batch's images
     "on_val_batch_end",
     "on_val_end",
-    "on_fit_epoch_end",
-    "on_model_save",
-    "on_train_end",
-    "on_params_update",
-    "teardown",
+    "on_fit_epoch_end",  # the row of results.csv, epoch, best fitness, fitness
+    "on_model_save",  # last.pt, epoch, whether it was the last, best fitness, fitness
+    "on_train_end",  # last.pt, best.pt, whether to plot, epoch, the final validation's seven figures
+    "on_params_update",  # {"batch_size": what --batch-size -1 came to}, before on_pretrain_routine_end
+    "teardown",  # however the run ends
 )
 
 

@@ -89,10 +89,10 @@ class Trainer:
         self.ema = ModelEMA(self.model) if world.is_first else None
         self.replica = replicate(self.model, device, world, options.sync_bn)
         detect = self.model.detect
-        scaled = hyp.scaled(detect.nl, detect.nc, loaders.imgsz, options.label_smoothing)
+        scaled = hyp.scaled(detect.nl, detect.nc, loaders.imgsz)
         self.loss = DetectionLoss(scaled, detect.anchors, detect.stride, detect.nc)
         self.schedule = Schedule(hyp, options.epochs, len(loaders.train), options.batch_size, options.cos_lr)
-        weight_decay = scaled_weight_decay(hyp.weight_decay, options.batch_size)
+        weight_decay = scaled_weight_decay(hyp, options.batch_size)
         self.optimizer = build_optimizer(model, options.optimizer, hyp.lr0, hyp.momentum, weight_decay)
         self.autocast_dtype = resolve_amp(options.amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast_dtype == torch.float16)
@@ -100,7 +100,7 @@ class Trainer:
         self.validation = [0.0] * 7  # P, R, mAP50, mAP50-95 and the three losses of the last validation
         self.maps = np.zeros(detect.nc)  # mAP50-95 of each class at the last validation
         self.best_fitness = 0.0
-        self.last_step = -1  # iteration of the last optimizer step
+        self.gathered = 0  # batches whose gradient waits for the next optimizer step
         # of torch's own generator, which no layer here reads, but one of somebody's may (dropout)
         self.rng_state = torch.Generator().manual_seed(options.seed).get_state()
         self.epoch = -1  # the last finished epoch
@@ -164,23 +164,28 @@ class Trainer:
             loader.set_image_weights(self._image_weights())
         self.callbacks.run("on_train_epoch_start")
         LOGGER.info(("\n" + "%10s" * len(HEADER)) % HEADER)
-        self.optimizer.zero_grad(set_to_none=True)
         mean_items = torch.zeros(3)
         with progress(total=len(loader.dataset), unit="img") as bar:
             for index, batch in enumerate(loader):
                 self.callbacks.run("on_train_batch_start")
                 source = BatchSource(epoch, index, batch.paths)
                 loss, side = self._train_batch(batch, source)
-                mean_items += (loss.items.cpu() - mean_items) / (index + 1)
+                mean_items += (loss.items - mean_items) / (index + 1)
                 row = (f"{epoch}/{epochs - 1}", self._memory(), *mean_items.tolist(), loss.labels, side)
                 bar.set_description_str(("%10s" * 2 + "%10.4g" * 5) % row, refresh=False)
-                bar.update(loss.images)
+                bar.update(min(self.options.batch_size, len(loader.dataset) - index * self.options.batch_size))
                 if self.world.told_by_first(self.callbacks.stop_training):
                     return None
         return mean_items
 
     def _train_batch(self, batch: Batch, source: BatchSource) -> tuple[LossResult, int]:
-        """Computes one batch's gradient, and steps where enough have been gathered; returns the loss and the width."""
+        """Computes one batch's gradient, and steps where enough have been gathered.
+
+        Returns:
+            The loss, its items on the CPU, and the images' width.
+
+        An epoch's last batch always steps: no image is computed for nothing, and no gradient outlives an epoch.
+        """
         iteration = source.index + len(self.loaders.train) * source.epoch
         settings = self.schedule.at(source.epoch, source.index)
         apply_settings(self.optimizer, settings)
@@ -188,16 +193,17 @@ class Trainer:
         images = images.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
         if self.options.multi_scale:
             images = rescaled(images, self.loaders.imgsz, self.loaders.grid_stride, self.options.seed, iteration)
-        steps = iteration - self.last_step >= settings.accumulate
+        self.gathered += 1
+        steps = self.gathered >= settings.accumulate or source.index + 1 == len(self.loaders.train)
         with exchanging(self.replica, wanted=steps):
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 outputs = self.replica(images)
-            loss = self.loss(outputs, batch.targets.to(self.device), self._pool(source.index))
-            self._check_finite(loss, source)
+            loss = self.loss(outputs, batch.targets, self._pool(source.index))
             self.scaler.scale(loss.total * 4 if self.options.quad else loss.total).backward()
+        loss = loss._replace(items=loss.items.cpu())  # waits for the device, which has the backward pass to do
+        self._check_finite(loss, source)
         if steps:
             self._step(source)
-            self.last_step = iteration
         self._after_batch(batch, images, iteration)
         return loss, images.shape[-1]
 
@@ -224,7 +230,10 @@ class Trainer:
             raise not_finite(source, "gradient norm", norm.item(), self.how_to_resume())
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.callbacks.run("optimizer_step")
+        self.callbacks.run("on_before_zero_grad")
         self.optimizer.zero_grad(set_to_none=True)
+        self.gathered = 0
         if self.ema:
             self.ema.update(self.model)
 
@@ -315,7 +324,6 @@ class Trainer:
             "optimizer": optimizer_state_by_name(self.optimizer, self.model),
             "scaler": self.scaler.state_dict(),
             "schedule": {
-                "last_step": self.last_step,
                 "complete": self.complete,
                 "validation": self.validation,
                 "maps": self.maps.tolist(),
@@ -333,7 +341,7 @@ class Trainer:
         load_optimizer_state(self.optimizer, self.model, checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         schedule = checkpoint["schedule"]
-        self.last_step, self.complete = schedule["last_step"], schedule["complete"]
+        self.complete = schedule["complete"]
         self.validation, self.maps = schedule["validation"], np.array(schedule["maps"])
         self.loss.load_state_dict(schedule["loss"])
         self.stopper.load_state_dict(checkpoint["stopper"])

@@ -1,8 +1,8 @@
 """Training hyperparameters: read, checked, scaled.
 
-Covers every key of YOLOv5 6.1's `data/hyps/*.yaml`, plus `mosaic9` and `label_smoothing`. A `Hyp` cannot change;
-`scaled` returns a new one with the loss gains fitted to a model. Not here: what the augmentations do with their keys
-(`utils.data`), the schedule (`utils.train.optim`).
+Covers every key of YOLOv5 6.1's `data/hyps/*.yaml`, plus `mosaic9`, `label_smoothing` and `nominal_batch`. A `Hyp` does
+not change; `scaled` returns a new one with the loss gains fitted to a model. Not here: what the augmentations do with
+their keys (`utils.data`), the schedule (`utils.train.optim`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Hyp:
     lr0: float = _key(_POSITIVE)  # initial learning rate
     lrf: float = _key(_NOT_NEGATIVE)  # final learning rate as a fraction of lr0
     momentum: float = _key(_BELOW_ONE)  # SGD's momentum, Adam's first beta
-    weight_decay: float = _key(_NOT_NEGATIVE)  # at the nominal batch of 64
+    weight_decay: float = _key(_NOT_NEGATIVE)  # at the nominal batch
     warmup_epochs: float = _key(_NOT_NEGATIVE)
     warmup_momentum: float = _key(_BELOW_ONE)
     warmup_bias_lr: float = _key(_NOT_NEGATIVE)
@@ -71,7 +71,7 @@ class Hyp:
     cls_pw: float = _key(_POSITIVE)  # weight of positives in the two cross entropies
     obj: float = _key(_NOT_NEGATIVE)
     obj_pw: float = _key(_POSITIVE)
-    iou_t: float = _key(_FRACTION)  # no part of the program reads it; files have it
+    iou_t: float = _key(_FRACTION)  # without effect
     anchor_t: float = _key(Range(1.0, low_open=True))  # largest side ratio of a target and an anchor that match
     fl_gamma: float = _key(_NOT_NEGATIVE)  # focal loss exponent, 0 = plain cross entropy
     hsv_h: float = _key(_FRACTION)
@@ -90,6 +90,7 @@ class Hyp:
     anchors: float | None = _key(Range(0.0, 100.0), default=None)  # per layer, rounded; 0 = as the model says
     mosaic9: float = _key(_FRACTION, default=0.0)  # share of mosaics made of nine images
     label_smoothing: float = _key(_BELOW_ONE, default=0.0)
+    nominal_batch: float = _key(Range(1.0), default=64.0)  # images an optimizer step; smaller batches are accumulated
     key_order: tuple[str, ...] = field(default=(), repr=False, compare=False)  # as the file had them, for to_dict
 
     def __post_init__(self) -> None:
@@ -130,6 +131,9 @@ class Hyp:
             )
         if "copy_paste" not in values:  # the releases before 6.0 had no such key
             LOGGER.info(f"{source}: no copy_paste, using {_KEYS['copy_paste'].default:g}")
+        for name, usual in _UNUSED.items():
+            if values[name] != usual:
+                LOGGER.warning(f"WARNING: {source}: {name} has no effect, as in YOLOv5")
         numbers = {name: _number(name, value, source) for name, value in values.items()}
         try:
             return cls(**numbers, key_order=tuple(values))
@@ -141,14 +145,13 @@ class Hyp:
         told = [name for name in _KEYS if name not in self.key_order and getattr(self, name) != _KEYS[name].default]
         return {name: getattr(self, name) for name in (*self.key_order, *told) if getattr(self, name) is not None}
 
-    def scaled(self, nl: int, nc: int, imgsz: int, label_smoothing: float | None = None) -> Hyp:
+    def scaled(self, nl: int, nc: int, imgsz: int) -> Hyp:
         """Returns hyperparameters whose loss gains suit a model; call it once on what a file holds.
 
         Args:
             nl: detection layers; all gains go with 3 / nl.
             nc: classes; the class gain goes with nc / 80.
             imgsz: image side in pixels; the objectness gain goes with (imgsz / 640) squared.
-            label_smoothing: replaces the file's value unless None.
         """
         layers = 3 / nl
         return dataclasses.replace(
@@ -156,11 +159,11 @@ class Hyp:
             box=self.box * layers,
             cls=self.cls * nc / 80 * layers,
             obj=self.obj * (imgsz / 640) ** 2 * layers,
-            label_smoothing=self.label_smoothing if label_smoothing is None else label_smoothing,
         )
 
 
 _KEYS: dict[str, dataclasses.Field] = {entry.name: entry for entry in dataclasses.fields(Hyp) if entry.metadata}
+_UNUSED = {"iou_t": 0.2}  # keys that files have and nothing reads, with the value that YOLOv5's files give them
 _REQUIRED = tuple(name for name, entry in _KEYS.items() if entry.default is dataclasses.MISSING)
 
 

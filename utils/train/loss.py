@@ -3,11 +3,13 @@
 The terms are pure functions that return a sum and a count, so that means can be taken over several processes that
 share a batch (`Pool`). All is computed in float32, also under autocast, and the gradient is the same to the bit in
 every run on a CPU: rows are gathered by `index_select`, and a cell that several labels claim is settled explicitly.
-Matching is in `utils.train.targets`.
+Matching is in `utils.train.targets`, and done on the CPU whatever the device: what the device is asked for has shapes
+that are known, so that nothing waits for it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -91,7 +93,7 @@ def bce_sum(
         gamma: focal exponent.
         alpha: focal weight of positives, 1 - alpha of negatives.
     """
-    weight = None if pos_weight == 1.0 else logits.new_tensor([pos_weight])
+    weight = None if pos_weight == 1.0 else logits.new_full((1,), pos_weight)
     if gamma <= 0:
         return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weight, reduction="sum")
     entropy = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weight, reduction="none")
@@ -120,13 +122,12 @@ def objectness_term(
 
     Args:
         logits: (cells,) float32, all cells of a layer, images and anchors included.
-        cells: (n,) int64, the cell of each matched row; where several rows share one, the last counts.
+        cells: (n,) int64, the cell of each matched row, each but once (`last_of_each`).
         overlap: (n,) float32, CIoU of each row, without gradient; below 0 counts as 0.
         pos_weight: weight of the positive part.
         gamma: focal exponent.
     """
-    rows = last_of_each(cells)
-    targets = torch.zeros_like(logits).index_copy_(0, cells[rows], overlap[rows].clamp(min=0))
+    targets = torch.zeros_like(logits).index_copy_(0, cells, overlap.clamp(min=0))
     return Mean(bce_sum(logits, targets, pos_weight, gamma), logits.numel())
 
 
@@ -144,6 +145,13 @@ def last_of_each(values: Tensor) -> Tensor:
     is_last = torch.ones_like(ordered, dtype=torch.bool)
     is_last[:-1] = ordered[1:] != ordered[:-1]
     return positions[is_last]
+
+
+def _sent(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """Copies tensors of the CPU to a device; to CUDA by way of pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda":
+        tensors = tuple(tensor.pin_memory() for tensor in tensors)
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 class _RowsAndObjectness(torch.autograd.Function):
@@ -179,7 +187,7 @@ class DetectionLoss:
 
         Args:
             hyp: hyperparameters with gains already scaled (`Hyp.scaled`).
-            anchors: (nl, na, 2) in cells of their layer, on the outputs' device; kept, not copied, when float32.
+            anchors: (nl, na, 2) in cells of their layer; as they are at the first call.
             strides: (nl,) pixels a cell.
             nc: number of classes; with one the class term is 0.
             autobalance: let the layers' objectness weights follow their losses.
@@ -205,12 +213,12 @@ class DetectionLoss:
 
         Args:
             outputs: nl raw outputs (batch, na, ny, nx, 5 + nc), any float type.
-            targets: (N, 6) float32 [image index, class, x, y, w, h], boxes as fractions of the image.
+            targets: (N, 6) float32 [image index, class, x, y, w, h], boxes as fractions of the image; best on the CPU.
             pool: how to reckon with other processes, where this batch is a part of a common one.
         """
         with torch.autocast(outputs[0].device.type, enabled=False):
             grids = [(output.shape[2], output.shape[3]) for output in outputs]
-            matches = match_targets(targets.float(), self.anchors, grids, self.hyp.anchor_t)
+            matches = match_targets(targets.cpu().float(), self._anchors_here, grids, self.hyp.anchor_t)
             layers = [self.layer_terms(output, match) for output, match in zip(outputs, matches, strict=True)]
             images, labels = outputs[0].shape[0], len(targets)
             if pool is None:
@@ -221,19 +229,33 @@ class DetectionLoss:
                 total = self._terms(own).sum() * images * pool.processes
                 items = self._terms(layers)
         if self.reference_layer is not None and total.requires_grad:  # training, not validation
-            self._rebalance([obj.value().item() for _, obj, _ in layers])
+            self._rebalance(torch.stack([obj.value() for _, obj, _ in layers]).tolist())
         return LossResult(total, items, images, labels)
 
+    @functools.cached_property
+    def _anchors_here(self) -> Tensor:
+        """The anchors on the CPU."""
+        return self.anchors.cpu()
+
     def layer_terms(self, output: Tensor, match: LayerTargets) -> LayerTerms:
-        """Returns the box, objectness and class terms of one layer (batch, na, ny, nx, 5 + nc), without gains."""
+        """Returns the box, objectness and class terms of one layer (batch, na, ny, nx, 5 + nc), without gains.
+
+        Args:
+            output: raw, any float type, on any device.
+            match: the layer's labels, on the CPU.
+        """
         _, na, ny, nx, width = output.shape
         cells = match.flat_cells(na, ny, nx)
+        last = last_of_each(cells)
+        cells, last, last_cells, box_xywh, anchor_wh, classes = _sent(
+            output.device, cells, last, cells[last], match.box_xywh, match.anchor_wh, match.cls
+        )
         rows, objectness = _RowsAndObjectness.apply(output.reshape(-1, width), cells)
-        ciou = bbox_iou(decode_boxes(rows[:, :4], match.anchor_wh), match.box_xywh, xywh=True, CIoU=True)
-        obj = objectness_term(objectness, cells, ciou.detach(), self.hyp.obj_pw, self.hyp.fl_gamma)
+        ciou = bbox_iou(decode_boxes(rows[:, :4], anchor_wh), box_xywh, xywh=True, CIoU=True)
+        obj = objectness_term(objectness, last_cells, ciou.detach()[last], self.hyp.obj_pw, self.hyp.fl_gamma)
         if self.nc == 1:
             return box_term(ciou), obj, Mean(rows.new_zeros(()), 0)
-        cls = class_term(rows[:, 5:], match.cls, self._smoothing, self.hyp.cls_pw, self.hyp.fl_gamma)
+        cls = class_term(rows[:, 5:], classes, self._smoothing, self.hyp.cls_pw, self.hyp.fl_gamma)
         return box_term(ciou), obj, cls
 
     def _terms(self, layers: Sequence[LayerTerms]) -> Tensor:
@@ -278,7 +300,7 @@ def _pooled(layers: Sequence[LayerTerms], images: int, labels: int, pool: Pool) 
     totals = torch.stack([mean.total for mean in means]) * pool.weight
     counts = torch.tensor([*(mean.count for mean in means), images, labels], dtype=torch.float64) * pool.weight
     summed = pool.add_up(torch.cat((totals.detach().double().cpu(), counts)))
-    summed_totals = summed[: len(means)].to(totals)
+    summed_totals = summed[: len(means)].to(totals.dtype)  # stay on the CPU
     *summed_counts, images, labels = (int(count) for count in summed[len(means) :].tolist())
     own, whole = (
         [Mean(total, count) for total, count in zip(sums, summed_counts, strict=True)]

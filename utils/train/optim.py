@@ -19,7 +19,6 @@ from utils.checks import UserError, did_you_mean
 from utils.log import LOGGER, colorstr
 from utils.train.hyp import Hyp
 
-NOMINAL_BATCH = 64  # images an optimizer step; smaller batches are accumulated
 WARMUP_FLOOR = 100  # iterations of warm-up at least
 NORMS = (
     nn.BatchNorm1d,
@@ -63,14 +62,14 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
     return groups
 
 
-def accumulation(batch_size: int) -> int:
-    """Returns how many batches make an optimizer step, at least 1."""
-    return max(round(NOMINAL_BATCH / batch_size), 1)
+def accumulation(hyp: Hyp, batch_size: int) -> int:
+    """Returns how many batches make an optimizer step of about `nominal_batch` images, at least 1."""
+    return max(round(hyp.nominal_batch / batch_size), 1)
 
 
-def scaled_weight_decay(weight_decay: float, batch_size: int) -> float:
+def scaled_weight_decay(hyp: Hyp, batch_size: int) -> float:
     """Returns the decay for the images that a step really holds; `weight_decay` is meant for the nominal batch."""
-    return weight_decay * batch_size * accumulation(batch_size) / NOMINAL_BATCH
+    return hyp.weight_decay * batch_size * accumulation(hyp, batch_size) / hyp.nominal_batch
 
 
 def _momentum_options(momentum: float) -> dict[str, Any]:
@@ -210,7 +209,7 @@ class Schedule:
             return self._warming(iteration / warmup, self._lr(epoch))
         warmed_now = epoch * self.batches <= warmup
         lr = self._lr(epoch if warmed_now else max(epoch - 1, 0))
-        return StepSettings((lr, lr, lr), self.hyp.momentum, accumulation(self.batch_size))
+        return StepSettings((lr, lr, lr), self.hyp.momentum, accumulation(self.hyp, self.batch_size))
 
     def _lr(self, epoch: int) -> float:
         """Returns the learning rate of an epoch without warm-up and delay."""
@@ -221,7 +220,7 @@ class Schedule:
         bias_lr = _between(self.hyp.warmup_bias_lr, lr, progress)
         rising = _between(0.0, lr, progress)
         momentum = _between(self.hyp.warmup_momentum, self.hyp.momentum, progress)
-        accumulate = max(round(_between(1.0, NOMINAL_BATCH / self.batch_size, progress)), 1)
+        accumulate = max(round(_between(1.0, self.hyp.nominal_batch / self.batch_size, progress)), 1)
         return StepSettings((rising, rising, bias_lr), momentum, accumulate)
 
 

@@ -1,9 +1,10 @@
 """The trainer's checkpoints: which is written first, and the state of the loss scaler, which only GPUs use as it is.
 
-Also a gradient that is lost. Every other part of a resumed run's state is in tests/test_resume.py.
+Also when gradients are used, or lost. Every other part of a resumed run's state is in tests/test_resume.py.
 """
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.checks import UserError
 from utils.train import engine
-from utils.train.callbacks import Callbacks
+from utils.train.callbacks import HOOKS, Callbacks
+from utils.train.hyp import Hyp
 
+HYP = Path(train.ROOT) / "data" / "hyps" / "hyp.scratch-low.yaml"
 FITNESS = (0.1, 0.9, 0.2)  # of the epochs: the second is the best
 MODEL = """
 nc: 4
@@ -106,3 +109,113 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_a_step(options, tmp_
     with pytest.raises(UserError, match=r"gradient norm is nan in epoch 0, batch 0 \(images .*\.jpg"):
         train.run(**options)
     assert not list((tmp_path / "exp" / "weights").iterdir())
+
+
+@pytest.mark.parametrize(("option", "smoothing"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
+def test_label_smoothing_of_the_file_holds_unless_the_option_is_given(
+    option, smoothing, options, tmp_path, monkeypatch
+):
+    made = []
+    monkeypatch.setattr(engine, "DetectionLoss", lambda hyp, *_: made.append(hyp.label_smoothing) or 1 / 0)
+    (tmp_path / "hyp.yaml").write_text(HYP.read_text() + "label_smoothing: 0.1\n")
+    given = {} if option is None else {"label_smoothing": option}
+    with pytest.raises(ZeroDivisionError):
+        train.run(**options, hyp=str(tmp_path / "hyp.yaml"), **given)
+    assert made == [smoothing] and Hyp.from_yaml(tmp_path / "exp" / "hyp.yaml").label_smoothing == smoothing
+
+
+def test_a_label_smoothing_that_leaves_nothing_to_learn_is_refused_before_anything_is_written(options, tmp_path):
+    with pytest.raises(UserError, match="--label-smoothing: .* is 1; it must be at least 0 and below 1"):
+        train.run(**{**options, "project": str(tmp_path / "runs")}, label_smoothing=1.0)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_all_hooks_run_at_their_moments_with_their_arguments(options, tmp_path, monkeypatch):
+    """Two epochs of two batches; the numbers of arguments are YOLOv5's."""
+    callbacks, calls = Callbacks(), []
+    for hook in HOOKS:
+        callbacks.register_action(hook, callback=lambda *args, hook=hook, **named: calls.append((hook, args, named)))
+    monkeypatch.setattr("utils.train.setup.choose_batch_size", lambda *_: 16)
+    monkeypatch.setattr("utils.train.optim.WARMUP_FLOOR", 4)
+    train.run(callbacks, **{**options, "epochs": 2, "batch_size": -1})
+    validation = ["on_val_start", "on_val_batch_start", *["on_val_image_end"] * 8, "on_val_batch_end", "on_val_end"]
+    step, end = ["optimizer_step", "on_before_zero_grad"], ["on_train_batch_end"]
+    epoch = ["on_train_epoch_end", *validation, "on_fit_epoch_end", "on_model_save"]
+    assert [hook for hook, *_ in calls] == [
+        *["on_pretrain_routine_start", "on_params_update", "on_pretrain_routine_end", "on_train_start"],
+        *["on_train_epoch_start", "on_train_batch_start", *step, *end, "on_train_batch_start", *step, *end, *epoch],
+        *["on_train_epoch_start", "on_train_batch_start", *end, "on_train_batch_start", *step, *end, *epoch],
+        *[*validation, "on_train_end", "teardown"],
+    ]
+    arguments = {hook: (args, named) for hook, args, named in calls}
+    last, best = (tmp_path / "exp" / "weights" / name for name in ("last.pt", "best.pt"))
+    assert set(arguments) == set(HOOKS)
+    assert arguments["on_params_update"] == (({"batch_size": 16},), {})
+    assert arguments["on_train_epoch_end"] == ((), {"epoch": 1})
+    assert len(arguments["on_train_batch_end"][0]) == 7 and len(arguments["on_val_image_end"][0]) == 5
+    assert len(arguments["on_fit_epoch_end"][0][0]) == 13 and arguments["on_fit_epoch_end"][0][1:] == (1, 0.9, 0.9)
+    assert arguments["on_model_save"] == ((last, 1, True, 0.9, 0.9), {})
+    assert arguments["on_train_end"][0][:4] == (last, best, False, 1) and len(arguments["on_train_end"][0][4]) == 7
+    with_arguments = {hook for hook, value in arguments.items() if value != ((), {})}
+    assert with_arguments == {
+        *["on_params_update", "on_train_batch_end", "on_train_epoch_end", "on_val_image_end"],
+        *["on_fit_epoch_end", "on_model_save", "on_train_end"],
+    }
+
+
+def test_what_a_caller_opened_is_torn_down_however_a_run_ends(options, tmp_path):
+    callbacks, calls = Callbacks(), []
+    callbacks.register_action("on_train_start", callback=lambda: 1 / 0)
+    callbacks.register_action("teardown", callback=lambda: calls.append("teardown"))
+    with pytest.raises(ZeroDivisionError):
+        train.run(callbacks, **options)
+    with pytest.raises(UserError):
+        train.run(callbacks, **{**options, "data": str(tmp_path / "nowhere.yaml")})
+    assert calls == ["teardown"] * 2
+
+
+@pytest.mark.parametrize("quad", [False, True])
+def test_the_progress_bar_counts_the_images_of_the_data_set(quad, options, monkeypatch):
+    bars, make = [], engine.progress
+
+    def progress(*arguments, **named):
+        bars.append((make(*arguments, **named), []))
+        monkeypatch.setattr(bars[-1][0], "update", bars[-1][1].append)
+        return bars[-1][0]
+
+    monkeypatch.setattr(engine, "progress", progress)
+    train.run(**{**options, "epochs": 1, "batch_size": 16}, quad=quad)
+    assert [(bar.total, seen) for bar, seen in bars] == [(24, [16, 8])]
+
+
+def test_every_image_counts_in_a_step(options, tmp_path, monkeypatch):
+    """Two batches an epoch, of 16 and 8 images, where four make a step: gradients left over are used, not dropped."""
+    events, reckon, step = [], engine.DetectionLoss.__call__, torch.optim.SGD.step
+
+    def reckoned(loss, outputs, *arguments):
+        if outputs[0].requires_grad:
+            events.append(len(outputs[0]))
+        return reckon(loss, outputs, *arguments)
+
+    def stepped(optimizer, *arguments):
+        events.append("step")
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(engine.DetectionLoss, "__call__", reckoned)
+    monkeypatch.setattr(torch.optim.SGD, "step", stepped)
+    monkeypatch.setattr("utils.train.optim.WARMUP_FLOOR", 1)
+    (tmp_path / "hyp.yaml").write_text(re.sub("(?m)^warmup_epochs:.*", "warmup_epochs: 0.0", HYP.read_text()))
+    train.run(**{**options, "batch_size": 16, "hyp": str(tmp_path / "hyp.yaml")})
+    assert events == [16, "step", 8, "step", 16, 8, "step", 16, 8, "step"]
+    assert "last_step" not in load_checkpoint(tmp_path / "exp" / "weights" / "epoch1.pt")["schedule"]
+
+
+def test_a_run_begun_before_steps_ended_with_the_epoch_goes_on(options, tmp_path):
+    """Its checkpoint says where the last step was, and that gradients of a batch after it are missing."""
+    train.run(**options)
+    old = tmp_path / "old" / "weights" / "last.pt"
+    old.parent.mkdir(parents=True)
+    state = load_checkpoint(tmp_path / "exp" / "weights" / "epoch1.pt")
+    save_checkpoint(old, {**state, "schedule": {**state["schedule"], "last_step": 4}})
+    train.run(resume=str(old))
+    assert_same_tensors(old.with_name("epoch2.pt"), tmp_path / "exp" / "weights" / "epoch2.pt", "model")

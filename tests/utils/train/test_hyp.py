@@ -11,7 +11,7 @@ from utils.files import ROOT
 from utils.train.hyp import Hyp
 
 HYPS = ROOT / "data" / "hyps"
-SHIPPED = ["scratch-low", "scratch-med", "scratch-high", "VOC", "Objects365", "no-augmentation"]
+SHIPPED = ["scratch-low", "scratch-med", "scratch-high", "VOC", "Objects365", "no-augmentation", "demo"]
 
 
 def plain(name="scratch-low"):
@@ -111,10 +111,9 @@ def test_optional_keys_survive_a_round_trip():
 
 def test_scaling_for_one_class_at_640_divides_only_the_class_gain():
     hyp = Hyp.from_yaml(HYPS / "hyp.scratch-low.yaml")
-    scaled = hyp.scaled(nl=3, nc=1, imgsz=640, label_smoothing=0.1)
+    scaled = hyp.scaled(nl=3, nc=1, imgsz=640)
     assert (scaled.box, scaled.obj) == (hyp.box, hyp.obj)
     assert scaled.cls == pytest.approx(hyp.cls / 80)
-    assert (scaled.label_smoothing, hyp.label_smoothing) == (0.1, 0.0)
 
 
 def test_scaling_by_layers_and_image_size():

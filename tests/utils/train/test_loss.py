@@ -1,5 +1,6 @@
 """The detection loss against golden values, plain formulas and autograd; its gradient is the same in every run."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -115,7 +116,9 @@ def test_gradient_is_the_same_to_the_bit_in_every_run(hyp):
 
 def test_a_cell_claimed_twice_learns_the_last_overlap():
     logits = torch.zeros(4)
-    mean = objectness_term(logits, torch.tensor([2, 1, 2]), torch.tensor([0.9, -0.5, 0.25]))
+    cells, overlap = torch.tensor([2, 1, 2]), torch.tensor([0.9, -0.5, 0.25])
+    last = last_of_each(cells)
+    mean = objectness_term(logits, cells[last], overlap[last])
     targets = torch.tensor([0.0, 0.0, 0.25, 0.0])  # an overlap below 0 counts as 0
     assert mean.count == 4
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
@@ -125,6 +128,19 @@ def test_a_cell_claimed_twice_learns_the_last_overlap():
 def test_last_of_each_picks_the_last_positions():
     assert last_of_each(torch.tensor([7, 3, 7, 3, 5])).tolist() == [3, 4, 2]
     assert last_of_each(torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
+@pytest.mark.parametrize("switches", [{}, {"cls_pw": 0.5, "obj_pw": 2.0, "fl_gamma": 1.5, "label_smoothing": 0.1}])
+def test_nothing_waits_for_the_device(hyp, switches, monkeypatch):
+    """Tensors on the meta device have no values: whatever asks for one, or for how many there are, fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
+    outputs, targets = scene()
+    loss = DetectionLoss(dataclasses.replace(hyp, **switches), ANCHORS, STRIDES, nc=4)
+    leaves = [output.to("meta").requires_grad_() for output in outputs]
+    result = loss(leaves, targets)
+    result.total.backward()
+    assert result.items.is_meta and (result.images, result.labels) == (2, 20)
+    assert all(leaf.grad.is_meta and leaf.grad.shape == leaf.shape for leaf in leaves)
 
 
 def test_objectness_overlaps_carry_no_gradient(hyp):

@@ -1,6 +1,7 @@
 """Parameter groups, the schedule against golden curves, and optimizer state that survives an interruption."""
 
 import csv
+import dataclasses
 import io
 import logging
 
@@ -107,9 +108,20 @@ def test_unknown_optimizer():
 @pytest.mark.parametrize(
     ("batch", "accumulate", "decay"), [(16, 4, 1.0), (24, 3, 1.125), (64, 1, 1.0), (128, 1, 2.0), (1, 64, 1.0)]
 )
-def test_accumulation_and_weight_decay(batch, accumulate, decay):
-    assert accumulation(batch) == accumulate
-    assert scaled_weight_decay(0.0005, batch) == pytest.approx(0.0005 * decay)
+def test_accumulation_and_weight_decay(hyp, batch, accumulate, decay):
+    assert accumulation(hyp, batch) == accumulate
+    assert scaled_weight_decay(hyp, batch) == pytest.approx(0.0005 * decay)
+
+
+def test_a_nominal_batch_of_ones_own(hyp):
+    """Batches of 8 at a nominal 8 step each; at 20 they step by twos (2.5 rounds to even), with 16 images' decay."""
+    ones = dataclasses.replace(hyp, nominal_batch=8)
+    assert (accumulation(ones, 8), scaled_weight_decay(ones, 8)) == (1, 0.0005)
+    assert {Schedule(ones, 40, 38, 8).at(epoch, 5).accumulate for epoch in range(40)} == {1}
+    twenty = dataclasses.replace(hyp, nominal_batch=20)
+    assert (accumulation(twenty, 8), scaled_weight_decay(twenty, 8)) == (2, pytest.approx(0.0004))
+    assert [Schedule(twenty, 40, 100, 8).at(0, batch).accumulate for batch in (0, 99)] == [1, 1]
+    assert [Schedule(twenty, 40, 100, 8).at(epoch, 0).accumulate for epoch in (2, 3, 9)] == [2, 2, 2]
 
 
 def test_linear_factor():
@@ -164,6 +176,18 @@ def test_after_the_warm_up_rates_hold_for_the_epoch_and_then_follow_one_behind(h
 
 def test_small_data_warm_up_for_a_hundred_iterations(hyp):
     assert Schedule(hyp, epochs=10, batches=5, batch_size=64).warmup_iterations == 100
+
+
+def test_the_demo_steps_at_every_batch_and_trains_as_well_for_longer():
+    """`make demo` is 40 epochs of 300 images in batches of 8; copies of its file may train for longer."""
+    demo = Hyp.from_yaml(ROOT / "data/hyps/hyp.demo.yaml")
+    for epochs in (40, 400):
+        schedule = Schedule(demo, epochs, batches=38, batch_size=8)
+        settings = [schedule.at(epoch, batch) for epoch in range(epochs) for batch in (0, 37)]
+        assert {step.accumulate for step in settings} == {1}
+        rates = [step.lrs[1] for step in settings]
+        assert 0.8 * demo.lr0 < max(rates) <= demo.lr0 and rates.index(max(rates)) <= 8
+        assert rates[8:] == sorted(rates[8:], reverse=True)
 
 
 def test_settings_reach_the_optimizer(hyp):
