@@ -21,10 +21,9 @@ from models.experimental import Ensemble
 from models.load import load_model
 from models.yolo import INPLACE_ACTIVATIONS, Detect, Model
 from utils.checks import UserError, grid_stride
-from utils.data.spec import parse_names
+from utils.data.spec import load_spec
 from utils.devices import device_line, prepare_cpu_memory, select_device
 from utils.draw import feature_grid, save_image
-from utils.files import find_file, read_yaml
 from utils.log import LOGGER
 
 DEFAULT_SHAPE = (1, 3, 640, 640)
@@ -112,7 +111,10 @@ class DetectMultiBackend(nn.Module):
         else:
             self._load_export(files[0], device, fp16)
         if data and all(name == f"class{number}" for number, name in self.names.items()):
-            self.names = _names_from(data, len(self.names))
+            names = load_spec(data, need=()).names
+            if len(names) != len(self.names):
+                raise UserError(f"--data {data} names {len(names)} classes, but the model has {len(self.names)}.")
+            self.names = names
         self.nc = len(self.names)
 
     def _load_checkpoints(
@@ -302,18 +304,3 @@ def _device_name(device: str | torch.device | None) -> str:
     """Returns a device as `--device` names it; empty chooses."""
     name = "" if device is None else str(device)
     return "cuda:0" if name == "cuda" else name
-
-
-def _names_from(data: str | Path, count: int) -> dict[int, str]:
-    """Returns the class names of a data set YAML.
-
-    Raises:
-        UserError: it does not name as many classes as the model has.
-    """
-    path = find_file(data, (".yaml", ".yml"), "data")
-    content = read_yaml(path)
-    content = content if isinstance(content, dict) else {}
-    names = parse_names(content.get("names"), content.get("nc"), str(path))
-    if len(names) != count:
-        raise UserError(f"{path}: names {len(names)} classes, but the model has {count}.")
-    return names

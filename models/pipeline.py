@@ -22,7 +22,8 @@ from utils.cli import newest_weights
 from utils.counting import Counter, Counts
 from utils.data.inputs import open_source
 from utils.data.sources import Frame, Source
-from utils.files import ROOT, find_file, read_yaml
+from utils.data.spec import load_spec
+from utils.files import ROOT
 from utils.log import LOGGER
 from utils.tiles import Tiling
 from utils.tracking import WEAKEST, Trackers, require_video
@@ -247,11 +248,9 @@ def _names_of(data: str, model_names: dict[int, str]) -> dict[int, str]:
     """Returns the class names of a data set YAML where they fit the model's classes, else the model's own."""
     if not data:
         return model_names
-    content = read_yaml(find_file(data, (".yaml", ".yml"), "--data"))
-    names = content.get("names") if isinstance(content, dict) else None
-    names = dict(enumerate(names)) if isinstance(names, list) else names if isinstance(names, dict) else {}
-    if set(names) != set(model_names):
+    names = load_spec(data, need=()).names
+    if len(names) != len(model_names):
         counts = f"names {len(names)} classes, the model has {len(model_names)}"
         LOGGER.warning(f"WARNING: --data {data} {counts}: the model's own names are used")
         return model_names
-    return {class_id: str(name) for class_id, name in names.items()}
+    return names

@@ -190,8 +190,6 @@ def why_taken(script: ModuleType, action: argparse.Action, label: str, text: str
     rules = {
         "empty is the default: none given": text == "" and (script.__name__, action.dest) in EMPTY_IS_NONE,
         "what a picture holds is found out at work": action.dest == "source" and label in FOUND_OUT_AT_WORK,
-        "names that do not fit are left aside with a warning": (script, action.dest) == (detect, "data")
-        and label in ("holding nothing", "holding text"),
     }
     return next((reason for reason, holds in rules.items() if holds), "")
 

@@ -19,6 +19,7 @@ import detect
 from utils.checks import UserError
 from utils.cli import ReportedError
 from utils.data.sources import read_frames
+from utils.data.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE_OPTIONS = {"imgsz": [64], "device": "cpu", "max_det": 3}
@@ -149,6 +150,34 @@ def test_names_of_another_yaml_are_shown_where_they_fit(weights, source, tmp_pat
     detect.run(data=str(tmp_path / "names.yaml"), **common)
     assert "names 3 classes, the model has 2: the model's own names are used" in caplog.text
     assert "64x64 3 cats, Done." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{'1': b, '0': 007}", "64x64 3 007s, Done."),
+        ("[yes, no]", "the name of class 0 is True, not text"),
+        ("[null, b]", "the name of class 0 is None, not text"),
+        ("[a, {b: c}]", "the name of class 1 is {'b': 'c'}, not text"),
+        ("{0: a, 2: b}", "must be 0 to 1; 1 is missing"),
+        ("[a, b]\nnc: 3", "'nc: 3' and the 2 names"),
+    ],
+)
+def test_class_names_are_read_as_training_reads_them(weights, source, tmp_path, caplog, text, words):
+    caplog.set_level(logging.INFO, "yolov5")
+    path = tmp_path / "names.yaml"
+    path.write_text(f"names: {text}\n")
+    image = str(source / "b.jpg")
+    common = {"weights": str(weights), "project": str(tmp_path), "source": image, "data": path, "nosave": True}
+    try:
+        names = load_spec(path, need=()).names
+    except UserError as error:
+        assert words in str(error)
+        with pytest.raises(UserError, match=f"^{re.escape(str(error))}$"):
+            detect.run(**common, **SIDE_OPTIONS)
+    else:
+        detect.run(**common, **SIDE_OPTIONS)
+        assert words in caplog.text and list(names.values()) == ["007", "b"]
 
 
 def test_hidden_labels_and_line_width_change_the_picture(weights, source, tmp_path):

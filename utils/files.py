@@ -24,14 +24,19 @@ SEARCHED_FOLDERS = ("data", "models", "utils")
 MAX_YAML_BYTES = 1 << 20  # the names of 20,000 classes take half of it
 MAX_YAML_NUMBER = 100  # characters
 MAX_YAML_DEPTH = 64
+ESCAPES_IN_QUOTES = r"In double quotes a backslash starts an escape (\t is a tab): write / for \, or use single quotes"
 _TEMPORARY = re.compile(  # .NAME.PLACE-PROCESS.RANDOM.tmp, without an owner where the system does not tell the place
     r"\.(?P<name>.+?)\.((?P<place>[0-9a-f]{8})-(?P<process>[0-9a-f]{1,7})\.)?[0-9a-f]{8}\.tmp", re.DOTALL
 )
 ABANDONED_AFTER_S = 24 * 3600  # of no change, far above what clocks of machines that share a disk differ by
 
 
-def read_yaml(path: str | Path) -> Any:
+def read_yaml(path: str | Path, as_text: Sequence[str] = ()) -> Any:
     """Reads a YAML file as plain data; nothing in it can run.
+
+    Args:
+        path: the file.
+        as_text: keys of the file's mapping below which numbers keep their text: names, for which 007 is no number.
 
     Raises:
         UserError: no such file, not UTF-8 text, too large or too deeply nested, uses aliases, or a syntax error; with
@@ -42,11 +47,20 @@ def read_yaml(path: str | Path) -> Any:
     text = _read_yaml_text(path)
     try:
         _check_yaml_structure(path, text)
-        return yaml.load(text, Loader=_safe_loader())
+        loader = _safe_loader()(text)
+        try:
+            document = loader.get_single_node()
+            _keep_number_text(document, as_text)
+            return loader.construct_document(document) if document else None
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise UserError(f"{where}: YAML error: {error.problem or error.context}. Mend this line.") from error
+        problem = error.problem or error.context
+        if "escape" in problem:
+            problem += f". {ESCAPES_IN_QUOTES}"
+        raise UserError(f"{where}: YAML error: {problem}. Mend this line.") from error
     except (
         yaml.YAMLError,
         TypeError,
@@ -57,6 +71,19 @@ def read_yaml(path: str | Path) -> Any:
     ) as error:  # also bad !!int, !!bool
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a YAML file ({reason}).") from error
+
+
+def _keep_number_text(document: Any, keys: Sequence[str]) -> None:
+    """Makes texts of the numbers in the list or mapping that stands under one of these keys; a mapping's keys stay."""
+    import yaml
+
+    for key, value in document.value if keys and isinstance(document, yaml.MappingNode) else ():
+        if key.value not in keys or not isinstance(value, yaml.CollectionNode):
+            continue
+        for entry in value.value:
+            entry = entry[1] if isinstance(value, yaml.MappingNode) else entry
+            if entry.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+                entry.tag = "tag:yaml.org,2002:str"
 
 
 def _read_yaml_text(path: str | Path) -> str:

@@ -119,7 +119,7 @@ def processor_name() -> str:
 
 def texts_of_yaml(path: Path) -> dict[str, str]:
     """Returns the texts of a YAML file beside a model, as `Metadata.from_texts` takes them."""
-    content = read_yaml(path)
+    content = read_yaml(path, as_text=("names",))
     return plain_texts(content) if isinstance(content, dict) else {}
 
 

@@ -17,7 +17,7 @@ from utils.checks import UNPRINTABLE, UserError, did_you_mean, shown
 from utils.data.obtain import CONVERTERS, GENERATORS, Source, obtain, parse_download
 from utils.data.paths import image_to_label_path, native_separators
 from utils.download import download_file, file_name_of
-from utils.files import ROOT, find_file, read_yaml
+from utils.files import ESCAPES_IN_QUOTES, ROOT, find_file, read_yaml
 
 SPLITS = ("train", "val", "test")
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -111,12 +111,12 @@ def _read(data: str | Path | Mapping[str, Any], download: bool) -> tuple[Path | 
         data = _fetch_description(str(data), download)
     if str(data).lower().endswith(".zip"):
         path = _unpack_description(Path(data))
-        content = read_yaml(path)
+        content = read_yaml(path, as_text=("names",))
         if isinstance(content, Mapping):  # the data is where the YAML is, whatever it says
             content = {key: value for key, value in content.items() if key != "download"} | {"path": str(path.parent)}
         return path, content
     path = find_file(data, YAML_SUFFIXES, "--data").absolute()
-    return path, read_yaml(path)
+    return path, read_yaml(path, as_text=("names",))
 
 
 def _fetch_description(url: str, download: bool) -> Path:
@@ -166,7 +166,9 @@ def parse_names(names: Any, nc: Any, label: str) -> dict[int, str]:
         UserError: neither is given, they disagree, or an id is missing, doubled or no number.
     """
     if nc is not None and (not isinstance(nc, int) or isinstance(nc, bool) or not 1 <= nc <= MAX_CLASSES):
-        raise UserError(f"{label}: 'nc: {shown(nc)}' must be a whole number from 1 to {MAX_CLASSES}.")
+        quoted = isinstance(nc, str) and nc.strip().isdecimal()
+        why = "; here it stands in quotes, which make it text: leave them out" if quoted else ""
+        raise UserError(f"{label}: 'nc: {shown(nc)}' must be a whole number from 1 to {MAX_CLASSES}{why}.")
     if names is None:
         if nc is None:
             raise UserError(f"{label}: has neither 'names:' nor 'nc:'. List the class names under 'names:'.")
@@ -212,7 +214,7 @@ def _layout(content: Mapping[str, Any], source: Path | None, label: str, need: S
     """Reads `path`, the splits, `convert` and `generate`."""
     base = content.get("path")
     if base is not None and not _is_path(base):
-        raise UserError(f"{label}: 'path: {shown(base)}' must be a folder.")
+        raise UserError(f"{label}: 'path: {shown(base)}' must be a folder.{_escape_hint(base)}")
     entries = {split: _entries(content.get(split), split, label) for split in SPLITS}
     for split in need:
         if not entries[split]:
@@ -232,7 +234,9 @@ def _entries(value: Any, split: str, label: str) -> list[str]:
     values = value if isinstance(value, (list, tuple)) else [] if value in (None, "") else [value]
     for item in values:
         if not _is_path(item) or not item.strip():
-            raise UserError(f"{label}: '{split}:' must name folders or list files, not {item!r:.80}.")
+            raise UserError(
+                f"{label}: '{split}:' must name folders or list files, not {item!r:.80}.{_escape_hint(item)}"
+            )
     return [native_separators(item.strip()) for item in values]
 
 
@@ -255,6 +259,11 @@ def _check_names_key(content: Mapping[str, Any], label: str) -> None:
 def _is_path(value: Any) -> bool:
     """Says whether a value may name a folder or a file."""
     return isinstance(value, str) and len(value) <= MAX_PATH and not UNPRINTABLE.search(value)
+
+
+def _escape_hint(value: Any) -> str:
+    """Says where control characters in a path come from: "images\\train" in double quotes has a tab in it."""
+    return f" {ESCAPES_IN_QUOTES}." if isinstance(value, str) and UNPRINTABLE.search(value) else ""
 
 
 def _misspelt(content: Mapping[str, Any], wanted: Sequence[str]) -> str:

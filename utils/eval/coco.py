@@ -20,7 +20,8 @@ import numpy as np
 
 from utils.boxes import xyxy2xywh
 from utils.checks import UserError
-from utils.files import ROOT, atomic_write, read_yaml
+from utils.data.spec import load_spec
+from utils.files import ROOT, atomic_write
 from utils.log import LOGGER
 
 COCO80_TO_91 = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
@@ -182,7 +183,8 @@ def category_ids(sources: Sequence[Path], names: Mapping[int, str]) -> Sequence[
         names: class names {number: name}; COCO's are those of data/coco.yaml.
     """
     listed = any(Path(source).parts[-2:] == ("coco", "val2017.txt") for source in sources)
-    return COCO80_TO_91 if listed and names == read_yaml(ROOT / "data" / "coco.yaml")["names"] else range(len(names))
+    is_coco = listed and names == load_spec(ROOT / "data" / "coco.yaml", need=()).names
+    return COCO80_TO_91 if is_coco else range(len(names))
 
 
 def predictions(

@@ -72,6 +72,33 @@ def test_names_that_make_no_sense_are_refused(names, nc, message):
     assert message in str(error.value)
 
 
+NUMBERS = ["007", "010", "0x1F", "0o17", "12:30", "1_000", "1e3", "1.10", "1.1", ".5", "00123456", "-7", ".inf"]
+
+
+@pytest.mark.parametrize("form", ["[{}]", "{{{}}}"])
+def test_names_that_yaml_takes_for_numbers_keep_their_text(root, tmp_path, form):
+    """YAML 1.1 reads 010 as 8 and 12:30 as 750 (base 60): two classes could even get one name."""
+    entries = NUMBERS if form == "[{}]" else [f"{index}: {name}" for index, name in enumerate(NUMBERS)]
+    path = write(tmp_path / "d.yaml", f"nc: {len(NUMBERS)}\nnames: {form.format(', '.join(entries))}\n")
+    assert list(load_spec(path, need=()).names.values()) == NUMBERS
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("nc: '2'", r"'nc: 2' must be a whole number .* quotes, which make it text: leave them out"),
+        (r'val: "images\train"', r"not 'images.*train'\. In double quotes a backslash starts an escape .*: write /"),
+        (r'path: "D:\new"', r"'path: .* must be a folder\. In double quotes a backslash starts an escape .*: write /"),
+        (r'path: "D:\data"', r"escape character 'd'\. In double quotes a backslash starts an escape .*: write /.*Mend"),
+    ],
+)
+def test_quotes_that_change_a_value_are_said(root, tmp_path, line, words):
+    content = {"path": ".", "train": ".", "val": ".", "nc": 2, "names": "[a, b]"} | dict([line.split(": ")])
+    path = write(tmp_path / "d.yaml", "".join(f"{key}: {value}\n" for key, value in content.items()))
+    with pytest.raises(UserError, match=words):
+        load_spec(path)
+
+
 def test_a_class_id_that_stands_twice_in_the_file_is_refused_with_its_line(root, tmp_path):
     path = write(tmp_path / "d.yaml", "train: a\nval: a\nnames:\n  0: cat\n  0: dog\n")
     with pytest.raises(UserError, match=r"d\.yaml:5:"):
