@@ -108,16 +108,27 @@ def test_a_wrong_point_of_a_polygon_is_named(tmp_path, place, value, reason):
 
 
 LABEL_FILES = {  # content -> the line and the reason
-    "NUL bytes": (bytes(64), 1, "1 numbers"),
+    "NUL bytes": (bytes(64), 0, "64 of its 64 bytes are NUL: it is damaged, or in UTF-16"),
     "NUL for blanks": (GOOD.replace(" ", "\0").encode(), 1, "1 numbers"),
-    "UTF-16": (f"{GOOD}\n{GOOD}\n".encode("utf-16"), 1, "is not a number"),
-    "UTF-16 without a mark": (GOOD.encode("utf-16-be"), 1, "is not a number"),
-    "UTF-32": (GOOD.encode("utf-32"), 1, "is not a number"),
+    "UTF-16": (f"{GOOD}\n{GOOD}\n".encode("utf-16"), 0, "is text in UTF-16 or UTF-32: save it in UTF-8"),
+    "UTF-16 without a mark": (GOOD.encode("utf-16-be"), 0, "in UTF-16 (save it in UTF-8)"),
+    "UTF-32": (GOOD.encode("utf-32"), 0, "is text in UTF-16 or UTF-32: save it in UTF-8"),
     "Latin-1": (f"{GOOD}\nKäfer 0.5 0.5 0.2 0.2\n".encode("latin-1"), 2, "'K\N{REPLACEMENT CHARACTER}fer' is not"),
     "one huge word": (b"7" * 10_000_000, 1, "1 numbers"),
     "huge words": (b" ".join([b"7" * 1_000_000] * 5), 1, "class '7777777"),
-    "commas": (GOOD.replace(" ", ",").encode(), 1, "1 numbers"),
-    "semicolons": (GOOD.replace(" ", "; ").encode(), 1, "'0;' is not a number"),
+    "commas": (GOOD.replace(" ", ",").encode(), 1, "numbers are separated by commas: put spaces between"),
+    "commas and spaces": (GOOD.replace(" ", ", ").encode(), 1, "numbers are separated by commas: put spaces between"),
+    "semicolons": (GOOD.replace(" ", "; ").encode(), 1, "numbers are separated by semicolons: put spaces between"),
+    "semicolons and decimal commas": (b"0;0,5;0,5;0,2;0,2", 1, "by semicolons: put spaces between them, and points"),
+    "decimal commas": (b"0 0,5 0,5 0,2 0,2", 1, "'0,5' is not a number: it has a decimal comma; write '0.5'"),
+    "a no-break space": (GOOD.replace(" ", "\xa0", 1).encode(), 1, "has a no-break space (U+00A0): put plain spaces"),
+    "a no-break space in Latin-1": (GOOD.replace(" ", "\xa0", 1).encode("latin-1"), 1, "has a no-break space (U+00A0)"),
+    "two files in one": (f"{GOOD}\n\ufeff{GOOD}\n".encode(), 2, "has a zero width no-break space (U+FEFF): put plain"),
+    "a comment": (f"# by hand\n{GOOD}\n".encode(), 1, "has a comment (#), which label files do not have: delete it"),
+    "a comment behind": (f"{GOOD} # a dog\n".encode(), 1, "has a comment (#), which label files do not have: delete"),
+    "DOS's end of a file": (f"{GOOD}\r\n\x1a".encode(), 2, "is the end-of-file mark of DOS (Ctrl-Z, byte 1A): delete"),
+    "a confidence": (f"{GOOD} 0.9".encode(), 1, "6 numbers; a box has 5 and a polygon 7, 9, 11, ...; a sixth is a"),
+    "a class by its name": (b"dog 0.5 0.5 0.2 0.2", 1, "'dog' is not a number (a class is written as its number, 0"),
     "JSON": (b'{"class": 0,\n "box": [1, 2, 3, 4]}', 1, "2 numbers"),
     "XML": (b"<annotation>\n<object/></annotation>", 1, "1 numbers"),
     "a heading": (f"class x y w h\n{GOOD}\n".encode(), 1, "'class' is not a number"),
@@ -131,7 +142,9 @@ LABEL_FILES = {  # content -> the line and the reason
 def test_a_file_that_is_no_label_file_is_named_with_its_line(tmp_path, content, line, reason):
     images, odd = make_set(tmp_path, content)
     message = refusal(lambda: load_labels([images]))
-    assert message.startswith(f"Label file {odd}, line {line}: ") and reason in message
+    where = f"{odd}, line {line}" if line else odd
+    assert message.startswith(f"Label file {where}: ") and reason in message
+    assert message.endswith("Fix the label(s) and rerun.")
 
 
 def make_link(target: str):

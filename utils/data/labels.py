@@ -6,7 +6,10 @@ line; an image that cannot be used is left out, counted and named. Nothing on di
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -25,6 +28,8 @@ from utils.log import LOGGER, progress
 TOLERANCE = 1e-4  # coordinates this far outside 0 to 1 are rounding (0.06 px in 640) and are clipped
 SHOWN_MESSAGES = 30  # warnings printed one by one; the rest is counted
 POOL_FROM = 5000  # images; fewer are scanned sooner than processes start
+INVISIBLE = "\u200b\u2060\ufeff"  # of no width; Python does not count them as spaces
+MANY_NULS = 0.4  # of a file's bytes; numbers in UTF-16 have half, in UTF-32 three quarters
 CHUNK = 256  # images handed to a process at a time
 
 
@@ -210,7 +215,7 @@ def read_label_file(path: str | Path) -> ParsedLabels | None:
     """
     try:
         with open(path, "rb") as file:
-            lines = file.read().removeprefix(b"\xef\xbb\xbf").splitlines()
+            content = file.read()
     except OSError as error:
         gone = isinstance(error, FileNotFoundError)
         if gone and not os.path.islink(path):
@@ -218,17 +223,19 @@ def read_label_file(path: str | Path) -> ParsedLabels | None:
         problem = LabelProblem(str(path), 0, f"cannot be read ({'is a link to nothing' if gone else error.strerror})")
         return ParsedLabels(np.zeros((0, 5), np.float32), [], 0, [problem])
     rows, polygons, problems = [], [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         tokens = line.split()
         if not tokens:
             continue
         try:
             row, polygon = _parse_line(tokens)
         except ValueError as error:
-            problems.append(LabelProblem(str(path), number, str(error)))
+            problems.append(LabelProblem(str(path), number, _notation_problem(line) or str(error)))
             continue
         rows.append(row)
         polygons.append(polygon)
+    if problems and (reason := _encoding_problem(content)):
+        problems = [LabelProblem(str(path), 0, reason)]
     return _without_duplicates(np.array(rows, np.float32).reshape(-1, 5), polygons, problems)
 
 
@@ -243,11 +250,14 @@ def _parse_line(tokens: list[bytes]) -> tuple[list[float], np.ndarray]:
     """
     count = len(tokens)
     if count < 5 or count % 2 == 0:
-        raise ValueError(f"{count} numbers; a box has 5 and a polygon 7, 9, 11, ...")
+        confidence = "; a sixth is a confidence (--save-conf), which labels do not have" if count == 6 else ""
+        raise ValueError(f"{count} numbers; a box has 5 and a polygon 7, 9, 11, ...{confidence}")
     try:
         values = [float(token) for token in tokens]
     except ValueError:
-        raise ValueError(f"{_first_non_number(tokens)} is not a number") from None
+        wrong = [token for token in tokens if not _is_number(token)]
+        by_name = " (a class is written as its number, 0 for the first name)" if wrong == tokens[:1] else ""
+        raise ValueError(f"{_text(wrong[0])} is not a number{by_name}") from None
     label, coordinates = values[0], values[1:]
     if not (0 <= label < 1e7 and label == int(label)):
         raise ValueError(f"class {_text(tokens[0])} is not a whole number from 0")
@@ -269,14 +279,48 @@ def _text(token: bytes) -> str:
     return repr(token[:40].decode(errors="replace"))
 
 
-def _first_non_number(tokens: Iterable[bytes]) -> str:
-    """Returns the first token, shown, that Python does not read as a number."""
-    for token in tokens:
-        try:
-            float(token)
-        except ValueError:
-            return _text(token)
-    return "a token"
+def _is_number(token: bytes) -> bool:
+    """Says whether Python reads a token as a number."""
+    try:
+        float(token)
+    except ValueError:
+        return False
+    return True
+
+
+def _notation_problem(line: bytes) -> str:
+    """Says what to change in a line that breaks the rules because it is written in another notation; else empty."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        text = line.decode("latin-1")
+    blank = next((char for char in text if not char.isascii() and (char.isspace() or char in INVISIBLE)), None)
+    if blank:
+        name = unicodedata.name(blank, "another blank").lower()
+        return f"has a {name} (U+{ord(blank):04X}): put plain spaces between the numbers"
+    if line.strip() == b"\x1a":
+        return "is the end-of-file mark of DOS (Ctrl-Z, byte 1A): delete it"
+    numbers, hash_sign, _ = line.partition(b"#")
+    if hash_sign and all(map(_is_number, numbers.split())):
+        return "has a comment (#), which label files do not have: delete it"
+    by_semicolons, by_commas = line.replace(b";", b" ").split(), re.sub(b"[;,]", b" ", line).split()
+    if b";" in line and all(_is_number(token.replace(b",", b".")) for token in by_semicolons):
+        return "numbers are separated by semicolons: put spaces between them, and points into them (0 0.5 0.5 0.2 0.2)"
+    if b"," in line and all(_is_number(token.replace(b",", b".")) for token in line.split()):
+        decimal = next(token for token in line.split() if b"," in token)
+        return f"{_text(decimal)} is not a number: it has a decimal comma; write {_text(decimal.replace(b',', b'.'))}"
+    if b"," in line and all(map(_is_number, by_commas)):
+        return "numbers are separated by commas: put spaces between them (0 0.5 0.5 0.2 0.2)"
+    return ""
+
+
+def _encoding_problem(content: bytes) -> str:
+    """Says that a label file is no text in UTF-8; empty where it seems to be."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        return "is text in UTF-16 or UTF-32: save it in UTF-8"
+    if content.count(0) >= MANY_NULS * len(content):
+        return f"{content.count(0)} of its {len(content)} bytes are NUL: it is damaged, or in UTF-16 (save it in UTF-8)"
+    return ""
 
 
 def _out_of_range(tokens: Sequence[bytes], coordinates: Sequence[float]) -> str:
@@ -313,7 +357,7 @@ def _describe_problems(problems: Sequence[LabelProblem]) -> str:
         more = f" {len(problems)} such lines in {files} file(s); the next: " + "; ".join(
             f"{problem.path}, line {problem.line}: {problem.reason}" for problem in problems[1:4]
         )
-    return f"Label file {where}: {first.reason}.{more} Mend the label(s) and start again."
+    return f"Label file {where}: {first.reason}.{more} Fix the label(s) and rerun."
 
 
 def _show_messages(messages: Sequence[str], prefix: str) -> None:
@@ -352,7 +396,7 @@ def check_classes(table: LabelTable, spec: _Classes) -> None:
     more = f" ({len(beyond)} such labels in all)" if len(beyond) > 1 else ""
     raise UserError(
         f"Label class {label} exceeds nc={spec.nc}: allowed are 0 to {spec.nc - 1}. Found in {path}"
-        f"{_line_of_class(path, label)}{more}. Mend the label or the names{owner}."
+        f"{_line_of_class(path, label)}{more}. Fix the label or the names{owner}."
     )
 
 

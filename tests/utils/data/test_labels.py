@@ -79,7 +79,7 @@ def test_repeated_rows_are_dropped_with_their_polygons_and_the_order_stays(tmp_p
         ("1.5 0.5 0.5 0.1 0.1", "class '1.5'"),
         ("nan 0.5 0.5 0.1 0.1", "class 'nan'"),
         ("cat 0.5 0.5 0.1 0.1", "'cat' is not a number"),
-        ("0,0.5,0.5,0.1,0.1", "1 numbers"),
+        ("0,0.5,0.5,0.1,0.1", "numbers are separated by commas"),
     ],
 )
 def test_a_bad_line_stops_the_scan_with_file_line_and_reason(tmp_path, line, reason):
