@@ -93,18 +93,18 @@ def obtain(
     convert: str | None,
     generate: str | None,
     is_complete: Callable[[], bool],
-    others: Sequence[Path] = (),
+    folders: Sequence[Path] = (),
 ) -> bool:
     """Renders, converts what lies there already, or downloads and converts, until the data set is complete.
 
     Args:
-        root: the data set's folder.
+        root: the data set's folder, for what is rendered or downloaded.
         names: its classes.
         sources: what may be downloaded.
         convert: a key of CONVERTERS, or None.
         generate: a key of GENERATORS, or None.
         is_complete: says whether the splits needed are there.
-        others: more folders in which data to be converted may lie.
+        folders: where data to be converted may lie; the first that makes the set complete ends the search.
 
     Returns:
         Whether they are there now.
@@ -114,7 +114,7 @@ def obtain(
     """
     if generate is not None:
         load_function(GENERATORS[generate])(root)
-    for folder in (root, *others) if convert is not None else ():
+    for folder in folders if convert is not None else ():
         if folder.is_dir() and folder != ROOT and not is_complete():
             _convert(convert, folder, names)
     if is_complete() or not sources:

@@ -28,7 +28,7 @@ def list_images(sources: Sequence[Path]) -> list[str]:
     """Lists the images of folders (recursively) and of text files with one path per line, sorted.
 
     An image that is listed twice stays twice. In a text file `./` stands for its own folder; another relative path is
-    looked for from the working folder, then from the text file's folder.
+    looked for from the text file's folder, then from the working folder.
 
     Raises:
         UserError: a source does not exist, cannot be read, or none of them names an image.
@@ -58,7 +58,17 @@ def _images_of(source: Path) -> list[str]:
         LOGGER.warning(
             f"WARNING: {source}: {len(others)} lines name no image and are left out, such as {others[0]!r:.80}"
         )
-    return [_listed_path(path, source.absolute().parent) for path in listed if is_image(path)]
+    images, twice = [], []
+    for places in (_listed_places(path, source.absolute().parent) for path in listed if is_image(path)):
+        there = [place for place in places if os.path.exists(place)] if len(places) > 1 else places
+        images.append((there or places)[0])
+        twice += [there] if len(there) > 1 else []
+    if twice:
+        LOGGER.warning(
+            f"WARNING: {source}: {len(twice)} of its images are there twice, from its own folder and from the working "
+            f"folder: {twice[0][0]} is taken, not {twice[0][1]}"
+        )
+    return images
 
 
 def _files_below(top: Path) -> Iterator[str]:
@@ -72,14 +82,14 @@ def _files_below(top: Path) -> Iterator[str]:
         yield from (os.path.join(folder, name) for name in names)
 
 
-def _listed_path(text: str, folder: Path) -> str:
-    """Makes a list file's line absolute; the rules stand at `list_images`."""
+def _listed_places(text: str, folder: Path) -> list[str]:
+    """Returns which absolute paths a list file's line may mean, the first one first; see `list_images`."""
     text = native_separators(text)
-    if text.startswith(f".{os.sep}") or text.startswith("./"):
-        return os.path.join(folder, text[2:])
-    if os.path.isabs(text) or os.path.exists(text):
-        return os.path.abspath(text)
-    return os.path.normpath(os.path.join(folder, text))
+    if text.startswith((f".{os.sep}", "./")):
+        return [os.path.join(folder, text[2:])]
+    if os.path.isabs(text):
+        return [os.path.abspath(text)]
+    return list(dict.fromkeys((os.path.normpath(os.path.join(folder, text)), os.path.abspath(text))))
 
 
 def native_separators(text: str) -> str:

@@ -18,6 +18,7 @@ from utils.data.obtain import CONVERTERS, GENERATORS, Source, obtain, parse_down
 from utils.data.paths import image_to_label_path, native_separators
 from utils.download import download_file, file_name_of
 from utils.files import ESCAPES_IN_QUOTES, ROOT, find_file, read_yaml
+from utils.log import LOGGER
 
 SPLITS = ("train", "val", "test")
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -58,8 +59,9 @@ class _Layout(NamedTuple):
 
     label: str  # what messages call the description
     entries: dict[str, list[str]]
-    roots: list[Path]
+    roots: list[Path]  # the YAML's own folder comes first
     rooted: bool  # one root holds for all splits (`path:` is given)
+    home: Path  # the root below the repository, into which missing data is fetched
     convert: str | None
     hint: str  # a misspelt key that may be why data is not found
 
@@ -76,6 +78,9 @@ def load_spec(
     data: str | Path | Mapping[str, Any], need: Sequence[str] = ("train", "val"), download: bool = True
 ) -> DataSpec:
     """Reads a data set description and makes sure that the splits needed are there.
+
+    A relative `path`, or without one each split, is looked for from the YAML's own folder (a dict's is the working
+    folder), then from the repository as in YOLOv5 6.1, then from the folder above the YAML's.
 
     Args:
         data: a YAML file's path or bare name (`coco128.yaml`), a zip holding one, an http(s) address of either, or
@@ -100,6 +105,7 @@ def load_spec(
         found = _find(layout, need)
         if found.missing:
             raise UserError(_not_found(layout, found, "What was fetched does not hold it either."))
+    _say_what_is_there_twice(layout, found, need)
     return DataSpec(source, found.root, names=names, **found.paths)
 
 
@@ -224,9 +230,10 @@ def _layout(content: Mapping[str, Any], source: Path | None, label: str, need: S
     _check_choice("generate", content.get("generate"), GENERATORS, label)
     folder = source.parent if source else Path.cwd()
     path = Path(os.path.expanduser(native_separators(base or ".")))  # "~no-such-user" stays as it is
-    roots = [Path(os.path.normpath(start / path)) for start in (ROOT, folder, folder.parent)]  # absolute: all the same
+    own, home, parent = (Path(os.path.normpath(start / path)) for start in (folder, ROOT, folder.parent))
+    roots = list(dict.fromkeys((own, home, parent)))  # absolute: all the same
     hint = _misspelt(content, ("path", "download", "convert", "generate"))
-    return _Layout(label, entries, list(dict.fromkeys(roots)), base is not None, content.get("convert"), hint)
+    return _Layout(label, entries, roots, base is not None, home, content.get("convert"), hint)
 
 
 def _entries(value: Any, split: str, label: str) -> list[str]:
@@ -296,16 +303,31 @@ def _find(layout: _Layout, need: Sequence[str]) -> _Found:
     for split in SPLITS:
         root = roots.get(split, main)
         paths[split] = _resolve(layout, split, root) or tuple(
-            _places(entry, root)[0] for entry in layout.entries[split]
+            _places(layout, entry, root)[0] for entry in layout.entries[split]
         )
     return _Found(main, paths, missing)
 
 
-def _places(entry: str, root: Path) -> list[Path]:
+def _say_what_is_there_twice(layout: _Layout, found: _Found, need: Sequence[str]) -> None:
+    """Warns where a split's entry means several folders or files that are there."""
+    for split in need:
+        for entry, taken in zip(layout.entries[split], found.paths[split], strict=True):
+            places = [place for root in layout.roots for place in _places(layout, entry, root)]
+            other = next((p for p in places if _is_ready(p, layout.convert) and not os.path.samefile(p, taken)), None)
+            if other:
+                LOGGER.warning(
+                    f"WARNING: {layout.label}: '{split}: {entry}' is there twice: {taken} is taken, not {other}. "
+                    "An absolute 'path:' chooses."
+                )
+                break
+
+
+def _places(layout: _Layout, entry: str, root: Path) -> list[Path]:
     """Returns where an entry may be under `root`: `../train/images` of Roboflow's YAMLs means `train/images`."""
     places = [root / os.path.expanduser(entry)]
     if entry.startswith(("../", f"..{os.sep}")):
-        places.append(root / entry[3:])
+        beside_yaml = root == layout.roots[0] and not layout.rooted
+        places.insert(0 if beside_yaml else 1, root / entry[3:])
     return [Path(os.path.normpath(place)) for place in places]
 
 
@@ -313,7 +335,7 @@ def _resolve(layout: _Layout, split: str, root: Path) -> tuple[Path, ...]:
     """Returns a split's folders and list files if all of them are ready under `root`, else nothing."""
     found = []
     for entry in layout.entries[split]:
-        place = next((place for place in _places(entry, root) if _is_ready(place, layout.convert)), None)
+        place = next((place for place in _places(layout, entry, root) if _is_ready(place, layout.convert)), None)
         if place is None:
             return ()
         found.append(place)
@@ -331,7 +353,7 @@ def _tried(layout: _Layout, split: str) -> list[Path]:
     """Returns every place where the first missing entry of a split was looked for."""
     tried: list[Path] = []
     for entry in layout.entries[split]:
-        tried = [place for root in layout.roots for place in _places(entry, root)]
+        tried = [place for root in layout.roots for place in _places(layout, entry, root)]
         if not any(_is_ready(place, layout.convert) for place in tried):
             break
     return list(dict.fromkeys(tried))
@@ -355,13 +377,13 @@ def _obtain(content: Mapping[str, Any], layout: _Layout, names: dict[int, str], 
     need = list(found.missing)
     try:
         complete = obtain(
-            layout.roots[0],
+            layout.home,
             names,
             archives,
             layout.convert,
             generate,
             is_complete=lambda: not _find(layout, need).missing,
-            others=layout.roots[1:],
+            folders=layout.roots,
         )
     except UserError as error:
         raise UserError(_not_found(layout, found, str(error))) from error

@@ -222,6 +222,20 @@ def test_list_lines_are_resolved_from_their_own_folder_or_the_working_folder(tmp
     assert list_images([listing]) == sorted(map(str, expected))
 
 
+def test_a_list_finds_its_own_images_before_those_of_the_working_folder(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("yolov5"), "propagate", True)
+    listing = tmp_path / "mine" / "train.txt"
+    for folder in ("mine", "other"):
+        make_image(tmp_path / folder / "images" / "0.jpg")
+    listing.write_text("images/0.jpg\n")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert list_images([listing]) == [str(tmp_path / "mine" / "images" / "0.jpg")] and not caplog.records
+    monkeypatch.chdir(tmp_path / "other")
+    assert list_images([listing]) == [str(tmp_path / "mine" / "images" / "0.jpg")]
+    words = "is taken, not " + str(tmp_path / "other" / "images" / "0.jpg")
+    assert [record.getMessage().endswith(words) for record in caplog.records] == [True]
+
+
 def test_label_paths_follow_the_last_images_folder():
     assert image_to_label_path("/d/images/x/images/a.b.jpg", "/") == "/d/images/x/labels/a.b.txt"
     assert image_to_label_path("/d/pictures/a.jpg", "/") == "/d/pictures/a.txt"

@@ -1,6 +1,7 @@
 """Data set descriptions: all forms that are read, where folders are looked for, and what is refused."""
 
 import hashlib
+import logging
 import zipfile
 from pathlib import Path
 
@@ -105,22 +106,55 @@ def test_a_class_id_that_stands_twice_in_the_file_is_refused_with_its_line(root,
         load_spec(path)
 
 
-def test_a_relative_path_is_tried_from_the_repository_the_yaml_and_its_parent(root, tmp_path):
+def test_a_relative_path_is_tried_from_the_yaml_the_repository_and_the_yaml_s_parent(root, tmp_path):
     content = {"path": "data", "train": "images", "val": "images", "names": ["a"]}
     path = write(tmp_path / "outer" / "sets" / "d.yaml", content)
-    for base in (path.parent.parent, path.parent, root):  # the later, the stronger
+    for base in (path.parent.parent, root, path.parent):  # the later, the stronger
         folders(base / "data", "images")
         found = load_spec(path)
         assert found.root == base / "data" and found.train == (base / "data" / "images",)
         assert found.source == path and found.nc == 1 and found.test == ()
 
 
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """Returns what the program has logged since the last call."""
+    monkeypatch.setattr(logging.getLogger("yolov5"), "propagate", True)
+
+    def lines():
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return messages
+
+    return lines
+
+
+def test_the_yaml_s_own_folder_comes_first_and_what_is_there_twice_is_said(root, tmp_path, said):
+    """The program's own data/images is no data set of the user's, who has a folder of that name beside the YAML."""
+    path = write(tmp_path / "mine" / "d.yaml", {"train": "data/images", "val": "val", "names": ["a"]})
+    folders(root, "data/images", "val")
+    assert load_spec(path).train == (root / "data/images",) and not said()  # as in 6.1, where it is the only one
+    folders(path.parent, "data/images")
+    assert load_spec(path).train == (path.parent / "data/images",)
+    where = f"{path.parent / 'data/images'} is taken, not {root / 'data/images'}."
+    assert said() == [f"WARNING: {path}: 'train: data/images' is there twice: {where} An absolute 'path:' chooses."]
+    write(path, {"path": str(path.parent), "train": "data/images", "val": "data/images", "names": ["a"]})
+    assert load_spec(path).val == (path.parent / "data/images",) and not said()
+
+
+def test_a_link_to_the_same_folder_is_not_there_twice(root, tmp_path, said):
+    path = write(tmp_path / "mine" / "d.yaml", {"path": "d", "train": "images", "val": "images", "names": ["a"]})
+    folders(path.parent, "d/images")
+    (root / "d").symlink_to(path.parent / "d")
+    assert load_spec(path).root == path.parent / "d" and not said()
+
+
 def test_the_root_is_one_that_holds_every_split_needed(root, tmp_path):
     path = write(tmp_path / "d.yaml", {"path": "data", "train": "train", "val": "val", "names": ["a"]})
-    folders(root / "data", "train")
-    folders(tmp_path / "data", "train", "val")
-    assert load_spec(path).root == tmp_path / "data"
-    assert load_spec(path, need=("train",)).root == root / "data"
+    folders(tmp_path / "data", "train")
+    folders(root / "data", "train", "val")
+    assert load_spec(path).root == root / "data"
+    assert load_spec(path, need=("train",)).root == tmp_path / "data"
 
 
 def test_a_missing_split_shows_all_places_that_were_tried(root, tmp_path):
@@ -143,6 +177,18 @@ def test_roboflow_yaml_beside_its_folders(root, tmp_path):
     folders(path.parent, "train/images", "valid/images")
     found = load_spec(path)
     assert found.train == (path.parent / "train" / "images",) and found.val == (path.parent / "valid" / "images",)
+
+
+def test_roboflow_yaml_finds_its_own_images_beside_older_ones(root, tmp_path, said):
+    text = "train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['a', 'b']\n"
+    path = write(tmp_path / "set-2" / "data.yaml", text)
+    folders(path.parent, "train/images", "valid/images")
+    folders(tmp_path, "train/images", "repository", "valid/images")  # an older set, beside both
+    found = load_spec(path)
+    assert found.train == (path.parent / "train" / "images",) and found.val == (path.parent / "valid" / "images",)
+    assert len(said()) == 2  # a line a split
+    text = f"path: {path.parent}\n{text}"
+    assert load_spec(write(path, text)).train == (tmp_path / "train" / "images",)  # with a path it means what it says
 
 
 def test_folders_lists_absolute_and_windows_paths(root, tmp_path):
