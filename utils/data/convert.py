@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from utils.checks import UserError
-from utils.data.paths import is_image
+from utils.data.paths import is_hidden, is_image
 from utils.images import ImageError, image_size
 from utils.log import LOGGER, progress
 
@@ -64,7 +64,7 @@ def convert_voc(root: Path, names: Mapping[int, str]) -> int:
     """
     classes = {name: index for index, name in names.items()}
     done = 0
-    bases = sorted(folder.parent for folder in root.rglob("Annotations"))
+    bases = [folder.parent for folder in _below(root, "Annotations")]
     for base in bases:
         if not (base / "JPEGImages").is_dir():
             continue
@@ -79,6 +79,12 @@ def convert_voc(root: Path, names: Mapping[int, str]) -> int:
                 images = (_voc_image(base, stem, pictures, classes, first=1 if year else 0) for stem in stems)
                 done += _write_set(root, f"{split}{year[1] if year else ''}", images, len(stems))
     return done
+
+
+def _below(root: Path, pattern: str) -> list[Path]:
+    """Lists what fits a pattern anywhere below a folder, sorted; what is hidden, or in hidden folders, does not."""
+    found = sorted(root.rglob(pattern))
+    return [path for path in found if not any(map(is_hidden, path.relative_to(root).parts))]
 
 
 def _first_words(path: Path) -> list[str]:
@@ -128,7 +134,7 @@ def convert_coco(root: Path, names: Mapping[int, str]) -> int:
         UserError: a file that is no COCO file, a picture that is missing, or no category in common.
     """
     done = 0
-    for path in sorted(root.rglob("annotations/*.json")):
+    for path in _below(root, "annotations/*.json"):
         match = re.fullmatch(r"(?:instances?_)?(\w[\w.-]*)", path.stem)
         if not match or path.stem.startswith(_OTHER_COCO_FILES) or _is_written(root, match[1]):
             continue
@@ -209,7 +215,7 @@ def convert_visdrone(root: Path, names: Mapping[int, str]) -> int:
         UserError: an annotation or picture that is missing or damaged.
     """
     done = 0
-    for texts_folder in sorted(root.rglob("annotations")):
+    for texts_folder in _below(root, "annotations"):
         base = texts_folder.parent
         if not (base / "images").is_dir() or (base / "labels").exists():
             continue

@@ -5,8 +5,10 @@ Only names are dealt with here; nothing is opened but list files.
 
 from __future__ import annotations
 
+import codecs
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ AUTOSPLIT_NAMES = ("train", "val", "test")
 
 
 def list_images(sources: Sequence[Path]) -> list[str]:
-    """Lists the images of folders (recursively) and of text files with one path per line, sorted.
+    """Lists the images of folders (recursively) and of text files with one path per line, sorted; none that is hidden.
 
     An image that is listed twice stays twice. In a text file `./` stands for its own folder; another relative path is
     looked for from the text file's folder, then from the working folder.
@@ -46,12 +48,15 @@ def _images_of(source: Path) -> list[str]:
     """Lists one source's images as absolute paths."""
     try:
         if source.is_dir():
-            return [path for path in _files_below(source.absolute()) if is_image(path)]
-        lines = source.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+            return _images_below(source.absolute())
+        content = source.read_bytes()
     except OSError as error:
         raise UserError(f"Error loading data from {source}: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"Error loading data from {source}: {error}.") from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"Error loading data from {source}: it is text in UTF-16. Save it in UTF-8.")
+    lines = content.decode("utf-8-sig", errors="surrogateescape").splitlines()
     listed = [line.strip() for line in lines if line.strip()]
     others = [line for line in listed if not is_image(line)]
     if others:
@@ -71,15 +76,36 @@ def _images_of(source: Path) -> list[str]:
     return images
 
 
-def _files_below(top: Path) -> Iterator[str]:
-    """Yields the files of a folder and of those in it; a link to a folder that it lies in is not followed."""
+def _images_below(top: Path) -> list[str]:
+    """Lists the images of a folder and of those in it, and says what is passed over.
+
+    A link to a folder that it lies in is not followed.
+    """
+    images, hidden, unread = [], [], []
     for folder, folders, names in os.walk(top, followlinks=True):
         here = Path(os.path.realpath(folder))
+        hidden += [os.path.join(folder, name) for name in folders if is_hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in links:
             if here.is_relative_to(os.path.realpath(os.path.join(folder, name))):
                 folders.remove(name)
-        yield from (os.path.join(folder, name) for name in names)
+        for name in names:
+            path, suffix = os.path.join(folder, name), suffix_of(name)
+            if is_image(name):
+                images.append(path)
+            elif suffix in IMG_FORMATS:
+                hidden.append(path)
+            elif suffix in UNREAD_FORMATS - IMG_FORMATS and not is_hidden(name):
+                unread.append(path)
+    if hidden:
+        LOGGER.info(f"{top}: {len(hidden)} hidden files and folders are passed over, such as {min(hidden)}")
+    if unread:
+        LOGGER.warning(
+            f"WARNING: {top}: {len(unread)} images are left out, such as {min(unread)}: files of these kinds "
+            f"({', '.join(sorted({suffix_of(path) for path in unread}))}) are not read. Convert them to JPEG or PNG."
+        )
+    return images
 
 
 def _listed_places(text: str, folder: Path) -> list[str]:
@@ -99,9 +125,19 @@ def native_separators(text: str) -> str:
     return text
 
 
-def is_image(name: str) -> bool:
-    """Says whether a file name ends like an image."""
-    return name.rpartition(".")[2].lower() in IMG_FORMATS
+def suffix_of(path: str | Path) -> str:
+    """Returns a path's suffix in lower case without the dot."""
+    return os.path.splitext(path)[1][1:].lower()
+
+
+def is_hidden(name: str) -> bool:
+    """Says whether a file's or folder's name hides it: .ipynb_checkpoints, .Trash-1000, macOS's ._a.jpg."""
+    return name.startswith(".") and name not in (".", "..")
+
+
+def is_image(path: str) -> bool:
+    """Says whether a file is an image by its name: it ends like one and is not hidden."""
+    return suffix_of(path) in IMG_FORMATS and not is_hidden(re.split(r"[/\\]", path)[-1])
 
 
 def image_to_label_path(path: str | Path, sep: str = os.sep) -> str:

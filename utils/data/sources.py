@@ -21,7 +21,7 @@ import numpy as np
 
 from utils.checks import UserError, did_you_mean
 from utils.data.mp4 import frames_shown
-from utils.data.paths import UNREAD_FORMATS
+from utils.data.paths import UNREAD_FORMATS, is_hidden, suffix_of
 from utils.images import IMG_FORMATS, MAX_ASPECT, VID_FORMATS, ImageError, read_image
 from utils.log import LOGGER
 
@@ -104,17 +104,13 @@ class FileSource:
         return []
 
 
-def suffix_of(path: str | Path) -> str:
-    """Returns a path's suffix in lower case without the dot."""
-    return Path(path).suffix.lower().lstrip(".")
-
-
 def find_sources(source: str | Path) -> list[str]:
     """Finds the files that `--source` means: first the images, then the videos.
 
     Args:
-        source: an image or video; a folder (its own files, not its subfolders'); a glob (`**` goes into subfolders);
-            or a list file with one image or video path a line, relative to the working folder or to the list.
+        source: an image or video; a folder (its own files, not its subfolders' nor hidden ones); a glob (`**` goes into
+            subfolders); or a list file with one image or video path a line, relative to the working folder or to the
+            list.
 
     Returns:
         Absolute paths; those of a folder or glob are sorted, those of a list keep its order.
@@ -125,6 +121,11 @@ def find_sources(source: str | Path) -> list[str]:
     text = os.path.expanduser(str(source))
     if os.path.isdir(text):
         candidates = sorted(entry.path for entry in os.scandir(text) if _is_file_or_dead_link(entry.path))
+        hidden = [path for path in candidates if is_hidden(os.path.basename(path))]
+        candidates = [path for path in candidates if not is_hidden(os.path.basename(path))]
+        pictures = [path for path in hidden if suffix_of(path) in IMG_FORMATS | VID_FORMATS]
+        if pictures:
+            LOGGER.info(f"{text}: {len(pictures)} hidden files are passed over, such as {pictures[0]}")
     elif os.path.isfile(text):
         return files_of_list(text, read_list(text)) if suffix_of(text) in LIST_FORMATS else _single_file(text)
     elif glob.has_magic(text):

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 
 import cv2
 import numpy as np
@@ -192,6 +193,8 @@ def test_visdrone_rows(tmp_path):
     (base / "annotations").mkdir()
     rows = ["10,5,20,20,1,2,0,0", "0,0,5,5,0,1,0,0", "0,0,5,5,1,11,0,0", "90,40,30,20,1,1,0,0,"]
     (base / "annotations" / "a.txt").write_text("\n".join(rows))
+    (base / "images" / "._a.jpg").touch()  # as macOS leaves them
+    shutil.copytree(base, tmp_path / ".Trash-1000" / "files" / "set")
     assert convert_visdrone(tmp_path, NAMES) == 1
     expected = [[1, 0.2, 0.3, 0.2, 0.4], [0, 0.95, 0.9, 0.1, 0.2]]
     np.testing.assert_allclose(numbers(base / "labels" / "a.txt"), expected, atol=1e-6)
