@@ -29,6 +29,7 @@ class Names(NamedTuple):
 
     source: Path | None = None
     nc: int = 2
+    kpt_shape: tuple[int, int] | None = None
 
 
 def refusal(act) -> str:
@@ -196,7 +197,7 @@ LISTS = {
     "an address": (b"./0.png\nhttp://a.invalid/b.png\n", (["0.png"], ["b.png"]), "http://a.invalid/b.png"),
     "relative upwards": (b"./sub/../0.png\nsub/1.png\n", (["0.png", "1.png"], []), (["0.png", "1.png"], [])),
     "Latin-1": (b"./0.png\n./\xe9.png\n", (["0.png", os.fsdecode(b"\xe9.png")], []), "utf-8"),
-    "UTF-16": ("./0.png\n".encode("utf-16"), "No images found in ", "list of paths"),
+    "UTF-16": ("./0.png\n".encode("utf-16"), "it is text in UTF-16. Save it", "list of paths"),
     "NUL bytes": (b"./0.png\n./\0.png\n", (["0.png"], ["\0.png"]), "NUL bytes"),
     "a picture": (PNG, "No images found in ", "list of paths"),
     "nothing": (b"\n# nothing\n", "No images found in ", "no images or videos found there"),

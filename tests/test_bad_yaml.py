@@ -33,7 +33,7 @@ ROW = "[-1, 1, Conv, [16, 3, 2]]"  # row 2 of the model
 FIELDS = {"from": "-1", "number": "1", "module": "Conv", "channels": "16", "kernel": "3", "stride": "2"}  # of ROW
 BASES = {
     "data": {"path": "set", "train": "images/train", "val": "images/val", "test": "images/test"}
-    | {"nc": "2", "names": "[cat, dog]", "download": None, "convert": None, "generate": None},
+    | {"nc": "2", "names": "[cat, dog]", "kpt_shape": "[17, 3]", "download": None, "convert": None, "generate": None},
     "hyp": dict(re.findall(r"^(\w+): (\S+)", HYP_TEXT, re.MULTILINE))
     | {"anchors": "3", "mosaic9": "0.1", "label_smoothing": "0.1", "nominal_batch": "64"},
     "model": {"nc": "1", "depth_multiple": "1.0", "width_multiple": "1.0", "anchors": "[[8, 16], [32, 64]]"}
@@ -85,7 +85,8 @@ LEGAL = {  # reader and key, kind -> why what only looks wrong is taken
     r"data nc: (missing|null)": "the names count",
     r"data names: (missing|null)": "with nc alone the classes are called class0, class1, ...",
     r"data names: \[1, 2]": "a number is a name, too",
-    r"data (convert|generate|download): (missing|null)": "most data sets need none",
+    r"data (convert|generate|download|kpt_shape): (missing|null)": "most data sets need none",
+    r"data kpt_shape: \[1, 2]": "one keypoint of two numbers",
     rf"hyp ({UNBOUNDED}): huge": "no bound is right for every optimizer and schedule",
     r"hyp (copy_paste|anchors|mosaic9|label_smoothing|nominal_batch): missing": "younger than many files",
     r"hyp anchors: null": "means as many as the model has",
@@ -159,6 +160,8 @@ data names | 'names:' + quotes | [cat, 2020-01-31] ¦ [cat, {dog: 1}] ¦ [cat, d
   [cat, null] ¦ [cat, ' '] ¦ [yes, no] ¦ [cat, '']
 data names | 'names:' + Leave out | [cat, "\ud800"] ¦ [cat, "\e[2J"] ¦ [cat, "d\ng"] ¦ [cat, "\0"]
 data names | must be a list | cat, dog ¦ [] ¦ {}
+data kpt_shape | must be [keypoints, 2] | [17] ¦ [17, 3, 1] ¦ [17, 4] ¦ [17, 1] ¦ [-1, 2] ¦ [true, 2] ¦ [17.0, 3] ¦ 17
+  [10001, 3] ¦ {17: 3} ¦ ['17', 3]
 data path | 'path: | https://a.invalid/x ¦ set/images/train ¦ ~nobody-there/x ¦ picture.jpg ¦ /dev/null ¦ images ¦ ..
 data val | 'val' + mend 'path:' | [images/val, images/nowhere] ¦ images/val, images/test ¦ images/nowhere ¦ images/*.jpg
   images/link ¦ images/pipe ¦ /dev/zero ¦ ~nobody/x ¦ /dev/tty

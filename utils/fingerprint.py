@@ -167,7 +167,10 @@ def read_data(data: str | Path) -> Data:
     if not data:
         raise UserError("the checkpoint names no data set: give --data.")
     spec = load_spec(data, need=SPLITS, download=False)
-    return Data(spec, {split: load_labels(getattr(spec, split), prefix=f"{split}: ") for split in SPLITS})
+    tables = {}
+    for split in SPLITS:
+        tables[split] = load_labels(getattr(spec, split), prefix=f"{split}: ", kpt_shape=spec.kpt_shape)
+    return Data(spec, tables)
 
 
 def labels_part(data: Data) -> Part:

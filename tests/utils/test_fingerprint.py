@@ -142,6 +142,18 @@ def test_a_data_set_elsewhere_has_the_same_labels_and_images(run, tmp_path, tiny
     assert digests(run, data=moved / tiny_shapes.name) == before
 
 
+def test_labels_with_keypoints_are_read_as_training_reads_them(tiny_shapes, tmp_path):
+    shutil.copytree(tiny_shapes.parent, tmp_path / "set", ignore=shutil.ignore_patterns("*.npz", "*_npy"))
+    for split in ("train", "val"):
+        for path in (tmp_path / "set" / "labels" / split).iterdir():
+            path.write_text("".join(f"{line} 0.5 0.5 2\n" for line in path.read_text().splitlines()))
+    data = tmp_path / "set" / tiny_shapes.name
+    data.write_text(f"{data.read_text()}kpt_shape: [1, 3]\n")
+    assert fingerprint.labels_part(fingerprint.read_data(data)) == fingerprint.labels_part(
+        fingerprint.read_data(tiny_shapes)
+    )
+
+
 def test_one_checkpoint_has_its_line_whatever_its_name(run, tmp_path):
     other = tmp_path / "detector.pt"
     shutil.copy(run / "weights" / "best.pt", other)

@@ -7,6 +7,7 @@ line; an image that cannot be used is left out, counted and named. Nothing on di
 from __future__ import annotations
 
 import codecs
+import functools
 import os
 import re
 import unicodedata
@@ -34,9 +35,10 @@ CHUNK = 256  # images handed to a process at a time
 
 
 class _Classes(Protocol):
-    """What `check_classes` needs of a `DataSpec`."""
+    """What is needed of a `DataSpec`."""
 
     source: Path | None
+    kpt_shape: tuple[int, int] | None
 
     @property
     def nc(self) -> int: ...
@@ -77,28 +79,34 @@ def load_labels(
     workers: int | None = None,
     prefix: str = "",
     need_labels: bool = True,
+    kpt_shape: tuple[int, int] | None = None,
 ) -> LabelTable:
     """Finds, checks and reads the images and labels of folders and list files, through the label cache.
 
     Args:
         sources: folders and list files, as in `DataSpec.train`.
-        spec: whose number of classes the labels must keep to; None leaves class ids unchecked.
+        spec: whose number of classes the labels must keep to, and whose `kpt_shape` says whether there are keypoints;
+            None leaves class ids unchecked.
         single_cls: make all labels class 0; their class ids are then not checked.
         workers: processes to scan with; 0 or 1 scan in this one; None chooses.
         prefix: what log lines begin with ("train: ").
         need_labels: whether images without a single label are an error, not just a warning.
+        kpt_shape: as in `DataSpec`; None takes the spec's.
 
     Raises:
-        UserError: no images; no usable image; no labels at all; a label that breaks the rules; a class id beyond nc.
+        UserError: no images; no usable image; no labels at all; a label that breaks the rules; a class id beyond nc;
+            keypoints that the spec does not tell of.
     """
+    kpt_shape = kpt_shape or (spec.kpt_shape if spec else None)
     images = list_images(sources)
     location = cache_location(sources)
     remove_temporaries(location.parent, location.name, abandoned=True)  # of a start that was killed while writing
     key = cache_key(images, [image_to_label_path(image) for image in images])
+    key += " with {} keypoints of {} numbers".format(*kpt_shape) if kpt_shape else ""
     table = read_cache(location, key)
     shown = str(location if table is not None else sources[0] if len(sources) == 1 else location.parent)
     if table is None:
-        table = scan_images(images, workers, f"{prefix}Scanning '{shown}' images and labels...")
+        table = scan_images(images, workers, f"{prefix}Scanning '{shown}' images and labels...", kpt_shape)
         if not len(table):
             raise UserError(f"None of the {len(images)} images can be used; the first: {table.messages[0]}.")
         if write_cache(location, key, table):
@@ -110,6 +118,8 @@ def load_labels(
         if need_labels:
             raise UserError(_why_no_labels(table))
         LOGGER.warning(f"{prefix}WARNING: {_why_no_labels(table)}")
+    if kpt_shape is None:
+        _refuse_keypoints(table, spec)
     if single_cls:
         return table.with_single_class()
     if spec is not None:
@@ -117,13 +127,19 @@ def load_labels(
     return table
 
 
-def scan_images(images: Sequence[str], workers: int | None = None, desc: str = "") -> LabelTable:
+def scan_images(
+    images: Sequence[str],
+    workers: int | None = None,
+    desc: str = "",
+    kpt_shape: tuple[int, int] | None = None,
+) -> LabelTable:
     """Checks images and reads their labels, showing progress.
 
     Args:
         images: absolute paths.
         workers: see `load_labels`.
         desc: what the progress bar says before the counts.
+        kpt_shape: see `read_label_file`.
 
     Raises:
         UserError: label lines that break the rules.
@@ -132,7 +148,8 @@ def scan_images(images: Sequence[str], workers: int | None = None, desc: str = "
     chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
     tables, problems, counts = [], [], Counts()
     with progress(total=len(images), desc=desc, unit="img") as bar:
-        for part in over_processes(scan_chunk, chunks, workers if len(images) >= POOL_FROM else 0):
+        scan = functools.partial(scan_chunk, kpt_shape=kpt_shape)
+        for part in over_processes(scan, chunks, workers if len(images) >= POOL_FROM else 0):
             tables.append(_table_of(part))
             problems += part.problems
             counts = counts.plus(part.counts)
@@ -143,7 +160,7 @@ def scan_images(images: Sequence[str], workers: int | None = None, desc: str = "
     return _join(tables or [_table_of(ScanPart([], [], [], counts, [], []))], counts)
 
 
-def scan_chunk(images: Iterable[str]) -> ScanPart:
+def scan_chunk(images: Iterable[str], kpt_shape: tuple[int, int] | None = None) -> ScanPart:
     """Checks some images and reads their labels."""
     part = ScanPart([], [], [], Counts(), [], [])
     found = missing = empty = corrupt = 0
@@ -155,7 +172,7 @@ def scan_chunk(images: Iterable[str]) -> ScanPart:
             part.messages.append(f"{image}: image left out: it {error}")
             continue
         label_path = image_to_label_path(image)
-        labels = read_label_file(label_path)
+        labels = read_label_file(label_path, kpt_shape)
         if labels is None:
             missing += 1
             labels = ParsedLabels(np.zeros((0, 5), np.float32), [], 0, [])
@@ -207,11 +224,12 @@ def _join(tables: Sequence[LabelTable], counts: Counts) -> LabelTable:
     )
 
 
-def read_label_file(path: str | Path) -> ParsedLabels | None:
+def read_label_file(path: str | Path, kpt_shape: tuple[int, int] | None = None) -> ParsedLabels | None:
     """Reads a label file; None when there is none.
 
     A line of 5 numbers is a box, `class x y w h`; one of 7 or more, odd in number, is a polygon,
     `class x1 y1 x2 y2 ...`, whose box is that of its points. All coordinates are fractions of the image, 0 to 1.
+    With `kpt_shape`, (keypoints, numbers each), there are no polygons: keypoints may follow a box, and are not used.
     """
     try:
         with open(path, "rb") as file:
@@ -228,9 +246,10 @@ def read_label_file(path: str | Path) -> ParsedLabels | None:
         if not tokens:
             continue
         try:
-            row, polygon = _parse_line(tokens)
+            row, polygon = _parse_line(tokens, kpt_shape)
         except ValueError as error:
-            problems.append(LabelProblem(str(path), number, _notation_problem(line) or str(error)))
+            reason = _notation_problem(line) or _keypoints_problem(tokens) or str(error)
+            problems.append(LabelProblem(str(path), number, reason))
             continue
         rows.append(row)
         polygons.append(polygon)
@@ -242,13 +261,20 @@ def read_label_file(path: str | Path) -> ParsedLabels | None:
 _NO_POINTS = np.zeros((0, 2), np.float32)
 
 
-def _parse_line(tokens: list[bytes]) -> tuple[list[float], np.ndarray]:
+def _parse_line(tokens: list[bytes], kpt_shape: tuple[int, int] | None) -> tuple[list[float], np.ndarray]:
     """Reads a label line: [class, x, y, w, h] and the polygon's points, float32 (k, 2).
 
     Raises:
         ValueError: why the line breaks the rules.
     """
     count = len(tokens)
+    if kpt_shape and kpt_shape[0]:
+        keypoints, each = kpt_shape
+        if count not in (5, 5 + keypoints * each):
+            raise ValueError(f"{count} numbers; a box has 5, and {keypoints * each} more with kpt_shape {[*kpt_shape]}")
+        if not all(map(_is_number, tokens[5:])):
+            raise ValueError(f"{_text(next(one for one in tokens[5:] if not _is_number(one)))} is not a number")
+        tokens, count = tokens[:5], 5
     if count < 5 or count % 2 == 0:
         confidence = "; a sixth is a confidence (--save-conf), which labels do not have" if count == 6 else ""
         raise ValueError(f"{count} numbers; a box has 5 and a polygon 7, 9, 11, ...{confidence}")
@@ -312,6 +338,17 @@ def _notation_problem(line: bytes) -> str:
     if b"," in line and all(map(_is_number, by_commas)):
         return "numbers are separated by commas: put spaces between them (0 0.5 0.5 0.2 0.2)"
     return ""
+
+
+def _keypoints_problem(tokens: Sequence[bytes]) -> str:
+    """Says of a line that breaks the rules that it has keypoints: x, y and 0, 1 or 2 for each behind its box."""
+    marks = tokens[7::3]
+    if not marks or (len(tokens) - 5) % 3 or not all(_is_number(mark) and float(mark) in (0, 1, 2) for mark in marks):
+        return ""
+    return (
+        f"{len(tokens)} numbers, a box with {len(marks)} keypoints, it seems: if so, write 'kpt_shape: "
+        f"[{len(marks)}, 3]' into the data set's YAML, which takes the boxes alone"
+    )
 
 
 def _encoding_problem(content: bytes) -> str:
@@ -378,6 +415,59 @@ def _why_no_labels(table: LabelTable) -> str:
         "the last '/images/' of the path becomes '/labels/' (without one they stand beside the image), and the "
         "suffix '.txt'."
     )
+
+
+def _refuse_keypoints(table: LabelTable, spec: _Classes | None) -> None:
+    """Refuses polygons that are boxes with keypoints, `class x y w h` and x, y or x, y, visibility of each.
+
+    Raises:
+        UserError: telling how to say that they are, and how that they are not.
+    """
+    counts = np.diff(table.seg_offsets)
+    rows = np.flatnonzero(counts)
+    if not len(rows) or counts[rows].max() != counts[rows].min():
+        return  # every object has the same keypoints
+    each = _numbers_of_keypoints(table.seg_points.reshape(len(rows), -1))
+    if each:
+        keypoints = (2 * int(counts[rows[0]]) - 4) // each
+        image = int(np.searchsorted(table.offsets, rows[0], side="right")) - 1
+        raise UserError(
+            f"Label file {image_to_label_path(table.image_paths[image])}: its lines of {5 + keypoints * each} numbers, "
+            f"like all {len(rows)} such lines, seem to be boxes with {keypoints} keypoints, not polygons. Write "
+            f"'kpt_shape: [{keypoints}, {each}]' into {spec.source if spec and spec.source else 'the data set YAML'}, "
+            "which takes the boxes alone (or 'kpt_shape: [0, 2]' if they are polygons)."
+        )
+
+
+def _numbers_of_keypoints(values: np.ndarray) -> int:
+    """Says how many numbers a keypoint has in rows that look like boxes with keypoints: 3 or 2; 0 if they do not.
+
+    Args:
+        values: float32 (n, m), m even, all that stands behind the classes of n lines.
+
+    The keypoints lie within the first four numbers' box, which lies within the image, in nearly all lines; and in half
+    of them on all sides of its centre and over much of it. A polygon's first point is a corner, not the others' centre.
+    """
+    boxes, others = values[:, :4], values[:, 4:]
+    centres, sizes = boxes[:, None, :2], boxes[:, None, 2:]
+    within_image = ((sizes > 0) & (abs(centres - 0.5) + sizes / 2 < 0.51)).all((1, 2))
+    for each in (3, 2):
+        if not others.shape[1] or others.shape[1] % each:
+            continue
+        keypoints = others.reshape(len(values), -1, each)
+        points, labelled = keypoints[:, :, :2], keypoints.any(2)
+        if each == 3:
+            labelled = keypoints[:, :, 2] > 0
+            if not np.isin(keypoints[:, :, 2], (0, 1, 2)).all():
+                continue
+        inside = (abs(points - centres) < 0.55 * sizes).all(2)
+        fits, seen = within_image & (inside | ~labelled).all(1), labelled.any(1)
+        low = np.where(labelled[:, :, None], points, 1).min(1)
+        high = np.where(labelled[:, :, None], points, 0).max(1)
+        around = (low < boxes[:, :2]) & (boxes[:, :2] < high) & (high - low > 0.3 * boxes[:, 2:])
+        if fits.mean() >= 0.9 and seen.any() and around[seen].all(1).mean() >= 0.5:
+            return each
+    return 0
 
 
 def check_classes(table: LabelTable, spec: _Classes) -> None:

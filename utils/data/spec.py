@@ -22,8 +22,9 @@ from utils.log import LOGGER
 
 SPLITS = ("train", "val", "test")
 YAML_SUFFIXES = (".yaml", ".yml")
-KEYS = ("path", *SPLITS, "nc", "names", "download", "convert", "generate")
+KEYS = ("path", *SPLITS, "nc", "names", "kpt_shape", "download", "convert", "generate")
 MAX_CLASSES = 100_000  # as in model YAMLs; far beyond any data set, it stops a number that would fill the memory
+MAX_KEYPOINTS = 10_000
 MAX_PATH = 1000  # characters of a folder or file as a YAML names it
 DATASETS_DIR = ROOT.parent / "datasets"
 
@@ -39,6 +40,8 @@ class DataSpec:
         val: the same.
         test: the same.
         names: class id to name, ids 0 to nc - 1 in order.
+        kpt_shape: for labels of poses, the keypoints that follow each box and their numbers (2: x, y; 3: and how
+            visible), which are not used; 0 keypoints say that there are none. None where the YAML does not say.
     """
 
     source: Path | None
@@ -47,6 +50,7 @@ class DataSpec:
     val: tuple[Path, ...]
     test: tuple[Path, ...]
     names: dict[int, str]
+    kpt_shape: tuple[int, int] | None = None
 
     @property
     def nc(self) -> int:
@@ -98,6 +102,7 @@ def load_spec(
         raise UserError(f"{label}: 'train:', 'val:' and 'names:' are expected, not {type(content).__name__}.")
     _check_names_key(content, label)
     names = parse_names(content.get("names"), content.get("nc"), label)
+    kpt_shape = _parse_kpt_shape(content.get("kpt_shape"), label)
     layout = _layout(content, source, label, need)
     found = _find(layout, need)
     if found.missing:
@@ -106,7 +111,7 @@ def load_spec(
         if found.missing:
             raise UserError(_not_found(layout, found, "What was fetched does not hold it either."))
     _say_what_is_there_twice(layout, found, need)
-    return DataSpec(source, found.root, names=names, **found.paths)
+    return DataSpec(source, found.root, names=names, kpt_shape=kpt_shape, **found.paths)
 
 
 def _read(data: str | Path | Mapping[str, Any], download: bool) -> tuple[Path | None, Any]:
@@ -214,6 +219,19 @@ def _ordered_names(names: Mapping[Any, Any], label: str) -> list[Any]:
             f"{label}: the {len(by_id)} ids under 'names:' must be 0 to {len(by_id) - 1}; {gaps[0]} is missing."
         )
     return [by_id[index] for index in range(len(by_id))]
+
+
+def _parse_kpt_shape(value: Any, label: str) -> tuple[int, int] | None:
+    """Reads `kpt_shape`, two whole numbers."""
+    if value is None:
+        return None
+    numbers = value if isinstance(value, (list, tuple)) and all(type(number) is int for number in value) else ()
+    if len(numbers) != 2 or not 0 <= numbers[0] <= MAX_KEYPOINTS or numbers[1] not in (2, 3):
+        raise UserError(
+            f"{label}: 'kpt_shape: {shown(value)}' must be [keypoints, 2] (x, y) or [keypoints, 3] (x, y, visibility), "
+            f"such as [17, 3], with at most {MAX_KEYPOINTS} keypoints."
+        )
+    return numbers[0], numbers[1]
 
 
 def _layout(content: Mapping[str, Any], source: Path | None, label: str, need: Sequence[str]) -> _Layout:

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 from pathlib import PureWindowsPath
 
 import cv2
@@ -17,7 +18,7 @@ from utils.data import labels as labels_module
 from utils.data.labels import load_labels, read_label_file, scan_images
 from utils.data.paths import autosplit, image_to_label_path, list_images
 from utils.data.pool import over_processes
-from utils.data.spec import DataSpec
+from utils.data.spec import DataSpec, load_spec
 from utils.data.table import PathList
 
 
@@ -115,13 +116,89 @@ def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     assert parsed.rows[:, 0].tolist() == [0, 1] and not parsed.problems
 
 
-@given(st.binary(max_size=200))
-def test_no_bytes_make_the_reader_fail_or_pass_a_bad_number(tmp_path_factory, content):
+@given(st.binary(max_size=200), st.sampled_from([None, (0, 2), (1, 2)]))
+def test_no_bytes_make_the_reader_fail_or_pass_a_bad_number(tmp_path_factory, content, kpt_shape):
     path = tmp_path_factory.mktemp("labels") / "any.txt"
     path.write_bytes(content)
-    parsed = read_label_file(path)
+    parsed = read_label_file(path, kpt_shape)
     assert np.isfinite(parsed.rows).all() and len(parsed.rows) == len(parsed.polygons)
     assert not len(parsed.rows) or (parsed.rows[:, 1:].min() >= 0 and parsed.rows[:, 1:].max() <= 1)
+
+
+def poses(keypoints, each, rows=6):
+    """Label lines of boxes with keypoints within them, about a fifth not labelled, and the boxes (n, 5)."""
+    generator = np.random.default_rng(0)
+    lines, boxes = "", []
+    for index in range(rows):
+        width, height = generator.uniform(0.2, 0.6, 2)
+        x, y = generator.uniform((width / 2, height / 2), (1 - width / 2, 1 - height / 2))
+        points = generator.uniform((x - width / 2, y - height / 2), (x + width / 2, y + height / 2), (keypoints, 2))
+        visible = generator.integers(0, 3, (keypoints, 1)) * (generator.random((keypoints, 1)) < 0.9)
+        points = np.where(visible > 0, points, 0)
+        numbers = np.concatenate((points, visible), axis=1) if each == 3 else points
+        boxes.append([index % 2, x, y, width, height])
+        lines += f"{index % 2} " + " ".join(f"{n:.6f}" for n in (x, y, width, height, *numbers.flat)) + "\n"
+    return lines, np.float32(boxes)
+
+
+@pytest.mark.parametrize(("keypoints", "each"), [(17, 3), (4, 3), (17, 2), (8, 2)])
+def test_boxes_with_keypoints_are_read_where_the_yaml_tells_of_them_and_refused_else(tmp_path, keypoints, each):
+    text, boxes = poses(keypoints, each)
+    (tmp_path / "d.yaml").write_text(f"train: images\nval: images\nnames: [a, b]\nkpt_shape: [{keypoints}, {each}]\n")
+    images = make_set(tmp_path, [text, "1 0.5 0.5 0.25 0.5\n"])
+    remedy = rf"{keypoints} keypoints.* write 'kpt_shape: \[{keypoints}, {each}\]' into the data"
+    with pytest.raises(UserError, match=f"(?i)000.txt.*{remedy}"):
+        load_labels([images])
+    for _ in range(2):  # the second time from the cache
+        table = load_labels([images], load_spec(tmp_path / "d.yaml"))
+        np.testing.assert_allclose(table.rows, [*boxes, [1, 0.5, 0.5, 0.25, 0.5]], atol=1e-6)
+        assert not len(table.seg_points)
+    with pytest.raises(UserError, match=f"(?i)000.txt.*{remedy}"):
+        load_labels([images])
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("0 .5 .5 .2 .2 .4 .4 .6", "8 numbers; a box has 5, and 6 more with kpt_shape [3, 2]"),
+        ("0 .5 .5 .2 .2 .4 .4 .6 .4 x .6", "'x' is not a number"),
+        ("0 .5 1.5 .2 .2 .4 .4 .6 .4 .6 .6", "'1.5' is beyond 1"),
+    ],
+)
+def test_lines_that_do_not_fit_the_kpt_shape_are_refused(tmp_path, line, reason):
+    images = make_set(tmp_path, [f"0 .5 .5 .2 .2 .4 .4 .6 .4 -1 7\n{line}\n"])
+    with pytest.raises(UserError, match=rf"000\.txt, line 2: .*{re.escape(reason)}"):
+        load_labels([images], kpt_shape=(3, 2))
+
+
+def polygon(corners, angle, centre, radius):
+    turns = angle + np.arange(corners) * 2 * np.pi / corners
+    points = np.add(centre, radius * np.stack((np.cos(turns), np.sin(turns)), 1))
+    return "0 " + " ".join(f"{value:.6f}" for value in points.flat) + "\n"
+
+
+@pytest.mark.parametrize("corners", [3, 4, 6, 8])
+def test_polygons_of_equal_length_are_no_keypoints(tmp_path, corners):
+    generator = np.random.default_rng(corners)
+    spots = [*generator.uniform(0.3, 0.7, (20, 2)), *[(0.5, 0.5)] * 10]
+    lines = [polygon(corners, generator.uniform(0, 6), spot, generator.uniform(0.02, 0.3)) for spot in spots]
+    table = load_labels([make_set(tmp_path, ["".join(lines)])])
+    assert len(table.rows) == 30 and len(table.seg_points) == 30 * corners
+
+
+def test_squares_in_the_middle_and_stars_from_their_middle_are_no_keypoints(tmp_path):
+    """What follows lies within the first four numbers' box, or around the first point; keypoints do both."""
+    squares = [polygon(4, angle, (0.5, 0.5), 0.1) for angle in np.linspace(0, 1.5, 8)]
+    stars = [f"0 0.8 0.8 {polygon(9, angle, (0.8, 0.8), 0.19)[2:]}" for angle in np.linspace(0, 1, 8)]
+    for folder, lines in (("squares", squares), ("stars", stars)):
+        assert len(load_labels([make_set(tmp_path / folder, ["".join(lines)])]).rows) == 8
+
+
+def test_polygons_that_look_like_keypoints_are_read_where_the_yaml_says_so(tmp_path):
+    images = make_set(tmp_path, [poses(5, 2)[0]])
+    with pytest.raises(UserError, match=r"'kpt_shape: \[0, 2\]' if they are polygons"):
+        load_labels([images])
+    assert len(load_labels([images], kpt_shape=(0, 2)).seg_points) == 6 * 7
 
 
 def test_missing_and_empty_label_files_are_background(tmp_path):
