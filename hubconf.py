@@ -64,6 +64,8 @@ def _create(
         UserError: no such model, no released weights for it, offline, or a file that cannot be loaded.
     """
     _check_packages()
+    if str(_ROOT) not in sys.path[1:]:  # torch.hub puts it first, and takes it away again
+        sys.path.append(str(_ROOT))  # for processes that are sent the model: they look where this one does
     import logging
 
     from utils.log import LOGGER, setup_logging

@@ -51,6 +51,25 @@ def test_loads_a_checkpoint_from_another_folder(weights, golden_dir, tmp_path):
     assert [path.name for path in tmp_path.rglob("*.jpg")] == ["zidane.jpg"]
 
 
+@pytest.mark.slow
+def test_a_model_can_be_sent_to_a_spawned_process(more_weights, tmp_path):
+    """Windows and macOS start processes anew, and these import `models` before they have the model."""
+    weights = more_weights(tmp_path / "tiny.pt", {0: "cat"})
+    (tmp_path / "program.py").write_text(
+        "import multiprocessing, numpy, torch\n"
+        "def work(model):\n"
+        "    print(model.names, model(numpy.zeros((32, 32, 3), numpy.uint8), size=32).xyxy[0].shape[1])\n"
+        "if __name__ == '__main__':\n"
+        f"    model = torch.hub.load({str(ROOT)!r}, 'custom', path={str(weights)!r}, source='local', device='cpu')\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=work, args=(model,))\n"
+        "    process.start()\n"
+        "    process.join()\n"
+        "    raise SystemExit(process.exitcode)\n"
+    )
+    run = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == "{0: 'cat'} 6\n", run.stderr
+
+
 def test_loads_a_checkpoint_by_a_relative_path(weights, golden_dir, monkeypatch):
     monkeypatch.chdir(ROOT)
     model = torch.hub.load(".", "custom", path=weights, source="local", device="cpu")
