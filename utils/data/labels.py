@@ -413,7 +413,20 @@ def _why_no_labels(table: LabelTable) -> str:
     return (
         f"No label file found for any of {len(table)} images. For {image} the labels were looked for in {label}: "
         "the last '/images/' of the path becomes '/labels/' (without one they stand beside the image), and the "
-        "suffix '.txt'."
+        f"suffix '.txt'.{_labels_beside(table)}"
+    )
+
+
+def _labels_beside(table: LabelTable) -> str:
+    """Returns where label files belong that stand in the folder of the images; empty where there are none."""
+    beside = [(f"{os.path.splitext(image)[0]}.txt", image_to_label_path(image)) for image in table.image_paths]
+    misplaced = [(path, label) for path, label in beside if os.path.isfile(path)]
+    if not misplaced:
+        return ""
+    path, label = misplaced[0]
+    return (
+        f" {len(misplaced)} label files stand beside their images, such as {path}: move them to "
+        f"{os.path.dirname(label)}."
     )
 
 

@@ -257,6 +257,15 @@ def test_no_labels_at_all_shows_the_path_rule(tmp_path):
     assert str(tmp_path / "labels" / "000.txt") in str(error.value) and "'/images/'" in str(error.value)
 
 
+def test_labels_beside_the_images_are_told_where_they_belong(tmp_path):
+    images = make_set(tmp_path, [None, None, None])
+    for name in ("001", "002"):
+        (images / f"{name}.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    words = f"2 label files stand beside their images, such as {images / '001.txt'}: move them to {tmp_path / 'labels'}"
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_labels([images])
+
+
 def test_only_empty_label_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="All 2 label files are empty"):
         load_labels([make_set(tmp_path, ["", ""])])
