@@ -1,7 +1,5 @@
 """The model that a training starts from: which architecture, which weights, and what is said of unsound files."""
 
-import sys
-import threading
 from argparse import Namespace
 
 import pytest
@@ -26,31 +24,6 @@ def test_the_seed_alone_decides_the_initial_weights():
     assert all(torch.equal(tensor, again[key]) for key, tensor in first.items())
     assert not torch.equal(first["model.0.conv.weight"], other["model.0.conv.weight"])
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_what_other_threads_do_with_torch_s_generator_changes_no_initial_weights(tmp_path):
-    """It is the process's: another training that begins or runs at the same time sets it and draws from it."""
-    cfg, done = tmp_path / "tiny.yaml", threading.Event()
-    rows = "backbone: [[-1, 1, Conv, [32, 3, 2]], [-1, 9, C3, [32]]]\nhead: [[[1], 1, Detect, [nc, anchors]]]\n"
-    cfg.write_text(f"nc: 3\ndepth_multiple: 1.0\nwidth_multiple: 1.0\nanchors: [[8, 8]]\n{rows}")
-    alone = build_for_training(options(cfg, seed=3), CATS).state_dict()
-
-    def disturb():
-        with torch.random.fork_rng(devices=[]):
-            while not done.is_set():
-                torch.manual_seed(9)
-                torch.rand(9)
-
-    interval, other = sys.getswitchinterval(), threading.Thread(target=disturb)
-    sys.setswitchinterval(1e-5)
-    other.start()
-    try:
-        disturbed = build_for_training(options(cfg, seed=3), CATS).state_dict()
-    finally:
-        done.set()
-        other.join()
-        sys.setswitchinterval(interval)
-    assert all(torch.equal(tensor, disturbed[key]) for key, tensor in alone.items())
 
 
 def test_weights_give_the_architecture_and_what_fits_other_classes(weights):
