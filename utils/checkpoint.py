@@ -12,6 +12,7 @@ from __future__ import annotations
 import pickle
 import shutil
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -38,6 +39,8 @@ MAX_TEXT = 64 << 20  # characters and digits
 FULL_DISK_BYTES = 1 << 20  # a disk with less room than this has no room for a checkpoint
 
 _CONTROLS = frozenset(range(32)) - frozenset(b"\t\n\f\r")  # bytes that no text has
+
+_NAMES_LOCK = threading.Lock()  # of the names that torch lets through, which are the whole process's
 
 _FOLDER_BIT = 0x10  # of a zip member's attributes; torch writes no folders
 
@@ -202,11 +205,12 @@ def read_archive(path: str | Path, stand_ins: Mapping[str, Callable[..., Any]] |
     path, stand_ins = Path(path), stand_ins or {}
     _check_container(path)
     try:
-        foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(stand_ins)
-        if foreign:
-            raise ForeignPickle(path, sorted(foreign))
-        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with _NAMES_LOCK:
+            foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(stand_ins)
+            if foreign:
+                raise ForeignPickle(path, sorted(foreign))
+            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
         message = f"{path}: cannot be read as a checkpoint; damaged or of another kind ({_reason(error)})."
         raise UserError(message) from error
@@ -306,5 +310,7 @@ def _compare_checksums(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the first line of what an error says."""
+    """Returns the first line of what an error says; torch's advice to let the file run code is not passed on."""
+    if "weights only" in str(error).lower():
+        return "it holds more than tensors and plain data"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
