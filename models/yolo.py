@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models import common, config, experimental
 from models.deploy import fold_model
-from models.outline import Totals, check_map, outlining, strides_of
+from models.outline import Totals, check_map, outlining, run_hollow, strides_of
 from models.summary import log_layers, summary_line
 from models.tta import augmented_rows
 from utils.checks import UserError, did_you_mean
@@ -332,7 +332,7 @@ class Model(nn.Module):
         self.stride = self._measure_strides(ch)
 
     def _measure_strides(self, ch: int) -> Tensor:
-        """Returns pixels per cell of each level, float32 (nl,), from one blank image.
+        """Returns pixels per cell of each level, float32 (nl,), from a blank image (or none, without weights).
 
         Raises:
             UserError: maps of different sizes meet in a row, a layer's are too large, or a stride is not whole.
@@ -348,8 +348,11 @@ class Model(nn.Module):
         self.detect.train()  # logits, not boxes: boxes need the strides
         try:
             with torch.no_grad():
-                blank = torch.zeros(1, ch, STRIDE_IMAGE_PX, STRIDE_IMAGE_PX, device=device)
-                logits = self(blank, visualize=passed)
+                size = (ch, STRIDE_IMAGE_PX, STRIDE_IMAGE_PX)
+                if device.type == "meta":
+                    logits = run_hollow(self, torch.zeros(0, *size, device="cpu"), visualize=passed)
+                else:
+                    logits = self(torch.zeros(1, *size, device=device), visualize=passed)
             strides = torch.tensor(strides_of(logits, STRIDE_IMAGE_PX), device="cpu")
         except ROW_ERRORS as error:
             layer = self.model[min(len(finished), len(self.model) - 1)]
