@@ -163,7 +163,7 @@ def load_model(weights: str | Path, device: str | torch.device = "cpu", fuse: bo
         UserError: see `read_weights`.
     """
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave no trace in the generator
-        model = model_from(read_weights(weights)).requires_grad_(False)
+        model = model_from(read_weights(weights)).for_inference()
     if fuse:
         LOGGER.info("Fusing layers... ")
         model.fuse()

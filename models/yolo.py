@@ -33,6 +33,7 @@ STRIDE_IMAGE_PX = 128  # side of the image on which strides are measured: the la
 # What building or running layers with arguments that do not suit them raises.
 ROW_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 INPLACE_ACTIVATIONS = (nn.Hardswish, nn.LeakyReLU, nn.ReLU, nn.ReLU6, nn.SiLU)
+INPUT_READERS = (nn.Hardswish, nn.SiLU)  # those whose gradient needs the input: in place they would keep a copy of it
 
 
 class Detect(nn.Module):
@@ -310,7 +311,14 @@ class Model(nn.Module):
 
     def fuse(self) -> Model:
         """Folds batch norm into the convolutions, in place, and returns the model, which then only evaluates."""
-        return fold_model(self).requires_grad_(False)
+        return fold_model(self).for_inference()
+
+    def for_inference(self) -> Model:
+        """Leaves out what only gradients need, and returns the model: activations overwrite their inputs."""
+        for module in self.modules():
+            if isinstance(module, INPLACE_ACTIVATIONS):
+                module.inplace = True
+        return self.requires_grad_(False)
 
     def info(self, imgsz: int = 640, gflops: bool = True) -> str:
         """Returns the summary line: modules, parameters, trained ones and GFLOPs (thop's, half a second) at `imgsz`."""
@@ -382,7 +390,7 @@ class Model(nn.Module):
             if type(module) is nn.BatchNorm2d:
                 module.eps, module.momentum = BN_EPS, BN_MOMENTUM
             elif isinstance(module, INPLACE_ACTIVATIONS):
-                module.inplace = True
+                module.inplace = not isinstance(module, INPUT_READERS)
         detect = self.detect
         for conv, stride in zip(detect.m, self.stride.tolist(), strict=True):
             bias = conv.bias.detach().view(detect.na, detect.no)
