@@ -15,7 +15,7 @@ import struct
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,18 @@ class ForeignPickle(UserError):
         self.names = names
 
 
-def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any], copies: Iterable[str | Path] = ()) -> None:
     """Writes a checkpoint; a former file of that name stays until the new one is complete.
 
     Numpy scalars become numbers and paths become strings; the format's name and version are added.
 
+    Args:
+        path: the file.
+        checkpoint: its content.
+        copies: files of the same content, which are complete, one after the other, before `path` is.
+
     Raises:
-        UserError: the file cannot be written (disk full, folder not writable).
+        UserError: a file cannot be written (disk full, folder not writable).
         TypeError: something in it is not plain data; says where.
     """
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **plain_data(checkpoint)}
@@ -82,6 +87,9 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         except RuntimeError as error:  # how torch's zip writer reports a full disk, in words of its own
             full = shutil.disk_usage(temporary.parent).free < FULL_DISK_BYTES
             raise OSError(None, "the disk is full" if full else str(error).splitlines()[0]) from error
+        for copy in copies:
+            with atomic_write(copy) as temporary_copy:
+                shutil.copyfile(temporary, temporary_copy)
 
 
 def plain_data(value: Any, where: str = "checkpoint") -> Any:

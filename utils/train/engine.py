@@ -350,13 +350,11 @@ class Trainer:
 
     def _save(self, epoch: int, is_best: bool) -> None:
         """Writes best.pt before last.pt: a run that dies between them resumes before this epoch and writes both."""
-        state = self._state(epoch)
-        if is_best:
-            save_checkpoint(self.best, state)
+        copies = [self.best] if is_best else []
         period = self.options.save_period
         if period > 0 and epoch > 0 and epoch % period == 0:
-            save_checkpoint(self.last.with_name(f"epoch{epoch}.pt"), state)
-        save_checkpoint(self.last, state)
+            copies.append(self.last.with_name(f"epoch{epoch}.pt"))
+        save_checkpoint(self.last, self._state(epoch), copies)
 
     # ----------------------------------------------------------------------------------------------- beginning, end
 

@@ -4,6 +4,7 @@ Also when gradients are used, or lost. Every other part of a resumed run's state
 """
 
 import dataclasses
+import os
 import re
 import shutil
 from pathlib import Path
@@ -58,24 +59,40 @@ def assert_same_tensors(first: Path, second: Path, key: str) -> None:
 def test_a_run_that_dies_between_its_checkpoints_of_an_epoch_loses_neither(options, tmp_path, monkeypatch):
     """The best epoch so far must not be taken for done, in last.pt, before best.pt holds it."""
     train.run(**options, name="whole")
-    written = []
+    replace, written = os.replace, []
 
-    def die_at_the_last_of_the_second_epoch(path, content):
-        written.append((content["epoch"], path.name))
-        if [epoch for epoch, _ in written].count(1) == 3:  # best.pt, epoch1.pt and last.pt
+    def die_at_the_last_of_the_second_epoch(source, target):
+        written.append(Path(target).name)
+        if written.count("last.pt") == 2:
             raise KeyboardInterrupt
-        save_checkpoint(path, content)
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "save_checkpoint", die_at_the_last_of_the_second_epoch)
+        patch.setattr(os, "replace", die_at_the_last_of_the_second_epoch)
         with pytest.raises(KeyboardInterrupt, match="Epoch 0 is saved"):
             train.run(**options)
+    order = ["best.pt", "last.pt", "best.pt", "epoch1.pt", "last.pt"]
+    assert [name for name in written if name.endswith(".pt")] == order
     weights, whole = tmp_path / "exp" / "weights", tmp_path / "whole" / "weights"
     assert load_checkpoint(weights / "best.pt")["epoch"] == 1 and load_checkpoint(weights / "last.pt")["epoch"] == 0
     train.run(resume=str(weights / "last.pt"))
     for name in ("best.pt", "last.pt"):
         assert_same_tensors(weights / name, whole / name, "model")
     assert (tmp_path / "exp" / "results.csv").read_text() == (tmp_path / "whole" / "results.csv").read_text()
+
+
+def test_a_checkpoint_of_several_names_is_serialised_once(options, tmp_path, monkeypatch):
+    save, saved = torch.save, []
+    monkeypatch.setattr(torch, "save", lambda content, path: (saved.append(content["epoch"]), save(content, path)))
+    callbacks, weights = Callbacks(), tmp_path / "exp" / "weights"
+    equal = []
+    callbacks.register_action(
+        "on_model_save",
+        callback=lambda *_: equal.append((weights / "best.pt").read_bytes() == (weights / "last.pt").read_bytes()),
+    )
+    train.run(callbacks, **options)
+    assert saved == [*range(len(FITNESS)), -1, -1]  # and both are stripped at the end
+    assert equal == [value == max(FITNESS[: epoch + 1]) for epoch, value in enumerate(FITNESS)]
 
 
 def test_a_resumed_run_scales_its_loss_as_before(options, tmp_path, monkeypatch):
