@@ -9,6 +9,7 @@ validates, decides and writes.
 
 from __future__ import annotations
 
+import copy
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -294,14 +295,18 @@ class Trainer:
             self.callbacks.run("on_model_save", self.last, epoch, final, self.best_fitness, fitness)
 
     def _validate(self, final: bool = False) -> EvalResult:
-        """Evaluates the EMA on the validation set; at the end with the table of classes and the pictures."""
+        """Evaluates the EMA on the validation set; at the end with the table of classes and the pictures.
+
+        Until then it is a copy with batch norm folded, in the precision that is trained in: half the time.
+        """
         return evaluate(
-            self.ema.ema,
+            self.ema.ema if final else copy.deepcopy(self.ema.ema).fuse(),
             self.loaders.val,
             names=self.model.names,
             device=self.device,
             single_cls=self.options.single_cls,
             compute_loss=self.loss,
+            dtype=(None if final else self.autocast_dtype) or torch.float32,
             save_dir=self.save_dir,
             plots=final and not self.options.noplots,
             verbose=final,

@@ -95,6 +95,19 @@ def test_a_checkpoint_of_several_names_is_serialised_once(options, tmp_path, mon
     assert equal == [value == max(FITNESS[: epoch + 1]) for epoch, value in enumerate(FITNESS)]
 
 
+def test_epochs_are_validated_folded_in_the_precision_of_training_and_the_best_one_as_it_is(options, monkeypatch):
+    monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: torch.bfloat16)
+    evaluate, seen = engine.evaluate, []
+
+    def evaluated(model, *arguments, **keywords):
+        seen.append((any(isinstance(part, torch.nn.BatchNorm2d) for part in model.modules()), keywords["dtype"]))
+        return evaluate(model, *arguments, **keywords)
+
+    monkeypatch.setattr(engine, "evaluate", evaluated)
+    train.run(**options)
+    assert seen == [(False, torch.bfloat16)] * len(FITNESS) + [(True, torch.float32)]
+
+
 def test_a_resumed_run_scales_its_loss_as_before(options, tmp_path, monkeypatch):
     """In float16, which train.py takes on GPUs alone: the scale falls at overflows, and its count of steps goes on."""
     monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: torch.float16)
