@@ -268,8 +268,14 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ after an epoch
 
     def _after_epoch(self, epoch: int, items: Tensor) -> None:
-        """Takes stock of an epoch; the first process decides whether it was the last."""
+        """Takes stock of an epoch; the first process decides whether it was the last.
+
+        Meanwhile the loaders' processes begin with the next one, unless the validation has a say in its images.
+        """
         self.callbacks.run("on_train_epoch_end", epoch=epoch)
+        if epoch + 1 < self.options.epochs and not self.options.image_weights:
+            self.loaders.train.set_epoch(epoch + 1)
+            self.loaders.train.start()
         if self.world.is_first:
             self._take_stock(epoch, items)
         self.complete = self.world.told_by_first(self.complete)

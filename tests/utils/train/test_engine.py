@@ -4,6 +4,7 @@ Also when gradients are used, or lost. Every other part of a resumed run's state
 """
 
 import dataclasses
+import multiprocessing
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import torch
 import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.checks import UserError
+from utils.data.loader import DetectionLoader
 from utils.train import engine
 from utils.train.callbacks import HOOKS, Callbacks
 from utils.train.hyp import Hyp
@@ -106,6 +108,37 @@ def test_epochs_are_validated_folded_in_the_precision_of_training_and_the_best_o
     monkeypatch.setattr(engine, "evaluate", evaluated)
     train.run(**options)
     assert seen == [(False, torch.bfloat16)] * len(FITNESS) + [(True, torch.float32)]
+
+
+@pytest.mark.parametrize("image_weights", [False, True])
+def test_the_next_epochs_batches_are_begun_before_validation(options, monkeypatch, image_weights):
+    """Unless it draws its images by the validation's figures, or there is none."""
+    events = []
+    start, evaluate = DetectionLoader.start, engine.evaluate
+
+    def started(loader):
+        if loader.sampler.shuffle and loader._ahead is None:
+            events.append(f"epoch {loader.sampler.epoch}")
+        return start(loader)
+
+    monkeypatch.setattr(DetectionLoader, "start", started)
+    monkeypatch.setattr(engine, "evaluate", lambda *a, **k: (events.append("validation"), evaluate(*a, **k))[1])
+    train.run(**{**options, "epochs": 2, "image_weights": image_weights})
+    early = ["epoch 0", "epoch 1", "validation", "validation", "validation"]
+    late = ["epoch 0", "validation", "epoch 1", "validation", "validation"]
+    assert events == (late if image_weights else early)
+
+
+@pytest.mark.parametrize("hook", ["on_val_start", "on_fit_epoch_end"])
+def test_no_worker_is_left_where_a_run_ends_while_the_next_epoch_is_begun(options, hook):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    callbacks = Callbacks()
+    callbacks.register_action(hook, callback=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(callbacks, **{**options, "workers": 2})
+    assert not multiprocessing.active_children()
 
 
 def test_a_resumed_run_scales_its_loss_as_before(options, tmp_path, monkeypatch):
