@@ -117,8 +117,7 @@ def _build(name: str, pretrained: bool, channels: int, classes: int, device: str
     model = Model(f"{stem}.yaml", ch=channels, nc=classes)
     if pretrained:
         weights = read_weights(f"{stem}.pt")
-        moved = transfer(model, weights.state_dict, exclude=("anchors",))
-        LOGGER.info(f"Transferred {moved.loaded}/{moved.total} tensors from {stem}.pt")
+        LOGGER.info(transfer(model, weights, exclude=("anchors",)).told(f"{stem}.pt"))
         if weights.nc == classes:
             model.names = dict(weights.names)
     return model.to(pick_device(device))

@@ -50,6 +50,5 @@ def build_for_training(
     model.names = dict(names)
     if weights:
         exclude = ("anchor",) if options.cfg or anchors else ()
-        moved = transfer(model, weights.state_dict, exclude)
-        LOGGER.info(f"Transferred {moved.loaded}/{moved.total} items from {options.weights}")
+        LOGGER.info(transfer(model, weights, exclude).told(options.weights))
     return model

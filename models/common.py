@@ -455,15 +455,23 @@ def half_channels(c2: int) -> int:
 def interleave_halves(x: Tensor) -> Tensor:
     """Reorders channels (b, c, h, w): the even ones, then the odd ones (0 2 4 6 1 3 5 7 for c = 8).
 
-    After the two halves of a GSConv have been joined, this mixes them. The native kernel keeps the memory format and is
-    the fastest on a CPU; exporters know only the reshaping form, in which the batch axis stays where it is and height
-    and width are read from the tensor.
+    After the two halves of a GSConv have been joined, this mixes them. The native kernel keeps the memory format on a
+    CPU, where it is the fastest; on other devices it makes NCHW of channels_last, which every convolution behind it
+    would copy back. Exporters know only the reshaping form, in which the batch axis stays where it is and height and
+    width are read from the tensor.
     """
     pairs = x.shape[1] // 2
     if not torch.jit.is_tracing():
+        if x.device.type != "cpu" and x.is_contiguous(memory_format=torch.channels_last):
+            return interleave_channels_last(x)
         return F.channel_shuffle(x, pairs)
     batch, channels, height, width = x.shape
     return x.reshape(batch, pairs, 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+
+
+def interleave_channels_last(x: Tensor) -> Tensor:
+    """Does what `interleave_halves` does to a map (b, c, h, w) in the memory format channels_last, which it keeps."""
+    return x.permute(0, 2, 3, 1).unflatten(3, (-1, 2)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
 
 
 class GSConv(nn.Module):

@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.yolo import Model
+from models.config import check_row, reason_of
+from models.yolo import BLOCKS, Model
 from utils.checkpoint import ForeignPickle, check_tensor, load_checkpoint, read_archive
 from utils.checks import UserError, did_you_mean
 from utils.download import RELEASES, download_weights
@@ -41,6 +43,10 @@ ACTIVATION_ARGUMENTS = {
     "PReLU": ("num_parameters",),
     "Softplus": ("beta", "threshold"),
 }
+# Blocks that do the same with tensors of the same name, so that one can take them over from another.
+INNER_FIRST = ("C3", "C3TR", "C3SPP", "C3Ghost", "BottleneckCSP")  # cv3 reads (inner(cv1 x), cv2 x)
+INNER_LAST = ("VoVGSCSP", "VoVGSCSPC")  # cv3 reads (cv2 x, inner(cv1 x))
+ALIKE = (INNER_FIRST, INNER_LAST, ("SPP", "SPPF"), ("GSBottleneck", "GSBottleneckC"))
 MAX_PARTS = 100_000  # modules, or items of metadata, in one file; far beyond any model, it stops files made to explode
 MAX_DEPTH = 50
 
@@ -71,11 +77,31 @@ class Weights:
 
 
 class Transfer(NamedTuple):
-    """Tensors taken over, tensors that the model has, and the keys that kept the model's own values."""
+    """Tensors taken over, tensors of the model, the keys that kept the model's own values, and lines for people: which
+    rows did not come over as they were."""
 
     loaded: int
     total: int
     missing_keys: list[str]
+    rows: list[str]
+
+    def told(self, source: str | Path) -> str:
+        """Says what came over from the file `source`, and what did not."""
+        return "\n  ".join([f"Transferred {self.loaded}/{self.total} items from {source}", *self.rows])
+
+
+def _exchange_halves(weight: Tensor) -> Tensor:
+    """Exchanges the two halves of a convolution's input channels: (c2, c1, h, w) to the same shape."""
+    return torch.cat(weight.chunk(2, dim=1)[::-1], dim=1)
+
+
+# (block that gives, block that takes) -> what to do with tensors that do not mean the same in both, by key
+CONVERSIONS: dict[tuple[str, str], dict[str, Callable[[Tensor], Tensor]]] = {
+    **{pair: {} for alike in ALIKE for pair in permutations(alike, 2)},
+    **dict.fromkeys(
+        [*product(INNER_FIRST, INNER_LAST), *product(INNER_LAST, INNER_FIRST)], {"cv3.conv.weight": _exchange_halves}
+    ),
+}
 
 
 class Holder:
@@ -137,7 +163,7 @@ def load_model(weights: str | Path, device: str | torch.device = "cpu", fuse: bo
         UserError: see `read_weights`.
     """
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave no trace in the generator
-        model = model_from(read_weights(weights)).requires_grad_(False)
+        model = model_from(read_weights(weights)).for_inference()
     if fuse:
         LOGGER.info("Fusing layers... ")
         model.fuse()
@@ -162,38 +188,105 @@ def model_from(weights: Weights, cfg: str | Path | Mapping[str, Any] | None = No
         raise error if cfg else UserError(f"{weights.path}: {error}") from error
     if not any(".bn." in key for key in weights.state_dict):
         model.fuse()  # as the file's model was before it was saved
-    moved = transfer(model, weights.state_dict)
+    moved, own = transfer(model, weights), model.state_dict()
     if cfg is None and nc in (None, weights.nc):
-        unknown = sorted(set(weights.state_dict) - set(model.state_dict()))
-        if moved.missing_keys or unknown:
+        missing = [key for key in own if not _fits(weights.state_dict.get(key), own[key])]
+        unknown = sorted(set(weights.state_dict) - set(own))
+        if missing or unknown:
             raise UserError(
-                f"{weights.path}: the weights do not fit their own model YAML: {len(moved.missing_keys)} tensors "
-                f"missing or of another shape, {len(unknown)} unknown, such as {(moved.missing_keys + unknown)[0]}."
+                f"{weights.path}: the weights do not fit their own model YAML: {len(missing)} tensors missing or of "
+                f"another shape, {len(unknown)} unknown, such as {(missing + unknown)[0]}."
             )
     else:
-        LOGGER.info(f"Transferred {moved.loaded}/{moved.total} tensors to a model of {model.nc} classes")
+        LOGGER.info(moved.told(weights.path))
     if model.nc == weights.nc:
         model.names = dict(weights.names)
     return model
 
 
-def transfer(model: torch.nn.Module, state_dict: Mapping[str, Tensor], exclude: Sequence[str] = ()) -> Transfer:
-    """Copies every tensor whose key, shape and kind (floating or not) the model has too into the model.
+def transfer(model: Model, weights: Weights, exclude: Sequence[str] = ()) -> Transfer:
+    """Copies what fits from a weights file into a model, row by row.
+
+    A row takes the layers whose tensors have its own keys, shapes and kinds (floating or not). Where the file's row of
+    that number is another block, CONVERSIONS says whether the two can be compared and what must be rearranged; without
+    an entry nothing is taken. Blocks that another program has registered are taken to mean the same by the same keys.
 
     Args:
         model: the receiver.
-        state_dict: the giver.
+        weights: the giver.
         exclude: keys that contain one of these texts are left out.
+
+    Raises:
+        UserError: the file's model YAML has rows that are none.
     """
+    try:
+        givers = _block_names(weights.yaml)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{weights.path}: its model YAML is damaged ({reason_of(error)}).") from error
+    taken: dict[str, Tensor] = {}
+    rows: dict[str, list[int]] = {}  # what to say -> the rows of which to say it
     own = model.state_dict()
-    fitting = {
-        key: tensor
-        for key, tensor in state_dict.items()
-        if key in own and own[key].shape == tensor.shape and not any(text in key for text in exclude)
-        if own[key].is_floating_point() == tensor.is_floating_point()
-    }
-    model.load_state_dict(fitting, strict=False)
-    return Transfer(len(fitting), len(own), [key for key in own if key not in fitting])
+    excluded = {key for key in own if any(text in key for text in exclude)}
+    for index, block in enumerate(_block_names(model.yaml)):
+        giver = givers[index] if index < len(givers) else None
+        conversions = _conversions(giver, block)
+        prefix = f"model.{index}."
+        keys = [key for key in own if key.startswith(prefix)]
+        came: set[str] = set()
+        for layer in _layers_of(keys) if conversions is not None else ():
+            if all(_fits(weights.state_dict.get(key), own[key]) for key in layer) and not excluded.intersection(layer):
+                came.update(layer)
+        for key in came:
+            convert = conversions.get(key.removeprefix(prefix))
+            taken[key] = convert(weights.state_dict[key]) if convert else weights.state_dict[key]
+        if len(came) < len(keys) or conversions:
+            origin = "" if giver in (block, None) else f" from {giver}"
+            rows.setdefault(f"{block}{origin}: {_parts_told(keys, came, conversions, prefix)}", []).append(index)
+    model.load_state_dict(taken, strict=False)
+    told = [f"row{'s' * (len(which) > 1)} {', '.join(map(str, which))}: {row}" for row, which in rows.items()]
+    return Transfer(len(taken), len(own), [key for key in own if key not in taken], told)
+
+
+def _layers_of(keys: Iterable[str]) -> list[list[str]]:
+    """Groups the keys of a row by layer; a batch norm belongs to its convolution, whose outputs it knows."""
+    layers: dict[str, list[str]] = {}
+    for key in keys:
+        layers.setdefault(re.sub(r"(\.conv|\.bn)?\.\w+$", "", key), []).append(key)
+    return list(layers.values())
+
+
+def _fits(tensor: Tensor | None, own: Tensor) -> bool:
+    """Tells whether a tensor has the shape and the kind, floating or not, of the model's own."""
+    return tensor is not None and tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
+
+
+def _block_names(yaml: Mapping[str, Any]) -> list[str]:
+    """Returns the block of each row of a model YAML."""
+    return [check_row(row)[2] for row in (*yaml["backbone"], *yaml["head"])]
+
+
+def _conversions(giver: str | None, taker: str) -> dict[str, Callable[[Tensor], Tensor]] | None:
+    """Returns how a row's tensors are to be rearranged, by key; None where they mean something else."""
+    if giver is None:
+        return None
+    ours = [name in BLOCKS and BLOCKS[name].cls.__module__.startswith("models.") for name in (giver, taker)]
+    return CONVERSIONS.get((giver, taker)) if giver != taker and all(ours) else {}
+
+
+def _parts_told(keys: Sequence[str], came: set[str], conversions: Mapping[str, Any] | None, prefix: str) -> str:
+    """Says which parts of a row came over, of those that its keys name."""
+    parts: dict[str, list[str]] = {}
+    for key in keys:
+        parts.setdefault(key.removeprefix(prefix).partition(".")[0], []).append(key)
+    took, left = [], []
+    for part, own in parts.items():
+        count = sum(key in came for key in own)
+        turned = any(prefix + key in own for key in conversions or ())
+        if count:
+            took.append(f"{'' if count == len(own) else 'a part of '}{part}{' (input halves exchanged)' * turned}")
+        else:
+            left.append(part)
+    return ", ".join(took or ["nothing"]) + (f", not {', '.join(left)}" if took and left else "")
 
 
 def find_weights(weights: str | Path) -> Path:

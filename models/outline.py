@@ -1,12 +1,14 @@
 """Models without weights: what building one would take, and what it does to shapes, before anything is paid for.
 
-Inside `outlining` layers are made on torch's "meta" device, whose tensors have shapes and no values, so that files
-made to fill the memory or to keep the processor busy are refused at no cost. Limits on a row's own numbers, which can
-be told without building it, are `models.config`'s.
+Inside `outlining` layers are made on torch's "meta" device, whose tensors have shapes and no values, and `run_hollow`
+passes a batch of no images through them on the CPU, so that files made to fill the memory or to keep the processor busy
+are refused at no cost. (To run layers on the meta device torch imports its compiler: a second of every start.) Limits
+on a row's own numbers, which can be told without building it, are `models.config`'s.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 # Far beyond any detector; in brackets what the largest of our models comes to.
@@ -53,6 +56,15 @@ def outlining() -> Iterator[None]:
         yield
 
 
+def run_hollow(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls a model that was made in `outlining`, on the CPU: each of its tensors stands for one number, repeated."""
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    with torch.device("cpu"):
+        zero = torch.zeros(())
+        hollow = {name: zero.expand(tensor.shape) for name, tensor in tensors}
+        return functional_call(model, hollow, args, kwargs)
+
+
 def numbers_of(layer: nn.Module) -> int:
     """Returns how many numbers a layer holds."""
     return sum(tensor.numel() for tensor in chain(layer.parameters(), layer.buffers()))
@@ -90,7 +102,7 @@ def check_map(output: Any) -> None:
         ValueError: it has no numbers, or more than any detector's.
     """
     maps = output if isinstance(output, (list, tuple)) else [output]
-    numbers = sum(one.numel() for one in maps if isinstance(one, Tensor))
+    numbers = sum(math.prod(one.shape[1:]) for one in maps if isinstance(one, Tensor))
     if numbers == 0:
         raise ValueError("makes a map without cells")
     if numbers > MAX_MAP_NUMBERS:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models import common, config, experimental
 from models.deploy import fold_model
-from models.outline import Totals, check_map, outlining, strides_of
+from models.outline import Totals, check_map, outlining, run_hollow, strides_of
 from models.summary import log_layers, summary_line
 from models.tta import augmented_rows
 from utils.checks import UserError, did_you_mean
@@ -33,6 +33,7 @@ STRIDE_IMAGE_PX = 128  # side of the image on which strides are measured: the la
 # What building or running layers with arguments that do not suit them raises.
 ROW_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 INPLACE_ACTIVATIONS = (nn.Hardswish, nn.LeakyReLU, nn.ReLU, nn.ReLU6, nn.SiLU)
+INPUT_READERS = (nn.Hardswish, nn.SiLU)  # those whose gradient needs the input: in place they would keep a copy of it
 
 
 class Detect(nn.Module):
@@ -310,7 +311,14 @@ class Model(nn.Module):
 
     def fuse(self) -> Model:
         """Folds batch norm into the convolutions, in place, and returns the model, which then only evaluates."""
-        return fold_model(self).requires_grad_(False)
+        return fold_model(self).for_inference()
+
+    def for_inference(self) -> Model:
+        """Leaves out what only gradients need, and returns the model: activations overwrite their inputs."""
+        for module in self.modules():
+            if isinstance(module, INPLACE_ACTIVATIONS):
+                module.inplace = True
+        return self.requires_grad_(False)
 
     def info(self, imgsz: int = 640, gflops: bool = True) -> str:
         """Returns the summary line: modules, parameters, trained ones and GFLOPs (thop's, half a second) at `imgsz`."""
@@ -332,7 +340,7 @@ class Model(nn.Module):
         self.stride = self._measure_strides(ch)
 
     def _measure_strides(self, ch: int) -> Tensor:
-        """Returns pixels per cell of each level, float32 (nl,), from one blank image.
+        """Returns pixels per cell of each level, float32 (nl,), from a blank image (or none, without weights).
 
         Raises:
             UserError: maps of different sizes meet in a row, a layer's are too large, or a stride is not whole.
@@ -348,8 +356,11 @@ class Model(nn.Module):
         self.detect.train()  # logits, not boxes: boxes need the strides
         try:
             with torch.no_grad():
-                blank = torch.zeros(1, ch, STRIDE_IMAGE_PX, STRIDE_IMAGE_PX, device=device)
-                logits = self(blank, visualize=passed)
+                size = (ch, STRIDE_IMAGE_PX, STRIDE_IMAGE_PX)
+                if device.type == "meta":
+                    logits = run_hollow(self, torch.zeros(0, *size, device="cpu"), visualize=passed)
+                else:
+                    logits = self(torch.zeros(1, *size, device=device), visualize=passed)
             strides = torch.tensor(strides_of(logits, STRIDE_IMAGE_PX), device="cpu")
         except ROW_ERRORS as error:
             layer = self.model[min(len(finished), len(self.model) - 1)]
@@ -379,7 +390,7 @@ class Model(nn.Module):
             if type(module) is nn.BatchNorm2d:
                 module.eps, module.momentum = BN_EPS, BN_MOMENTUM
             elif isinstance(module, INPLACE_ACTIVATIONS):
-                module.inplace = True
+                module.inplace = not isinstance(module, INPUT_READERS)
         detect = self.detect
         for conv, stride in zip(detect.m, self.stride.tolist(), strict=True):
             bias = conv.bias.detach().view(detect.na, detect.no)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import pickle
 import shutil
 import struct
+import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ MAX_TEXT = 64 << 20  # characters and digits
 FULL_DISK_BYTES = 1 << 20  # a disk with less room than this has no room for a checkpoint
 
 _CONTROLS = frozenset(range(32)) - frozenset(b"\t\n\f\r")  # bytes that no text has
+
+_NAMES_LOCK = threading.Lock()  # of the names that torch lets through, which are the whole process's
 
 _FOLDER_BIT = 0x10  # of a zip member's attributes; torch writes no folders
 
@@ -63,13 +66,18 @@ class ForeignPickle(UserError):
         self.names = names
 
 
-def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any], copies: Iterable[str | Path] = ()) -> None:
     """Writes a checkpoint; a former file of that name stays until the new one is complete.
 
     Numpy scalars become numbers and paths become strings; the format's name and version are added.
 
+    Args:
+        path: the file.
+        checkpoint: its content.
+        copies: files of the same content, which are complete, one after the other, before `path` is.
+
     Raises:
-        UserError: the file cannot be written (disk full, folder not writable).
+        UserError: a file cannot be written (disk full, folder not writable).
         TypeError: something in it is not plain data; says where.
     """
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **plain_data(checkpoint)}
@@ -79,6 +87,9 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         except RuntimeError as error:  # how torch's zip writer reports a full disk, in words of its own
             full = shutil.disk_usage(temporary.parent).free < FULL_DISK_BYTES
             raise OSError(None, "the disk is full" if full else str(error).splitlines()[0]) from error
+        for copy in copies:
+            with atomic_write(copy) as temporary_copy:
+                shutil.copyfile(temporary, temporary_copy)
 
 
 def plain_data(value: Any, where: str = "checkpoint") -> Any:
@@ -202,11 +213,12 @@ def read_archive(path: str | Path, stand_ins: Mapping[str, Callable[..., Any]] |
     path, stand_ins = Path(path), stand_ins or {}
     _check_container(path)
     try:
-        foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(stand_ins)
-        if foreign:
-            raise ForeignPickle(path, sorted(foreign))
-        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with _NAMES_LOCK:
+            foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(stand_ins)
+            if foreign:
+                raise ForeignPickle(path, sorted(foreign))
+            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
         message = f"{path}: cannot be read as a checkpoint; damaged or of another kind ({_reason(error)})."
         raise UserError(message) from error
@@ -306,5 +318,7 @@ def _compare_checksums(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the first line of what an error says."""
+    """Returns the first line of what an error says; torch's advice to let the file run code is not passed on."""
+    if "weights only" in str(error).lower():
+        return "it holds more than tensors and plain data"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

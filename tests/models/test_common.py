@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import common, experimental
 
@@ -94,6 +95,15 @@ def test_shuffle_keeps_channels_last_and_traces_for_any_batch_and_size():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(common.interleave_halves, torch.randn(1, 6, 3, 3))
     assert torch.equal(traced(x), common.interleave_halves(x))
+
+
+def test_shuffle_on_a_gpu_keeps_channels_last_so_that_no_convolution_copies_back():
+    with FakeTensorMode(), torch.device("cuda"):  # works out what each kernel makes, without one
+        last = torch.empty(2, 8, 5, 7).contiguous(memory_format=torch.channels_last)
+        assert common.GSConv(8, 16)(last).is_contiguous(memory_format=torch.channels_last)
+        assert common.interleave_halves(torch.empty(2, 8, 5, 7)).is_contiguous()
+    x = torch.randn(2, 8, 5, 7).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(common.interleave_channels_last(x), common.interleave_halves(x))
 
 
 def test_sppf_is_spp_with_windows_5_9_13():

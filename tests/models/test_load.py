@@ -1,6 +1,8 @@
 """Weights files: the published YOLOv5n, the forms original files take, hostile ones, and our own."""
 
 import builtins
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -11,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from models import load
-from models.common import Conv
-from models.load import load_model, model_from, read_weights, stand_in_for, transfer
-from models.yolo import Model
+from models import config, load, yolo
+from models.common import C3, Conv
+from models.load import Weights, load_model, model_from, read_weights, stand_in_for, transfer
+from models.yolo import BLOCKS, Model, register_block
 from utils.checkpoint import save_checkpoint
 from utils.checks import UserError
 from utils.images import letterbox, read_image
@@ -41,8 +43,8 @@ def test_the_published_checkpoint_opens_whole(published):
     assert published.meta["epoch"] == -1
     model = model_from(published)
     assert not model.training and model.names == published.names
-    moved = transfer(Model(published.yaml), published.state_dict)
-    assert (moved.loaded, moved.total, moved.missing_keys) == (349, 349, [])
+    moved = transfer(Model(published.yaml), published)
+    assert (moved.loaded, moved.total, moved.missing_keys, moved.rows) == (349, 349, [], [])
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -76,14 +78,14 @@ def test_loading_leaves_no_trace_in_torchs_generator(golden_dir):
 def test_another_number_of_classes_keeps_all_but_the_head(published):
     model = model_from(published, nc=3)
     assert (model.nc, model.names) == (3, {0: "0", 1: "1", 2: "2"})
-    moved = transfer(model, published.state_dict)
+    moved = transfer(model, published)
     assert (moved.loaded, moved.total) == (343, 349)
     assert all(key.startswith("model.24.m.") for key in moved.missing_keys)
     assert torch.equal(model.model[0].conv.weight, published.state_dict["model.0.conv.weight"])
 
 
 def test_excluded_keys_stay_as_they_were(published):
-    moved = transfer(Model(published.yaml), published.state_dict, exclude=("anchor", "model.0."))
+    moved = transfer(Model(published.yaml), published, exclude=("anchor", "model.0."))
     assert set(moved.missing_keys) == {key for key in published.state_dict if "anchor" in key or "model.0." in key}
 
 
@@ -92,8 +94,9 @@ def test_numbers_of_another_kind_are_not_taken_for_weights(published, kind):
     """Whole numbers would make zeros of most weights."""
     model, key = Model(published.yaml), "model.0.conv.weight"
     own = model.state_dict()[key].clone()
-    moved = transfer(model, {**published.state_dict, key: published.state_dict[key].to(kind)})
-    assert moved.missing_keys == [key]
+    changed = {**published.state_dict, key: published.state_dict[key].to(kind)}
+    moved = transfer(model, dataclasses.replace(published, state_dict=changed))
+    assert moved.missing_keys == [name for name in published.state_dict if name.startswith("model.0.")]
     assert torch.equal(model.state_dict()[key], own)
 
 
@@ -109,14 +112,108 @@ def tiny(block: str = "C3", **changes) -> dict:
     return {**config, **changes}
 
 
-def original(path, block="C3", change=lambda model: None, **extra):
-    """Saves a whole pickled model, as YOLOv5 does; `change` makes it one of the forms that occur. Returns it too."""
-    torch.manual_seed(1)
-    model = Model(tiny(block))
+def random_statistics(model):
+    """Batch norms as after some training; returns the model in evaluation mode."""
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.running_mean.uniform_(-0.5, 0.5)
             norm.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def weights_of(model, path="a.pt") -> Weights:
+    return Weights(model.yaml, model.state_dict(), model.names, model.nc, [4, 8], "ours", {}, pathlib.Path(path))
+
+
+CROSS_STAGE = ["C3", "C3TR", "C3SPP", "C3Ghost", "VoVGSCSP", "VoVGSCSPC"]
+
+
+def without_inner(block):
+    """A cross-stage block whose inner module passes its input on."""
+    setattr(block, "gsb" if hasattr(block, "gsb") else "m", nn.Identity())
+    return block
+
+
+@pytest.mark.parametrize("taker", CROSS_STAGE)
+@pytest.mark.parametrize("giver", CROSS_STAGE)
+def test_cross_stage_blocks_take_over_what_each_branch_did(giver, taker):
+    """C3 joins its branches in the other order than VoVGSCSP: with equal inner modules both must do the same."""
+    torch.manual_seed(0)
+    old, new = random_statistics(Model(tiny(giver))), Model(tiny(taker)).eval()
+    transfer(new, weights_of(old))
+    x = torch.rand(1, 16, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(without_inner(new.model[3])(x), without_inner(old.model[3])(x))
+
+
+def test_a_published_model_gives_a_slim_neck_its_branches(published):
+    dense, slim = model_from(published), model_from(published, "yolov5n-slimneck.yaml", nc=80)
+    with torch.no_grad():
+        for row in (13, 17, 20, 23):
+            x = torch.rand(1, dense.model[row].cv1.conv.in_channels, 8, 8)
+            expected, found = (without_inner(model.model[row])(x) for model in (dense, slim))
+            torch.testing.assert_close(found, expected)
+
+
+def test_whatever_comes_over_whole_does_the_same():
+    """Equal names and shapes do not make an equal meaning: GhostConv and GSConv order their output differently."""
+    torch.manual_seed(0)
+    names = [name for name, block in BLOCKS.items() if block.plan is config.scaled_channels and name != "Focus"]
+    models = {name: random_statistics(Model(tiny(name))) for name in names}
+    shapes = {name: {(key, value.shape) for key, value in models[name].state_dict().items()} for name in names}
+    x, same = torch.rand(1, 16, 8, 8), []
+    for giver, taker in itertools.permutations(names, 2):
+        if shapes[taker] <= shapes[giver]:
+            new = Model(models[taker].yaml).eval()
+            if transfer(new, weights_of(models[giver])).missing_keys:
+                continue
+            same.append((giver, taker))
+            with torch.no_grad():
+                torch.testing.assert_close(new.model[3](x), models[giver].model[3](x))
+    assert ("SPP", "SPPF") in same and shapes["GSConv"] == shapes["GhostConv"] and ("GhostConv", "GSConv") not in same
+
+
+def test_a_transfer_says_row_by_row_what_came_over(published, caplog):
+    with caplog.at_level("INFO", "yolov5"):
+        model_from(published, "yolov5n-slimneck.yaml", nc=3)
+    assert caplog.text.splitlines()[-3:] == [
+        "  rows 10, 14, 18, 21: GSConv from Conv: nothing",
+        "  rows 13, 17, 20, 23: VoVGSCSP from C3: cv1, cv2, cv3 (input halves exchanged), not gsb",
+        "  row 24: Detect: anchors, not m",
+    ]
+    assert "model.10.cv1.conv.weight" in transfer(Model("yolov5n-slimneck.yaml"), published).missing_keys
+
+
+def test_blocks_of_other_programs_take_what_has_the_same_keys(monkeypatch, published):
+    monkeypatch.setattr(yolo, "BLOCKS", dict(BLOCKS))
+    monkeypatch.setattr(load, "BLOCKS", yolo.BLOCKS)
+
+    @register_block(repeats_inside=True)
+    class C3Scaled(C3):
+        def __init__(self, c1, c2, n=1, shortcut=True):
+            super().__init__(c1, c2, n, shortcut)
+            self.scale = nn.Parameter(torch.ones(c2))
+
+    yaml = {
+        **published.yaml,
+        "head": [[*row[:2], row[2].replace("C3", "C3Scaled"), row[3]] for row in published.yaml["head"]],
+    }
+    moved = transfer(Model(yaml), published)
+    assert moved.missing_keys == [f"model.{row}.scale" for row in (13, 17, 20, 23)]
+    assert moved.rows == ["rows 13, 17, 20, 23: C3Scaled from C3: cv1, cv2, cv3, m, not scale"]
+
+
+def test_rows_beyond_the_files_take_nothing_and_rows_that_are_none_are_refused(published):
+    small = dataclasses.replace(published, yaml={**published.yaml, "head": published.yaml["head"][:-1]})
+    assert transfer(Model(published.yaml), small).rows == ["row 24: Detect: nothing"]
+    with pytest.raises(UserError, match="its model YAML is damaged.*a row is"):
+        transfer(Model(published.yaml), dataclasses.replace(published, yaml={"backbone": [], "head": [7]}))
+
+
+def original(path, block="C3", change=lambda model: None, **extra):
+    """Saves a whole pickled model, as YOLOv5 does; `change` makes it one of the forms that occur. Returns it too."""
+    torch.manual_seed(1)
+    model = random_statistics(Model(tiny(block))).train()
     model.names = ["ball", "cube"]
     change(model)
     torch.save({"epoch": 7, "model": model, "ema": None, **extra}, path)

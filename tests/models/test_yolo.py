@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import yolo
 from models.common import Conv, GSConv
@@ -208,13 +209,32 @@ def test_strides_stay_float32_in_a_half_model():
     assert (model.detect.stride.dtype, model.detect.stride.tolist()) == (torch.float16, [4, 8])
 
 
+class Clones(TorchDispatchMode):
+    """Counts copies of whole tensors, which autograd makes of what a layer that needs its input overwrites."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten.clone
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", ["nn.SiLU()", "nn.Hardswish()", "nn.LeakyReLU(0.1)"])
+def test_activations_overwrite_their_input_where_no_gradient_needs_it(activation):
+    model = Model(tiny(activation=activation))
+    with Clones() as clones:
+        model.model[0](torch.zeros(1, 3, 8, 8))
+    assert clones.count == 0
+    x = torch.ones(1, 4)
+    assert model.fuse().model[0].act(x) is x
+
+
 def test_new_models_state(built):
     model = Model(tiny())
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.03)}
     assert all(norm.running_mean.eq(0).all() and norm.running_var.eq(1).all() for norm in norms)
     assert all(norm.num_batches_tracked == 0 for norm in norms)
-    assert all(module.inplace for module in model.modules() if isinstance(module, nn.SiLU))
     assert model.training and all(module.training for module in model.modules())
     assert model.names == {0: "0", 1: "1", 2: "2"}
     assert model.detect.anchors.flatten().tolist() == [2, 4, 4, 8]  # 8 x 16 px at stride 4, 32 x 64 px at stride 8

@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
+import threading
 import zipfile
 from collections import OrderedDict
 from pathlib import Path, PurePosixPath
@@ -86,6 +88,50 @@ def test_stripping_keeps_the_average_in_float16(tmp_path):
     assert (stripped["names"], stripped["yaml"]) == (checkpoint["names"], checkpoint["yaml"])
     strip_checkpoint(path)
     assert torch.equal(load_checkpoint(path)["model"]["a.weight"], stripped["model"]["a.weight"])
+
+
+def test_eight_threads_read_pickles_of_different_classes_at_once(tmp_path):
+    """torch keeps the names that it lets through for the whole process: one thread must not see another's."""
+    kinds = [type(f"Kind{i}", (), {"__module__": "models.common"}) for i in range(4)]
+    for i, kind in enumerate(kinds):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("models.common." + kind.__name__, kind, raising=False)
+            torch.save([kind() for _ in range(20)], tmp_path / f"{i}.pt", pickle_protocol=2)
+    stand_in = type("StandIn", (), {})
+    start, failures = threading.Barrier(8), []
+
+    def read(number):
+        start.wait()
+        for _ in range(5):
+            try:
+                with pytest.raises(ForeignPickle, match=f"models.common.Kind{number}"):
+                    load_checkpoint(tmp_path / f"{number}.pt")
+                content = read_archive(tmp_path / f"{number}.pt", {f"models.common.Kind{number}": stand_in})
+                assert {type(item) for item in content} == {stand_in}
+            except BaseException as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=read, args=(number % 4,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[:3]
+
+
+def test_torchs_advice_to_let_a_file_run_code_is_not_passed_on(tmp_path):
+    torch.save({}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        for name, data in members.items():
+            a_list_with_attributes = b"\x80\x02]}b."
+            archive.writestr(name, a_list_with_attributes if name.endswith("data.pkl") else data)
+    with pytest.raises(
+        UserError, match="a.pt: cannot be read as a checkpoint.*more than tensors and plain data"
+    ) as caught:
+        load_checkpoint(tmp_path / "a.pt")
+    assert not re.search("weights_only|safe_globals|trust", str(caught.value)), caught.value
 
 
 FULL_DISK = """

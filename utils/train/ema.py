@@ -9,6 +9,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+Place = tuple[dict[str, Tensor | None], str]  # where a module keeps a tensor, which it may exchange for another
+
+
+def places_of(model: nn.Module) -> list[Place]:
+    """Returns the places of all tensors of a model's state dict, module by module."""
+    places: list[Place] = []
+    for module in model.modules():
+        kept = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        places += [(module._parameters, name) for name in module._parameters] + [(module._buffers, n) for n in kept]
+    return [(tensors, name) for tensors, name in places if tensors[name] is not None]
+
 
 class ModelEMA:
     """Keeps a float32 average of a model's parameters and floating buffers (Tarvainen and Valpola 2017, 1703.01780).
@@ -29,22 +40,23 @@ class ModelEMA:
         self.decay = decay
         self.tau = tau
         self.updates = updates
+        self._followed: nn.Module | None = None  # whose tensors' places are in `_places`, beside the average's
+        self._places: list[tuple[Place, Place]] = []
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Moves the average towards the model; call it after every optimizer step."""
         self.updates += 1
         share = 1 - self.decay * (1 - math.exp(-self.updates / self.tau))
-        current = model.state_dict()
-        averages: list[Tensor] = []
-        values: list[Tensor] = []
-        for name, average in self.ema.state_dict().items():
-            if average.is_floating_point():
-                averages.append(average)
-                values.append(current[name].to(average.dtype))
-            else:
-                average.copy_(current[name])
-        torch._foreach_lerp_(averages, values, share)
+        if model is not self._followed:
+            self._followed = model
+            self._places = list(zip(places_of(self.ema), places_of(model), strict=True))
+        pairs = [(mine[name], its[key]) for (mine, name), (its, key) in self._places]
+        floating = [(average, value.to(average.dtype)) for average, value in pairs if average.is_floating_point()]
+        whole = [(average, value) for average, value in pairs if not average.is_floating_point()]
+        torch._foreach_lerp_(*map(list, zip(*floating, strict=True)), share)
+        if whole:
+            torch._foreach_copy_(*map(list, zip(*whole, strict=True)))
 
     def load(self, state_dict: Mapping[str, Tensor], updates: int) -> None:
         """Takes over the average of an interrupted run: its state dict, exactly this model's, and its update count."""

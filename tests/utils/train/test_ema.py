@@ -40,6 +40,22 @@ def test_update_is_the_formula_and_integer_buffers_follow():
     assert average.ema[1].num_batches_tracked == 5
 
 
+def test_tensors_are_looked_up_once_and_one_that_is_exchanged_is_followed(monkeypatch):
+    model = network()
+    average = ModelEMA(model, decay=0)
+    average.update(model)
+    for name in ("state_dict", "named_parameters", "modules"):
+        monkeypatch.setattr(nn.Module, name, None)
+    model[1].running_mean = torch.full((4,), 5.0)
+    model[0].weight = nn.Parameter(torch.zeros(4, 3, 3, 3))
+    average.update(model)
+    assert average.ema[1].running_mean.tolist() == [5] * 4 and not average.ema[0].weight.any()
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    monkeypatch.undo()
+    average.update(other)
+    assert torch.equal(average.ema[0].weight, other[0].weight)
+
+
 def test_copy_is_apart_in_eval_mode_and_without_gradients():
     model = network()
     average = ModelEMA(model)

@@ -4,6 +4,8 @@ Also when gradients are used, or lost. Every other part of a resumed run's state
 """
 
 import dataclasses
+import multiprocessing
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.checks import UserError
+from utils.data.loader import DetectionLoader
 from utils.train import engine
 from utils.train.callbacks import HOOKS, Callbacks
 from utils.train.hyp import Hyp
@@ -58,24 +61,84 @@ def assert_same_tensors(first: Path, second: Path, key: str) -> None:
 def test_a_run_that_dies_between_its_checkpoints_of_an_epoch_loses_neither(options, tmp_path, monkeypatch):
     """The best epoch so far must not be taken for done, in last.pt, before best.pt holds it."""
     train.run(**options, name="whole")
-    written = []
+    replace, written = os.replace, []
 
-    def die_at_the_last_of_the_second_epoch(path, content):
-        written.append((content["epoch"], path.name))
-        if [epoch for epoch, _ in written].count(1) == 3:  # best.pt, epoch1.pt and last.pt
+    def die_at_the_last_of_the_second_epoch(source, target):
+        written.append(Path(target).name)
+        if written.count("last.pt") == 2:
             raise KeyboardInterrupt
-        save_checkpoint(path, content)
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "save_checkpoint", die_at_the_last_of_the_second_epoch)
+        patch.setattr(os, "replace", die_at_the_last_of_the_second_epoch)
         with pytest.raises(KeyboardInterrupt, match="Epoch 0 is saved"):
             train.run(**options)
+    order = ["best.pt", "last.pt", "best.pt", "epoch1.pt", "last.pt"]
+    assert [name for name in written if name.endswith(".pt")] == order
     weights, whole = tmp_path / "exp" / "weights", tmp_path / "whole" / "weights"
     assert load_checkpoint(weights / "best.pt")["epoch"] == 1 and load_checkpoint(weights / "last.pt")["epoch"] == 0
     train.run(resume=str(weights / "last.pt"))
     for name in ("best.pt", "last.pt"):
         assert_same_tensors(weights / name, whole / name, "model")
     assert (tmp_path / "exp" / "results.csv").read_text() == (tmp_path / "whole" / "results.csv").read_text()
+
+
+def test_a_checkpoint_of_several_names_is_serialised_once(options, tmp_path, monkeypatch):
+    save, saved = torch.save, []
+    monkeypatch.setattr(torch, "save", lambda content, path: (saved.append(content["epoch"]), save(content, path)))
+    callbacks, weights = Callbacks(), tmp_path / "exp" / "weights"
+    equal = []
+    callbacks.register_action(
+        "on_model_save",
+        callback=lambda *_: equal.append((weights / "best.pt").read_bytes() == (weights / "last.pt").read_bytes()),
+    )
+    train.run(callbacks, **options)
+    assert saved == [*range(len(FITNESS)), -1, -1]  # and both are stripped at the end
+    assert equal == [value == max(FITNESS[: epoch + 1]) for epoch, value in enumerate(FITNESS)]
+
+
+def test_epochs_are_validated_folded_in_the_precision_of_training_and_the_best_one_as_it_is(options, monkeypatch):
+    monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: torch.bfloat16)
+    evaluate, seen = engine.evaluate, []
+
+    def evaluated(model, *arguments, **keywords):
+        seen.append((any(isinstance(part, torch.nn.BatchNorm2d) for part in model.modules()), keywords["dtype"]))
+        return evaluate(model, *arguments, **keywords)
+
+    monkeypatch.setattr(engine, "evaluate", evaluated)
+    train.run(**options)
+    assert seen == [(False, torch.bfloat16)] * len(FITNESS) + [(True, torch.float32)]
+
+
+@pytest.mark.parametrize("image_weights", [False, True])
+def test_the_next_epochs_batches_are_begun_before_validation(options, monkeypatch, image_weights):
+    """Unless it draws its images by the validation's figures, or there is none."""
+    events = []
+    start, evaluate = DetectionLoader.start, engine.evaluate
+
+    def started(loader):
+        if loader.sampler.shuffle and loader._ahead is None:
+            events.append(f"epoch {loader.sampler.epoch}")
+        return start(loader)
+
+    monkeypatch.setattr(DetectionLoader, "start", started)
+    monkeypatch.setattr(engine, "evaluate", lambda *a, **k: (events.append("validation"), evaluate(*a, **k))[1])
+    train.run(**{**options, "epochs": 2, "image_weights": image_weights})
+    early = ["epoch 0", "epoch 1", "validation", "validation", "validation"]
+    late = ["epoch 0", "validation", "epoch 1", "validation", "validation"]
+    assert events == (late if image_weights else early)
+
+
+@pytest.mark.parametrize("hook", ["on_val_start", "on_fit_epoch_end"])
+def test_no_worker_is_left_where_a_run_ends_while_the_next_epoch_is_begun(options, hook):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    callbacks = Callbacks()
+    callbacks.register_action(hook, callback=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(callbacks, **{**options, "workers": 2})
+    assert not multiprocessing.active_children()
 
 
 def test_a_resumed_run_scales_its_loss_as_before(options, tmp_path, monkeypatch):
