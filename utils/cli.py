@@ -21,6 +21,7 @@ EXIT_MISTAKE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 128 + signal.SIGTERM
+OWN_PACKAGES = ("models", "service", "utils")
 LARGEST_INT = 2**31 - 1  # what an option takes that names no maximum; libraries overflow beyond
 
 
@@ -46,8 +47,8 @@ class ReportedError(UserError):
 def run_command(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> int:
     """Parses the command line, runs `main` and returns the exit status.
 
-    0 on success, 1 after a mistake of the user's (its message alone is printed), 130 after Ctrl-C, 143 after SIGTERM;
-    argparse itself exits with 2 for an unknown option.
+    0 on success, 1 after a mistake of the user's or where a library is missing (the message alone is printed), 130
+    after Ctrl-C, 143 after SIGTERM; argparse itself exits with 2 for an unknown option.
     """
     options = parser.parse_args()
     setup_logging()
@@ -58,6 +59,12 @@ def run_command(main: Callable[[argparse.Namespace], Any], parser: argparse.Argu
         return EXIT_MISTAKE
     except UserError as error:
         LOGGER.error(f"{parser.prog}: error: {error}")
+        return EXIT_MISTAKE
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or package in OWN_PACKAGES:
+            raise
+        LOGGER.error(f"{parser.prog}: error: needs {package}, which is not installed: pip install -r requirements.txt")
         return EXIT_MISTAKE
     except Terminated as error:
         LOGGER.error(f"\n{parser.prog}: ended by SIGTERM. {error}".rstrip())
