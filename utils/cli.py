@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -50,6 +51,7 @@ def run_command(main: Callable[[argparse.Namespace], Any], parser: argparse.Argu
     0 on success, 1 after a mistake of the user's or where a library is missing (the message alone is printed), 130
     after Ctrl-C, 143 after SIGTERM; argparse itself exits with 2 for an unknown option.
     """
+    _open_streams()
     options = parser.parse_args()
     setup_logging()
     try:
@@ -75,6 +77,17 @@ def run_command(main: Callable[[argparse.Namespace], Any], parser: argparse.Argu
     finally:
         sys.stdout.flush()
     return 0
+
+
+def _open_streams() -> None:
+    """Puts the null device in place of standard streams that are closed, as services and windowed programs have them.
+
+    Libraries write to them without asking. And each takes the lowest number that is free, its own: else the next file
+    that is opened would get it, and with it what native code prints.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 @contextlib.contextmanager

@@ -35,9 +35,14 @@ def setup_logging(rank: int | None = None) -> None:
 
 def colorstr(text: str, *styles: str) -> str:
     """Returns `text` in ANSI `styles` (default blue and bold) when stderr is a terminal, else unchanged."""
-    if not sys.stderr.isatty():
+    if not on_terminal():
         return text
     return "".join(_ANSI[style] for style in styles or ("blue", "bold")) + text + _ANSI_END
+
+
+def on_terminal() -> bool:
+    """Tells whether stderr is a terminal; where there is none (pythonw, services), Python has None in its place."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def progress(
@@ -51,14 +56,15 @@ def progress(
     """Returns a tqdm bar on stderr; silent when INFO is silent, and rarely redrawn where stderr is not a terminal."""
     from tqdm import tqdm
 
+    silent = sys.stderr is None or not LOGGER.isEnabledFor(logging.INFO)
     return tqdm(
         iterable,
         total=total,
         desc=desc,
         leave=leave,
-        disable=disable or not LOGGER.isEnabledFor(logging.INFO),
+        disable=disable or silent,
         unit=unit,
         dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        mininterval=0.1 if on_terminal() else 10.0,
         bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
     )

@@ -40,3 +40,12 @@ def test_a_bar_is_silent_where_information_is(capsys):
     setup_logging()
     assert list(progress(range(3), desc="epoch")) == [0, 1, 2]
     assert "epoch 100%" in capsys.readouterr().err
+
+
+def test_without_a_stderr_there_are_no_colours_and_bars_and_messages_go_nowhere(monkeypatch):
+    monkeypatch.setattr(LOGGER, "handlers", [])
+    monkeypatch.setattr("sys.stderr", None)  # as under pythonw, in windowed programs and services
+    setup_logging(rank=-1)
+    LOGGER.warning("nobody reads this")
+    assert colorstr("train: ") == "train: "
+    assert list(progress(range(3), desc="epoch")) == [0, 1, 2]
