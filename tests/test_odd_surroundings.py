@@ -1,10 +1,18 @@
 """The commands in surroundings that most people never meet: no standard streams, names in another encoding."""
 
+import csv
+import os
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
 import pytest
 
 import detect
 import train
 import val
+from utils.files import native_path
 
 SMALL = {"imgsz": 64, "device": "cpu"}
 
@@ -17,13 +25,15 @@ def run_all(tiny_shapes, weights, tmp_path):
 
     def run(data=tiny_shapes, source=None, **options):
         source = source or tiny_shapes.parent / "images" / "val"
-        options = {"project": str(tmp_path / "runs"), **SMALL, **options}
         training = {"cfg": "yolov5n-slimneck.yaml", "weights": "", "epochs": 1, "batch_size": 8, "workers": 0}
-        train.run(data=str(data), name="train", noplots=True, **training, **options)
-        best = str(tmp_path / "runs" / "train" / "weights" / "best.pt")
-        val.run(data=str(data), weights=best, name="val", workers=0, **options)
-        detect.run(source=str(source), weights=str(weights), name="detect", **options)
-        return tmp_path / "runs"
+        training["noplots"] = options.pop("noplots", False)
+        options = {"project": str(tmp_path / "runs"), **SMALL, **options}
+        runs = Path(options["project"])
+        train.run(data=str(data), name="train", **training, **options)
+        best = str(runs / "train" / "weights" / "best.pt")
+        val.run(data=str(data), weights=best, name="val", workers=0, save_txt=True, save_json=True, **options)
+        detect.run(source=str(source), weights=str(weights), name="detect", save_csv=True, **options)
+        return runs
 
     return run
 
@@ -31,6 +41,39 @@ def run_all(tiny_shapes, weights, tmp_path):
 def test_the_programs_run_without_standard_streams(run_all, monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     monkeypatch.setattr("sys.stderr", None)
-    runs = run_all()
+    runs = run_all(noplots=True)
     assert (runs / "train" / "results.csv").is_file() and (runs / "val").is_dir()
     assert len(list((runs / "detect").glob("*.jpg"))) == 8
+
+
+WORD = os.fsdecode("照片_".encode("gbk"))  # as unzip, tar or FTP bring it from a system with this encoding
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+def test_file_names_that_are_not_utf_8_work_and_are_shown_as_far_as_can_be(run_all, tiny_shapes, tmp_path):
+    folder = tmp_path / WORD
+    for split, count in (("train", 4), ("val", 2)):
+        for kind, suffix in (("images", ".jpg"), ("labels", ".txt")):
+            (folder / kind / split).mkdir(parents=True)
+            for index in range(count):
+                original = tiny_shapes.parent / kind / split / f"{index}{suffix}"
+                (folder / kind / split / f"{WORD}{index}{suffix}").write_bytes(original.read_bytes())
+    (folder / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [a, b, c, d]\n")
+    video = cv2.VideoWriter(native_path(folder / "images" / "val" / f"{WORD}v.avi"), 0, 5, (64, 64))
+    for _ in range(2):
+        video.write(np.zeros((64, 64, 3), np.uint8))
+    video.release()
+    source = folder / "images" / "val"
+    runs = run_all(folder / "data.yaml", source, project=str(folder / "runs"))
+    assert (runs / "train" / "weights" / "best.pt").is_file() and (runs / "train" / "labels.jpg").is_file()
+    assert {path.name for path in (runs / "detect").iterdir()} >= {f"{WORD}0.jpg", f"{WORD}v.mp4"}
+    with open(runs / "detect" / "predictions.csv", newline="", encoding="utf-8") as file:
+        names = {row["Image Name"] for row in csv.DictReader(file)}
+    assert "\ufffd\ufffd\u01ac_0.jpg" in names
+
+
+def test_drawn_names_show_what_no_font_has_as_replacement_characters():
+    from utils.fonts import fit_text, text_width
+
+    assert fit_text("a\ud800\x1b", 500, 20, 10) == ("a\ufffd\ufffd", 20)
+    assert text_width("\udcd5", 20) == text_width("\ufffd", 20)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +16,16 @@ LOGGER = logging.getLogger("yolov5")
 
 _ANSI = {"blue": "\033[34m", "green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m", "bold": "\033[1m"}
 _ANSI_END = "\033[0m"
+# What a name from a file must not bring to a terminal: any control but lines, tabs and the styles above, and no text.
+_STYLES = "|".join(re.escape(code[1:]) for code in (*_ANSI.values(), _ANSI_END))
+_UNSAFE = re.compile(rf"\033(?!{_STYLES})|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class _Formatter(logging.Formatter):
+    """Shows the message alone, U+FFFD in place of what a terminal cannot show or would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _UNSAFE.sub("\ufffd", super().format(record))
 
 
 def setup_logging(rank: int | None = None) -> None:
@@ -27,7 +38,7 @@ def setup_logging(rank: int | None = None) -> None:
     verbose = os.environ.get("YOLOv5_VERBOSE", "true").lower() == "true" and rank in (-1, 0)
     if not LOGGER.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Formatter("%(message)s"))
         LOGGER.addHandler(handler)
         LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if verbose else logging.WARNING)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from models.backends.metadata import Metadata, Suppression
 from utils.checks import UserError, did_you_mean
-from utils.files import read_yaml
+from utils.files import native_path, read_yaml
 from utils.log import LOGGER
 
 UNKNOWN_STRIDE = 64  # of files that do not say: no YOLOv5 needs more, and multiples of it are multiples of 32
@@ -45,6 +45,8 @@ def find_export(weights: str | Path) -> Path:
         UserError: there is none; the nearest names beside it are shown. Or a file in the folder is a link out of it.
     """
     path = Path(weights)
+    if isinstance(native_path(path), bytes):
+        raise UserError(f"--weights {path}: runtimes take no path that is not UTF-8: rename the file or its folder.")
     if os.path.isfile(path):  # a pipe would be waited for; Path's own raise for names too long
         return path
     if os.path.isdir(path):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.checks import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, native_path
 from utils.log import LOGGER, colorstr
 
 COLUMNS = (
@@ -195,6 +195,9 @@ def open_tensorboard(save_dir: str | Path, start_epoch: int = 0) -> TensorBoard 
     prefix = colorstr("TensorBoard:")
     if importlib.util.find_spec("tensorboard") is None:
         LOGGER.info(f"{prefix} not installed ('pip install tensorboard' shows curves in a browser)")
+        return None
+    if isinstance(native_path(save_dir), bytes):
+        LOGGER.warning(f"{prefix} WARNING: takes no folder whose name is not UTF-8; going on without it")
         return None
     # TensorBoard would import TensorFlow where there is one, which takes seconds and 400 MB; its own stub suffices.
     sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
