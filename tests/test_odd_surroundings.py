@@ -2,8 +2,11 @@
 
 import csv
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -77,3 +80,32 @@ def test_drawn_names_show_what_no_font_has_as_replacement_characters():
 
     assert fit_text("a\ud800\x1b", 500, 20, 10) == ("a\ufffd\ufffd", 20)
     assert text_width("\udcd5", 20) == text_width("\ufffd", 20)
+
+
+def test_commands_that_are_printed_to_be_copied_fit_a_shell(tmp_path, caplog, monkeypatch):
+    from models.export import run as exporter
+    from utils import fingerprint
+    from utils.train.engine import Trainer
+    from utils.train.loggers import open_tensorboard
+
+    caplog.set_level("INFO", "yolov5")
+    file, data = tmp_path / "it's my run" / "best.pt", "my data.yaml"
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    exporter._conclude(exporter.Report([file]), SimpleNamespace(data=data), 1.0)
+    board = open_tensorboard(file.parent / "exp")
+    if board:
+        board.close()
+    monkeypatch.setattr(fingerprint, "fingerprint", lambda *_, **__: [SimpleNamespace(name="weights", digest="")] * 2)
+    stopped = SimpleNamespace(epoch=0, last=file, world=SimpleNamespace(command="python train.py"))
+    said = "\n".join([caplog.text, fingerprint.summary(file.parent), Trainer.how_to_resume(stopped)])
+    commands = {
+        r"Detect: +(.*)": ["python", "detect.py", "--weights", str(file)],
+        r"Validate: +(.*)": ["python", "val.py", "--weights", str(file), "--data", data],
+        r"Go on with: (.*)": ["python", "train.py", "--resume", str(file)],
+        r"(python -m utils.fingerprint .*)\)": ["python", "-m", "utils.fingerprint", str(file.parent)],
+    }
+    if board:
+        commands[r"(tensorboard --logdir .*), and view"] = ["tensorboard", "--logdir", str(file.parent)]
+    for pattern, words in commands.items():
+        assert shlex.split(re.search(pattern, said)[1]) == words

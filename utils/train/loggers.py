@@ -10,6 +10,7 @@ import contextlib
 import copy
 import importlib.util
 import os
+import shlex
 import sys
 import threading
 import types
@@ -206,5 +207,6 @@ def open_tensorboard(save_dir: str | Path, start_epoch: int = 0) -> TensorBoard 
     except ImportError as error:
         LOGGER.warning(f"{prefix} WARNING: installed but unusable ({error}); going on without it")
         return None
-    LOGGER.info(f"{prefix} start with 'tensorboard --logdir {Path(save_dir).parent}', view at http://localhost:6006/")
+    command = f"tensorboard --logdir {shlex.quote(str(Path(save_dir).parent))}"
+    LOGGER.info(f"{prefix} start with {command}, and view at http://localhost:6006/")
     return board
