@@ -82,6 +82,15 @@ def test_drawn_names_show_what_no_font_has_as_replacement_characters():
     assert text_width("\udcd5", 20) == text_width("\ufffd", 20)
 
 
+def test_class_names_bring_no_controls_to_tables_pictures_and_folders():
+    from utils.data.sinks import folder_names
+    from utils.draw import class_name
+
+    names = {0: "cat\x1b[2J\n\x9b", 1: "a\ud800/b"}
+    assert [class_name(names, index) for index in names] == ["cat\ufffd[2J\ufffd\ufffd", "a\ufffd/b"]
+    assert folder_names(names) == {0: "cat_[2J_\ufffd", 1: "a\ufffd_b"}
+
+
 def test_commands_that_are_printed_to_be_copied_fit_a_shell(tmp_path, caplog, monkeypatch):
     from models.export import run as exporter
     from utils import fingerprint

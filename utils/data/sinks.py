@@ -173,7 +173,7 @@ def folder_names(names: Mapping[int, str]) -> dict[int, str]:
     folders: dict[int, str] = {}
     taken: set[str] = set()
     for class_id, name in names.items():
-        safe = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "_", str(name)).strip(" .")[:100] or "_"
+        safe = printable(re.sub(r'[\x00-\x1f<>:"/\\|?*]', "_", str(name))).strip(" .")[:100] or "_"
         if safe.casefold().split(".")[0] in _RESERVED_NAMES:
             safe = f"_{safe}"
         while safe.casefold() in taken:
