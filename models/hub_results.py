@@ -23,7 +23,7 @@ from torch import Tensor
 from models.backends.runtime import require
 from models.detector import in_words
 from utils.boxes import xyxy2xywh
-from utils.checks import UserError
+from utils.checks import UserError, printable
 from utils.data.sinks import OutputStems, folder_names
 from utils.draw import class_name, crop_box, detection_labels, draw_detections, save_image
 from utils.files import increment_path
@@ -105,7 +105,7 @@ class Detections:
 
     def __str__(self) -> str:
         """Returns what `print` shows."""
-        return "\n".join([*(self._line(number) for number in range(self.n)), self._speed()])
+        return "\n".join([*(printable(self._line(number)) for number in range(self.n)), self._speed()])
 
     def __repr__(self) -> str:
         """Returns the class and the number of pictures, with what `print` shows."""

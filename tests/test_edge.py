@@ -1,6 +1,7 @@
 """The small installation of requirements-edge.txt, and how soon detect.py answers on it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,46 @@ def test_the_first_detection_comes_soon(model, golden_dir, tmp_path, monkeypatch
     backend.infer(inputs)
     inference_s = sum(os.times()[:2]) - sum(before[:2])
     assert cpu_s(one) - inference_s < FIRST_DETECTION_CPU_S
+
+
+# what requirements-edge.txt does not install: each command of argv[1:], in one process
+WITHOUT = """
+import importlib, logging, sys
+for name in "torch torchvision pandas matplotlib seaborn thop tqdm tensorboard fastapi".split():
+    sys.modules[name] = None  # as if it were not installed
+from utils.cli import run_command
+for line in sys.argv[1:]:
+    sys.argv = line.split("|")
+    logging.getLogger("yolov5").handlers.clear()
+    script = importlib.import_module(sys.argv[0].removesuffix(".py"))
+    print(f"status {run_command(script.main, script.build_parser())}", file=sys.stderr)
+"""
+PYTORCH = r"needs PyTorch \(torch is not installed\): pip install -r requirements.txt, or export the model"
+LIBRARY = r"error: needs torch, which is not installed: pip install -r requirements.txt$"
+NEEDS = {
+    "detect.py|--weights|{}/best.pt|--source|data/images|--project|{}": PYTORCH,
+    "detect.py|--weights|{}/best.pt|{}/best.pt|--source|data/images|--project|{}": PYTORCH,
+    "detect.py|--weights|{}/best.torchscript|--source|data/images|--project|{}": PYTORCH,
+    "detect.py|--weights|{}/best.engine|--source|data/images|--project|{}": PYTORCH,
+    "serve.py|--weights|{}/best.pt": r"fastapi is not installed: pip install -r requirements-serve.txt",
+    "val.py|--weights|{}/best.onnx|--data|coco128.yaml": LIBRARY,
+    "export.py|--weights|{}/best.pt": LIBRARY,
+    "train.py|--cfg|yolov5n.yaml|--data|coco128.yaml": LIBRARY,
+    "utils.fingerprint|{}/best.pt": LIBRARY,
+}
+
+
+def test_what_needs_pytorch_says_so_in_one_line_where_it_is_absent(tmp_path):
+    for suffix in ("pt", "torchscript", "engine", "onnx"):
+        (tmp_path / f"best.{suffix}").write_bytes(b"weights")
+    lines = [line.replace("{}", str(tmp_path)) for line in NEEDS]
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *lines], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    said = done.stderr.split("status 1\n")
+    assert len(said) == len(NEEDS) + 1 and not said[-1], done.stderr
+    for line, text in zip(NEEDS, said, strict=False):
+        message = text.strip().splitlines()[-1]
+        assert re.search(NEEDS[line], message), (line, text)
 
 
 @pytest.mark.slow

@@ -256,14 +256,20 @@ def openvino_folder(folder: Path, graph: bytes = GRAPH.encode()) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("part", ["best.bin"])
-def test_openvino_folders_with_links_to_elsewhere_are_refused(tmp_path, part):
-    folder = openvino_folder(tmp_path / "evil_openvino_model")
-    secret = tmp_path / f"secret{Path(part).suffix}"
-    (folder / part).rename(secret)
-    (folder / part).symlink_to(secret)
-    with pytest.raises(UserError, match=f"{part}' is a link to .*outside its folder: refused"):
-        openvino.load(folder, "cpu")
+@pytest.mark.parametrize("kind", ["openvino_model", "ncnn_model", "saved_model", "mlpackage", "xml"])
+def test_folders_with_links_to_elsewhere_are_refused(tmp_path, kind):
+    folder = openvino_folder(tmp_path / (f"evil.{kind}" if kind == "mlpackage" else f"evil_{kind}"))
+    (folder / "variables").mkdir()
+    secret, inside = (
+        tmp_path / "secret.bin",
+        folder / "best.bin" if kind == "xml" else folder / "variables" / "link.bin",
+    )
+    (folder / "best.bin").rename(secret)
+    (folder / "best.bin").symlink_to("best.xml")  # inside the folder all is well
+    inside.unlink(missing_ok=True)
+    inside.symlink_to(secret)
+    with pytest.raises(UserError, match=f"'{inside.name}' is a link to .*secret.bin, outside it: refused"):
+        load_backend(folder / "best.xml" if kind == "xml" else folder, "cpu")
 
 
 GRAPHS = {
@@ -304,29 +310,81 @@ def test_ncnn_graphs_whose_counts_are_wrong_are_refused_before_ncnn_sees_them(tm
         load_backend(folder, "cpu")
 
 
-@pytest.mark.slow
-def test_saved_models_cannot_put_other_functions_in_place_of_those_that_were_checked(tmp_path):
-    before_tensorflow()
-    pytest.importorskip("tensorflow")
+SAVER = "__inference__traced_save_1"
+WAYS_TO_A_SAVER = {
+    "signature": lambda part: part.object_graph_def.concrete_functions[SAVER].bound_inputs.append(0),
+    "function": lambda part: part.object_graph_def.nodes.add().function.concrete_functions.append(SAVER),
+    "bare function": lambda part: setattr(
+        part.object_graph_def.nodes.add().bare_concrete_function, "concrete_function_name", SAVER
+    ),
+    "call": lambda part: setattr(entry_of(part).node_def.add(op="PartitionedCall").attr["f"].func, "name", SAVER),
+    "call of a call": lambda part: setattr(
+        entry_of(part).node_def.add(op="PartitionedCall").attr["f"].func.attr["g"].func, "name", SAVER
+    ),
+    "branches": lambda part: entry_of(part).node_def.add(op="PartitionedCall").attr["f"].list.func.add(name=SAVER),
+    "name in bytes": lambda part: setattr(
+        entry_of(part).node_def.add(op="PartitionedCall").attr["f"], "s", SAVER.encode()
+    ),
+    "attribute of a function": lambda part: setattr(entry_of(part).attr["forward_function_name"], "s", SAVER.encode()),
+    "gradient": lambda part: part.graph_def.library.gradient.add(function_name="serve", gradient_func=SAVER),
+    "another's, loaded before": lambda part: setattr(
+        entry_of(part).node_def.add(op="PartitionedCall").attr["f"].func, "name", f"{SAVER}_load_7"
+    ),
+    "deep in the top graph": lambda part: setattr(part.graph_def.node[0].attr["f"].func.attr["g"].func, "name", SAVER),
+    "TensorFlow 1": lambda part: part.ClearField("object_graph_def"),
+    "operator": lambda part: entry_of(part).node_def.add(op=SAVER),
+    "operator at the top": lambda part: part.graph_def.node.add(op="WriteFile"),
+    "evil saver": lambda part: part.graph_def.library.function[0].node_def.add(op="WriteFile"),
+    "nearly a saver": lambda part: setattr(part.graph_def.library.function[0].signature, "name", f"{SAVER}_x"),
+    "replaceable": lambda part: setattr(entry_of(part).attr["api_implements"], "s", b"same"),
+    "saveable object": lambda part: setattr(
+        part.object_graph_def.nodes[0].saveable_objects["a"], "restore_function", 1
+    ),
+    "registered class": lambda part: setattr(part.object_graph_def.nodes[0], "registered_name", "some.Class"),
+    "registered saver": lambda part: setattr(part.object_graph_def.nodes[0], "registered_saver", "some.saver"),
+    "resource": lambda part: setattr(part.object_graph_def.nodes.add().resource, "device", "cpu"),
+}
+
+
+def entry_of(part):
+    return part.graph_def.library.function[1]
+
+
+def saved_model():
+    """A SavedModel as TensorFlow writes it, of which only the graph for other languages calls the saver."""
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-    for trick in ("swap", "call at top", "evil saver"):
-        content = SavedModel()
-        graph = content.meta_graphs.add().graph_def
-        saver, entry = graph.library.function.add(), graph.library.function.add()
-        saver.signature.name, entry.signature.name = "__inference__traced_save_1", "serve"
-        saver.node_def.add(name="w", op="WriteFile" if trick == "evil saver" else "SaveV2")
-        entry.node_def.add(name="a", op="Identity")
-        if trick == "swap":
-            for function in (saver, entry):
-                function.attr["api_implements"].s = b"same"
-        if trick == "call at top":
-            graph.node.add(name="c", op="PartitionedCall").attr["f"].func.name = saver.signature.name
-        folder = tmp_path / f"{trick.replace(' ', '_')}_saved_model"
-        folder.mkdir()
-        (folder / "saved_model.pb").write_bytes(content.SerializeToString())
-        with pytest.raises(UserError, match="_saved_model: .*: refused"):
-            load_backend(folder, "cpu")
+    content = SavedModel()
+    part = content.meta_graphs.add()
+    saver, entry = part.graph_def.library.function.add(), part.graph_def.library.function.add()
+    saver.signature.name, entry.signature.name = SAVER, "serve"
+    saver.node_def.add(name="w", op="SaveV2")
+    entry.node_def.add(name="a", op="Identity")
+    part.graph_def.node.add(name="c", op="StatefulPartitionedCall").attr["f"].func.name = SAVER
+    part.object_graph_def.concrete_functions["serve"].bound_inputs.append(0)
+    part.object_graph_def.nodes.add().user_object.identifier = "_generic_user_object"
+    return content
+
+
+@pytest.mark.slow
+def test_saved_models_have_no_way_to_the_functions_that_reach_files(tmp_path):
+    before_tensorflow()
+    pytest.importorskip("tensorflow")
+    from models.backends.tensorflow import _check_saved_model
+
+    _check_saved_model(saved_model(), tmp_path)
+    for name, change in WAYS_TO_A_SAVER.items():
+        content = saved_model()
+        change(content.meta_graphs[0])
+        with pytest.raises(UserError, match="evil_saved_model: .*: refused"):
+            _check_saved_model(content, Path("evil_saved_model"))
+            pytest.fail(name)
+    content = saved_model()
+    content.meta_graphs.add().CopyFrom(content.meta_graphs[0])  # TensorFlow would run their top graphs
+    (tmp_path / "two_saved_model").mkdir()
+    (tmp_path / "two_saved_model" / "saved_model.pb").write_bytes(content.SerializeToString())
+    with pytest.raises(UserError, match="two_saved_model: one graph is expected in it, it has 2: refused"):
+        load_backend(tmp_path / "two_saved_model", "cpu")
 
 
 def test_texts_in_a_tflite_file_are_never_evaluated(tmp_path):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from utils.checks import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, native_path
 
 FORMAT, FORMAT_VERSION = "yolov5-slim", 1
 TRAINING_STATE = ("best_fitness", "ema", "updates", "optimizer", "scaler", "schedule", "stopper", "generators")
@@ -291,7 +291,8 @@ def open_records(path: Path) -> torch._C.PyTorchFileReader:
     total, packed = sum(sizes.values()), path.stat().st_size
     if total > max(RATIO_FROM_BYTES, packed * MAX_RATIO):
         raise UserError(f"{path}: refused, for its {packed} bytes unpack to {total}, which torch's own never do.")
-    reader = torch._C.PyTorchFileReader(str(path))
+    named = isinstance(native_path(path), str)  # torch takes no other names, but files opened by Python
+    reader = torch._C.PyTorchFileReader(str(path) if named else open(path, "rb"))  # noqa: SIM115
     names = [name for name in reader.get_all_records() if not name.endswith("/")]
     if len({name.lower() for name in names}) != count or set(names) != set(sizes):
         raise ValueError("a member stands twice, or outside the archive's one folder")

@@ -40,6 +40,14 @@ def shown(value: Any, longest: int = 80) -> str:
     return (value if isinstance(value, str) and not UNPRINTABLE.search(value) else repr(value))[:longest]
 
 
+def printable(text: Any) -> str:
+    """Returns a text in which U+FFFD stands for every character that no console, file, font or native code takes.
+
+    Such are the halves of characters by which Python holds bytes of file names that are not UTF-8.
+    """
+    return UNPRINTABLE.sub("\ufffd", str(text))
+
+
 def round_up(value: float, divisor: int) -> int:
     """Returns the smallest multiple of `divisor` that is not below `value`."""
     return math.ceil(value / divisor) * divisor

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ EXIT_MISTAKE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 128 + signal.SIGTERM
+OWN_PACKAGES = ("models", "service", "utils")
 LARGEST_INT = 2**31 - 1  # what an option takes that names no maximum; libraries overflow beyond
 
 
@@ -46,9 +48,10 @@ class ReportedError(UserError):
 def run_command(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> int:
     """Parses the command line, runs `main` and returns the exit status.
 
-    0 on success, 1 after a mistake of the user's (its message alone is printed), 130 after Ctrl-C, 143 after SIGTERM;
-    argparse itself exits with 2 for an unknown option.
+    0 on success, 1 after a mistake of the user's or where a library is missing (the message alone is printed), 130
+    after Ctrl-C, 143 after SIGTERM; argparse itself exits with 2 for an unknown option.
     """
+    _open_streams()
     options = parser.parse_args()
     setup_logging()
     try:
@@ -59,6 +62,12 @@ def run_command(main: Callable[[argparse.Namespace], Any], parser: argparse.Argu
     except UserError as error:
         LOGGER.error(f"{parser.prog}: error: {error}")
         return EXIT_MISTAKE
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or package in OWN_PACKAGES:
+            raise
+        LOGGER.error(f"{parser.prog}: error: needs {package}, which is not installed: pip install -r requirements.txt")
+        return EXIT_MISTAKE
     except Terminated as error:
         LOGGER.error(f"\n{parser.prog}: ended by SIGTERM. {error}".rstrip())
         return EXIT_TERMINATED
@@ -68,6 +77,17 @@ def run_command(main: Callable[[argparse.Namespace], Any], parser: argparse.Argu
     finally:
         sys.stdout.flush()
     return 0
+
+
+def _open_streams() -> None:
+    """Puts the null device in place of standard streams that are closed, as services and windowed programs have them.
+
+    Libraries write to them without asking. And each takes the lowest number that is free, its own: else the next file
+    that is opened would get it, and with it what native code prints.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ import sys
 import cv2
 import numpy as np
 
+from utils.checks import printable
+
 PROBE = "import cv2; cv2.namedWindow('probe', cv2.WINDOW_NORMAL); cv2.destroyAllWindows()"
 PROBE_TIMEOUT_S = 30  # an X server at the far end of a network may take its time
 LARGEST_PX = (1280, 720)  # width and height of a new window; the user may enlarge it
@@ -67,6 +69,7 @@ class Window:
         Returns:
             Whether to go on: False once the user has pressed `q` in any of the windows.
         """
+        title = printable(title)
         if title not in self._titles:
             cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
             cv2.resizeWindow(title, *window_size(*image.shape[:2]))

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from utils.boxes import clip_boxes, xywh2xyxy, xywhn2xyxy, xyxy2xywh
-from utils.checks import UserError
+from utils.checks import UserError, printable
 from utils.fonts import ASCENT, LINE_HEIGHT, draw_text, fit_text, text_width
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def text_color(ground_bgr: Color) -> Color:
 def class_name(names: Mapping[int, str] | Sequence[str], class_id: int) -> str:
     """Returns a class's name; its number where `names` has none."""
     known = class_id in names if isinstance(names, Mapping) else 0 <= class_id < len(names)
-    return str(names[class_id]) if known else str(class_id)
+    return printable(names[class_id]) if known else str(class_id)
 
 
 def detection_labels(
@@ -269,7 +269,7 @@ def save_image(path: str | Path, image: np.ndarray) -> None:
     """
     path = Path(path)
     try:
-        done, data = cv2.imencode(path.suffix, image)
+        done, data = cv2.imencode(printable(path.suffix), image)
     except cv2.error as error:
         raise UserError(f"{path}: pictures cannot be written in this format ({error.err}).") from error
     if not done:

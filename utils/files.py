@@ -330,6 +330,12 @@ def _next_free(path: Path, sep: str) -> Path:
     return path.with_name(f"{stem}{sep}{max([1, *numbers]) + 1}{suffix}")
 
 
+def native_path(path: str | Path) -> str | bytes:
+    """Returns a file's path as OpenCV takes it: as bytes where it is not UTF-8, which as a text would crash it."""
+    text = os.fspath(path)
+    return os.fsencode(text) if any("\ud800" <= character <= "\udfff" for character in text) else text
+
+
 def find_file(name: str | Path, suffixes: Sequence[str] = (), what: str = "file") -> Path:
     """Finds a file by its path, or by its bare name below data/, models/ and utils/ of the repository.
 

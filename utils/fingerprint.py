@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def summary(run: str | Path) -> str:
     with _silent():
         *parts, _ = fingerprint(run, images=False)
     digests = ", ".join(f"{part.name} {part.digest[:SHORT_DIGITS] if part.digest else '-'}" for part in parts)
-    return f"Fingerprint: {digests} (in full, with the images: python -m utils.fingerprint {run})"
+    return f"Fingerprint: {digests} (in full, with the images: python -m utils.fingerprint {shlex.quote(str(run))})"
 
 
 def checkpoint_files(run: Path) -> list[Path]:

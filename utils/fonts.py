@@ -17,6 +17,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils.checks import printable
+
 LOGGER = logging.getLogger("yolov5")
 WEIGHT = 500  # between regular and semibold: legible at small sizes on coloured ground
 ASCENT, LINE_HEIGHT = 0.95, 1.35  # of the font size; Arabic descends deepest, by the difference
@@ -39,6 +41,7 @@ _PROBE_PX, _PROBE_SIDE = 20, 64
 
 def text_width(text: str, size_px: int) -> int:
     """Returns the width in pixels of one line of text."""
+    text = printable(text)
     path = _font_for(text)
     if path:
         return math.ceil(_pillow_font(path, size_px).getlength(text))
@@ -47,6 +50,7 @@ def text_width(text: str, size_px: int) -> int:
 
 def draw_text(image: np.ndarray, text: str, left: int, baseline: int, size_px: int, color: tuple[int, ...]) -> None:
     """Draws one line of text into `image` uint8 (h, w, 3), in place; it never wraps."""
+    text = printable(text)
     path = _font_for(text)
     if path:
         _draw_with_pillow(image, text, left, baseline, size_px, color, path)
@@ -56,7 +60,7 @@ def draw_text(image: np.ndarray, text: str, left: int, baseline: int, size_px: i
 
 def fit_text(text: str, width_px: int, size_px: int, smallest_px: int) -> tuple[str, int]:
     """Returns the text and font size that fit into `width_px`: first set smaller, then shortened with an ellipsis."""
-    size = size_px
+    text, size = printable(text), size_px
     while size > smallest_px and text_width(text, size) > width_px:
         size -= 1
     if text_width(text, size) <= width_px:

@@ -53,7 +53,13 @@ def load_backend(
     file, runtime = files[0], runtime_of(files[0])
     if dnn and runtime != "onnxruntime":
         raise UserError(f"--dnn runs ONNX files in OpenCV, and {file} is none: give an .onnx file, or leave it out.")
-    module = importlib.import_module(f"models.backends.{'opencv' if dnn else runtime}")
+    try:
+        module = importlib.import_module(f"models.backends.{'opencv' if dnn else runtime}")
+    except ModuleNotFoundError as error:  # these modules import nothing foreign but PyTorch
+        raise UserError(
+            f"{file} needs PyTorch ({error.name} is not installed): pip install -r requirements.txt, or export the "
+            "model where it is installed (export.py --include onnx) and give the .onnx file."
+        ) from error
     return module.load(file, device, half) if len(files) == 1 else module.load_ensemble(files, device, half)
 
 

@@ -1,35 +1,42 @@
 """What can be told of an ONNX file without any library: what it says of itself, and which files its tensors are in.
 
-An ONNX tensor may name a file that holds its values. Older runtimes read whatever file that is; here it must lie in the
-model's own folder. The walk follows the few messages of the format (onnx.proto) that lead to what is wanted.
+An ONNX tensor may name a file that holds its values. Older runtimes read whatever file that is; here it must lie beside
+the model. The walk follows the messages of the format (onnx.proto) that lead to tensors, and refuses what it cannot be
+sure of: parts that the format did not have when this was written, and bytes that libraries read in different ways.
 """
 
 from __future__ import annotations
 
 import mmap
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.checks import UserError
+from utils.checks import UserError, shown
 
+_PLAIN = ""  # fields that lead to no tensor
 # message -> {field number: message in it}; an "entry" is a pair of texts
 _FIELDS: Mapping[str, Mapping[int, str]] = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "function": {7: "node"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-    "tensor": {13: "entry"},
+    "model": {**dict.fromkeys((1, 2, 3, 4, 5, 6, 8, 14, 26), _PLAIN), 7: "graph", 20: "training", 25: "function"},
+    "training": {**dict.fromkeys((3, 4), _PLAIN), 1: "graph", 2: "graph"},
+    "graph": {**dict.fromkeys((2, 10, 11, 12, 13, 14, 16), _PLAIN), 1: "node", 5: "tensor", 15: "sparse"},
+    "function": {**dict.fromkeys((1, 4, 5, 6, 8, 9, 10, 12, 13, 14), _PLAIN), 7: "node", 11: "attribute"},
+    "node": {**dict.fromkeys((1, 2, 3, 4, 6, 7, 8, 9, 10), _PLAIN), 5: "attribute"},
+    "attribute": {
+        **dict.fromkeys((1, 2, 3, 4, 7, 8, 9, 13, 14, 15, 20, 21), _PLAIN),
+        **{5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    },
+    "sparse": {3: _PLAIN, 1: "tensor", 2: "tensor"},
+    "tensor": {**dict.fromkeys((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16), _PLAIN), 13: "entry"},
 }
 _MODEL_GRAPH, _MODEL_TEXTS = 7, 14
 _GRAPH_INPUT, _GRAPH_OUTPUT = 11, 12
 _DIMENSIONS = (2, 1, 2, 1)  # from a graph's input: type, tensor_type, shape, dim
 _DIMENSION_LENGTH = 1
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of Protocol Buffers
-_MAX_VARINT = 10  # bytes
+_MAX_VARINT, _MAX_KEY = 10, 5  # bytes
+_FILE_NAME = re.compile(r"[^/\\:\0]+")  # no path, and none of the addresses that ONNX Runtime hides in one
 _MAX_DEPTH = 100
 
 
@@ -51,10 +58,11 @@ class Field(NamedTuple):
 
 
 def read_onnx(path: Path) -> OnnxFile:
-    """Reads what an ONNX file says of itself, and makes sure that its tensors lie in it or in its folder.
+    """Reads what an ONNX file says of itself, and makes sure that its tensors lie in it or in files beside it.
 
     Raises:
-        UserError: no ONNX file, or it refers to a file elsewhere, also by way of a link.
+        UserError: no ONNX file, or it has parts that cannot be checked, or refers to a file that is elsewhere, also by
+            way of a link, or missing.
     """
     folder = path.parent.resolve()
     try:
@@ -66,8 +74,11 @@ def read_onnx(path: Path) -> OnnxFile:
     except (IndexError, ValueError) as error:
         raise UserError(f"--weights {path}: is not an ONNX file, or is damaged ({error}).") from error
     for location in sorted(locations):
-        if not (folder / location).resolve().is_relative_to(folder):
-            raise UserError(f"--weights {path}: takes tensors from '{location}', which is outside its folder: refused.")
+        words = f"--weights {path}: takes tensors from '{shown(location)}'"
+        if not _FILE_NAME.fullmatch(location) or not (folder / location).resolve().is_relative_to(folder):
+            raise UserError(f"{words}, which is outside its folder: refused.")
+        if not (folder / location).is_file():
+            raise UserError(f"{words}, and there is no such file: put it beside the model.")
     return found
 
 
@@ -108,21 +119,28 @@ def _locations(content: mmap.mmap, start: int, end: int, message: str, depth: in
     if depth > _MAX_DEPTH:
         raise ValueError("nested too deeply")
     for field in _fields(content, start, end):
-        inner = _FIELDS[message].get(field.tag)
-        if inner is None or field.number is not None:
+        if field.number is not None:
             continue
+        inner = _FIELDS[message].get(field.tag)
+        if inner is None:
+            raise ValueError(f"a {message} in it has a field {field.tag}, which is unknown here and could be anything")
         if inner == "entry":
             entry = _entry(content, field)
             if entry.get(1) == b"location":
                 yield entry.get(2, b"").decode()
-        else:
+        elif inner != _PLAIN:
             yield from _locations(content, field.start, field.end, inner, depth + 1)
 
 
 def _fields(content: mmap.mmap, position: int, end: int) -> Iterator[Field]:
-    """Yields the fields of a message that are numbers of variable length or bytes; passes over the others."""
+    """Yields the fields of a message that are numbers of variable length or bytes; passes over the others.
+
+    Libraries differ in keys beyond 32 bits: some cut them down to another field's.
+    """
     while position < end:
-        key, position = _varint(content, position)
+        key, position = _varint(content, position, _MAX_KEY)
+        if not 8 <= key < 1 << 32:
+            raise ValueError(f"a field's key is {key}")
         kind = key & 7
         if kind == _VARINT:
             number, position = _varint(content, position)
@@ -139,10 +157,10 @@ def _fields(content: mmap.mmap, position: int, end: int) -> Iterator[Field]:
             raise ValueError(f"unknown kind of field {kind}")
 
 
-def _varint(content: mmap.mmap, position: int) -> tuple[int, int]:
-    """Reads a number of variable length; returns it and the place behind it."""
+def _varint(content: mmap.mmap, position: int, longest: int = _MAX_VARINT) -> tuple[int, int]:
+    """Reads a number of variable length, of at most `longest` bytes; returns it and the place behind it."""
     value = 0
-    for count in range(_MAX_VARINT):
+    for count in range(longest):
         byte = content[position + count]
         value |= (byte & 0x7F) << (7 * count)
         if byte < 0x80:

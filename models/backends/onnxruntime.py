@@ -84,6 +84,7 @@ def load(weights: str | Path, device: str = "", half: bool = False) -> OnnxRunti
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = thread_count()
     options.add_session_config_entry("session.intra_op.allow_spinning", WAIT_ASLEEP)
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # as it was read, whatever its name ends in
     try:
         session = runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its errors have no class in common

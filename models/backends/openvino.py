@@ -20,6 +20,7 @@ from models.backends.runtime import (
     find_export,
     find_part,
     plain_texts,
+    refuse_links,
     require,
     texts_of_yaml,
     thread_count,
@@ -103,11 +104,7 @@ def _check_graph(path: Path) -> None:
         raise UserError(f"--weights {path}: cannot be read ({error.strerror}).") from error
     if not HEAD.match(head):
         raise UserError(f"--weights {path}: is not an OpenVINO graph (<net> in XML).")
-    weights, folder = path.with_suffix(".bin"), path.parent.resolve()
-    if not weights.resolve().is_relative_to(folder):
-        raise UserError(
-            f"--weights {path}: '{weights.name}' is a link to {weights.resolve()}, outside its folder: refused."
-        )
+    refuse_links(path.parent, [path.with_suffix(".bin")])
 
 
 def _device(core: Any, device: str) -> str:

@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from models.backends.metadata import Metadata, Suppression
 from utils.checks import UserError, did_you_mean
-from utils.files import read_yaml
+from utils.files import native_path, read_yaml
 from utils.log import LOGGER
 
 UNKNOWN_STRIDE = 64  # of files that do not say: no YOLOv5 needs more, and multiples of it are multiples of 32
@@ -42,13 +42,29 @@ def find_export(weights: str | Path) -> Path:
     """Returns the file or folder of an exported model.
 
     Raises:
-        UserError: there is none; the nearest names beside it are shown.
+        UserError: there is none; the nearest names beside it are shown. Or a file in the folder is a link out of it.
     """
     path = Path(weights)
-    if os.path.isfile(path) or os.path.isdir(path):  # a pipe would be waited for; Path's own raise for names too long
+    if isinstance(native_path(path), bytes):
+        raise UserError(f"--weights {path}: runtimes take no path that is not UTF-8: rename the file or its folder.")
+    if os.path.isfile(path):  # a pipe would be waited for; Path's own raise for names too long
+        return path
+    if os.path.isdir(path):
+        refuse_links(path, path.rglob("*"))
         return path
     nearby = os.listdir(path.parent) if os.path.isdir(path.parent) else []
     raise UserError(f"--weights {path}: no such file or folder.{did_you_mean(path.name, nearby)}")
+
+
+def refuse_links(folder: Path, files: Iterable[Path]) -> None:
+    """Makes sure that none of a model's files is a link out of its folder: a runtime would read what lies there.
+
+    Raises:
+        UserError: one is.
+    """
+    for file in files:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--weights {folder}: '{file.name}' is a link to {file.resolve()}, outside it: refused.")
 
 
 def find_part(folder: Path, pattern: str, what: str) -> Path:

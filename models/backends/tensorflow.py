@@ -1,7 +1,9 @@
 """TensorFlow's SavedModel folders and frozen graphs (.pb), on the CPU or a GPU.
 
 Both are programs, and some of TensorFlow's operators read and write files: a file with any operator that is not on the
-list below is refused before TensorFlow runs it. Inputs are (b, h, w, 3), boxes fractions of the image, as in YOLOv5.
+list below is refused before TensorFlow runs it. Only the two functions that store and fetch a SavedModel's variables
+may hold such operators, and nothing that TensorFlow runs may name those two. Inputs are (b, h, w, 3), boxes fractions
+of the image, as in YOLOv5.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,8 +46,10 @@ ALLOWED = frozenset(
     Split SplitV Sqrt Square SquaredDifference Squeeze StatefulPartitionedCall StopGradient StridedSlice Sub Sum Tanh
     Tile TopKV2 Transpose Unpack VarHandleOp Where ZerosLike""".split()
 )
-# The two functions in every SavedModel that store and fetch its variables; nothing else may call them.
+# The two functions in every SavedModel that store and fetch its variables. TensorFlow numbers functions anew when it
+# loads them, so any name with this word in it may become that of a saver, also of one that was loaded before.
 SAVER = re.compile(r"__inference__traced_(save|restore)_\d+")
+SAVER_WORD = re.compile(r"traced_(save|restore)")
 SAVER_OPERATORS = frozenset(
     """AssignVariableOp Cast Const DisableCopyOnRead Identity IdentityN MergeV2Checkpoints NoOp Pack Placeholder
     ReadVariableOp RestoreV2 SaveV2 Select SelectV2 ShardedFilename StaticRegexFullMatch StringJoin""".split()
@@ -149,8 +153,7 @@ def _load_folder(tensorflow: ModuleType, path: Path) -> tuple[Any, tuple, dict[s
 
     content = saved_model_pb2.SavedModel()
     _parse(content, path / "saved_model.pb")
-    for part in content.meta_graphs:
-        _check_saved_model(part, path)
+    _check_saved_model(content, path)
     loaded = tensorflow.saved_model.load(str(path))
     signature = loaded.signatures[SIGNATURE]
     ((argument, images),) = signature.structured_input_signature[1].items()
@@ -201,38 +204,61 @@ def _parse(message: Any, path: Path) -> None:
         raise UserError(f"--weights {path}: is not a TensorFlow model, or is damaged ({error}).") from error
 
 
-def _check_saved_model(part: Any, path: Path) -> None:
+def _check_saved_model(content: Any, path: Path) -> None:
     """Makes sure that nothing but arithmetic can run, apart from fetching variables, which TensorFlow does itself.
 
     Raises:
-        UserError: another operator, a call of the functions that reach files, or an object that runs something when
-            it is loaded.
+        UserError: another operator, a way to the functions that reach files, an object that runs something when it is
+            loaded, or several graphs, of which TensorFlow would choose one.
     """
-    savers = {call.signature.name for call in part.graph_def.library.function if SAVER.fullmatch(call.signature.name)}
+    if len(content.meta_graphs) != 1:
+        raise UserError(f"--weights {path}: one graph is expected in it, it has {len(content.meta_graphs)}: refused.")
+    (part,) = content.meta_graphs
     _check_operators(part.graph_def.node, path)
-    if not part.object_graph_def.nodes:  # of TensorFlow 1, which runs the graph itself; later ones run functions alone
-        _check_calls("the graph", part.graph_def.node, savers, path)
     for called in part.graph_def.library.function:
-        name = called.signature.name
-        _check_operators(called.node_def, path, SAVER_OPERATORS if name in savers else ALLOWED)
-        _check_calls(name, called.node_def, savers, path)
+        saver = SAVER.fullmatch(called.signature.name)
+        _check_operators(called.node_def, path, SAVER_OPERATORS if saver else ALLOWED)
         if REPLACEABLE in called.attr:
-            raise UserError(f"--weights {path}: {name} may be replaced by another function: refused.")
-    kinds = {node.WhichOneof("kind") for node in part.object_graph_def.nodes}
-    if kinds - OBJECTS:
-        raise UserError(f"--weights {path}: holds objects of kind {sorted(kinds - OBJECTS, key=str)[0]}: refused.")
+            raise UserError(f"--weights {path}: {called.signature.name} may be replaced by another function: refused.")
+    for place, text in _texts_in(part):
+        if _names_saver(text) and place not in _harmless_places(part):
+            raise UserError(f"--weights {path}: its {place} leads to a function that reads or writes files: refused.")
+    for node in part.object_graph_def.nodes:
+        kind = node.WhichOneof("kind")
+        if kind not in OBJECTS:
+            raise UserError(f"--weights {path}: holds objects of kind {kind}: refused.")
+        if node.saveable_objects or node.registered_name or node.registered_saver:
+            raise UserError(f"--weights {path}: holds objects with a way of their own to be loaded: refused.")
 
 
-def _check_calls(name: str, nodes: Iterable[Any], savers: Container[str], path: Path) -> None:
-    """Refuses nodes that call the functions that reach files.
+def _names_saver(text: str | bytes) -> bool:
+    """Tells whether a text may name a function that stores or fetches variables."""
+    return bool(SAVER_WORD.search(text if isinstance(text, str) else text.decode("latin-1")))
 
-    Raises:
-        UserError: there are such.
+
+def _harmless_places(part: Any) -> tuple[str, ...]:
+    """Returns where a SavedModel may name its savers: where they are defined, and in the graph for other languages.
+
+    TensorFlow runs that graph itself where there are no objects, as in SavedModels of TensorFlow 1.
     """
-    for node in nodes:
-        functions = {value.func.name for value in node.attr.values() if value.HasField("func")}
-        if any(function in savers for function in functions):
-            raise UserError(f"--weights {path}: {name} reads or writes files: refused.")
+    defined = "graph_def.library.function.signature.name"
+    return (defined, "graph_def.node.attr.func.name") if part.object_graph_def.nodes else (defined,)
+
+
+def _texts_in(value: Any, place: str = "") -> Iterator[tuple[str, str | bytes]]:
+    """Yields every text in a message, keys of maps among them, with the names of the fields that lead to it."""
+    if isinstance(value, (str, bytes)):
+        yield place, value
+    elif hasattr(value, "ListFields"):
+        for field, inner in value.ListFields():
+            if field.cpp_type in (field.CPPTYPE_STRING, field.CPPTYPE_MESSAGE):
+                yield from _texts_in(inner, f"{place}.{field.name}".lstrip("."))
+    elif hasattr(value, "items"):
+        for pair in value.items():
+            yield from _texts_in(pair, place)
+    elif not isinstance(value, (bool, int, float)):  # repeated fields; not all of them have __iter__
+        for inner in value:
+            yield from _texts_in(inner, place)
 
 
 def _check_operators(nodes: Iterable[Any], path: Path, allowed: Container[str] = ALLOWED) -> None:

@@ -37,9 +37,11 @@ def quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _streams_to(target: int) -> Iterator[None]:
-    """Points the descriptors of standard output and error at another one for a while."""
+    """Points the descriptors of standard output and error, where they are open, at another one for a while."""
     with contextlib.ExitStack() as restoring:
         for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+            if stream is None:
+                continue
             stream.flush()
             kept = os.dup(descriptor)
             restoring.callback(os.close, kept)

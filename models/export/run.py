@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.metadata
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -240,10 +241,11 @@ def _conclude(report: Report, options: argparse.Namespace, seconds: float) -> No
     if not report.paths:
         return
     last = report.paths[-1]
-    data = f" --data {options.data}" if options.data else ""
+    weights = shlex.quote(str(last))
+    data = f" --data {shlex.quote(str(options.data))}" if options.data else ""
     LOGGER.info(
         f"\nExport complete ({seconds:.1f}s)\n"
         f"Results saved to {colorstr(str(last.parent.resolve()), 'bold')}\n"
-        f"Detect:   python detect.py --weights {last}\n"
-        f"Validate: python val.py --weights {last}{data}"
+        f"Detect:   python detect.py --weights {weights}\n"
+        f"Validate: python val.py --weights {weights}{data}"
     )

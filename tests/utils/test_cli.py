@@ -47,6 +47,15 @@ def test_a_mistake_prints_its_message_alone_and_sets_the_status(body, status, me
     assert (result.returncode, result.stderr, result.stdout) == (status, message, "begun\n")
 
 
+def test_closed_streams_are_opened_to_nowhere_and_their_numbers_are_no_files(tmp_path):
+    """What native code prints to descriptor 2 must not land in the file that was opened first."""
+    body = "import os; file = open('f', 'wb', 0); os.write(2, b'native'); sys.stderr.write('a'); file.write(b'own')"
+    line = f'exec "{sys.executable}" -c "$0" <&- >&- 2>&-'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", line, SCRIPT.format(body=body)], cwd=tmp_path, timeout=60, env=environment)
+    assert (done.returncode, (tmp_path / "f").read_bytes()) == (0, b"own")
+
+
 def test_a_defect_of_ours_keeps_its_traceback():
     result = run_python(SCRIPT.format(body="raise ValueError('a defect')"))
     assert result.returncode == 1 and "Traceback" in result.stderr and "a defect" in result.stderr

@@ -40,3 +40,22 @@ def test_a_bar_is_silent_where_information_is(capsys):
     setup_logging()
     assert list(progress(range(3), desc="epoch")) == [0, 1, 2]
     assert "epoch 100%" in capsys.readouterr().err
+
+
+def test_without_a_stderr_there_are_no_colours_and_bars_and_messages_go_nowhere(monkeypatch):
+    monkeypatch.setattr(LOGGER, "handlers", [])
+    monkeypatch.setattr("sys.stderr", None)  # as under pythonw, in windowed programs and services
+    setup_logging(rank=-1)
+    LOGGER.warning("nobody reads this")
+    assert colorstr("train: ") == "train: "
+    assert list(progress(range(3), desc="epoch")) == [0, 1, 2]
+
+
+def test_names_in_messages_cannot_steer_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(LOGGER, "handlers", [])
+    monkeypatch.setattr("utils.log.on_terminal", lambda: True)
+    setup_logging(rank=-1)
+    name = "cat\x1b[2J\x1b]0;owned\x07\x9b8m\x1b[8m \udcd5\r"
+    LOGGER.info(f"{colorstr('bus.jpg', 'green')}: 2 {name}s\n\tnext line")
+    shown = "cat\ufffd[2J\ufffd]0;owned\ufffd\ufffd8m\ufffd[8m \ufffd\ufffd"
+    assert capsys.readouterr().err == f"\x1b[32mbus.jpg\x1b[0m: 2 {shown}s\n\tnext line\n"

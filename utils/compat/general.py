@@ -20,6 +20,7 @@ from torch import Tensor
 from utils import checks
 from utils.cli import echo_options
 from utils.compat.torch_tools import time_sync
+from utils.log import on_terminal
 from utils.train.optim import lr_factor
 from utils.train.weights import class_weights as weights_by_class
 from utils.train.weights import image_weights
@@ -117,7 +118,7 @@ def colorstr(*input: str) -> str:
     Where stderr is not a terminal, unchanged.
     """
     *styles, text = input
-    if not sys.stderr.isatty():
+    if not on_terminal():
         return str(text)
     codes = "".join(f"\033[{_STYLES[style]}m" for style in styles or ("blue", "bold"))
     return f"{codes}{text}\033[0m"

@@ -16,6 +16,7 @@ import numpy as np
 from utils.checks import UserError
 from utils.data.inputs import open_source
 from utils.data.sources import Frame, find_sources, read_frames, suffix_of
+from utils.files import native_path
 from utils.images import IMG_FORMATS as IMAGE_SUFFIXES
 from utils.images import VID_FORMATS as VIDEO_SUFFIXES
 from utils.images import letterbox
@@ -97,7 +98,7 @@ class LoadImages:
     def _follow(self, frame: Frame) -> None:
         """Takes over what a frame says about itself and its file."""
         if self.count != frame.file_number:
-            self.cap = cv2.VideoCapture(frame.path) if frame.is_video else None
+            self.cap = cv2.VideoCapture(native_path(frame.path)) if frame.is_video else None
         self.mode = "video" if frame.is_video else "image"
         self.count, self.frame, self.frames = frame.file_number, frame.number, frame.count
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from utils.checks import UserError
 from utils.data.sources import DEFAULT_FPS
+from utils.files import native_path
 from utils.images import ImageError, decode_image
 
 _PULLED = ("http://", "https://")
@@ -128,7 +129,7 @@ def open_address(address: str, shown: str, timeouts: Timeouts) -> VideoCapture:
     Raises:
         UserError: nobody answers in time, or what answers is no video.
     """
-    video = cv2.VideoCapture(address, cv2.CAP_FFMPEG, timeouts.parameters())
+    video = cv2.VideoCapture(native_path(address), cv2.CAP_FFMPEG, timeouts.parameters())
     if not video.isOpened():
         video.release()
         raise UserError(

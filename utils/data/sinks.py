@@ -29,12 +29,12 @@ import cv2
 import numpy as np
 
 from utils.boxes import xyxy2xywhn
-from utils.checks import UserError
+from utils.checks import UserError, printable
 from utils.counting import Counts
 from utils.data.mp4 import Mp4Error, set_times
 from utils.data.sources import Frame, suffix_of
 from utils.draw import class_name, crop_box, draw_detections, feature_grid, save_image
-from utils.files import atomic_write
+from utils.files import atomic_write, native_path
 from utils.images import IMG_FORMATS, VID_FORMATS
 from utils.log import LOGGER
 
@@ -173,7 +173,7 @@ def folder_names(names: Mapping[int, str]) -> dict[int, str]:
     folders: dict[int, str] = {}
     taken: set[str] = set()
     for class_id, name in names.items():
-        safe = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "_", str(name)).strip(" .")[:100] or "_"
+        safe = printable(re.sub(r'[\x00-\x1f<>:"/\\|?*]', "_", str(name))).strip(" .")[:100] or "_"
         if safe.casefold().split(".")[0] in _RESERVED_NAMES:
             safe = f"_{safe}"
         while safe.casefold() in taken:
@@ -309,7 +309,8 @@ class ResultWriter:
         number = [frame.number or ""] * self._with_frames
         for row in detections[::-1]:
             track = [int(row[6])] if self._options.track else []
-            self._table.writerow((name, class_name(self._names, int(row[5])), f"{row[4]:.4f}", *track, *number))
+            found = (class_name(self._names, int(row[5])), f"{row[4]:.4f}")
+            self._table.writerow((printable(name), *found, *track, *number))
         self._table_file.flush()  # a run that is killed leaves them
 
     def _keep_tables(self) -> None:
@@ -335,7 +336,7 @@ class ResultWriter:
             table.writerow(("Input", "Class", *(heading.capitalize() for heading in headings)))
             for name, counts in self._counts.items():
                 for class_id, *numbers in counts.tallies:
-                    table.writerow((name, class_name(self._names, class_id), *numbers))
+                    table.writerow((printable(name), class_name(self._names, class_id), *numbers))
         self._kept_counts = dict(self._counts)
 
     def _write_crops(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
@@ -368,7 +369,7 @@ class ResultWriter:
             self._recording_of(frame, stem).write(image, frame.time)
             return
         suffix = Path(frame.path).suffix
-        save_image(self._folder / (stem + (suffix if cv2.haveImageWriter(f"x{suffix}") else ".jpg")), image)
+        save_image(self._folder / (stem + (suffix if cv2.haveImageWriter(printable(f"x{suffix}")) else ".jpg")), image)
 
     def _recording_of(self, frame: Frame, stem: str) -> Recording:
         """Returns what a frame is recorded in."""
@@ -439,7 +440,7 @@ class VideoFile:
         self._odd = (size_wh[1] % 2, size_wh[0] % 2)  # a row, a column: the encoder leaves out what is one too many
         self._times_s = array("d")
         even_wh = (size_wh[0] + self._odd[1], size_wh[1] + self._odd[0])
-        self._writer = cv2.VideoWriter(os.fspath(path), cv2.VideoWriter_fourcc(*VIDEO_CODEC), fps, even_wh)
+        self._writer = cv2.VideoWriter(native_path(path), cv2.VideoWriter_fourcc(*VIDEO_CODEC), fps, even_wh)
         if not self._writer.isOpened():
             raise UserError(f"{path}: OpenCV cannot write an mp4 video of {size_wh[0]}x{size_wh[1]} px there.")
 

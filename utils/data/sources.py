@@ -22,6 +22,7 @@ import numpy as np
 from utils.checks import UserError, did_you_mean
 from utils.data.mp4 import frames_shown
 from utils.data.paths import UNREAD_FORMATS, is_hidden, suffix_of
+from utils.files import native_path
 from utils.images import IMG_FORMATS, MAX_ASPECT, VID_FORMATS, ImageError, read_image
 from utils.log import LOGGER
 
@@ -243,7 +244,7 @@ def _read_video(path: str, file_number: int, file_count: int, vid_stride: int) -
 
     Where the decoder gives up early, what can be read behind the damage follows.
     """
-    video = cv2.VideoCapture(path)
+    video = cv2.VideoCapture(native_path(path))
     count, fps = max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0), _frame_rate(video)
     position, lost, last = 0, 0, None  # frames passed, frames missing before the end, the last picture
     time = -math.inf
@@ -324,7 +325,7 @@ def _resume(path: str, position: int, count: int, last: np.ndarray | None) -> tu
 
 def _open_at(path: str, index: int) -> cv2.VideoCapture | None:
     """Opens a video with the frame of that index (from 0) to be read next; None where it cannot be decoded."""
-    video = cv2.VideoCapture(path)
+    video = cv2.VideoCapture(native_path(path))
     if video.set(cv2.CAP_PROP_POS_FRAMES, index) and video.read()[0]:
         video.set(cv2.CAP_PROP_POS_FRAMES, index)
         return video

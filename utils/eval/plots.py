@@ -15,6 +15,7 @@ from unicodedata import east_asian_width
 import cv2
 import numpy as np
 
+from utils.checks import printable
 from utils.eval.confusion import ConfusionMatrix
 from utils.eval.metrics import CURVE_AXIS, APResult
 from utils.files import atomic_write
@@ -216,7 +217,7 @@ def drawable_names(names: Mapping[int, str]) -> Lettering:
     """
     from matplotlib import font_manager
 
-    short = {index: _shorten(str(name)) for index, name in names.items()}
+    short = {index: _shorten(printable(name)) for index, name in names.items()}
     default = "DejaVu Sans"  # shipped with matplotlib
     missing = _needed(short.values()) - _characters(font_manager.findfont(default))
     if not missing:

@@ -286,7 +286,7 @@ def explained(world: World, advice: Callable[[], str]) -> Iterator[None]:
 
 def _tell_and_end(world: World, process: int, advice: Callable[[], str], *_: Any) -> None:
     """Answers SIGTERM at once, whatever is going on; a child that inherited this has nothing to tell."""
-    if os.getpid() == process and _is_first_to_fail(world):
+    if sys.stderr is not None and os.getpid() == process and _is_first_to_fail(world):
         words = f"\nended by SIGTERM, which launchers send when another process has ended. {advice()}\n"
         os.write(sys.stderr.fileno(), words.encode())
     os._exit(EXIT_TERMINATED)

@@ -10,6 +10,7 @@ validates, decides and writes.
 from __future__ import annotations
 
 import copy
+import shlex
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -145,7 +146,7 @@ class Trainer:
         """Says what an interrupted run has saved and how to go on with it."""
         if self.epoch < 0 or not self.last.exists():
             return "No epoch was finished: nothing is saved yet, start again."
-        return f"Epoch {self.epoch} is saved. Go on with: {self.world.command} --resume {self.last}"
+        return f"Epoch {self.epoch} is saved. Go on with: {self.world.command} --resume {shlex.quote(str(self.last))}"
 
     def close(self) -> None:
         """Ends the loaders' processes and closes the event file."""

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import importlib.util
 import os
+import shlex
 import sys
 import threading
 import types
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.checks import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, native_path
 from utils.log import LOGGER, colorstr
 
 COLUMNS = (
@@ -196,6 +197,9 @@ def open_tensorboard(save_dir: str | Path, start_epoch: int = 0) -> TensorBoard 
     if importlib.util.find_spec("tensorboard") is None:
         LOGGER.info(f"{prefix} not installed ('pip install tensorboard' shows curves in a browser)")
         return None
+    if isinstance(native_path(save_dir), bytes):
+        LOGGER.warning(f"{prefix} WARNING: takes no folder whose name is not UTF-8; going on without it")
+        return None
     # TensorBoard would import TensorFlow where there is one, which takes seconds and 400 MB; its own stub suffices.
     sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
     try:
@@ -203,5 +207,6 @@ def open_tensorboard(save_dir: str | Path, start_epoch: int = 0) -> TensorBoard 
     except ImportError as error:
         LOGGER.warning(f"{prefix} WARNING: installed but unusable ({error}); going on without it")
         return None
-    LOGGER.info(f"{prefix} start with 'tensorboard --logdir {Path(save_dir).parent}', view at http://localhost:6006/")
+    command = f"tensorboard --logdir {shlex.quote(str(Path(save_dir).parent))}"
+    LOGGER.info(f"{prefix} start with {command}, and view at http://localhost:6006/")
     return board

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.checks import UserError
+from utils.checks import UserError, printable
 from utils.draw import color
 from utils.eval.plots import drawable_names
 from utils.files import atomic_write
@@ -176,12 +176,12 @@ def plot_results(csv_file: Path, picture: Path) -> None:
     Raises:
         UserError: `csv_file` is not such a file, or the picture cannot be written.
     """
-    tables = {csv_file.stem: _read_results(csv_file)}
+    tables = {printable(csv_file.stem): _read_results(csv_file)}
     for other in sorted(csv_file.parent.glob("results*.csv")):
         if other.name == csv_file.name:
             continue
         try:
-            tables[other.stem] = _read_results(other)
+            tables[printable(other.stem)] = _read_results(other)
         except UserError as error:
             LOGGER.warning(f"WARNING: left out of {picture.name}: {error}")
     _save(_results_figure(tables), picture)

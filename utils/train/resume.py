@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,7 +109,7 @@ def resume_options(options: Namespace, given: set[str], defaults: Mapping[str, A
         if getattr(options, name) != stored[name]:
             raise UserError(
                 f"--resume: --{name.replace('_', '-')} {getattr(options, name)} differs from the interrupted run's "
-                f"{stored[name]}. Leave it out, or start a new run with --weights {path}."
+                f"{stored[name]}. Leave it out, or start a new run with --weights {shlex.quote(str(path))}."
             )
     kept = {name: getattr(options, name) for name in given & set(CHANGEABLE)}
     vars(options).update({**stored, **kept, "resume": str(path), "save_dir": str(path.parent.parent)})

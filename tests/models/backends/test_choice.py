@@ -110,3 +110,8 @@ def test_choosing_loads_no_runtime():
     program += "print(sorted({'torch', 'onnxruntime', 'openvino', 'ncnn', 'cv2'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_path_that_is_not_utf_8_is_told_and_not_handed_to_native_code(tmp_path):
+    with pytest.raises(UserError, match="runtimes take no path that is not UTF-8: rename the file or its folder"):
+        load_backend(f"{tmp_path}/\udcd5/best.onnx", "cpu")
