@@ -165,10 +165,14 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
     from models.build import build_for_training
     from utils.data.spec import load_spec
     from utils.train import setup
+    from utils.train.resume import check_dataset, check_names
 
     with world.in_turn():  # the first may have to download
         spec = load_spec(options.data)
+        options.data = setup.settled_data(options.data, spec)
         names = {0: "item"} if options.single_cls and spec.nc != 1 else spec.names
+        if checkpoint:
+            check_names(checkpoint, names, options)
         model = build_for_training(options, names, hyp.anchors, checkpoint)
     setup.freeze_layers(model, options.freeze)
     if options.batch_size == -1:
@@ -188,7 +192,10 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
             from utils.train.plots import plot_labels
 
             plot_labels(tables.train.rows, names, Path(options.save_dir))
-    return model, setup.build_loaders(tables, spec, model, hyp, options, world)
+    loaders = setup.build_loaders(tables, spec, model, hyp, options, world)
+    if checkpoint and world.is_first:
+        check_dataset(checkpoint, loaders.dataset, options)
+    return model, loaders
 
 
 def _not_begun() -> str:

@@ -323,6 +323,7 @@ class Trainer:
             },
             "stopper": self.stopper.state_dict(),
             "generators": {"torch": torch.get_rng_state()},
+            "dataset": self.loaders.dataset,
         }
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ import contextlib
 import datetime
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +22,12 @@ from utils.data.augment import AugmentParams
 from utils.data.dataset import DetectionDataset
 from utils.data.labels import load_labels
 from utils.data.loader import QUAD, DetectionLoader, create_loader
-from utils.data.spec import DataSpec
+from utils.data.spec import SPLITS, DataSpec
 from utils.data.table import LabelTable
 from utils.devices import resolve_amp
+from utils.download import file_name_of
 from utils.eval.coco import COCO80_TO_91, category_ids
-from utils.fingerprint import versions_here
+from utils.fingerprint import dataset_record, versions_here
 from utils.log import LOGGER
 from utils.train.anchors import check_anchors
 from utils.train.autobatch import choose_batch_size
@@ -53,6 +55,7 @@ class Loaders(NamedTuple):
     imgsz: int  # image side in pixels
     grid_stride: int  # sides are multiples of it
     final: dict[str, Any]  # what the last validation is told beside the usual; something on COCO only
+    dataset: dict[str, torch.Tensor]  # by which a checkpoint knows its data again; see `dataset_record`
 
 
 def check_options(options: Namespace, world: World = ALONE) -> None:
@@ -78,6 +81,21 @@ def check_options(options: Namespace, world: World = ALONE) -> None:
         raise UserError(f"--batch-size {batch_size} is of all {processes} processes together: make it a multiple.")
     if options.image_weights:
         raise UserError("--image-weights works in a single process only: leave it out, or start without a launcher.")
+
+
+def settled_data(data: str | Mapping[str, Any], spec: DataSpec) -> str | dict[str, Any]:
+    """Returns what `--data` means from any working folder: an absolute path, or a dict of absolute paths.
+
+    Args:
+        data: as given.
+        spec: what it was read to.
+    """
+    if isinstance(data, Mapping):
+        splits = {split: [str(path) for path in getattr(spec, split)] for split in SPLITS if data.get(split)}
+        return {**data, "path": str(spec.root), **splits}
+    if data.lower().endswith(".zip"):  # what the YAML in it says of its folder does not hold
+        return str(Path(file_name_of(data) if data.startswith(("http://", "https://")) else data).absolute())
+    return str(spec.source)
 
 
 def load_tables(spec: DataSpec, single_cls: bool, workers: int, world: World = ALONE) -> Tables:
@@ -144,6 +162,7 @@ def build_loaders(
         side,
         stride,
         final_keywords(spec),
+        dataset_record(spec, {"train": tables.train, "val": tables.val}) if world.is_first else {},
     )
 
 
@@ -264,7 +283,7 @@ def checkpoint_header(model: nn.Module, hyp: Hyp, options: Namespace) -> dict[st
         "stride": [int(stride) for stride in model.stride],
         "hyp": hyp.to_dict(),
         "opt": dict(vars(options)),
-        "data": str(options.data),
+        "data": options.data if isinstance(options.data, str) else None,
         "versions": versions_here(next(model.parameters()).device),
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
     }

@@ -86,7 +86,8 @@ def checkpoint_at(path: Path, optimizer: dict | None, **options) -> Path:
 
 def test_resume_takes_the_newest_run_its_options_and_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    same = {"data": "shapes.yaml", "batch_size": 4, "imgsz": 64, "workers": 8}
+    (tmp_path / "shapes.yaml").touch()
+    same = {"data": str(tmp_path / "shapes.yaml"), "batch_size": 4, "imgsz": 64, "workers": 8}
     for number, name in enumerate(("a", "b", "c")):
         path = checkpoint_at(tmp_path / "runs" / name / "weights" / "last.pt", {"state": {}}, **same, epochs=number)
         os.utime(path, (1000 + number % 2, 1000 + number % 2))  # b is the newest
