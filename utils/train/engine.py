@@ -9,6 +9,7 @@ validates, decides and writes.
 
 from __future__ import annotations
 
+import re
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -104,10 +105,12 @@ class Trainer:
         # of torch's own generator, which no layer here reads, but one of somebody's may (dropout)
         self.rng_state = torch.Generator().manual_seed(options.seed).get_state()
         self.epoch = -1  # the last finished epoch
+        self.saved: tuple[Path, int] | None = None  # what to go on from, and its epoch
         self.complete = False  # whether that was the run's last
         if checkpoint:
             with damage_told(options.resume):
                 self._restore(checkpoint)
+            self.saved = Path(options.resume), self.epoch
         self.records = Records(self.save_dir, self.epoch + 1, not options.noplots) if world.is_first else None
 
     def train(self) -> EvalResult | None:
@@ -142,9 +145,10 @@ class Trainer:
 
     def how_to_resume(self) -> str:
         """Says what an interrupted run has saved and how to go on with it."""
-        if self.epoch < 0 or not self.last.exists():
-            return "No epoch was finished: nothing is saved yet, start again."
-        return f"Epoch {self.epoch} is saved. Go on with: {self.world.command} --resume {self.last}"
+        if self.saved is None:
+            return f"No epoch was {'finished' if self.epoch < 0 else 'saved (--nosave)'}: start again."
+        path, epoch = self.saved
+        return f"Epoch {epoch} is saved. Go on with: {self.world.command} --resume {path}"
 
     def close(self) -> None:
         """Ends the loaders' processes and closes the event file."""
@@ -264,6 +268,8 @@ class Trainer:
             self._take_stock(epoch, items)
         self.complete = self.world.told_by_first(self.complete)
         self.epoch = epoch
+        if self.world.told_by_first(self.saved == (self.last, epoch)):
+            self.saved = self.last, epoch
 
     def _take_stock(self, epoch: int, items: Tensor) -> None:
         """Validates the EMA, records the figures, keeps the best and the last state, and looks at the patience."""
@@ -342,14 +348,21 @@ class Trainer:
         self.best_fitness, self.epoch = checkpoint["best_fitness"], checkpoint["epoch"]
 
     def _save(self, epoch: int, is_best: bool) -> None:
-        """Writes best.pt before last.pt: a run that dies between them resumes before this epoch and writes both."""
-        state = self._state(epoch)
-        if is_best:
-            save_checkpoint(self.best, state)
+        """Writes best.pt before last.pt: a run that dies between them resumes before this epoch and writes both.
+
+        With a run's first checkpoint those go that another run left in its folder (`--exist-ok`).
+        """
         period = self.options.save_period
-        if period > 0 and epoch > 0 and epoch % period == 0:
-            save_checkpoint(self.last.with_name(f"epoch{epoch}.pt"), state)
-        save_checkpoint(self.last, state)
+        periodic = period > 0 and epoch > 0 and epoch % period == 0
+        paths = [self.best] * is_best + [self.last.with_name(f"epoch{epoch}.pt")] * periodic + [self.last]
+        state = self._state(epoch)
+        for path in paths:
+            save_checkpoint(path, state)
+        if self.saved is None:
+            for path in self.last.parent.glob("*.pt"):
+                if path not in paths and re.fullmatch(r"best|last|epoch\d+", path.stem):
+                    path.unlink()
+        self.saved = self.last, epoch
 
     # ----------------------------------------------------------------------------------------------- beginning, end
 

@@ -16,7 +16,8 @@ from utils.checks import UserError
 from utils.train import engine
 from utils.train.callbacks import Callbacks
 
-FITNESS = (0.1, 0.9, 0.2)  # of the epochs: the second is the best
+FITNESS = (0.1, 0.9, 0.2, 0.3)  # of the epochs: the second is the best
+EPOCHS = 3
 MODEL = """
 nc: 4
 depth_multiple: 1.0
@@ -42,7 +43,7 @@ def options(tiny_shapes: Path, tmp_path: Path, monkeypatch) -> dict:
     monkeypatch.setattr("utils.train.records.open_tensorboard", lambda *_: None)
     (tmp_path / "tiny.yaml").write_text(MODEL)
     keywords = {"cfg": str(tmp_path / "tiny.yaml"), "data": str(tiny_shapes), "imgsz": 64, "batch_size": 8}
-    keywords |= {"epochs": len(FITNESS), "device": "cpu", "amp": "off", "noplots": True, "noautoanchor": True}
+    keywords |= {"epochs": EPOCHS, "device": "cpu", "amp": "off", "noplots": True, "noautoanchor": True}
     return {**keywords, "workers": 0, "save_period": 1, "project": str(tmp_path)}
 
 
@@ -106,3 +107,52 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_a_step(options, tmp_
     with pytest.raises(UserError, match=r"gradient norm is nan in epoch 0, batch 0 \(images .*\.jpg"):
         train.run(**options)
     assert not list((tmp_path / "exp" / "weights").iterdir())
+
+
+def stopping_at(number: int) -> Callbacks:
+    """Presses Ctrl-C after the batch of this number since the run's start; an epoch has three."""
+
+    def stop(iteration, *_):
+        if iteration == number:
+            raise KeyboardInterrupt
+
+    callbacks = Callbacks()
+    callbacks.register_action("on_train_batch_end", callback=stop)
+    return callbacks
+
+
+def test_a_new_run_in_a_used_folder_takes_nothing_of_the_former_for_its_own(options, tmp_path):
+    """Its best epoch is not saved (--nosave), and its model is another one."""
+    train.run(**{**options, "epochs": 2})
+    weights, results = tmp_path / "exp" / "weights", tmp_path / "exp" / "results.csv"
+    former = {path.name: path.read_bytes() for path in [*weights.iterdir(), results]}
+    assert former.keys() == {"best.pt", "last.pt", "epoch1.pt", "results.csv"}
+    (tmp_path / "wider.yaml").write_text(MODEL.replace("[16, 3, 2]", "[24, 3, 2]"))
+    (weights / "mine.pt").touch()
+    again = {**options, "cfg": str(tmp_path / "wider.yaml"), "exist_ok": True, "nosave": True, "save_period": -1}
+    for number, told in ((0, r"No epoch was finished: start again\."), (3, r"No epoch was saved \(--nosave\): start")):
+        with pytest.raises(KeyboardInterrupt, match=told):
+            train.run(stopping_at(number), **again)
+        assert {name: (weights / name).read_bytes() for name in former if name.endswith(".pt")} == {
+            name: content for name, content in former.items() if name.endswith(".pt")
+        }
+        assert (results.read_bytes() == former["results.csv"]) is (number == 0)
+    train.run(**again)
+    assert {path.name for path in weights.iterdir()} == {"last.pt", "mine.pt"}
+    assert load_checkpoint(weights / "last.pt")["model"]["model.1.conv.weight"].shape[0] == 24
+    assert len(results.read_text().splitlines()) == 1 + EPOCHS
+
+
+def test_a_run_resumed_from_its_best_and_stopped_at_once_has_lost_nothing(options, tmp_path):
+    """The best epoch is the second, the last one the third; the fourth is interrupted."""
+    options = {**options, "epochs": 4}
+    with pytest.raises(KeyboardInterrupt, match=rf"Epoch 2 is saved\. .*--resume {tmp_path}/exp/weights/last\.pt"):
+        train.run(stopping_at(9), **options)
+    weights, results = tmp_path / "exp" / "weights", tmp_path / "exp" / "results.csv"
+    before = results.read_text(), (weights / "last.pt").read_bytes()
+    with pytest.raises(KeyboardInterrupt, match=rf"Epoch 1 is saved\. .*--resume {weights}/best\.pt"):
+        train.run(stopping_at(6), resume=str(weights / "best.pt"))
+    assert (results.read_text(), (weights / "last.pt").read_bytes()) == before
+    with pytest.raises(KeyboardInterrupt, match=rf"Epoch 2 is saved\. .*--resume {weights}/last\.pt"):
+        train.run(stopping_at(9), resume=str(weights / "best.pt"))
+    assert [int(line.split(",")[0]) for line in results.read_text().splitlines()[1:]] == [0, 1, 2]
