@@ -96,6 +96,7 @@ class Trainer:
         weight_decay = scaled_weight_decay(hyp.weight_decay, options.batch_size)
         self.optimizer = build_optimizer(model, options.optimizer, hyp.lr0, hyp.momentum, weight_decay)
         self.autocast_dtype = resolve_amp(options.amp, device)
+        self.precision = str(self.autocast_dtype or torch.float32).removeprefix("torch.")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast_dtype == torch.float16)
         self.stopper = EarlyStopping(options.patience)
         self.validation = [0.0] * 7  # P, R, mAP50, mAP50-95 and the three losses of the last validation
@@ -319,6 +320,7 @@ class Trainer:
             "ema": self.ema.ema.state_dict(),
             "updates": self.ema.updates,
             "optimizer": optimizer_state_by_name(self.optimizer, self.model),
+            "precision": self.precision,
             "scaler": self.scaler.state_dict(),
             "schedule": {
                 "last_step": self.last_step,
@@ -338,7 +340,14 @@ class Trainer:
         if self.ema:
             self.ema.load(checkpoint["ema"], checkpoint["updates"])
         load_optimizer_state(self.optimizer, self.model, checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        before = checkpoint.get("precision", self.precision)  # those of an earlier version do not tell
+        if before != self.precision:
+            LOGGER.warning(
+                f"WARNING: the run was begun in {before} and goes on in {self.precision}, which --amp "
+                f"{self.options.amp} is on {self.device.type}: it will not end like one that was not interrupted"
+            )
+        if checkpoint["scaler"]:  # only float16 has one, so only there is there a scale to go on with
+            self.scaler.load_state_dict(checkpoint["scaler"])
         schedule = checkpoint["schedule"]
         self.last_step, self.complete = schedule["last_step"], schedule["complete"]
         self.validation, self.maps = schedule["validation"], np.array(schedule["maps"])
@@ -369,9 +378,8 @@ class Trainer:
     def _announce(self) -> None:
         """Logs what is about to happen."""
         loaders = self.loaders
-        precision = str(self.autocast_dtype or torch.float32).removeprefix("torch.")
         LOGGER.info(
-            f"Image sizes {loaders.imgsz} train, {loaders.imgsz} val, {precision}\n"
+            f"Image sizes {loaders.imgsz} train, {loaders.imgsz} val, {self.precision}\n"
             f"Using {loaders.train.workers} dataloader workers\n"
             f"Logging results to {colorstr(str(self.save_dir), 'bold')}\n"
             f"Starting training for {self.options.epochs} epochs..."

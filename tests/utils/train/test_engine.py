@@ -95,6 +95,23 @@ def test_a_resumed_run_scales_its_loss_as_before(options, tmp_path, monkeypatch)
     assert_same_tensors(first, second, "model")
 
 
+@pytest.mark.parametrize(("begun", "resumed"), [(None, torch.float16), (torch.float16, None)])
+def test_a_run_resumed_in_another_precision_goes_on_and_says_so(
+    begun, resumed, options, monkeypatch, command, tmp_path
+):
+    """As from a CPU to a GPU and back: one has no loss scaler, the other has."""
+    monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: begun)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(stopping_at(3), **options)
+    shutil.copytree(tmp_path / "exp", tmp_path / "same")
+    same = command(train, "--resume", tmp_path / "same" / "weights" / "last.pt")
+    assert same.status == 0 and "WARNING" not in same.said
+    monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: resumed)
+    other = command(train, "--resume", tmp_path / "exp" / "weights" / "last.pt")
+    was, now = ("float16" if dtype else "float32" for dtype in (begun, resumed))
+    assert other.status == 0 and f"WARNING: the run was begun in {was} and goes on in {now}" in other.said
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_before_a_step(options, tmp_path, monkeypatch):
     """The loss may be finite all the same: a root of 0 is 0, and its slope is not."""
     reckon = engine.DetectionLoss.__call__
