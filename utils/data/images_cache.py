@@ -95,8 +95,9 @@ class ImageFiles:
 class DiskImages:
     """Copies of the resized images as `.npy` files in a folder `<image folder>_npy` beside each image folder.
 
-    A copy's name is a hash of its image's path, size and time of change, of the training size, and of whether it is
-    for training; so stale copies are never read. They are not deleted either: remove the folder to get rid of them.
+    A copy's name is a hash of its image's path, size and times (as in `utils.data.cache`), of the training size, and of
+    whether it is for training; so stale copies are never read. They are not deleted either: remove the folder to get
+    rid of them.
     """
 
     def __init__(self, files: ImageFiles) -> None:
@@ -141,7 +142,7 @@ class DiskImages:
                 f"{path}: cannot be read ({error.strerror}). It was in order when the data set was scanned: "
                 "put it back, or start again."
             ) from error
-        key = (path, stat.st_size, stat.st_mtime_ns, self.files.imgsz, self.files.augment)
+        key = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, self.files.imgsz, self.files.augment)
         name = hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).hexdigest()[:32]
         folder = Path(path).parent
         return folder.with_name(f"{folder.name}_npy") / f"{name}.npy"
