@@ -31,7 +31,17 @@ def select_device(device: str = "", batch_size: int = 0) -> torch.device:
     chosen = select_devices(device)
     if str(device).strip() and batch_size > 0 and batch_size % len(chosen):
         raise UserError(f"--batch-size {batch_size} does not divide by the {len(chosen)} GPUs of --device {device}.")
-    return chosen[0]
+    return current(chosen[0])
+
+
+def current(device: torch.device) -> torch.device:
+    """Makes a CUDA device the one that this process uses where none is named, and returns it; others it just returns.
+
+    Else GPU 0 would be waited for, and would hold a context, pinned memory and what libraries put there.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def select_devices(device: str = "") -> list[torch.device]:

@@ -17,11 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Returns a function that makes PyTorch see a number of GPUs."""
+    """Returns a function that makes PyTorch see a number of GPUs, and returns a list of those made the current one."""
+    chosen = []
 
     def see(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        return chosen
 
     return see
 
@@ -40,8 +43,9 @@ def gpus(monkeypatch):
     ],
 )
 def test_names_of_devices(gpus, count, name, expected):
-    gpus(count)
+    made_current = gpus(count)
     assert select_device(name, batch_size=16) == torch.device(expected)
+    assert made_current == ([torch.device(expected)] if expected.startswith("cuda") else [])
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:", "-1", "0,", "0;1", "0.5", "cpu0"])
