@@ -139,7 +139,7 @@ def build_loaders(
         model: for its strides.
         hyp: for its augmentation.
         options: train.py's.
-        world: the processes that share the batches; images cached on disk are copied by the first.
+        world: the processes that share the batches; images are cached by the first of each machine, for all.
     """
     stride, side = grid_stride(model.stride), image_side(model, options)
     with world.in_turn():
@@ -152,6 +152,7 @@ def build_loaders(
             stride=stride,
             seed=options.seed,
             cache=options.cache if options.cache != "val" else None,
+            machine=world,
         )
     if options.rect:
         LOGGER.warning("WARNING: --rect keeps the images in the order of their shapes: no shuffling, no mosaic")
