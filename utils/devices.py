@@ -19,7 +19,7 @@ GLIBC_KEEPS_MEMORY = {-4: 0, -1: -1, -2: 64 << 20, -8: 1}
 
 
 def select_device(device: str = "", batch_size: int = 0) -> torch.device:
-    """Returns the device for `''` (CUDA 0, else the CPU), `cpu`, `mps`, `0`, `cuda:0` or `0,1`: the first of several.
+    """Returns the device for `''` (CUDA 0, else the CPU), `cpu`, `mps`, `cuda`, `0`, `cuda:0`, `0,1`: the first of them.
 
     Args:
         device: the value of `--device`.
@@ -51,6 +51,7 @@ def select_devices(device: str = "") -> list[torch.device]:
         UserError: an unknown name, or a GPU that is not there.
     """
     name = str(device).strip().lower()
+    name = "0" if name == "cuda" else name
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (not name and not available):
         return [torch.device("cpu")]

@@ -39,6 +39,7 @@ def gpus(monkeypatch):
         (2, "1", "cuda:1"),
         (2, "cuda:1", "cuda:1"),
         (2, "0,1", "cuda:0"),
+        (2, "cuda", "cuda:0"),
         (12, "10", "cuda:10"),
     ],
 )
@@ -48,7 +49,7 @@ def test_names_of_devices(gpus, count, name, expected):
     assert made_current == ([torch.device(expected)] if expected.startswith("cuda") else [])
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:", "-1", "0,", "0;1", "0.5", "cpu0"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "-1", "0,", "0;1", "0.5", "cpu0"])
 def test_a_name_of_no_device_is_refused_and_shown(gpus, name):
     gpus(2)
     with pytest.raises(UserError, match=f"--device '{name}': expected cpu, mps"):
@@ -56,7 +57,8 @@ def test_a_name_of_no_device_is_refused_and_shown(gpus, name):
 
 
 @pytest.mark.parametrize(
-    ("count", "name", "seen"), [(0, "0", "no CUDA GPU"), (2, "2", "GPUs 0 to 1"), (2, "0,2", "0 to 1")]
+    ("count", "name", "seen"),
+    [(0, "0", "no CUDA GPU"), (0, "cuda", "no CUDA GPU"), (2, "2", "GPUs 0 to 1"), (2, "0,2", "0 to 1")],
 )
 def test_a_gpu_that_is_absent_is_refused(gpus, count, name, seen):
     gpus(count)

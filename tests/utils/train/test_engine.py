@@ -4,6 +4,7 @@ Also a gradient that is lost. Every other part of a resumed run's state is in te
 """
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import torch
 import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.checks import UserError
+from utils.files import ROOT, read_yaml, write_yaml
 from utils.train import engine
 from utils.train.callbacks import Callbacks
 
 FITNESS = (0.1, 0.9, 0.2, 0.3)  # of the epochs: the second is the best
 EPOCHS = 3
+HYP = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
 MODEL = """
 nc: 4
 depth_multiple: 1.0
@@ -173,3 +176,21 @@ def test_a_run_resumed_from_its_best_and_stopped_at_once_has_lost_nothing(option
     with pytest.raises(KeyboardInterrupt, match=rf"Epoch 2 is saved\. .*--resume {weights}/last\.pt"):
         train.run(stopping_at(9), resume=str(weights / "best.pt"))
     assert [int(line.split(",")[0]) for line in results.read_text().splitlines()[1:]] == [0, 1, 2]
+
+
+def test_what_python_gives_is_taken_as_from_the_command_line(options, tmp_path):
+    given = {"data": Path(options["data"]), "cfg": Path(options["cfg"]), "project": tmp_path, "name": None, "hyp": HYP}
+    done = train.run(**{**options, **given, "device": torch.device("cpu"), "epochs": 1})
+    kept = read_yaml(tmp_path / "exp" / "opt.yaml")
+    assert kept == vars(done) and kept["device"] == "cpu" and kept["name"] == "exp"
+
+
+def test_a_run_that_is_refused_leaves_no_folder(options, tmp_path):
+    data = read_yaml(options["data"])
+    folder = Path(options["data"]).parent
+    write_yaml(tmp_path / "few.yaml", {**data, "path": str(folder), "names": ["circle", "square"]})
+    (tmp_path / "none.yaml").write_text(re.sub("anchors: .*", "anchors: 3", MODEL, count=1))
+    for name, wrong, words in (("data", "few.yaml", "exceeds nc=2"), ("cfg", "none.yaml", "--noautoanchor")):
+        with pytest.raises(UserError, match=words):
+            train.run(**{**options, name: tmp_path / wrong, "project": tmp_path / "runs"})
+    assert not (tmp_path / "runs").exists()
