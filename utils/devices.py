@@ -19,7 +19,7 @@ GLIBC_KEEPS_MEMORY = {-4: 0, -1: -1, -2: 64 << 20, -8: 1}
 
 
 def select_device(device: str = "", batch_size: int = 0) -> torch.device:
-    """Returns the device for `''` (CUDA 0, else the CPU), `cpu`, `mps`, `cuda`, `0`, `cuda:0`, `0,1`: the first of them.
+    """Returns the device for `''` (CUDA 0, else the CPU), `cpu`, `mps`, `cuda`, `0`, `cuda:0`, `0,1`: the first one.
 
     Args:
         device: the value of `--device`.

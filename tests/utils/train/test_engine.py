@@ -178,11 +178,13 @@ def test_a_run_resumed_from_its_best_and_stopped_at_once_has_lost_nothing(option
     assert [int(line.split(",")[0]) for line in results.read_text().splitlines()[1:]] == [0, 1, 2]
 
 
-def test_what_python_gives_is_taken_as_from_the_command_line(options, tmp_path):
+def test_what_python_gives_is_taken_as_from_the_command_line(options, tmp_path, caplog):
     given = {"data": Path(options["data"]), "cfg": Path(options["cfg"]), "project": tmp_path, "name": None, "hyp": HYP}
-    done = train.run(**{**options, **given, "device": torch.device("cpu"), "epochs": 1})
+    given |= {"device": torch.device("cpu"), "epochs": 1, "imgsz": 65, "noautoanchor": False}
+    done = train.run(**{**options, **given})
     kept = read_yaml(tmp_path / "exp" / "opt.yaml")
     assert kept == vars(done) and kept["device"] == "cpu" and kept["name"] == "exp"
+    assert caplog.text.count("--img-size 65 must be a multiple") == 1 and kept["imgsz"] == 96
 
 
 def test_a_run_that_is_refused_leaves_no_folder(options, tmp_path):
