@@ -168,14 +168,15 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
     from models.build import build_for_training
     from utils.data.spec import load_spec
     from utils.train import setup
-    from utils.train.resume import check_dataset, check_names
+    from utils.train.resume import check_dataset, check_names, damage_told
 
     with world.in_turn():  # the first may have to download
         spec = load_spec(options.data)
         options.data = setup.settled_data(options.data, spec)
         names = {0: "item"} if options.single_cls and spec.nc != 1 else spec.names
         if checkpoint:
-            check_names(checkpoint, names, options)
+            with damage_told(options.resume):
+                check_names(checkpoint, names, options)
         model = build_for_training(options, names, hyp.anchors, checkpoint)
     setup.freeze_layers(model, options.freeze)
     options.imgsz = setup.image_side(model, options)
@@ -187,7 +188,8 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
     loaders = setup.build_loaders(tables, spec, model, hyp, options, world)
     if checkpoint:
         if world.is_first:
-            check_dataset(checkpoint, loaders.dataset, options)
+            with damage_told(options.resume):
+                check_dataset(checkpoint, loaders.dataset, options)
         return model, loaders
     folder = run_folder(options.project, options.name)
     folder = increment_path(folder, exist_ok=options.exist_ok, mkdir=True) if world.is_first else folder

@@ -136,8 +136,8 @@ class DiskImages:
 
     def fill(self, prefix: str = "") -> None:
         """Makes the copies that are missing or cut short; clears what a killed process left of one."""
-        for folder in {self.copy_path(index).parent for index in range(len(self.files.table))}:
-            remove_temporaries(folder, abandoned=True)
+        for folder in {os.path.dirname(os.path.abspath(path)) for path in self.files.table.image_paths}:
+            remove_temporaries(_beside(folder), abandoned=True)
         total = 0
         bar = progress(_in_order(self._make_whole, len(self.files.table)), total=len(self.files.table), unit="img")
         for size in bar:
@@ -173,8 +173,7 @@ class DiskImages:
             ) from error
         key = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, self.files.imgsz, self.files.augment)
         name = hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        folder = Path(path).parent
-        return folder.with_name(f"{folder.name}_npy") / f"{name}.npy"
+        return _beside(os.path.dirname(path)) / f"{name}.npy"
 
     @staticmethod
     def _write(copy: Path, image: np.ndarray) -> None:
@@ -193,6 +192,11 @@ class DiskImages:
                 f"{copy}: --cache disk cannot write here ({error.strerror}). Free the disk or make the folder "
                 "writable, or use --cache ram or no --cache."
             ) from error
+
+
+def _beside(folder: str) -> Path:
+    """Returns where the copies of a folder's images are."""
+    return Path(folder).with_name(f"{os.path.basename(folder)}_npy")
 
 
 class RamImages:

@@ -341,7 +341,7 @@ class Trainer:
             self.ema.load(checkpoint["ema"], checkpoint["updates"])
         load_optimizer_state(self.optimizer, self.model, checkpoint["optimizer"])
         before = checkpoint.get("precision", self.precision)  # those of an earlier version do not tell
-        if before != self.precision:
+        if before != self.precision and self.world.is_first:
             LOGGER.warning(
                 f"WARNING: the run was begun in {before} and goes on in {self.precision}, which --amp "
                 f"{self.options.amp} is on {self.device.type}: it will not end like one that was not interrupted"

@@ -111,6 +111,11 @@ def test_a_stripped_checkpoint_has_nothing_to_resume(tmp_path):
         resume.load_resumable(path)
 
 
+def test_of_a_checkpoint_without_a_record_of_its_data_it_is_said(caplog):
+    resume.check_dataset({"data": "a.yaml"}, {}, Namespace(resume="old.pt", data="/now/b.yaml"))
+    assert "old.pt is of an earlier version" in caplog.text and "whether /now/b.yaml has changed" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("switches", "processes", "words"),
     [
