@@ -26,6 +26,7 @@ from utils.devices import resolve_amp
 from utils.eval.evaluate import EvalResult, evaluate
 from utils.files import remove_temporaries
 from utils.log import LOGGER, colorstr, progress
+from utils.signals import signals_held_back
 from utils.train.callbacks import Callbacks
 from utils.train.distributed import ALONE, World, explained
 from utils.train.ema import ModelEMA
@@ -363,15 +364,18 @@ class Trainer:
         """
         period = self.options.save_period
         periodic = period > 0 and epoch > 0 and epoch % period == 0
-        paths = [self.best] * is_best + [self.last.with_name(f"epoch{epoch}.pt")] * periodic + [self.last]
+        before_last = [self.best] * is_best + [self.last.with_name(f"epoch{epoch}.pt")] * periodic
         state = self._state(epoch)
-        for path in paths:
+        for path in before_last:
             save_checkpoint(path, state)
-        if self.saved is None:
+        first = self.saved is None
+        with signals_held_back():  # whoever is stopped once last.pt is there is told so
+            save_checkpoint(self.last, state)
+            self.saved = self.last, epoch
+        if first:
             for path in self.last.parent.glob("*.pt"):
-                if path not in paths and re.fullmatch(r"best|last|epoch\d+", path.stem):
+                if path not in (*before_last, self.last) and re.fullmatch(r"best|epoch\d+", path.stem):
                     path.unlink()
-        self.saved = self.last, epoch
 
     # ----------------------------------------------------------------------------------------------- beginning, end
 
