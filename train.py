@@ -169,36 +169,49 @@ def train(
 
 
 def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dict | None, world: Any) -> tuple:
-    """Makes the run's folder, the model and the loaders; returns those two. The first process writes and settles."""
+    """Makes the model, the loaders and then the run's folder; returns the first two.
+
+    What can be refused is so before the folder is there. The first process settles and writes.
+    """
     from models.build import build_for_training
     from utils.data.spec import load_spec
     from utils.train import setup
+    from utils.train.resume import check_dataset, check_names, damage_told
 
     with world.in_turn():  # the first may have to download
         spec = load_spec(options.data)
+        options.data = setup.settled_data(options.data, spec)
         names = {0: "item"} if options.single_cls and spec.nc != 1 else spec.names
+        if checkpoint:
+            with damage_told(options.resume):
+                check_names(checkpoint, names, options)
         model = build_for_training(options, names, hyp.anchors, checkpoint)
     if len(names) == 1 and hyp.label_smoothing:
         LOGGER.warning("WARNING: --label-smoothing has no effect: one class (as of --single-cls) has no class loss")
     setup.freeze_layers(model, options.freeze)
+    options.imgsz = setup.image_side(model, options)
     if options.batch_size == -1:
         options.batch_size = setup.fitting_batch_size(model, options, device)
-    if not checkpoint:
-        folder = run_folder(options.project, options.name)
-        folder = increment_path(folder, exist_ok=options.exist_ok, mkdir=True) if world.is_first else folder
-        options.save_dir = world.text_of_first(str(folder))
-    fresh = world.is_first and not checkpoint
-    if fresh:
+    tables = setup.load_tables(spec, options.single_cls, options.workers, world)
+    if world.is_first and not checkpoint:
+        setup.settle_weights(model, tables.train, hyp, options)
+    loaders = setup.build_loaders(tables, spec, model, hyp, options, world)
+    if checkpoint:
+        if world.is_first:
+            with damage_told(options.resume):
+                check_dataset(checkpoint, loaders.dataset, options)
+        return model, loaders
+    folder = run_folder(options.project, options.name)
+    folder = increment_path(folder, exist_ok=options.exist_ok, mkdir=True) if world.is_first else folder
+    options.save_dir = world.text_of_first(str(folder))
+    if world.is_first:
         write_yaml(Path(options.save_dir) / "hyp.yaml", hyp.to_dict())
         write_yaml(Path(options.save_dir) / "opt.yaml", vars(options))
-    tables = setup.load_tables(spec, options.single_cls, options.workers, world)
-    if fresh:
-        setup.settle_weights(model, tables.train, hyp, options)
         if not options.noplots:
             from utils.train.plots import plot_labels
 
             plot_labels(tables.train.rows, names, Path(options.save_dir))
-    return model, setup.build_loaders(tables, spec, model, hyp, options, world)
+    return model, loaders
 
 
 def _with_smoothing(hyp: Any, label_smoothing: float | None) -> Any:

@@ -59,7 +59,7 @@ def profile_layers(model: nn.Module, image: Tensor, repeats: int = 10) -> None:
 
     def synchronised_time() -> float:
         if image.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(image.device)
         return time.perf_counter()
 
     x = image

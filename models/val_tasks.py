@@ -6,6 +6,7 @@ and data made ready (`models.validation`), the evaluation (`utils.eval.evaluate`
 
 from __future__ import annotations
 
+import os
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -210,10 +211,12 @@ def training_data(subject: Subject) -> str:
     """Returns the data set YAML that a model was trained on.
 
     Raises:
-        UserError: its file does not say.
+        UserError: its file does not say, or it is gone.
     """
     if not subject.data:
         raise UserError(f"{subject.path} does not say which data set it was trained on: give --data.")
+    if os.path.isabs(subject.data) and not os.path.isfile(subject.data):
+        raise UserError(f"{subject.path} was trained on {subject.data}, which is not there: give --data.")
     LOGGER.info(f"No --data given: validating on {subject.data}, which {subject.path.name} was trained on")
     return subject.data
 

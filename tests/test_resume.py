@@ -8,6 +8,7 @@ moments are in benchmarks/interruptions.py, signals to commands in test_train.py
 
 import dataclasses
 import functools
+import re
 import shutil
 from pathlib import Path
 
@@ -88,7 +89,20 @@ def start(folder: Path, project: Path, callbacks: Callbacks, **differently) -> P
     options = {"cfg": "tiny.yaml", "imgsz": 64, "batch_size": 2, "epochs": EPOCHS, "device": "cpu", "amp": "off"}
     options |= {"noplots": True, "noautoanchor": True, "save_period": 1, "workers": 0, **differently}
     options["cfg"] = str(folder / options["cfg"])
-    return Path(train.run(callbacks, data=str(folder / "data.yaml"), project=str(project), **options).save_dir)
+    options = {"data": str(folder / "data.yaml"), **options}
+    return Path(train.run(callbacks, project=str(project), **options).save_dir)
+
+
+def ending(at: int) -> Callbacks:
+    """Presses Ctrl-C after batch `at` since the run's start."""
+
+    def end(iteration, *_):
+        if iteration == at:
+            raise KeyboardInterrupt
+
+    callbacks = Callbacks()
+    callbacks.register_action("on_train_batch_end", callback=end)
+    return callbacks
 
 
 def copying(run: Path, copies: Path) -> Callbacks:
@@ -165,15 +179,9 @@ def test_ended_and_resumed_in_every_epoch_the_end_is_the_same(folder, tmp_path):
     last = tmp_path / "exp" / "weights" / "last.pt"
 
     def interrupted(epoch, begin, **options):
-        def end(iteration, *_):
-            if iteration == epoch * BATCHES + 1:
-                raise KeyboardInterrupt
-
-        callbacks = Callbacks()
-        callbacks.register_action("on_train_batch_end", callback=end)
         told = rf"Epoch {epoch - 1} is saved. Go on with: .*--resume {last}"
         with pytest.raises(KeyboardInterrupt, match=told):
-            begin(callbacks=callbacks, **options)
+            begin(callbacks=ending(epoch * BATCHES + 1), **options)
 
     interrupted(1, functools.partial(start, folder, tmp_path))
     interrupted(2, train.run, resume=str(last), workers=2)
@@ -208,16 +216,7 @@ def test_a_path_to_resume_may_be_a_path_object(tmp_path, monkeypatch):
 @pytest.fixture
 def interrupted(folder, tmp_path) -> Path:
     """The last checkpoint of a run that was interrupted in its second epoch."""
-
-    def end(iteration, *_):
-        if iteration == BATCHES:
-            raise KeyboardInterrupt
-
-    callbacks = Callbacks()
-    callbacks.register_action("on_train_batch_end", callback=end)
-    with pytest.raises(KeyboardInterrupt):
-        start(folder, tmp_path, callbacks)
-    return tmp_path / "exp" / "weights" / "last.pt"
+    return stopped(folder, tmp_path, data=str(folder / "data.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -248,3 +247,88 @@ def test_what_else_is_wrong_at_a_resume_is_not_laid_on_the_checkpoint(command, i
         data.write_text(text)
     outcome.assert_refused("data.yaml")
     assert f"error: {interrupted}" not in outcome.said
+
+
+@pytest.fixture
+def own_folder(folder, tmp_path, monkeypatch):
+    """Makes a data set of one's own, data.yaml and set/, in a folder of its own; works there."""
+
+    def make(name: str, names: str = "[a, b, c, d]") -> Path:
+        place = tmp_path / name
+        for kind in ("images", "labels"):
+            shutil.copytree(folder / kind, place / "set" / kind, ignore=shutil.ignore_patterns("*.npz", "*_npy"))
+        (place / "data.yaml").write_text(f"path: set\ntrain: images/train\nval: images/val\nnames: {names}\n")
+        monkeypatch.chdir(place)
+        return place
+
+    return make
+
+
+def stopped(folder: Path, project: Path, **differently) -> Path:
+    """The last checkpoint of a run on ./data.yaml that was interrupted in its second epoch."""
+    with pytest.raises(KeyboardInterrupt):
+        start(folder, project, ending(BATCHES), **{"data": "data.yaml", **differently})
+    return project / "exp" / "weights" / "last.pt"
+
+
+def test_a_run_keeps_to_its_data_wherever_it_goes_on(folder, own_folder, tmp_path):
+    """Another folder has a data.yaml too, of other images, and classes of the same names."""
+    mine = own_folder("mine")
+    last = stopped(folder, tmp_path)
+    assert load_checkpoint(last)["data"] == load_checkpoint(last)["opt"]["data"] == str(mine / "data.yaml")
+    assert f"data: {mine / 'data.yaml'}" in (tmp_path / "exp" / "opt.yaml").read_text()
+    own_folder("other")
+    seen, callbacks = set(), Callbacks()
+    callbacks.register_action("on_train_batch_end", callback=lambda *arguments: seen.update(arguments[4]))
+    options = train.run(callbacks, resume=str(last))
+    assert options.data == str(mine / "data.yaml")
+    assert len(seen) == 8 and all(Path(path).is_relative_to(mine / "set") for path in seen)
+
+
+def test_a_resumed_run_says_what_has_changed_in_its_data(command, folder, own_folder, tmp_path):
+    mine = own_folder("mine")
+    last = stopped(folder, tmp_path)
+    shutil.copytree(tmp_path / "exp", tmp_path / "unchanged")
+    outcome = command(train, "--resume", tmp_path / "unchanged" / "weights" / "last.pt")
+    assert outcome.status == 0 and "WARNING" not in outcome.said
+    for number in (0, 1):
+        (mine / "set" / "images" / "train" / f"{number}.png").unlink()
+    shutil.copy(mine / "set" / "images" / "val" / "0.png", mine / "set" / "images" / "train" / "8.png")
+    for number in (3, 4, 5):
+        (mine / "set" / "labels" / "train" / f"{number}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (mine / "set" / "labels" / "val" / "1.txt").unlink()
+    outcome = command(train, "--resume", last)
+    (warning,) = (line for line in outcome.said.splitlines() if line.startswith("WARNING"))
+    assert "train: 2 removed, 1 added, 3 relabelled; val: 1 relabelled" in warning
+    assert f"{mine / 'data.yaml'} (train: 8 images, val: 2 images)" in warning  # what was
+    assert f"{mine / 'data.yaml'} (train: 7 images, val: 2 images)" in warning  # what is
+    assert outcome.status == 0
+
+
+def test_a_run_is_not_resumed_on_other_classes(command, folder, own_folder, tmp_path):
+    mine = own_folder("mine")
+    last = stopped(folder, tmp_path)
+    others = {"[d, b, c, a]": "a is d, d is a", "[a, b, c, d, e]": "e is new", "[a, b, c]": "d is gone"}
+    for names, told in others.items():
+        yaml = (mine / "data.yaml").read_text()
+        (mine / "data.yaml").write_text(re.sub(r"names: .*", f"names: {names}", yaml))
+        command(train, "--resume", last).assert_refused(str(mine / "data.yaml"), told, "--weights")
+    assert load_checkpoint(last)["epoch"] == 0
+
+
+def test_data_that_was_moved_is_named_anew(command, folder, own_folder, tmp_path):
+    mine = own_folder("mine")
+    last = stopped(folder, tmp_path)
+    mine.rename(tmp_path / "moved")
+    command(train, "--resume", last).assert_refused(str(mine / "data.yaml"), "--data")
+    outcome = command(train, "--resume", last, "--data", tmp_path / "moved" / "data.yaml")
+    assert outcome.status == 0 and "WARNING" not in outcome.said
+
+
+def test_data_given_as_a_dict_is_found_again_from_another_folder(folder, own_folder, tmp_path):
+    mine = own_folder("mine")
+    splits = {"train": "set/images/train", "val": "set/images/val"}
+    last = stopped(folder, tmp_path, data={**splits, "names": ["a", "b", "c", "d"]})
+    assert load_checkpoint(last)["data"] is None  # no file that val.py could read
+    own_folder("other")
+    assert train.run(resume=str(last)).data["train"] == [str(mine / "set" / "images" / "train")]

@@ -15,6 +15,7 @@ import val
 from models import val_tasks
 from models.load import load_model
 from models.validation import held_subject, make_loader
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.checks import UserError
 from utils.data.labels import load_labels
 from utils.data.spec import load_spec
@@ -238,6 +239,13 @@ def test_a_study_needs_to_know_its_data_before_it_begins(run, weights, calls):
     with pytest.raises(UserError, match="does not say which data set it was trained on: give --data"):
         run([weights], task="study", data="")
     assert not calls
+
+
+def test_the_data_of_the_training_that_is_gone_is_named_and_asked_for(run, more_weights, tmp_path):
+    moved = more_weights(tmp_path / "moved.pt", {0: "a"})
+    save_checkpoint(moved, {**load_checkpoint(moved), "data": str(tmp_path / "gone.yaml")})
+    with pytest.raises(UserError, match=r"moved\.pt was trained on .*gone\.yaml, which is not there: give --data"):
+        run([moved], data="")
 
 
 def test_a_study_refuses_a_model_of_one_size_before_it_begins(run, weights, calls, monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import numbers
 import os
 import signal
 import sys
@@ -107,8 +108,9 @@ def advising(advice: Callable[[], str]) -> Iterator[None]:
 def options_from(parser: argparse.ArgumentParser, keywords: Mapping[str, Any]) -> argparse.Namespace:
     """Returns the parser's defaults with `keywords` in place of their namesakes, for calls from Python.
 
-    What takes several values on the command line may be given one here, or several in a list or tuple; it is a list
-    in what is returned. Numbers and choices are checked as they are there.
+    None stands for the default. Paths, numbers and devices are returned as the text that the command line would have
+    brought, where it brings text. What takes several values there may be given one here, or several in a list or tuple;
+    it is a list in what is returned. Numbers and choices are checked as they are there.
 
     Raises:
         UserError: a keyword is not an option, or its value is none that the option takes.
@@ -118,31 +120,34 @@ def options_from(parser: argparse.ArgumentParser, keywords: Mapping[str, Any]) -
     for name, value in keywords.items():
         if name not in vars(options):
             raise UserError(f"{parser.prog}: unknown option '{name}'.{did_you_mean(name, vars(options))}")
-        setattr(options, name, _taken(actions[name], value))
+        if value is not None:
+            setattr(options, name, _taken(actions[name], value))
     return options
 
 
 def _taken(action: argparse.Action, value: Any) -> Any:
-    """Returns a keyword's value as the command line would have made it; None and the default are taken as they are."""
-    if value is None or value is action.default:
+    """Returns a keyword's value as the command line would have made it; the default is taken as it is."""
+    if value is action.default:
         return value
+    if action.nargs == 0:
+        return bool(value)
     if action.nargs == "+":
         return [_checked(action, item) for item in (value if isinstance(value, (list, tuple)) else [value])]
     return _checked(action, value)
 
 
 def _checked(action: argparse.Action, value: Any) -> Any:
-    """Returns one value as a number where the option takes numbers, else as it is.
+    """Returns one value as a number where the option takes numbers, else as text; flags and dicts stay.
 
     Raises:
-        UserError: it is no such number, or none of the option's choices.
+        UserError: it is no such number, no text, or none of the option's choices.
     """
     if action.choices is not None and value not in action.choices:
         names = ", ".join(map(str, action.choices))
         hint = did_you_mean(value, action.choices)
         raise UserError(f"{action.option_strings[0]} '{value}': one of {names} is expected.{hint}")
     if action.type is None:
-        return value
+        return _text(action, value)
     try:
         return action.type(str(value))
     except argparse.ArgumentTypeError as error:
@@ -151,6 +156,22 @@ def _checked(action: argparse.Action, value: Any) -> Any:
         raise UserError(
             f"{action.option_strings[0]} {value}: a number ({action.type.__name__}) is expected."
         ) from error
+
+
+def _text(action: argparse.Action, value: Any) -> str | bool | Mapping:
+    """Returns a value as text: a path, a number (`device=0`, `source=0`) or a device; flags and dicts stay.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if isinstance(value, (str, bool, Mapping)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    torch = sys.modules.get("torch")  # whoever has a device has imported it
+    if isinstance(value, numbers.Number) or torch and isinstance(value, torch.device):
+        return str(value)
+    raise UserError(f"{action.option_strings[0]} {value!r:.80}: text or a path is expected.")
 
 
 def echo_options(script: str, options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ GLIBC_KEEPS_MEMORY = {-4: 0, -1: -1, -2: 64 << 20, -8: 1}
 
 
 def select_device(device: str = "", batch_size: int = 0) -> torch.device:
-    """Returns the device for `''` (CUDA 0, else the CPU), `cpu`, `mps`, `0`, `cuda:0` or `0,1`: the first of several.
+    """Returns the device for `''` (CUDA 0, else the CPU), `cpu`, `mps`, `cuda`, `0`, `cuda:0`, `0,1`: the first one.
 
     Args:
         device: the value of `--device`.
@@ -31,7 +31,17 @@ def select_device(device: str = "", batch_size: int = 0) -> torch.device:
     chosen = select_devices(device)
     if str(device).strip() and batch_size > 0 and batch_size % len(chosen):
         raise UserError(f"--batch-size {batch_size} does not divide by the {len(chosen)} GPUs of --device {device}.")
-    return chosen[0]
+    return current(chosen[0])
+
+
+def current(device: torch.device) -> torch.device:
+    """Makes a CUDA device the one that this process uses where none is named, and returns it; others it just returns.
+
+    Else GPU 0 would be waited for, and would hold a context, pinned memory and what libraries put there.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def select_devices(device: str = "") -> list[torch.device]:
@@ -41,6 +51,7 @@ def select_devices(device: str = "") -> list[torch.device]:
         UserError: an unknown name, or a GPU that is not there.
     """
     name = str(device).strip().lower()
+    name = "0" if name == "cuda" else name
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (not name and not available):
         return [torch.device("cpu")]

@@ -6,6 +6,7 @@ Not here: downloads (`utils.download`), checkpoints (`utils.checkpoint`), images
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -269,14 +270,19 @@ def run_folder(project: str | Path, name: str) -> Path:
     """Returns the folder that `--project` and `--name` mean.
 
     Raises:
-        UserError: the name is a path that leads out of the project, or there can be no folder of this path.
+        UserError: the name is a path that leads out of the project, or there can be no folder of this path, or none
+            that can be written to.
     """
     parts = re.split(r"[/\\]", str(name))
     if ".." in parts or not parts[0] and len(parts) > 1 or re.match("[A-Za-z]:", str(name)):
         raise UserError(f"--name '{name}': leads out of --project {project}. Give the folder of the runs as --project.")
     folder = Path(project) / name
-    with _output_explained(folder), contextlib.suppress(FileNotFoundError):
-        os.stat(folder)
+    with _output_explained(folder):
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(folder)
+        existing = next(path for path in folder.parents if os.path.exists(path))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
     return folder
 
 

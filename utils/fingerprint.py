@@ -16,9 +16,11 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -187,6 +189,51 @@ def labels_part(data: Data) -> Part:
             digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
     counts = (f"{split}: {len(table)} images, {len(table.rows)} labels" for split, table in data.tables.items())
     return Part("labels", digest.hexdigest(), "; ".join(counts))
+
+
+def dataset_record(spec: DataSpec, tables: Mapping[str, LabelTable]) -> dict[str, torch.Tensor]:
+    """Returns what a checkpoint keeps of its data, by which a resumed run notices that it has changed.
+
+    By split, int64 (N, 2), a row for each image: a hash of its path below the data set's folder, and one of its width
+    and height, boxes and polygons. So the data may move as a whole, and pixels are not looked at.
+    """
+    import numpy as np
+    import torch
+
+    def hashed(*parts: bytes) -> bytes:
+        return hashlib.blake2b(b"".join(parts), digest_size=8).digest()
+
+    folder = os.path.join(spec.root, "")
+    record = {}
+    for split, table in tables.items():
+        sizes, labels, points = (array.tobytes() for array in (table.sizes_wh, table.rows, table.seg_points))
+        first_row, first_point = table.offsets.tolist(), table.seg_offsets[table.offsets].tolist()
+        hashes = bytearray()
+        for index, path in enumerate(table.image_paths):
+            name = path.removeprefix(folder) if path.startswith(folder) else os.path.basename(path)
+            own_labels = labels[20 * first_row[index] : 20 * first_row[index + 1]]
+            own_points = points[8 * first_point[index] : 8 * first_point[index + 1]]
+            hashes += hashed(os.fsencode(name.replace(os.sep, "/")))
+            hashes += hashed(sizes[8 * index : 8 * index + 8], own_labels, own_points)
+        record[split] = torch.from_numpy(np.frombuffer(hashes, np.int64).reshape(-1, 2))
+    return record
+
+
+def dataset_changes(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> str:
+    """Returns how the images of two `dataset_record`s differ: "train: 8 removed, 1 added; val: 3 relabelled", or ""."""
+    told = []
+    for split in now:
+        old, new = before[split].tolist(), now[split].tolist()
+        old_images, new_images = (Counter(image for image, _ in rows) for rows in (old, new))
+        old_labels, new_labels = dict(old), dict(new)
+        counts = {
+            "removed": (old_images - new_images).total(),
+            "added": (new_images - old_images).total(),
+            "relabelled": sum(new_labels.get(image, labels) != labels for image, labels in old_labels.items()),
+        }
+        if any(counts.values()):
+            told.append(f"{split}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
+    return "; ".join(told)
 
 
 def _name_below(path: str, root: Path) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.checks import UserError
@@ -128,3 +130,70 @@ def _asked_for(error: Exception) -> str:
     number, unit = next(filter(None, amount.groups())).split()
     words = f"{int(number) / 2**20:.0f} MiB" if unit == "bytes" else f"{number} {unit}"
     return f" ({words} more were asked for)"
+
+
+class _Control(NamedTuple):
+    """The files in which a version of Linux's control groups tells of memory."""
+
+    mount: str
+    limit: str
+    used: str
+    caches: tuple[str, ...]  # keys of memory.stat: parts of what is used that the system takes back when it needs them
+
+
+_CONTROL_GROUPS = {
+    1: _Control(
+        "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_active_file", "total_inactive_file"),
+    ),
+    2: _Control("sys/fs/cgroup", "memory.max", "memory.current", ("active_file", "inactive_file")),
+}
+
+
+def memory_left(root: str | Path = "/") -> int | None:
+    """Returns how many bytes of memory this process may still take: the machine's, or its container's if that is less.
+
+    Args:
+        root: the file system that holds `proc` and `sys`.
+
+    Returns:
+        Where the system does not tell what is left, what it has in all; None where it tells neither (Windows).
+    """
+    root = Path(root)
+    found = re.search(r"^MemAvailable: +(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE)
+    left = [int(found[1]) * 1024] if found else []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" or "memory" in controllers.split(","):
+            left += _left_in_groups(root, path, _CONTROL_GROUPS[2 if number == "0" else 1])
+    if left:
+        return max(min(left), 0)
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _left_in_groups(root: Path, path: str, control: _Control) -> Iterator[int]:
+    """Yields what a control group and those that it lies in have left, where they are limited.
+
+    A container may see its own group as the outermost one, but its path as the host does: folders that are not there.
+    """
+    mount = root / control.mount
+    group = mount / path.lstrip("/")
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(mount):
+            return
+        limit, used = _text(folder / control.limit).strip(), _text(folder / control.used).strip()
+        if limit.isdecimal() and used.isdecimal():  # not "max"
+            rows = (line.split() for line in _text(folder / "memory.stat").splitlines())
+            yield int(limit) - int(used) + sum(int(value) for name, value in rows if name in control.caches)
+
+
+def _text(path: Path) -> str:
+    """Returns a system's file, empty where there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

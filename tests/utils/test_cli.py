@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from utils.checks import UserError
 from utils.cli import echo_options, newest_weights, number, options_from
@@ -87,7 +88,7 @@ def test_keywords_replace_the_defaults_of_the_parser():
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [(64, [64]), ((48, 64), [48, 64]), (["64"], [64]), (np.int64(64), [64]), (None, None)]
+    ("given", "expected"), [(64, [64]), ((48, 64), [48, 64]), (["64"], [64]), (np.int64(64), [64]), (None, [640])]
 )
 def test_one_value_will_do_where_the_command_line_takes_several(given, expected):
     parser = make_parser()
@@ -95,13 +96,29 @@ def test_one_value_will_do_where_the_command_line_takes_several(given, expected)
     assert options_from(parser, {"imgsz": given}).imgsz == expected
 
 
-def test_what_is_no_number_stays_what_it_is():
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"weights": Path("best.pt"), "resume": True}, {"weights": ["best.pt"], "resume": True}),
+        ({"weights": ("a.pt", Path("b.pt")), "resume": Path("last.pt")}, {"weights": ["a.pt", "b.pt"]}),
+        ({"weights": None, "resume": None, "device": None}, {"weights": [], "resume": False, "device": ""}),
+        ({"device": 0}, {"device": "0"}),
+        ({"device": torch.device("cuda", 1)}, {"device": "cuda:1"}),
+        ({"device": {"a": 1}}, {"device": {"a": 1}}),
+        ({"half": 1}, {"half": True}),
+    ],
+)
+def test_values_are_what_the_command_line_would_have_brought(given, expected):
     parser = make_parser()
     parser.add_argument("--weights", nargs="+", default=[])
     parser.add_argument("--resume", nargs="?", const=True, default=False)
-    path = Path("best.pt")
-    options = options_from(parser, {"weights": path, "resume": True})
-    assert options.weights == [path] and options.resume is True
+    parser.add_argument("--device", default="")
+    parser.add_argument("--half", action="store_true")
+    options = vars(options_from(parser, given))
+    assert {name: options[name] for name in expected} == expected
+    assert [type(options[name]) for name in expected] == [type(value) for value in expected.values()]
+    with pytest.raises(UserError, match=r"--device \[0, 1\]: text or a path is expected"):
+        options_from(parser, {"device": [0, 1]})
 
 
 @pytest.mark.parametrize(

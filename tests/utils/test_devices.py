@@ -17,11 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Returns a function that makes PyTorch see a number of GPUs."""
+    """Returns a function that makes PyTorch see a number of GPUs, and returns a list of those made the current one."""
+    chosen = []
 
     def see(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        return chosen
 
     return see
 
@@ -36,15 +39,17 @@ def gpus(monkeypatch):
         (2, "1", "cuda:1"),
         (2, "cuda:1", "cuda:1"),
         (2, "0,1", "cuda:0"),
+        (2, "cuda", "cuda:0"),
         (12, "10", "cuda:10"),
     ],
 )
 def test_names_of_devices(gpus, count, name, expected):
-    gpus(count)
+    made_current = gpus(count)
     assert select_device(name, batch_size=16) == torch.device(expected)
+    assert made_current == ([torch.device(expected)] if expected.startswith("cuda") else [])
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:", "-1", "0,", "0;1", "0.5", "cpu0"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "-1", "0,", "0;1", "0.5", "cpu0"])
 def test_a_name_of_no_device_is_refused_and_shown(gpus, name):
     gpus(2)
     with pytest.raises(UserError, match=f"--device '{name}': expected cpu, mps"):
@@ -52,7 +57,8 @@ def test_a_name_of_no_device_is_refused_and_shown(gpus, name):
 
 
 @pytest.mark.parametrize(
-    ("count", "name", "seen"), [(0, "0", "no CUDA GPU"), (2, "2", "GPUs 0 to 1"), (2, "0,2", "0 to 1")]
+    ("count", "name", "seen"),
+    [(0, "0", "no CUDA GPU"), (0, "cuda", "no CUDA GPU"), (2, "2", "GPUs 0 to 1"), (2, "0,2", "0 to 1")],
 )
 def test_a_gpu_that_is_absent_is_refused(gpus, count, name, seen):
     gpus(count)

@@ -197,6 +197,18 @@ def test_an_existing_folder_that_takes_no_files_is_refused_at_once(tmp_path, mon
         increment_path(tmp_path, exist_ok=True, mkdir=True)
 
 
+def test_a_project_that_takes_no_folders_is_refused_before_the_work(tmp_path, monkeypatch):
+    """The first folder above that is there decides; a run's folder that is there already need not be this run's."""
+    (tmp_path / "exp").mkdir()
+    locked = [tmp_path]
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in locked)
+    for project in (tmp_path, tmp_path / "runs" / "train"):
+        with pytest.raises(UserError, match=f"cannot be the output folder .Permission denied: {tmp_path}.. Choose"):
+            files.run_folder(project, "exp")
+    locked[:] = [tmp_path / "exp"]
+    assert files.run_folder(tmp_path, "exp") == tmp_path / "exp" and not (tmp_path / "runs").exists()
+
+
 def fail_with_keywords(number):
     def raise_error(**_):
         raise OSError(number, os.strerror(number))

@@ -154,6 +154,27 @@ def test_labels_with_keypoints_are_read_as_training_reads_them(tiny_shapes, tmp_
     )
 
 
+def test_a_record_of_the_data_tells_what_has_changed(run, tmp_path, tiny_shapes):
+    def record(yaml: Path) -> dict:
+        data = fingerprint.read_data(yaml)
+        return fingerprint.dataset_record(data.spec, data.tables)
+
+    yaml = tmp_path / "set" / tiny_shapes.name
+    before = record(yaml)
+    assert {split: tuple(rows.shape) for split, rows in before.items()} == {"train": (24, 2), "val": (8, 2)}
+    moved = shutil.copytree(tmp_path / "set", tmp_path / "moved" / "set", ignore=shutil.ignore_patterns("*.npz"))
+    assert fingerprint.dataset_changes(before, record(moved / tiny_shapes.name)) == ""
+    edit_number("1.txt", 7, "0.3")(run)  # a point of a polygon within its box
+    resize_image(run)
+    assert fingerprint.dataset_changes(before, record(yaml)) == "val: 2 relabelled"
+    rename_image(run)
+    assert fingerprint.dataset_changes(before, record(yaml)) == "val: 1 removed, 1 added, 1 relabelled"
+    images = sorted((tmp_path / "set" / "images" / "train").iterdir())
+    (tmp_path / "set" / "often.txt").write_text("".join(f"{image}\n" for image in [*images, *images[:3]]))
+    yaml.write_text(yaml.read_text().replace("images/train", "often.txt"))
+    assert fingerprint.dataset_changes(before, record(yaml)).startswith("train: 3 added; val")
+
+
 def test_one_checkpoint_has_its_line_whatever_its_name(run, tmp_path):
     other = tmp_path / "detector.pt"
     shutil.copy(run / "weights" / "best.pt", other)

@@ -1,13 +1,14 @@
 """What a machine runs out of is told in words, with the options to lower; everything else keeps its form."""
 
 import errno
+import os
 
 import numpy as np
 import pytest
 import torch
 
 from utils.checks import UserError
-from utils.limits import limits_explained
+from utils.limits import limits_explained, memory_left
 
 SIZES = {"--batch-size": 16, "--imgsz": [640, 480], "--workers": 8}
 GPU = (
@@ -83,3 +84,65 @@ def test_an_interrupt_goes_before_what_breaks_while_it_is_answered():
             raise KeyboardInterrupt("first")
         finally:
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+
+
+GIB = 1 << 30
+
+
+def system(root, **files) -> int | None:
+    """What is left on a machine of 8 GiB, of which 6 are available, with these files."""
+    files = {"proc/meminfo": f"MemTotal:       {8 << 20} kB\nMemAvailable:   {6 << 20} kB\n", **files}
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return memory_left(root)
+
+
+def version_2(folder: str, limit: object, used: int, caches: int = 0) -> dict:
+    folder = f"sys/fs/cgroup{folder}"
+    stat = f"anon 5\ninactive_file {caches // 2}\nactive_file {caches // 2}\nshmem 7\n"
+    return {
+        f"{folder}/memory.max": f"{limit}\n",
+        f"{folder}/memory.current": f"{used}\n",
+        f"{folder}/memory.stat": stat,
+    }
+
+
+def version_1(folder: str, limit: object, used: int, caches: int = 0) -> dict:
+    folder = f"sys/fs/cgroup/memory{folder}"
+    stat = f"inactive_file 1\ntotal_inactive_file {caches}\ntotal_active_file 0\n"
+    names = {"memory.limit_in_bytes": f"{limit}\n", "memory.usage_in_bytes": f"{used}\n", "memory.stat": stat}
+    return {f"{folder}/{name}": text for name, text in names.items()}
+
+
+LEFT = {
+    "no container": ({}, 6),
+    "unlimited": ({"proc/self/cgroup": "0::/\n", **version_2("", "max", GIB)}, 6),
+    "docker": ({"proc/self/cgroup": "0::/\n", **version_2("", 2 * GIB, GIB)}, 1),
+    "caches are free": ({"proc/self/cgroup": "0::/\n", **version_2("", 4 * GIB, 3 * GIB, 2 * GIB)}, 3),
+    "slurm, limited above": (
+        {"proc/self/cgroup": "0::/job/step\n", **version_2("/job", 3 * GIB, GIB), **version_2("/job/step", "max", 0)},
+        2,
+    ),
+    "used up": ({"proc/self/cgroup": "0::/\n", **version_2("", GIB, GIB + 4096)}, 0),
+    "larger than the machine": ({"proc/self/cgroup": "0::/\n", **version_2("", 64 * GIB, GIB)}, 6),
+    "version 1": ({"proc/self/cgroup": "3:cpu:/\n2:memory:/a\n0::/\n", **version_1("/a", 2 * GIB, GIB, GIB // 2)}, 1.5),
+    "version 1, unlimited": ({"proc/self/cgroup": "2:memory:/\n", **version_1("", 2**63 - 4096, GIB)}, 6),
+    "version 1, seen from inside": (
+        {"proc/self/cgroup": "2:cpu,memory:/docker/0123\n", **version_1("", 2 * GIB, GIB)},
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "gib"), LEFT.values(), ids=LEFT)
+def test_the_memory_that_is_left_is_the_containers_where_it_has_less(files, gib, tmp_path):
+    assert system(tmp_path, **files) == gib * GIB
+
+
+def test_the_memory_that_is_left_here_is_part_of_what_there_is():
+    assert 0 < memory_left() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_system_that_does_not_tell_what_is_left_tells_what_it_has(tmp_path):
+    assert memory_left(tmp_path) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,7 @@
 """The label cache: a scanned `LabelTable` on disk as `.npz`, opened without pickle.
 
-It holds for exactly the files it was made from: their paths, sizes and times and the format's version make up its
-key. A stale or damaged cache is said to be so and made anew; caches of other programs (`.cache`) are never opened.
+It holds for exactly the files it was made from: their paths, sizes, times of change and the format's version make up
+its key. A stale or damaged cache is said to be so and made anew; caches of other programs (`.cache`) are never opened.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def cache_location(sources: Sequence[Path]) -> Path:
 
 
 def cache_key(image_paths: Sequence[str], label_paths: Sequence[str]) -> str:
-    """Returns a hash over the path, size and time of every image and label file and the format's version."""
+    """Returns a hash over the path, size and times of every image and label file and the format's version."""
     digest = hashlib.sha256(f"labels {FORMAT_VERSION}".encode())
     for image, label in zip(image_paths, label_paths, strict=True):
         digest.update(os.fsencode(f"\0{image}\0{_stamp(image)}\0{_stamp(label)}"))
@@ -70,12 +70,16 @@ def cache_key(image_paths: Sequence[str], label_paths: Sequence[str]) -> str:
 
 
 def _stamp(path: str) -> str:
-    """Returns a file's size and time of change, or a dash where there is none."""
+    """Returns a file's size and times, or a dash where there is none.
+
+    The time of its content alone would not do: copying and unpacking programs set it. That of its inode (on Windows, of
+    its creation) is the system's own.
+    """
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a NUL byte in the name
         return "-"
-    return f"{status.st_size}:{status.st_mtime_ns}"
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 def write_cache(path: Path, key: str, table: LabelTable) -> bool:

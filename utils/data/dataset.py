@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from utils.boxes import clip_boxes, xywh2xyxy, xyxy2xywh
+from utils.checks import UserError
 from utils.data.augment import (
     NO_DRAWS,
     AugmentParams,
@@ -23,7 +24,7 @@ from utils.data.augment import (
     flip_boxes,
     mixup,
 )
-from utils.data.images_cache import DiskImages, ImageFiles, ImageSource, RamImages, RecentImages
+from utils.data.images_cache import DiskImages, ImageFiles, ImageSource, Machine, RamImages, RecentImages
 from utils.data.mosaic import Sample, Tile, compose, place_four, place_nine
 from utils.data.order import PartnerPlan, SampleKey, Stream, epoch_order, keyed_generator
 from utils.data.table import LabelTable
@@ -72,6 +73,7 @@ class DetectionDataset(Dataset):
         pad: float = 0.0,
         seed: int = 0,
         cache: str | None = None,
+        machine: Machine | None = None,
         plan: PartnerPlan | None = None,
         prefix: str = "",
     ) -> None:
@@ -87,6 +89,8 @@ class DetectionDataset(Dataset):
             pad: added to rectangular shapes, in strides.
             seed: not negative; with epoch and position it settles all that is random.
             cache: keep resized images in 'ram' or on 'disk'; they are read at once. None reads files when needed.
+            machine: of several processes with this data set on a machine the first one fills the cache, then the others
+                come and use it; None for this one alone.
             plan: where mosaics find their partners; chosen by memory if None.
             prefix: goes before progress texts.
 
@@ -109,7 +113,7 @@ class DetectionDataset(Dataset):
         self.image_weights: np.ndarray | None = None
         long_side = imgsz if isinstance(imgsz, int) else max(imgsz)
         self.plan = plan or PartnerPlan.for_images(len(table), batch_size, long_side)
-        self.images = make_source(table, imgsz, augment is not None, cache, prefix)
+        self.images = make_source(table, imgsz, augment is not None, cache, prefix, machine)
         self.albumentations = augment is not None and albumentations_available(prefix)
         self._mosaic = augment is not None and not rect and augment.mosaic > 0
         self._order: tuple[int, np.ndarray] | None = None  # (epoch, its order)
@@ -269,13 +273,28 @@ def rectangular_batches(
 
 
 def make_source(
-    table: LabelTable, imgsz: int | tuple[int, int], augment: bool, cache: str | None, prefix: str
+    table: LabelTable,
+    imgsz: int | tuple[int, int],
+    augment: bool,
+    cache: str | None,
+    prefix: str,
+    machine: Machine | None = None,
 ) -> ImageSource:
-    """Returns where images are read from; a cache is filled before."""
+    """Returns where images are read from; a cache is filled before, of several processes by the machine's first.
+
+    Raises:
+        UserError: the cache cannot be filled, or not be shared.
+    """
     files = ImageFiles(table, imgsz, augment)
     if cache is None:
         return files
+    if machine and machine.local_rank > 0:
+        return DiskImages(files) if cache == "disk" else RamImages(files, machine.told_by_first_here())
     cached = {"ram": RamImages, "disk": DiskImages}[cache](files)
+    if isinstance(cached, RamImages) and machine and machine.local_size > 1:
+        if not cached.address:
+            raise UserError("--cache ram: only on Linux do several processes share one. Use --cache disk, or none.")
+        machine.told_by_first_here(cached.address)
     cached.fill(prefix)
     return cached
 

@@ -6,14 +6,17 @@ size, read-only; all of them return the same pixels. They wrap one another: memo
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
 import math
 import os
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -23,11 +26,13 @@ from utils.checks import UserError
 from utils.data.table import LabelTable
 from utils.files import remove_temporaries, temporary_beside
 from utils.images import ImageError, read_image, resized_wh
+from utils.limits import memory_left
 from utils.log import progress
 
 FILL_THREADS = 8
 REDUCTIONS = (1, 2, 4, 8)  # by how much a JPEG may have been shrunk while it was decoded
 _GB = 1e9
+Result = TypeVar("Result")
 
 
 class ImageSource(Protocol):
@@ -35,6 +40,17 @@ class ImageSource(Protocol):
 
     def read(self, index: int) -> np.ndarray:
         """Returns image `index`, uint8 (h, w, 3) RGB, read-only."""
+        ...
+
+
+class Machine(Protocol):
+    """The processes of a run that are on this machine; see `utils.train.distributed.World`."""
+
+    local_rank: int
+    local_size: int
+
+    def told_by_first_here(self, text: str = "") -> str:
+        """Returns the text that the first of them hands in."""
         ...
 
 
@@ -95,8 +111,9 @@ class ImageFiles:
 class DiskImages:
     """Copies of the resized images as `.npy` files in a folder `<image folder>_npy` beside each image folder.
 
-    A copy's name is a hash of its image's path, size and time of change, of the training size, and of whether it is
-    for training; so stale copies are never read. They are not deleted either: remove the folder to get rid of them.
+    A copy's name is a hash of its image's path, size and times (as in `utils.data.cache`), of the training size, and of
+    whether it is for training; so stale copies are never read. They are not deleted either: remove the folder to get
+    rid of them.
     """
 
     def __init__(self, files: ImageFiles) -> None:
@@ -118,14 +135,27 @@ class DiskImages:
         return image
 
     def fill(self, prefix: str = "") -> None:
-        """Makes the copies that are missing; clears what a killed process left of one."""
-        for folder in {self.copy_path(index).parent for index in range(len(self.files.table))}:
-            remove_temporaries(folder, abandoned=True)
+        """Makes the copies that are missing or cut short; clears what a killed process left of one."""
+        for folder in {os.path.dirname(os.path.abspath(path)) for path in self.files.table.image_paths}:
+            remove_temporaries(_beside(folder), abandoned=True)
         total = 0
-        bar = progress(_read_all(self, len(self.files.table)), total=len(self.files.table), unit="img")
-        for image in bar:
-            total += image.nbytes
+        bar = progress(_in_order(self._make_whole, len(self.files.table)), total=len(self.files.table), unit="img")
+        for size in bar:
+            total += size
             bar.set_description_str(f"{prefix}Caching images ({total / _GB:.1f}GB disk)", refresh=False)
+
+    def _make_whole(self, index: int) -> int:
+        """Makes the copy of image `index` unless one is there, by its header and its length; returns its bytes."""
+        width, height = self.files.size_wh(index)
+        header, size = _npy_header(height, width), 3 * width * height
+        try:
+            with open(self.copy_path(index), "rb") as copy:
+                whole = os.fstat(copy.fileno()).st_size == len(header) + size and copy.read(len(header)) == header
+        except OSError:  # none yet, not readable
+            whole = False
+        if not whole:
+            self.read(index)
+        return size
 
     def copy_path(self, index: int) -> Path:
         """Returns where the copy of image `index` is, or will be.
@@ -141,10 +171,9 @@ class DiskImages:
                 f"{path}: cannot be read ({error.strerror}). It was in order when the data set was scanned: "
                 "put it back, or start again."
             ) from error
-        key = (path, stat.st_size, stat.st_mtime_ns, self.files.imgsz, self.files.augment)
+        key = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, self.files.imgsz, self.files.augment)
         name = hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        folder = Path(path).parent
-        return folder.with_name(f"{folder.name}_npy") / f"{name}.npy"
+        return _beside(os.path.dirname(path)) / f"{name}.npy"
 
     @staticmethod
     def _write(copy: Path, image: np.ndarray) -> None:
@@ -165,33 +194,63 @@ class DiskImages:
             ) from error
 
 
-class RamImages:
-    """All images in one flat buffer, which worker processes share."""
+def _beside(folder: str) -> Path:
+    """Returns where the copies of a folder's images are."""
+    return Path(folder).with_name(f"{os.path.basename(folder)}_npy")
 
-    def __init__(self, files: ImageFiles) -> None:
-        """Sets aside memory for the images of `files`; `fill` reads them.
+
+class RamImages:
+    """All images in one flat buffer, which worker processes share, and on Linux other processes of the machine too.
+
+    There it is a file without a name (memfd): not bound to the size of /dev/shm, which containers keep small, and gone
+    with the last process that uses it.
+
+    Attributes:
+        address: by which other processes find the buffer while this one lives; empty where the system has no such file.
+    """
+
+    def __init__(self, files: ImageFiles, address: str = "") -> None:
+        """Sets aside memory for the images of `files`, which `fill` reads; or takes what another process has filled.
+
+        Args:
+            files: the images.
+            address: of the other process's `RamImages`, made for the same files.
 
         Raises:
-            UserError: they are more than this machine's memory.
+            UserError: they are more than there is memory for.
         """
         count = len(files.table)
         sizes = np.array([files.size_wh(index) for index in range(count)], dtype=np.int64).reshape(-1, 2)
         offsets = np.concatenate([[0], np.cumsum(3 * sizes.prod(axis=1))])
-        needed, memory = int(offsets[-1]), _physical_memory()
-        if memory is not None and needed > 0.9 * memory:
+        needed, left = int(offsets[-1]), memory_left()
+        if not address and left is not None and needed > 0.9 * left:
             raise UserError(
-                f"--cache ram: {count} images at {files.imgsz} px take {needed / _GB:.1f} GB, and this machine has "
-                f"{memory / _GB:.1f} GB of memory. Use --cache disk, or no --cache."
+                f"--cache ram: {count} images at {files.imgsz} px take {needed / _GB:.1f} GB, and {left / _GB:.1f} GB "
+                "of memory are left. Use --cache disk, or no --cache."
             )
         self.files = files
         self.sizes_wh = sizes
         self.offsets = offsets
-        self.buffer = torch.empty(needed, dtype=torch.uint8)
+        self.address = address or self._make_file(needed)
+        self.buffer = self._mapped() if self.address else torch.empty(needed, dtype=torch.uint8)
+
+    def _make_file(self, size: int) -> str:
+        """Makes the file without a name; returns its address."""
+        if not hasattr(os, "memfd_create"):
+            return ""
+        file = os.memfd_create("images")
+        weakref.finalize(self, os.close, file)
+        os.ftruncate(file, size)
+        return f"/proc/{os.getpid()}/fd/{file}"
+
+    def _mapped(self) -> torch.Tensor:
+        """Returns the file of `address` as a uint8 tensor."""
+        return torch.from_file(self.address, shared=True, size=int(self.offsets[-1]), dtype=torch.uint8)
 
     def fill(self, prefix: str = "") -> None:
         """Reads all images."""
         count = len(self.files.table)
-        bar = progress(_read_all(self.files, count), total=count, unit="img")
+        bar = progress(_in_order(self.files.read, count), total=count, unit="img")
         for index, image in enumerate(bar):
             self._slot(index)[:] = image
             filled = self.offsets[index + 1] / _GB
@@ -209,9 +268,16 @@ class RamImages:
         return self.buffer[self.offsets[index] : self.offsets[index + 1]].numpy().reshape(height, width, 3)
 
     def __getstate__(self) -> dict:
-        """Moves the buffer to shared memory when a spawned worker is to have it, so that all use the same one."""
-        self.buffer.share_memory_()
-        return self.__dict__
+        """Lets a spawned worker have the same buffer: by its address, or moved to shared memory."""
+        if not self.address:
+            self.buffer.share_memory_()
+        return {**self.__dict__, "buffer": None if self.address else self.buffer}
+
+    def __setstate__(self, state: dict) -> None:
+        """Finds the buffer of `address`."""
+        self.__dict__.update(state)
+        if self.address:
+            self.buffer = self._mapped()
 
 
 class RecentImages:
@@ -239,16 +305,17 @@ class RecentImages:
         return image
 
 
-def _read_all(source: ImageSource, count: int) -> Iterator[np.ndarray]:
-    """Yields images 0 to count - 1 in order, read by a few threads that never run far ahead."""
+def _in_order(work: Callable[[int], Result], count: int) -> Iterator[Result]:
+    """Yields what `work` makes of 0 to count - 1 in order, done by a few threads that never run far ahead."""
     with ThreadPoolExecutor(min(FILL_THREADS, os.cpu_count() or 1)) as pool:
         for start in range(0, count, 8 * FILL_THREADS):
-            chunk: Iterable[int] = range(start, min(start + 8 * FILL_THREADS, count))
-            yield from pool.map(source.read, chunk)
+            yield from pool.map(work, range(start, min(start + 8 * FILL_THREADS, count)))
 
 
-def _physical_memory() -> int | None:
-    """Bytes of memory of this machine; None where the system does not say (Windows)."""
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+@functools.lru_cache(maxsize=1024)
+def _npy_header(height: int, width: int) -> bytes:
+    """Returns what `np.save` puts before the pixels of an image, uint8 (height, width, 3)."""
+    header = io.BytesIO()
+    content = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(header, {**content, "shape": (height, width, 3)})
+    return header.getvalue()

@@ -273,7 +273,7 @@ class DetectionLoader:
             batch_sampler=self.batches,
             num_workers=self.workers,
             collate_fn=self.collate,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_initialized(),  # as where this process computes on a GPU, not where there is one
             worker_init_fn=_start_worker,
             generator=torch.Generator().manual_seed(self.dataset.seed),
             persistent_workers=self.workers > 0,

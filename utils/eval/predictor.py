@@ -93,9 +93,10 @@ class ModulePredictor:
 
     def synchronize(self) -> None:
         """Waits for the device's queue, where it has one."""
-        wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(self._device.type)
-        if wait:
-            wait()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
 
 
 class AugmentedPredictor:

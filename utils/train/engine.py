@@ -10,6 +10,7 @@ validates, decides and writes.
 from __future__ import annotations
 
 import copy
+import re
 import shlex
 import time
 from argparse import Namespace
@@ -27,6 +28,7 @@ from utils.devices import resolve_amp
 from utils.eval.evaluate import EvalResult, evaluate
 from utils.files import remove_temporaries
 from utils.log import LOGGER, colorstr, progress
+from utils.signals import signals_held_back
 from utils.train.callbacks import Callbacks
 from utils.train.distributed import ALONE, World, explained
 from utils.train.ema import ModelEMA
@@ -97,6 +99,7 @@ class Trainer:
         weight_decay = scaled_weight_decay(hyp, options.batch_size)
         self.optimizer = build_optimizer(model, options.optimizer, hyp.lr0, hyp.momentum, weight_decay)
         self.autocast_dtype = resolve_amp(options.amp, device)
+        self.precision = str(self.autocast_dtype or torch.float32).removeprefix("torch.")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast_dtype == torch.float16)
         self.stopper = EarlyStopping(options.patience)
         self.validation = [0.0] * 7  # P, R, mAP50, mAP50-95 and the three losses of the last validation
@@ -106,10 +109,12 @@ class Trainer:
         # of torch's own generator, which no layer here reads, but one of somebody's may (dropout)
         self.rng_state = torch.Generator().manual_seed(options.seed).get_state()
         self.epoch = -1  # the last finished epoch
+        self.saved: tuple[Path, int] | None = None  # what to go on from, and its epoch
         self.complete = False  # whether that was the run's last
         if checkpoint:
             with damage_told(options.resume):
                 self._restore(checkpoint)
+            self.saved = Path(options.resume), self.epoch
         self.records = Records(self.save_dir, self.epoch + 1, not options.noplots) if world.is_first else None
 
     def train(self) -> EvalResult | None:
@@ -144,9 +149,10 @@ class Trainer:
 
     def how_to_resume(self) -> str:
         """Says what an interrupted run has saved and how to go on with it."""
-        if self.epoch < 0 or not self.last.exists():
-            return "No epoch was finished: nothing is saved yet, start again."
-        return f"Epoch {self.epoch} is saved. Go on with: {self.world.command} --resume {shlex.quote(str(self.last))}"
+        if self.saved is None:
+            return f"No epoch was {'finished' if self.epoch < 0 else 'saved (--nosave)'}: start again."
+        path, epoch = self.saved
+        return f"Epoch {epoch} is saved. Go on with: {self.world.command} --resume {shlex.quote(str(path))}"
 
     def close(self) -> None:
         """Ends the loaders' processes and closes the event file."""
@@ -281,6 +287,8 @@ class Trainer:
             self._take_stock(epoch, items)
         self.complete = self.world.told_by_first(self.complete)
         self.epoch = epoch
+        if self.world.told_by_first(self.saved == (self.last, epoch)):
+            self.saved = self.last, epoch
 
     def _take_stock(self, epoch: int, items: Tensor) -> None:
         """Validates the EMA, records the figures, keeps the best and the last state, and looks at the patience."""
@@ -334,6 +342,7 @@ class Trainer:
             "ema": self.ema.ema.state_dict(),
             "updates": self.ema.updates,
             "optimizer": optimizer_state_by_name(self.optimizer, self.model),
+            "precision": self.precision,
             "scaler": self.scaler.state_dict(),
             "schedule": {
                 "complete": self.complete,
@@ -343,6 +352,7 @@ class Trainer:
             },
             "stopper": self.stopper.state_dict(),
             "generators": {"torch": torch.get_rng_state()},
+            "dataset": self.loaders.dataset,
         }
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
@@ -351,7 +361,14 @@ class Trainer:
         if self.ema:
             self.ema.load(checkpoint["ema"], checkpoint["updates"])
         load_optimizer_state(self.optimizer, self.model, checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        before = checkpoint.get("precision", self.precision)  # those of an earlier version do not tell
+        if before != self.precision and self.world.is_first:
+            LOGGER.warning(
+                f"WARNING: the run was begun in {before} and goes on in {self.precision}, which --amp "
+                f"{self.options.amp} is on {self.device.type}: it will not end like one that was not interrupted"
+            )
+        if checkpoint["scaler"]:  # only float16 has one, so only there is there a scale to go on with
+            self.scaler.load_state_dict(checkpoint["scaler"])
         schedule = checkpoint["schedule"]
         self.complete = schedule["complete"]
         self.validation, self.maps = schedule["validation"], np.array(schedule["maps"])
@@ -361,21 +378,29 @@ class Trainer:
         self.best_fitness, self.epoch = checkpoint["best_fitness"], checkpoint["epoch"]
 
     def _save(self, epoch: int, is_best: bool) -> None:
-        """Writes best.pt before last.pt: a run that dies between them resumes before this epoch and writes both."""
-        copies = [self.best] if is_best else []
+        """Writes best.pt before last.pt: a run that dies between them resumes before this epoch and writes both.
+
+        With a run's first checkpoint those go that another run left in its folder (`--exist-ok`).
+        """
         period = self.options.save_period
-        if period > 0 and epoch > 0 and epoch % period == 0:
-            copies.append(self.last.with_name(f"epoch{epoch}.pt"))
-        save_checkpoint(self.last, self._state(epoch), copies)
+        periodic = period > 0 and epoch > 0 and epoch % period == 0
+        copies = [self.best] * is_best + [self.last.with_name(f"epoch{epoch}.pt")] * periodic
+        first = self.saved is None
+        with signals_held_back():  # whoever is stopped once last.pt is there is told so
+            save_checkpoint(self.last, self._state(epoch), copies)
+            self.saved = self.last, epoch
+        if first:
+            for path in self.last.parent.glob("*.pt"):
+                if path not in (*copies, self.last) and re.fullmatch(r"best|epoch\d+", path.stem):
+                    path.unlink()
 
     # ----------------------------------------------------------------------------------------------- beginning, end
 
     def _announce(self) -> None:
         """Logs what is about to happen."""
         loaders = self.loaders
-        precision = str(self.autocast_dtype or torch.float32).removeprefix("torch.")
         LOGGER.info(
-            f"Image sizes {loaders.imgsz} train, {loaders.imgsz} val, {precision}\n"
+            f"Image sizes {loaders.imgsz} train, {loaders.imgsz} val, {self.precision}\n"
             f"Using {loaders.train.workers} dataloader workers\n"
             f"Logging results to {colorstr(str(self.save_dir), 'bold')}\n"
             f"Starting training for {self.options.epochs} epochs..."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import os
 import shlex
@@ -17,6 +18,7 @@ import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,28 +63,28 @@ def epoch_values(train_items: Sequence[float], validation: Sequence[float], lrs:
 class ResultsCsv:
     """results.csv: a header and one row an epoch, in YOLOv5's columns and widths.
 
-    Opening drops the rows of epochs that are still to come, rows cut short, and repetitions, so that the file of a
-    resumed run holds every epoch once whatever moment it was killed at.
+    The first row drops those of epochs still to come, rows cut short, and repetitions, so that the file of a resumed
+    run holds every epoch once whatever moment it was killed at. Until then the file stays as it was found.
     """
 
     def __init__(self, path: str | Path, start_epoch: int = 0) -> None:
-        """Opens or makes the file; `start_epoch` is the first epoch that will be appended.
-
-        Raises:
-            UserError: the file cannot be read or written.
-        """
+        """Takes the file, which need not be there, and the first epoch that will be appended."""
         self.path = Path(path)
-        rows = self._rows_before(start_epoch)
-        with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(f"{row}\n" for row in (HEADER, *rows)), encoding="utf-8", newline="\n")
+        self._start_epoch: int | None = start_epoch  # None once it is written to
 
     def append(self, epoch: int, values: Sequence[float]) -> None:
         """Adds an epoch's row: `values` in the order of `COLUMNS`.
 
         Raises:
-            UserError: the file cannot be written.
+            UserError: the file cannot be read or written.
         """
         row = ",".join(f"{value:20.5g}" for value in (epoch, *values))
+        if self._start_epoch is not None:
+            rows = (HEADER, *self._rows_before(self._start_epoch), row)
+            with atomic_write(self.path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8", newline="\n")
+            self._start_epoch = None
+            return
         try:
             with open(self.path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(f"{row}\n")
@@ -122,16 +124,22 @@ def _epoch_of(line: str) -> int | None:
 class TensorBoard:
     """Event files in a run's folder: the values of each epoch, the model's graph, pictures.
 
-    A run does not depend on them: where they cannot be written a warning says so, once.
+    The first that is logged opens a file and hides what other files of the folder hold from the start epoch on. A run
+    does not depend on them: where they cannot be written a warning says so, once.
     """
 
     def __init__(self, save_dir: str | Path, start_epoch: int = 0) -> None:
-        """Opens an event file; what an interrupted run logged from `start_epoch` on is hidden."""
+        """Takes the run's folder and the first epoch that will be logged."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._warned = False
         self._former_hook, threading.excepthook = threading.excepthook, self._thread_failed
-        self._writer = SummaryWriter(str(save_dir), purge_step=start_epoch or None)
+        self._open = functools.partial(SummaryWriter, str(save_dir), purge_step=start_epoch)
+
+    @functools.cached_property
+    def _writer(self) -> Any:
+        """The event file, opened when it is first needed."""
+        return self._open()
 
     def log_epoch(self, epoch: int, values: Sequence[float]) -> None:
         """Logs an epoch's values, in the order of `COLUMNS`."""
@@ -158,7 +166,8 @@ class TensorBoard:
     def close(self) -> None:
         """Writes what is still in memory."""
         with self._told():
-            self._writer.close()
+            if "_writer" in vars(self):
+                self._writer.close()
         threading.excepthook = self._former_hook
 
     @contextlib.contextmanager
@@ -180,10 +189,10 @@ class TensorBoard:
 
     def _warn(self, error: BaseException) -> None:
         """Says once that the event file cannot be written."""
-        if not self._warned:
+        warned, self._warned = self._warned, True  # at once: the writer's thread and this one may both come here
+        if not warned:
             reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
             LOGGER.warning(f"WARNING: TensorBoard: the event file cannot be written ({reason})")
-        self._warned = True
 
 
 def _is_of_writing(error: BaseException | None) -> bool:

@@ -9,8 +9,15 @@ from torch import Tensor
 from utils.checks import round_up
 
 
+def largest_side(imgsz: int, stride: int) -> int:
+    """Returns the largest side that `rescaled` makes of a batch, in pixels."""
+    return (imgsz + imgsz // 2 + stride - 1) // stride * stride
+
+
 def rescaled(images: Tensor, imgsz: int, stride: int, seed: int, iteration: int) -> Tensor:
     """Resizes a batch (B, 3, H, W) to a random size between half and one and a half times the image side.
+
+    The longer side is two strides at least: of a single cell of a single image batch norm can reckon no variance.
 
     Args:
         images: float, any memory format.
@@ -21,6 +28,7 @@ def rescaled(images: Tensor, imgsz: int, stride: int, seed: int, iteration: int)
     """
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1, iteration])))
     side = int(generator.integers(imgsz // 2, imgsz + imgsz // 2 + stride)) // stride * stride
+    side = max(side, 2 * stride)
     factor = side / max(images.shape[2:])
     if factor == 1:
         return images

@@ -21,15 +21,12 @@ class Records:
     """The records of one run, in its folder."""
 
     def __init__(self, save_dir: Path, start_epoch: int, plots: bool) -> None:
-        """Opens them; what an interrupted run recorded from `start_epoch` on is dropped.
+        """Opens them; what the folder holds from `start_epoch` on is dropped once that epoch is recorded.
 
         Args:
             save_dir: the run's folder.
             start_epoch: the first epoch that will be recorded.
             plots: whether to draw pictures.
-
-        Raises:
-            UserError: the folder cannot be written to.
         """
         self.save_dir = save_dir
         self.plots = plots

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.checks import UserError
-from utils.devices import select_devices
+from utils.devices import current, select_devices
 from utils.log import LOGGER
 from utils.train.distributed import World
 
@@ -41,7 +41,7 @@ def own_device(name: str, world: World) -> torch.device:
             )
         if count > 1:
             LOGGER.info(f"{count} GPUs are here, one is used. To use all: {World(0, count, 0, count).command} ...")
-        return devices[0]
+        return current(devices[0])
     if kind == "mps":
         raise UserError("--device mps: several processes train on CUDA GPUs or on the CPU, not on Metal.")
     if kind == "cpu":
@@ -51,8 +51,7 @@ def own_device(name: str, world: World) -> torch.device:
             f"{world.local_size} processes were started on this machine, for {count} GPU{'s'[: count > 1]}: each needs "
             f"one of its own. Use --nproc_per_node {count}, or --device cpu."
         )
-    torch.cuda.set_device(devices[world.local_rank])
-    return devices[world.local_rank]
+    return current(devices[world.local_rank])
 
 
 def check_sync_bn(device: torch.device, world: World) -> None:

@@ -1,7 +1,7 @@
-"""Going on with an interrupted run: which checkpoint, and with which options.
+"""Going on with an interrupted run: which checkpoint, with which options, and on the data that it was begun on.
 
-The run's own options hold; a few that do not change its result may be given anew. The checkpoint's state is taken
-over by `utils.train.engine.Trainer`.
+The run's own options hold; a few that do not change its result may be given anew, and where its data was moved to. The
+checkpoint's state is taken over by `utils.train.engine.Trainer`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from utils.checkpoint import load_checkpoint
 from utils.checks import UserError
+from utils.fingerprint import dataset_changes
 from utils.log import LOGGER, colorstr
 
 STATE_KINDS = {  # what a resumable checkpoint holds beside tensors
@@ -24,7 +27,7 @@ STATE_KINDS = {  # what a resumable checkpoint holds beside tensors
     "best_fitness": (int, float),
 }
 NEEDED_OPTIONS = ("data", "epochs", "batch_size", "imgsz")  # without them another run would begin
-CHANGEABLE = ("cache", "device", "local_rank", "noplots", "patience", "resume", "save_period", "workers")
+CHANGEABLE = ("cache", "data", "device", "local_rank", "noplots", "patience", "resume", "save_period", "workers")
 
 
 def check_resume(resume: str | Path | bool | None) -> None:
@@ -112,6 +115,67 @@ def resume_options(options: Namespace, given: set[str], defaults: Mapping[str, A
                 f"{stored[name]}. Leave it out, or start a new run with --weights {shlex.quote(str(path))}."
             )
     kept = {name: getattr(options, name) for name in given & set(CHANGEABLE)}
+    if "data" not in kept and isinstance(stored["data"], str) and not os.path.isfile(stored["data"]):
+        raise UserError(
+            f"--resume {path}: the interrupted run's data, {stored['data']}, is not there. Put it back, or say with "
+            "--data where it is now."
+        )
     vars(options).update({**stored, **kept, "resume": str(path), "save_dir": str(path.parent.parent)})
     LOGGER.info(f"Resuming training from {colorstr(str(path), 'bold')}")
     return checkpoint
+
+
+def check_names(checkpoint: Mapping[str, Any], names: Mapping[int, str], options: Namespace) -> None:
+    """Refuses to go on where the data set's classes are not those that the interrupted run has learnt.
+
+    Args:
+        checkpoint: of the run.
+        names: of the classes, as the run would train them.
+        options: train.py's.
+
+    Raises:
+        UserError: their names differ; says which.
+    """
+    known = checkpoint["names"]
+    if known == names:
+        return
+    both = sorted(known.keys() & names.keys())
+    changes = [f"{known[label]} is {names[label]}" for label in both if known[label] != names[label]]
+    changes += [f"{known[label]} is gone" for label in sorted(known.keys() - names)]
+    changes += [f"{names[label]} is new" for label in sorted(names.keys() - known.keys())]
+    more = f", and {len(changes) - 5} more" if len(changes) > 5 else ""
+    raise UserError(
+        f"--resume {options.resume}: was trained on {_told(checkpoint['data'])}, and {_told(options.data)} has other "
+        f"classes: {', '.join(changes[:5])}{more}. Put the names back, or start a new run with --weights "
+        f"{options.resume}."
+    )
+
+
+def check_dataset(checkpoint: Mapping[str, Any], record: Mapping[str, Tensor], options: Namespace) -> None:
+    """Warns where the images or labels are not those that the interrupted run was begun on.
+
+    Args:
+        checkpoint: of the run.
+        record: of the data as it is now; see `utils.fingerprint.dataset_record`.
+        options: train.py's.
+    """
+    before = checkpoint.get("dataset")
+    if not before:
+        LOGGER.warning(
+            f"WARNING: {options.resume} is of an earlier version and does not tell its data: whether "
+            f"{_told(options.data)} has changed is not known"
+        )
+        return
+    changes = dataset_changes(before, record)
+    if changes:
+        records = before, record
+        was, now = (", ".join(f"{split}: {len(rows)} images" for split, rows in one.items()) for one in records)
+        LOGGER.warning(
+            f"WARNING: images have changed since the run was begun: {changes}. It was on {_told(checkpoint['data'])} "
+            f"({was}) and goes on with {_told(options.data)} ({now}): it will not end like one that was not interrupted"
+        )
+
+
+def _told(data: Any) -> str:
+    """Returns what messages call a data set: its file, if it has one."""
+    return data if isinstance(data, str) else "the data set given as a dict"

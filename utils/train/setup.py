@@ -9,7 +9,8 @@ import contextlib
 import datetime
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,16 +22,18 @@ from utils.data.augment import AugmentParams
 from utils.data.dataset import DetectionDataset
 from utils.data.labels import load_labels
 from utils.data.loader import QUAD, DetectionLoader, create_loader
-from utils.data.spec import DataSpec
+from utils.data.spec import SPLITS, DataSpec
 from utils.data.table import LabelTable
 from utils.devices import resolve_amp
+from utils.download import file_name_of
 from utils.eval.coco import COCO80_TO_91, category_ids
-from utils.fingerprint import versions_here
+from utils.fingerprint import dataset_record, versions_here
 from utils.log import LOGGER
 from utils.train.anchors import check_anchors
 from utils.train.autobatch import choose_batch_size
 from utils.train.distributed import ALONE, World
 from utils.train.hyp import Hyp
+from utils.train.multiscale import largest_side
 
 COCO_IOU_THRES = 0.65
 VAL_PAD = 0.5  # of a stride, around validation's rectangles
@@ -53,6 +56,7 @@ class Loaders(NamedTuple):
     imgsz: int  # image side in pixels
     grid_stride: int  # sides are multiples of it
     final: dict[str, Any]  # what the last validation is told beside the usual; something on COCO only
+    dataset: dict[str, torch.Tensor]  # by which a checkpoint knows its data again; see `dataset_record`
 
 
 def check_options(options: Namespace, world: World = ALONE) -> None:
@@ -62,22 +66,62 @@ def check_options(options: Namespace, world: World = ALONE) -> None:
         UserError: no model is named, or options do not go with each other or with the number of processes.
     """
     batch_size, processes = options.batch_size, world.size
-    if not options.cfg and not options.weights and not options.resume:
-        raise UserError("neither --cfg nor --weights is given: name a model, for example --cfg yolov5s-slimneck.yaml.")
-    if options.weights and not options.weights.endswith(".pt"):
-        raise UserError(f"--weights {options.weights}: a checkpoint ending in .pt is expected here.")
-    if batch_size == 0 or batch_size < -1:
-        raise UserError(f"--batch-size {batch_size}: at least 1, or -1 for what the GPU's memory holds.")
-    if options.quad and batch_size > 0 and batch_size % 4:
-        raise UserError(f"--quad collates images by fours: --batch-size {batch_size} is not a multiple of 4.")
-    if processes == 1:
-        return
-    if batch_size == -1:
-        raise UserError(f"--batch-size -1 measures one GPU alone; for {processes} processes name a multiple of it.")
-    if batch_size % processes:
-        raise UserError(f"--batch-size {batch_size} is of all {processes} processes together: make it a multiple.")
-    if options.image_weights:
-        raise UserError("--image-weights works in a single process only: leave it out, or start without a launcher.")
+    several = processes > 1
+    for refused, message in (
+        (
+            not (options.cfg or options.weights or options.resume),
+            "neither --cfg nor --weights is given: name a model, for example --cfg yolov5s-slimneck.yaml.",
+        ),
+        (
+            options.weights and not options.weights.endswith(".pt"),
+            f"--weights {options.weights}: a checkpoint ending in .pt is expected here.",
+        ),
+        (
+            batch_size == 0 or batch_size < -1,
+            f"--batch-size {batch_size}: at least 1, or -1 for what the GPU's memory holds.",
+        ),
+        (
+            options.quad and batch_size > 0 and batch_size % QUAD,
+            f"--quad collates images by fours: --batch-size {batch_size} is not a multiple of 4.",
+        ),
+        (
+            options.rect and options.image_weights,
+            "--image-weights draws some images more often, and --rect keeps their order: leave one out.",
+        ),
+        (
+            options.cache == "val" and options.noval,
+            "--cache val keeps the validation images, and --noval reads them only once: leave one out.",
+        ),
+        (
+            several and batch_size == -1,
+            f"--batch-size -1 measures one GPU alone; for {processes} processes name a multiple of it.",
+        ),
+        (
+            several and batch_size % processes,
+            f"--batch-size {batch_size} is of all {processes} processes together: make it a multiple.",
+        ),
+        (
+            several and options.image_weights,
+            "--image-weights works in a single process only: leave it out, or start without a launcher.",
+        ),
+    ):
+        if refused:
+            raise UserError(message)
+
+
+def settled_data(data: str | Mapping[str, Any], spec: DataSpec) -> str | dict[str, Any]:
+    """Returns what `--data` means from any working folder: an absolute path, or a dict of absolute paths.
+
+    Args:
+        data: as given.
+        spec: what it was read to.
+    """
+    if isinstance(data, Mapping):
+        splits = {split: [str(path) for path in getattr(spec, split)] for split in SPLITS if data.get(split)}
+        return {**data, "path": str(spec.root), **splits}
+    if data.lower().endswith(".zip"):  # what the YAML in it says of its folder does not hold
+        return str(Path(file_name_of(data) if data.startswith(("http://", "https://")) else data).absolute())
+    return str(spec.source)
 
 
 def load_tables(spec: DataSpec, single_cls: bool, workers: int, world: World = ALONE) -> Tables:
@@ -95,7 +139,7 @@ def load_tables(spec: DataSpec, single_cls: bool, workers: int, world: World = A
 
 
 def image_side(model: nn.Module, options: Namespace) -> int:
-    """Returns the image side that `--imgsz` comes to for this model, in pixels."""
+    """Returns the image side that `--imgsz` comes to for this model, in pixels; says so where it is another one."""
     stride = grid_stride(model.stride)
     return check_image_size(options.imgsz, stride, floor=2 * stride)
 
@@ -103,10 +147,15 @@ def image_side(model: nn.Module, options: Namespace) -> int:
 def fitting_batch_size(model: nn.Module, options: Namespace, device: torch.device) -> int:
     """Returns what `--batch-size -1` comes to: as many images as the GPU's memory holds, by fours with `--quad`.
 
+    With `--multi-scale` they are of the largest size; not with `--quad`, whose four images it makes one of that size.
+
     Raises:
         UserError: no CUDA device, or not even one image fits.
     """
-    fitting = choose_batch_size(model, image_side(model, options), device, resolve_amp(options.amp, device))
+    side = options.imgsz
+    if options.multi_scale and not options.quad:
+        side = largest_side(side, grid_stride(model.stride))
+    fitting = choose_batch_size(model, side, device, resolve_amp(options.amp, device))
     return max(fitting // QUAD * QUAD, QUAD) if options.quad else fitting
 
 
@@ -121,9 +170,9 @@ def build_loaders(
         model: for its strides.
         hyp: for its augmentation.
         options: train.py's.
-        world: the processes that share the batches; images cached on disk are copied by the first.
+        world: the processes that share the batches; images are cached by the first of each machine, for all.
     """
-    stride, side = grid_stride(model.stride), image_side(model, options)
+    stride, side = grid_stride(model.stride), options.imgsz
     with world.in_turn():
         train = DetectionDataset(
             tables.train,
@@ -134,6 +183,7 @@ def build_loaders(
             stride=stride,
             seed=options.seed,
             cache=options.cache if options.cache != "val" else None,
+            machine=world,
         )
     if options.rect:
         LOGGER.warning("WARNING: --rect keeps the images in the order of their shapes: no shuffling, no mosaic")
@@ -144,6 +194,7 @@ def build_loaders(
         side,
         stride,
         final_keywords(spec),
+        dataset_record(spec, {"train": tables.train, "val": tables.val}) if world.is_first else {},
     )
 
 
@@ -187,7 +238,7 @@ def settle_weights(model: nn.Module, table: LabelTable, hyp: Hyp, options: Names
     """
     if not options.noautoanchor:
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([options.seed, 2])))
-        check_anchors(table, model.detect, hyp.anchor_t, image_side(model, options), generator)
+        check_anchors(table, model.detect, hyp.anchor_t, options.imgsz, generator)
     elif isinstance(model.yaml["anchors"], int):
         raise UserError("--noautoanchor: this model's YAML has no anchors of its own (`anchors: 3`). Leave it out.")
     model.half().float()
@@ -264,7 +315,7 @@ def checkpoint_header(model: nn.Module, hyp: Hyp, options: Namespace) -> dict[st
         "stride": [int(stride) for stride in model.stride],
         "hyp": hyp.to_dict(),
         "opt": dict(vars(options)),
-        "data": str(options.data),
+        "data": options.data if isinstance(options.data, str) else None,
         "versions": versions_here(next(model.parameters()).device),
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
     }

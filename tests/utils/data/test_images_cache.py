@@ -11,6 +11,7 @@ import pytest
 
 from utils.checks import UserError
 from utils.data import images_cache
+from utils.data.dataset import make_source
 from utils.data.images_cache import DiskImages, ImageFiles, RamImages, RecentImages
 from utils.files import temporary_beside
 
@@ -53,8 +54,12 @@ def test_copies_on_disk_follow_their_image(pictures):
     disk.read(0)
     first_copy = disk.copy_path(0)
     assert first_copy.is_file() and first_copy.parent.name == "images_npy"
+    status, size = os.stat(path), os.path.getsize(path)
     cv2.imwrite(path, np.full((96, 128, 3), 50, np.uint8))
-    assert disk.copy_path(0) != first_copy
+    with open(path, "ab") as file:  # of the same size, as images without compression are, and of the same time
+        file.truncate(max(size, file.tell()))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert os.path.getsize(path) == size and disk.copy_path(0) != first_copy
     assert np.abs(disk.read(0).astype(int) - 50).max() <= 1
     assert DiskImages(ImageFiles(pictures, 32, augment=True)).copy_path(0) != disk.copy_path(0)
     assert DiskImages(ImageFiles(pictures, 64, augment=False)).copy_path(0) != disk.copy_path(0)
@@ -125,6 +130,63 @@ def test_filling_clears_what_a_killed_process_left(pictures):
     assert not left.exists() and len(list(left.parent.iterdir())) == len(pictures)
 
 
+def test_a_start_looks_at_the_length_and_the_header_of_copies_alone(pictures, monkeypatch):
+    DiskImages(ImageFiles(pictures, 64, augment=True)).fill()
+    disk = DiskImages(ImageFiles(pictures, 64, augment=True))
+    cut, other = disk.copy_path(1), disk.copy_path(3)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    other.write_bytes(other.read_bytes().replace(b"|u1", b"|i1"))
+    loaded, decoded = [], []
+    load, read_image = np.load, images_cache.read_image
+    monkeypatch.setattr(images_cache.np, "load", lambda *a, **k: loaded.append(a[0]) or load(*a, **k))
+    monkeypatch.setattr(images_cache, "read_image", lambda *a, **k: decoded.append(a[0]) or read_image(*a, **k))
+    disk.fill()
+    assert sorted(decoded) == [pictures.image_paths[1], pictures.image_paths[3]]
+    assert set(loaded) == {cut, other}
+    disk.fill()
+    assert len(decoded) == len(loaded) == 2
+
+
+class Neighbour:
+    """One of two processes of a machine; they share a dict."""
+
+    local_size = 2
+
+    def __init__(self, local_rank: int, word: dict):
+        self.local_rank, self.word = local_rank, word
+
+    def told_by_first_here(self, text: str = "") -> str:
+        if self.local_rank == 0:
+            self.word["text"] = text
+        return self.word["text"]
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_of_several_processes_the_first_fills_the_cache_and_all_use_it(pictures, monkeypatch, cache):
+    word, decoded, read_image = {}, [], images_cache.read_image
+    monkeypatch.setattr(images_cache, "read_image", lambda *a, **k: decoded.append(a[0]) or read_image(*a, **k))
+    first = make_source(pictures, 64, True, cache, "", Neighbour(0, word))
+    monkeypatch.setattr(images_cache, "memory_left", lambda: 0)  # a second copy would not fit
+    second = make_source(pictures, 64, True, cache, "", Neighbour(1, word))
+    assert len(decoded) == len(pictures)
+    for index in range(len(pictures)):
+        assert np.array_equal(first.read(index), second.read(index))
+    assert len(decoded) == len(pictures)
+    if cache == "ram":
+        first.buffer[5] = 255 - first.buffer[5]
+        assert second.buffer[5] == first.buffer[5]
+        address = first.address
+        del first, second
+        assert not os.path.exists(address)
+
+
+def test_memory_that_cannot_be_shared_is_not_taken_twice(pictures, monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    assert RamImages(ImageFiles(pictures, 64, True)).address == ""
+    with pytest.raises(UserError, match="--cache ram: only on Linux do several processes share one"):
+        make_source(pictures, 64, True, "ram", "", Neighbour(0, {}))
+
+
 def test_a_folder_that_takes_no_copies_is_named(tmp_path, pictures):
     (tmp_path / "images_npy").write_text("in the way")
     with pytest.raises(UserError, match="--cache disk cannot write here"):
@@ -132,7 +194,7 @@ def test_a_folder_that_takes_no_copies_is_named(tmp_path, pictures):
 
 
 def test_more_images_than_memory_are_refused_with_numbers(monkeypatch, pictures):
-    monkeypatch.setattr(images_cache, "_physical_memory", lambda: 100_000)
+    monkeypatch.setattr(images_cache, "memory_left", lambda: 100_000)
     with pytest.raises(UserError, match=r"--cache ram: 21 images at 96 px take 0\.0 GB.*--cache disk"):
         RamImages(ImageFiles(pictures, 96, augment=True))
 

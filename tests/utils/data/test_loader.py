@@ -54,6 +54,14 @@ def test_batches_do_not_depend_on_workers_or_caches(pictures, quad):
     assert not same(epochs_of(loader_of(pictures, quad=quad, seed=1), (0, 1)), expected)
 
 
+def test_memory_is_pinned_where_the_process_computes_on_a_gpu(pictures, monkeypatch):
+    """Not where the machine has one: `--device cpu` would open a context there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for computes in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda computes=computes: computes)
+        assert loader_of(pictures)._make_loader().pin_memory is computes
+
+
 def test_an_epoch_can_be_entered_at_once_and_left_early(pictures):
     loader = loader_of(pictures, workers=2)
     expected = epochs_of(loader, (0, 1, 2))

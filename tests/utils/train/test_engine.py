@@ -17,12 +17,14 @@ import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.checks import UserError
 from utils.data.loader import DetectionLoader
+from utils.files import ROOT, read_yaml, write_yaml
 from utils.train import engine
 from utils.train.callbacks import HOOKS, Callbacks
 from utils.train.hyp import Hyp
 
-HYP = Path(train.ROOT) / "data" / "hyps" / "hyp.scratch-low.yaml"
-FITNESS = (0.1, 0.9, 0.2)  # of the epochs: the second is the best
+FITNESS = (0.1, 0.9, 0.2, 0.3)  # of the epochs: the second is the best
+EPOCHS = 3
+HYP = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
 MODEL = """
 nc: 4
 depth_multiple: 1.0
@@ -48,7 +50,7 @@ def options(tiny_shapes: Path, tmp_path: Path, monkeypatch) -> dict:
     monkeypatch.setattr("utils.train.records.open_tensorboard", lambda *_: None)
     (tmp_path / "tiny.yaml").write_text(MODEL)
     keywords = {"cfg": str(tmp_path / "tiny.yaml"), "data": str(tiny_shapes), "imgsz": 64, "batch_size": 8}
-    keywords |= {"epochs": len(FITNESS), "device": "cpu", "amp": "off", "noplots": True, "noautoanchor": True}
+    keywords |= {"epochs": EPOCHS, "device": "cpu", "amp": "off", "noplots": True, "noautoanchor": True}
     return {**keywords, "workers": 0, "save_period": 1, "project": str(tmp_path)}
 
 
@@ -158,6 +160,23 @@ def test_a_resumed_run_scales_its_loss_as_before(options, tmp_path, monkeypatch)
     first, second = (folder / "weights" / "epoch2.pt" for folder in (run, tmp_path / "copy"))
     assert load_checkpoint(first)["scaler"] == load_checkpoint(second)["scaler"]
     assert_same_tensors(first, second, "model")
+
+
+@pytest.mark.parametrize(("begun", "resumed"), [(None, torch.float16), (torch.float16, None)])
+def test_a_run_resumed_in_another_precision_goes_on_and_says_so(
+    begun, resumed, options, monkeypatch, command, tmp_path
+):
+    """As from a CPU to a GPU and back: one has no loss scaler, the other has."""
+    monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: begun)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(stopping_at(3), **options)
+    shutil.copytree(tmp_path / "exp", tmp_path / "same")
+    same = command(train, "--resume", tmp_path / "same" / "weights" / "last.pt")
+    assert same.status == 0 and "WARNING" not in same.said
+    monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: resumed)
+    other = command(train, "--resume", tmp_path / "exp" / "weights" / "last.pt")
+    was, now = ("float16" if dtype else "float32" for dtype in (begun, resumed))
+    assert other.status == 0 and f"WARNING: the run was begun in {was} and goes on in {now}" in other.said
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_a_step(options, tmp_path, monkeypatch):
@@ -282,3 +301,72 @@ def test_a_run_begun_before_steps_ended_with_the_epoch_goes_on(options, tmp_path
     save_checkpoint(old, {**state, "schedule": {**state["schedule"], "last_step": 4}})
     train.run(resume=str(old))
     assert_same_tensors(old.with_name("epoch2.pt"), tmp_path / "exp" / "weights" / "epoch2.pt", "model")
+
+
+def stopping_at(number: int) -> Callbacks:
+    """Presses Ctrl-C after the batch of this number since the run's start; an epoch has three."""
+
+    def stop(iteration, *_):
+        if iteration == number:
+            raise KeyboardInterrupt
+
+    callbacks = Callbacks()
+    callbacks.register_action("on_train_batch_end", callback=stop)
+    return callbacks
+
+
+def test_a_new_run_in_a_used_folder_takes_nothing_of_the_former_for_its_own(options, tmp_path):
+    """Its best epoch is not saved (--nosave), and its model is another one."""
+    train.run(**{**options, "epochs": 2})
+    weights, results = tmp_path / "exp" / "weights", tmp_path / "exp" / "results.csv"
+    former = {path.name: path.read_bytes() for path in [*weights.iterdir(), results]}
+    assert former.keys() == {"best.pt", "last.pt", "epoch1.pt", "results.csv"}
+    (tmp_path / "wider.yaml").write_text(MODEL.replace("[16, 3, 2]", "[24, 3, 2]"))
+    (weights / "mine.pt").touch()
+    again = {**options, "cfg": str(tmp_path / "wider.yaml"), "exist_ok": True, "nosave": True, "save_period": -1}
+    for number, told in ((0, r"No epoch was finished: start again\."), (3, r"No epoch was saved \(--nosave\): start")):
+        with pytest.raises(KeyboardInterrupt, match=told):
+            train.run(stopping_at(number), **again)
+        assert {name: (weights / name).read_bytes() for name in former if name.endswith(".pt")} == {
+            name: content for name, content in former.items() if name.endswith(".pt")
+        }
+        assert (results.read_bytes() == former["results.csv"]) is (number == 0)
+    train.run(**again)
+    assert {path.name for path in weights.iterdir()} == {"last.pt", "mine.pt"}
+    assert load_checkpoint(weights / "last.pt")["model"]["model.1.conv.weight"].shape[0] == 24
+    assert len(results.read_text().splitlines()) == 1 + EPOCHS
+
+
+def test_a_run_resumed_from_its_best_and_stopped_at_once_has_lost_nothing(options, tmp_path):
+    """The best epoch is the second, the last one the third; the fourth is interrupted."""
+    options = {**options, "epochs": 4}
+    with pytest.raises(KeyboardInterrupt, match=rf"Epoch 2 is saved\. .*--resume {tmp_path}/exp/weights/last\.pt"):
+        train.run(stopping_at(9), **options)
+    weights, results = tmp_path / "exp" / "weights", tmp_path / "exp" / "results.csv"
+    before = results.read_text(), (weights / "last.pt").read_bytes()
+    with pytest.raises(KeyboardInterrupt, match=rf"Epoch 1 is saved\. .*--resume {weights}/best\.pt"):
+        train.run(stopping_at(6), resume=str(weights / "best.pt"))
+    assert (results.read_text(), (weights / "last.pt").read_bytes()) == before
+    with pytest.raises(KeyboardInterrupt, match=rf"Epoch 2 is saved\. .*--resume {weights}/last\.pt"):
+        train.run(stopping_at(9), resume=str(weights / "best.pt"))
+    assert [int(line.split(",")[0]) for line in results.read_text().splitlines()[1:]] == [0, 1, 2]
+
+
+def test_what_python_gives_is_taken_as_from_the_command_line(options, tmp_path, caplog):
+    given = {"data": Path(options["data"]), "cfg": Path(options["cfg"]), "project": tmp_path, "name": None, "hyp": HYP}
+    given |= {"device": torch.device("cpu"), "epochs": 1, "imgsz": 65, "noautoanchor": False}
+    done = train.run(**{**options, **given})
+    kept = read_yaml(tmp_path / "exp" / "opt.yaml")
+    assert kept == vars(done) and kept["device"] == "cpu" and kept["name"] == "exp"
+    assert caplog.text.count("--img-size 65 must be a multiple") == 1 and kept["imgsz"] == 96
+
+
+def test_a_run_that_is_refused_leaves_no_folder(options, tmp_path):
+    data = read_yaml(options["data"])
+    folder = Path(options["data"]).parent
+    write_yaml(tmp_path / "few.yaml", {**data, "path": str(folder), "names": ["circle", "square"]})
+    (tmp_path / "none.yaml").write_text(re.sub("anchors: .*", "anchors: 3", MODEL, count=1))
+    for name, wrong, words in (("data", "few.yaml", "exceeds nc=2"), ("cfg", "none.yaml", "--noautoanchor")):
+        with pytest.raises(UserError, match=words):
+            train.run(**{**options, name: tmp_path / wrong, "project": tmp_path / "runs"})
+    assert not (tmp_path / "runs").exists()

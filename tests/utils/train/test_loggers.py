@@ -68,13 +68,19 @@ def test_rows_of_the_interrupted_epoch_and_repetitions_are_dropped(tmp_path):
     assert written(path, [3, 4], start=3) == text
 
 
-def test_a_new_run_in_an_old_folder_starts_over(tmp_path):
-    written(tmp_path / "results.csv", range(5))
-    assert ResultsCsv(tmp_path / "results.csv").path.read_text() == f"{HEADER}\n"
+@pytest.mark.parametrize(("start", "rows"), [(0, [0]), (3, [0, 1, 2, 3])])
+def test_rows_go_only_when_the_first_new_one_comes(tmp_path, start, rows):
+    """A new run in an old folder starts over, a resumed one goes on; one that is stopped before has cost nothing."""
+    path = tmp_path / "results.csv"
+    text = written(path, range(5))
+    table = ResultsCsv(path, start)
+    assert path.read_text() == text
+    table.append(start, values(start))
+    assert [int(line.split(",")[0]) for line in path.read_text().splitlines()[1:]] == rows
 
 
 def test_a_disk_that_fills_up_while_a_run_is_resumed_keeps_all_rows(tmp_path, monkeypatch):
-    """Opening rewrites the file; what it held must not be lost before the new one is whole."""
+    """The first row rewrites the file; what it held must not be lost before the new one is whole."""
     path = tmp_path / "results.csv"
     text = written(path, range(5))
     write_text = Path.write_text
@@ -85,18 +91,19 @@ def test_a_disk_that_fills_up_while_a_run_is_resumed_keeps_all_rows(tmp_path, mo
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(UserError, match=r"results\.csv: cannot be written \(No space left on device\)"):
-        ResultsCsv(path, 3)
+        ResultsCsv(path, 3).append(3, values(3))
     assert path.read_text() == text and [file.name for file in tmp_path.iterdir()] == ["results.csv"]
 
 
 def test_unwritable_file_is_named(tmp_path):
     table = ResultsCsv(tmp_path / "results.csv")
+    table.append(0, values(0))
     table.path.unlink()
     table.path.mkdir()
     with pytest.raises(UserError, match=r"results\.csv: cannot be written"):
-        table.append(0, values(0))
+        table.append(1, values(1))
     with pytest.raises(UserError, match=r"results\.csv: cannot be"):
-        ResultsCsv(tmp_path / "missing" / "results.csv")
+        ResultsCsv(tmp_path / "missing" / "results.csv").append(0, values(0))
 
 
 @needs_tensorboard
@@ -127,7 +134,7 @@ def test_tensorboard_does_not_import_tensorflow(tmp_path):
     script = (
         f"import sys; from utils.train.loggers import open_tensorboard; board = open_tensorboard({str(tmp_path)!r})"
     )
-    script += "; board.close(); sys.exit('tensorflow' in sys.modules)"
+    script += "; board.log_epoch(0, range(13)); board.close(); sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
     assert list(tmp_path.glob("events.out.*"))
 
@@ -136,14 +143,19 @@ def test_tensorboard_does_not_import_tensorflow(tmp_path):
 def test_tensorboard_of_a_resumed_run_hides_the_interrupted_epoch(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for start, epochs in ((0, range(3)), (2, range(2, 4))):
+    def logged(start, epochs):
         board = open_tensorboard(tmp_path, start)
         for epoch in epochs:
             board.log_epoch(epoch, values(epoch))
         board.close()
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [event.step for event in events.Scalars("x/lr0")] == [0, 1, 2, 3]
+        events = EventAccumulator(str(tmp_path))
+        events.Reload()
+        return [event.step for event in events.Scalars("x/lr0")]
+
+    assert logged(0, range(3)) == [0, 1, 2]
+    assert logged(1, ()) == [0, 1, 2]  # stopped in its first epoch
+    assert logged(2, range(2, 4)) == [0, 1, 2, 3]
+    assert logged(0, range(2)) == [0, 1]  # another run in the folder
 
 
 @needs_tensorboard

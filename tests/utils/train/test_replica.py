@@ -16,12 +16,14 @@ from utils.train.replica import check_sync_bn, exchanging, own_device, replicate
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Returns a function that makes PyTorch see a number of GPUs."""
+    """Returns a function that makes PyTorch see a number of GPUs, and returns a list of those made the current one."""
+    chosen = []
 
     def see(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        return chosen
 
     return see
 
@@ -39,8 +41,9 @@ def gpus(monkeypatch):
     ],
 )
 def test_each_process_has_a_gpu_of_its_own(gpus, count, name, world, expected):
-    gpus(count)
+    made_current = gpus(count)
     assert own_device(name, world) == torch.device(expected)
+    assert made_current == ([torch.device(expected)] if expected.startswith("cuda") else [])
 
 
 def test_one_process_on_many_gpus_says_how_to_use_all(gpus, caplog):

@@ -89,7 +89,8 @@ def checkpoint_at(path: Path, optimizer: dict | None, **options) -> Path:
 
 def test_resume_takes_the_newest_run_its_options_and_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    same = {"data": "shapes.yaml", "batch_size": 4, "imgsz": 64, "workers": 8}
+    (tmp_path / "shapes.yaml").touch()
+    same = {"data": str(tmp_path / "shapes.yaml"), "batch_size": 4, "imgsz": 64, "workers": 8}
     for number, name in enumerate(("a", "b", "c")):
         path = checkpoint_at(tmp_path / "runs" / name / "weights" / "last.pt", {"state": {}}, **same, epochs=number)
         os.utime(path, (1000 + number % 2, 1000 + number % 2))  # b is the newest
@@ -113,6 +114,11 @@ def test_a_stripped_checkpoint_has_nothing_to_resume(tmp_path):
         resume.load_resumable(path)
 
 
+def test_of_a_checkpoint_without_a_record_of_its_data_it_is_said(caplog):
+    resume.check_dataset({"data": "a.yaml"}, {}, Namespace(resume="old.pt", data="/now/b.yaml"))
+    assert "old.pt is of an earlier version" in caplog.text and "whether /now/b.yaml has changed" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("switches", "processes", "words"),
     [
@@ -123,24 +129,35 @@ def test_a_stripped_checkpoint_has_nothing_to_resume(tmp_path):
         ({"batch_size": -1}, 2, "--batch-size -1 measures one GPU alone"),
         ({"batch_size": 16}, 3, "--batch-size 16 is of all 3 processes together"),
         ({"image_weights": True}, 2, "--image-weights works in a single process only"),
+        ({"image_weights": True, "rect": True}, 1, "--image-weights .* --rect keeps their order: leave one out"),
+        ({"cache": "val", "noval": True}, 1, "--cache val .* --noval reads them only once: leave one out"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(switches, processes, words):
     sound = {"cfg": "a.yaml", "weights": "", "resume": False, "batch_size": 16, "quad": False, "image_weights": False}
+    sound |= {"rect": False, "cache": None, "noval": False}
     setup.check_options(Namespace(**sound), World(0, 2, 0, 2))
+    setup.check_options(Namespace(**{**sound, "rect": True, "cache": "val"}))
+    setup.check_options(Namespace(**{**sound, "cache": "ram", "noval": True}))
     setup.check_options(Namespace(**{**sound, "batch_size": -1, "quad": True, "image_weights": True}))
     with pytest.raises(UserError, match=words):
         setup.check_options(Namespace(**{**sound, **switches}), World(0, processes, 0, processes))
 
 
-@pytest.mark.parametrize(("found", "quad", "expected"), [(13, False, 13), (13, True, 12), (3, True, 4)])
-def test_a_measured_batch_is_by_fours_with_quad(monkeypatch, found, quad, expected):
+@pytest.mark.parametrize(
+    ("found", "quad", "multi_scale", "px", "expected"),
+    [(13, False, False, 96, 13), (13, True, False, 96, 12), (3, True, False, 96, 4), (5, False, True, 160, 5)]
+    + [(13, True, True, 96, 12)],  # four images of 96 px are one of 192, and --multi-scale makes one of at most 160
+)
+def test_a_measured_batch_is_by_fours_with_quad_and_of_the_largest_images(
+    monkeypatch, found, quad, multi_scale, px, expected
+):
     def measured(model, imgsz, device, dtype):
-        assert (imgsz, dtype) == (96, torch.float16)
+        assert (imgsz, dtype) == (px, torch.float16)
         return found
 
     monkeypatch.setattr(setup, "choose_batch_size", measured)
-    options = Namespace(imgsz=96, quad=quad, amp="auto")
+    options = Namespace(imgsz=96, quad=quad, multi_scale=multi_scale, amp="auto")
     assert setup.fitting_batch_size(Stub(), options, torch.device("cuda")) == expected
 
 
