@@ -122,6 +122,7 @@ PROJECTS = {
 }
 HOSTS = as_they_are("host.invalid|127.0.0.1:80|http://127.0.0.1|127.0.0.1.1|127.0.0.256|::1::1|..|localhost\0|| |[::1]")
 HOSTS |= {"of another machine": "203.0.113.7", "a long label": "n" * 64}
+TRUSTED = as_they_are("http://cam|cam/x|two names|a,b|| |cam\0|кам") | {"a name too long": "n" * 254}
 SOURCES = {
     "no camera": "997",
     "a camera of 5,000 digits": NUMBER_TOO_LONG,
@@ -148,6 +149,7 @@ TEXTS = {name: {label: text.replace("{}", suffix) for label, text in PATHS.items
 TEXTS["source"] |= SOURCES
 TEXTS["data"] |= DATA
 TEXTS |= {"device": DEVICES, "count": COUNTS, "include": INCLUDES, "name": NAMES, "project": PROJECTS, "host": HOSTS}
+TEXTS["trusted_hosts"] = TRUSTED
 EMPTY_IS_NONE = {
     *(("train", "weights"), ("train", "device"), ("val", "device")),
     *(("detect", name) for name in ("weights", "data", "device", "count")),
