@@ -85,7 +85,7 @@ def test_commands_that_are_printed_to_be_copied_fit_a_shell(tmp_path, caplog, mo
     if board:
         board.close()
     monkeypatch.setattr(fingerprint, "fingerprint", lambda *_, **__: [SimpleNamespace(name="weights", digest="")] * 2)
-    stopped = SimpleNamespace(epoch=0, last=file, world=SimpleNamespace(command="python train.py"))
+    stopped = SimpleNamespace(saved=(file, 0), world=SimpleNamespace(command="python train.py"))
     said = "\n".join([caplog.text, fingerprint.summary(file.parent), Trainer.how_to_resume(stopped)])
     commands = {
         r"Detect: +(.*)": ["python", "detect.py", "--weights", str(file)],

@@ -299,8 +299,10 @@ def test_train_passes_over_what_it_does_not_know_where_a_program_asks_for_that(m
 
 def value_for(action):
     """A value that the option takes, and that is not its default."""
+    if action.nargs == 0:
+        return not action.default
     numbers = [] if action.type is None else [number for number in (9, 0.75, 99) if accepted(action.type, number)]
-    values = [*(action.choices or ()), *numbers, object()]
+    values = [*(action.choices or ()), *numbers, f"some {action.dest}"]
     return next(value for value in values if value != action.default)
 
 

@@ -95,8 +95,8 @@ def test_a_checkpoint_of_several_names_is_serialised_once(options, tmp_path, mon
         callback=lambda *_: equal.append((weights / "best.pt").read_bytes() == (weights / "last.pt").read_bytes()),
     )
     train.run(callbacks, **options)
-    assert saved == [*range(len(FITNESS)), -1, -1]  # and both are stripped at the end
-    assert equal == [value == max(FITNESS[: epoch + 1]) for epoch, value in enumerate(FITNESS)]
+    assert saved == [*range(EPOCHS), -1, -1]  # and both are stripped at the end
+    assert equal == [value == max(FITNESS[: epoch + 1]) for epoch, value in enumerate(FITNESS[:EPOCHS])]
 
 
 def test_epochs_are_validated_folded_in_the_precision_of_training_and_the_best_one_as_it_is(options, monkeypatch):
@@ -109,7 +109,7 @@ def test_epochs_are_validated_folded_in_the_precision_of_training_and_the_best_o
 
     monkeypatch.setattr(engine, "evaluate", evaluated)
     train.run(**options)
-    assert seen == [(False, torch.bfloat16)] * len(FITNESS) + [(True, torch.float32)]
+    assert seen == [(False, torch.bfloat16)] * EPOCHS + [(True, torch.float32)]
 
 
 @pytest.mark.parametrize("image_weights", [False, True])

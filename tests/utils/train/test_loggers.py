@@ -2,9 +2,11 @@
 
 import errno
 import importlib.util
+import itertools
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +142,10 @@ def test_tensorboard_does_not_import_tensorflow(tmp_path):
 
 
 @needs_tensorboard
-def test_tensorboard_of_a_resumed_run_hides_the_interrupted_epoch(tmp_path):
+def test_tensorboard_of_a_resumed_run_hides_the_interrupted_epoch(tmp_path, monkeypatch):
+    """Files are in order by the second of their names, as runs one after the other have them."""
+    seconds = itertools.count(time.time(), 1)
+    monkeypatch.setattr(time, "time", lambda: next(seconds))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def logged(start, epochs):
