@@ -183,6 +183,24 @@ def test_budget_is_shared_in_the_order_of_asking_and_by_those_who_wait():
     assert asyncio.run(asyncio.wait_for(scene(), 5)) == [6, 10, 1]
 
 
+def test_no_more_than_four_images_are_decoded_at_once_however_many_cores_there_are(monkeypatch):
+    pytest.importorskip("fastapi")
+    from types import SimpleNamespace
+
+    from service.app import Batching, Limits, Service
+
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    service = Service(SimpleNamespace(detect=None), Limits(), Batching())
+    four, fifth = threading.Barrier(4, timeout=5), threading.Barrier(5, timeout=0.2)
+
+    async def at_once(barrier, count):
+        met = await asyncio.gather(*(service._in_pool(barrier.wait) for _ in range(count)), return_exceptions=True)
+        return sum(isinstance(one, int) for one in met)
+
+    assert asyncio.run(at_once(four, 4)) == 4
+    assert asyncio.run(at_once(fifth, 5)) == 0, "a fifth came while four were at it"
+
+
 def test_an_error_of_the_program_is_answered_without_its_words_and_with_the_headers(exported, encoded):
     testclient = pytest.importorskip("starlette.testclient")
     from models.backends import load_backend
