@@ -18,15 +18,14 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.checks import UserError
 from utils.cli import CommandParser, ReportedError, echo_options, number, options_from, run_command
+from utils.errors import UserError, limits_explained
 from utils.files import ROOT, increment_path, run_folder
-from utils.limits import limits_explained
 from utils.log import LOGGER, colorstr
 
 if TYPE_CHECKING:
-    from models.pipeline import Pipeline, Result
-    from utils.display import Window
+    from models.inference.pipeline import Pipeline, Result
+    from utils.media.display import Window
 
 IMGSZ_HELP = "image size: h w; default: 640, or the one size that an export takes"
 NEWEST = "default: the newest runs/train/*/weights/best.pt"
@@ -91,7 +90,8 @@ def run(stream: bool = False, **keywords: Any) -> Iterator[Result] | None:
     """Detects from Python: `run(weights="best.pt", source="photos")`; the options' names as keywords.
 
     Args:
-        stream: hand over the results (`models.pipeline.Result`), one for every picture as it comes, and write nothing.
+        stream: hand over the results (`models.inference.pipeline.Result`), one for every image as it comes, and write
+            nothing.
         **keywords: the options.
 
     Returns:
@@ -107,7 +107,7 @@ def run(stream: bool = False, **keywords: Any) -> Iterator[Result] | None:
     needless = sorted(WRITING & set(keywords))
     if needless:
         raise UserError(f"detect.run(stream=True) writes and shows nothing: leave {', '.join(needless)} out.")
-    from models.pipeline import open_pipeline
+    from models.inference.pipeline import open_pipeline
 
     return _handed_over(open_pipeline(options))
 
@@ -120,7 +120,7 @@ def _handed_over(pipeline: Pipeline) -> Iterator[Result]:
 
 def main(options: argparse.Namespace) -> None:
     """Runs the detector over all sources and writes what was asked for."""
-    from models.pipeline import open_pipeline
+    from models.inference.pipeline import open_pipeline
 
     echo_options("detect", options)
     folder = run_folder(options.project, options.name)  # refused, if at all, before anything is opened
@@ -143,8 +143,8 @@ def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, win
     Returns:
         A line for every input of which not everything could be written.
     """
-    from utils.background import Background
-    from utils.data.sinks import OutputOptions, ResultWriter
+    from utils.media.writers import OutputOptions, ResultWriter
+    from utils.process import Background
 
     writer = ResultWriter(folder, pipeline.source.inputs, pipeline.names, OutputOptions.from_options(options))
     feature_sink = writer.write_features if options.visualize else None
@@ -173,7 +173,7 @@ def _open_window(asked: bool, live: bool) -> Window | None:
 
     Watching is what live inputs are mostly for, so they are shown without being asked where they can be.
     """
-    from utils.display import Window, display_problem
+    from utils.media.display import Window, display_problem
 
     if not asked and not live:
         return None

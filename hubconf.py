@@ -2,7 +2,7 @@
 
 Entries: `custom` for any weights file, `yolov5n` to `yolov5x`, `yolov5n6` to `yolov5x6`, and those with a slim neck:
 `yolov5n_slimneck`, `yolov5n_slimneck_c`, `yolov5n_gsneck`, `yolov5n_gsconv` and so on. They return a model for pictures
-of any kind (`models.autoshape`). As a script this file tries that out on the pictures in data/images.
+of any kind (`models.inference.autoshape`). As a script this file tries that out on the pictures in data/images.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def _load(
     device: str | torch.device | None,
 ) -> nn.Module:
     """Makes or loads what `_create` is asked for."""
-    from models.autoshape import AutoShape
-    from models.multibackend import DetectMultiBackend
-    from utils.checks import UserError
+    from models.inference.autoshape import AutoShape
+    from models.inference.multibackend import DetectMultiBackend
+    from utils.errors import UserError
 
     if pretrained and name in _SLIM:
         raise UserError(
@@ -108,8 +108,8 @@ def _load(
 
 def _build(name: str, pretrained: bool, channels: int, classes: int, device: str | torch.device | None) -> nn.Module:
     """Builds a model from its YAML, with those of the released weights that fit it; see `_create`."""
+    from models.inference.multibackend import pick_device
     from models.load import read_weights, transfer
-    from models.multibackend import pick_device
     from models.yolo import Model
     from utils.log import LOGGER
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.hosts import LOCAL_HOSTS, TrustedHosts
-from utils.checks import UserError
 from utils.cli import CommandParser, echo_options, newest_weights, number, options_from, run_command
+from utils.errors import UserError
 from utils.files import ROOT
 from utils.log import LOGGER, colorstr
 

@@ -16,10 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from utils.checks import MAX_IMAGE_SIDE_PX, UserError
 from utils.cli import CommandParser, advising, echo_options, number, options_from, run_command
+from utils.errors import MAX_IMAGE_SIDE_PX, UserError, limits_explained
 from utils.files import ROOT, find_file, increment_path, run_folder, write_yaml
-from utils.limits import limits_explained
 from utils.log import LOGGER
 
 
@@ -100,8 +99,8 @@ def main(options: argparse.Namespace, callbacks: Any = None, given: set[str] | N
     from utils.train.callbacks import Callbacks
     from utils.train.distributed import World, explained, joined
     from utils.train.hyp import Hyp
+    from utils.train.prepare import check_options
     from utils.train.resume import check_resume, resume_options
-    from utils.train.setup import check_options
 
     processes = World.from_environment(options.local_rank)
     with joined(processes) as world, explained(world, _not_begun), limits_explained(_sizes(options)):
@@ -132,13 +131,12 @@ def train(
         checkpoint: of the run to be resumed.
         world: `utils.train.distributed.World`, connected; None for this process alone.
     """
-    from utils import fingerprint
     from utils.devices import device_line, prepare_cpu_memory, resolve_amp
+    from utils.train import fingerprint
     from utils.train.callbacks import Callbacks
-    from utils.train.distributed import ALONE
+    from utils.train.distributed import ALONE, check_sync_bn, own_device
     from utils.train.engine import Trainer
-    from utils.train.replica import check_sync_bn, own_device
-    from utils.train.setup import prepare_determinism
+    from utils.train.prepare import prepare_determinism
 
     world = world or ALONE
     callbacks = callbacks if world.is_first else Callbacks()
@@ -173,9 +171,9 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
 
     What can be refused is so before the folder is there. The first process settles and writes.
     """
-    from models.build import build_for_training
-    from utils.data.spec import load_spec
-    from utils.train import setup
+    from models.load import build_for_training
+    from utils.dataloaders.config import load_spec
+    from utils.train import prepare as setup
     from utils.train.resume import check_dataset, check_names, damage_told
 
     with world.in_turn():  # the first may have to download
@@ -208,7 +206,7 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
         write_yaml(Path(options.save_dir) / "hyp.yaml", hyp.to_dict())
         write_yaml(Path(options.save_dir) / "opt.yaml", vars(options))
         if not options.noplots:
-            from utils.train.plots import plot_labels
+            from utils.plots.training import plot_labels
 
             plot_labels(tables.train.rows, names, Path(options.save_dir))
     return model, loaders

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import CommandParser, echo_options, number, options_from, run_command
+from utils.errors import limits_explained
 from utils.files import ROOT, run_folder
-from utils.limits import limits_explained
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def run(
         data: data set YAML, or its content; not needed with `dataloader` and a model that names its classes.
         weights: checkpoint or export, or several.
         model: a PyTorch module in place of `weights`; it stays where it is and as it is.
-        dataloader: batches (`utils.data.loader.Batch`) in place of those of `data`.
+        dataloader: batches (`utils.dataloaders.loader.Batch`) in place of those of `data`.
         save_dir: the run's folder, in place of a new one in `project`.
         callbacks: its `run(hook, ...)` is called at the `on_val_*` hooks.
         compute_loss: called with the raw outputs of `model` and the targets.
@@ -105,7 +105,7 @@ def run(
     Raises:
         UserError: an unknown option, or a mistake that it names.
     """
-    from models.val_tasks import Given, perform
+    from models.inference.evaluation import Given, perform
 
     parsed = options_from(build_parser(), {"data": data, "weights": weights, **options})
     result = perform(parsed, Given(model, dataloader, save_dir, callbacks, compute_loss))
@@ -133,7 +133,7 @@ def process_batch(detections: torch.Tensor, labels: torch.Tensor, iouv: torch.Te
 
 def save_one_txt(predn: torch.Tensor, save_conf: bool, shape: Sequence[int], file: str | Path) -> None:
     """Appends one image's detections `predn` (n, 6) to a label file; `shape` is the image's height and width."""
-    from utils.data.sinks import label_lines
+    from utils.media.writers import label_lines
 
     lines = label_lines(predn.detach().cpu().numpy(), shape, save_conf)
     with open(file, "a", encoding="utf-8") as stream:
@@ -149,7 +149,7 @@ def save_one_json(predn: torch.Tensor, jdict: list[dict[str, Any]], path: Path, 
 
 def main(options: argparse.Namespace) -> EvalResult:
     """Validates as the parsed `options` say."""
-    from models.val_tasks import perform
+    from models.inference.evaluation import perform
 
     echo_options("val", options)
     run_folder(options.project, options.name)  # refused, if at all, before anything is opened

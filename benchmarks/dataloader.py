@@ -51,7 +51,7 @@ def decode_four_ms(paths: list[str]) -> float:
 
 def epoch_ms(dataset, epoch: int) -> tuple[float, float]:
     """Makes every item of an epoch; returns milliseconds and decoded images per item."""
-    from utils.data.order import SampleKey
+    from utils.dataloaders.sampling import SampleKey
 
     recent = dataset.recent_images()
     decoded_before = recent.misses
@@ -65,11 +65,11 @@ def epoch_ms(dataset, epoch: int) -> tuple[float, float]:
 
 def measure(folder: str, size: int, batch_size: int, repeats: int, albumentations: bool) -> None:
     """Prints one data set's figures."""
-    from utils.data.augment import AugmentParams
-    from utils.data.dataset import DetectionDataset
-    from utils.data.labels import scan_images
-    from utils.data.order import PartnerPlan
-    from utils.data.paths import list_images
+    from utils.augmentations.pixels import AugmentParams
+    from utils.dataloaders.dataset import DetectionDataset
+    from utils.dataloaders.labels import scan_images
+    from utils.dataloaders.paths import list_images
+    from utils.dataloaders.sampling import PartnerPlan
 
     paths = list_images([Path(folder)])
     table = scan_images(paths)

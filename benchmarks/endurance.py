@@ -28,15 +28,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.usage import HEADING, UNITS, Watch, complaints, require_linux, row
-from utils.checks import UserError
 from utils.cli import ReportedError, number, run_command
+from utils.errors import UserError
 from utils.files import ROOT
 from utils.log import LOGGER
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from utils.data.sources import Frame, Source
+    from utils.media.sources import Frame, Source
 
 CFG, TRAINING_EPOCHS = "yolov5n-slimneck.yaml", 20  # of the model that detects
 CONF_THRES = 0.05  # finds much with little training
@@ -156,7 +156,7 @@ def moving_pictures() -> Iterator[np.ndarray]:
     """Yields without end pictures (h, w, 3) of shapes that move to the right and make room for others."""
     import numpy as np
 
-    from utils.data.scenes import render_scene
+    from utils.tools.shapes import render_scene
 
     scenes = [render_scene(np.random.default_rng(seed), *PICTURE_WH).image for seed in range(SCENES)]
     while True:
@@ -205,7 +205,7 @@ class WatchedSource:
 
 
 class EndlessCapture:
-    """A stand-in for a camera (`utils.data.capture.Capture`) that waits for its reader and ends after some frames."""
+    """A stand-in for a camera (`utils.media.capture.Capture`) that waits for its reader and ends after some frames."""
 
     fps, is_recording = 25.0, True
 
@@ -235,9 +235,9 @@ def detect_all(options: argparse.Namespace, items: int, folder: Path, source: Pa
         UserError: nothing was found, so that drawing and writing were not at work.
     """
     import detect
-    from models.pipeline import open_pipeline
+    from models.inference.pipeline import open_pipeline
     from utils.cli import options_from
-    from utils.data.streams import LiveInput, LiveSource
+    from utils.media.streams import LiveInput, LiveSource
 
     live = more.pop("live", False)
     chosen = {"weights": options.weights, "imgsz": options.imgsz, "conf_thres": CONF_THRES, "save_csv": True}

@@ -17,8 +17,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.fuzz_mutators import NUMBERS, write_zip
-from utils.data.cache import write_cache
-from utils.data.table import Counts, LabelTable, PathList
+from utils.dataloaders.labels import Counts, LabelTable, PathList, write_cache
 from utils.files import ROOT
 
 CACHE_KEY = "0123456789abcdef"

@@ -21,19 +21,18 @@ import numpy as np
 from benchmarks import fuzz_seeds as seeds
 from benchmarks.fuzz_mutators import NUMBERS, Mutator, mutate_archive, mutate_image, mutate_text, mutate_zip
 from utils.archives import list_members, unpack
-from utils.checks import UserError, check_image_size
 from utils.cli import number
-from utils.counting import Counter
-from utils.data import spec as data_spec
-from utils.data.cache import read_cache
-from utils.data.convert import convert_coco, convert_visdrone, convert_voc
-from utils.data.inputs import is_live, live_inputs
-from utils.data.labels import ParsedLabels, read_label_file
-from utils.data.paths import list_images
-from utils.data.sources import files_of_list, read_list
+from utils.dataloaders import config as data_spec
+from utils.dataloaders.labels import ParsedLabels, read_cache, read_label_file
+from utils.dataloaders.paths import list_images
+from utils.errors import UserError, check_image_size
 from utils.files import read_yaml
 from utils.images import ImageError, check_image, decode_image, image_info
+from utils.media.counting import Counter
+from utils.media.inputs import is_live, live_inputs
+from utils.media.sources import files_of_list, read_list
 from utils.tiles import Tiling, windows
+from utils.tools.convert import convert_coco, convert_visdrone, convert_voc
 from utils.train.hyp import Hyp
 
 REFUSALS = (UserError, ImageError)
@@ -136,7 +135,7 @@ def probe_model_yaml(data: bytes, folder: Path) -> bool:
     """Builds a small model: one stride and one row of anchors a level, all finite."""
     import torch
 
-    from models.outline import numbers_of
+    from models.config import numbers_of
     from models.yolo import Model
 
     path = _yaml_file(data, folder)

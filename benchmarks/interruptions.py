@@ -42,9 +42,9 @@ from benchmarks.disturbances import (  # noqa: E402 - the path above comes first
     small_disk,
 )
 from utils.checkpoint import load_checkpoint  # noqa: E402
-from utils.checks import UserError  # noqa: E402
 from utils.cli import ReportedError, run_command  # noqa: E402
-from utils.data.shapes import SPLITS, label_text, scene_of  # noqa: E402
+from utils.errors import UserError  # noqa: E402
+from utils.tools.shapes import SPLITS, label_text, scene_of  # noqa: E402
 
 EPOCHS, IMAGES = 3, (12, 4)
 MODEL = """
@@ -62,8 +62,8 @@ head:
 """
 RUN = ["--img", "64", "--batch-size", "4", "--epochs", str(EPOCHS), "--save-period", "1", "--amp", "off"]
 RUN += ["--device", "cpu", "--noautoanchor", "--noplots", "--exist-ok"]
-IMPORTED_BEFORE = ("models.load", "models.yolo", "utils.train.engine", "utils.train.resume", "utils.train.setup")
-IMPORTED_BEFORE += ("utils.data.spec", "torch.utils.tensorboard", "torch._dynamo", "thop", "tqdm", "yaml")
+IMPORTED_BEFORE = ("models.load", "models.yolo", "utils.train.engine", "utils.train.resume", "utils.train.prepare")
+IMPORTED_BEFORE += ("utils.dataloaders.config", "torch.utils.tensorboard", "torch._dynamo", "thop", "tqdm", "yaml")
 
 
 # ------------------------------------------------------------------------------------------------------------ promises

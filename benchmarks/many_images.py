@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.usage import Usage, peak_resident_mb, require_linux, usage_of
-from utils.checks import UserError
 from utils.cli import ReportedError, number, run_command
+from utils.errors import UserError
 from utils.log import LOGGER
 
 SIDE_PX = 32
@@ -159,7 +159,7 @@ def run_apart(stage: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def load(options: argparse.Namespace) -> tuple[Any, float]:
     """Loads the labels as train.py does; returns the table and the seconds it took."""
-    from utils.data.labels import load_labels
+    from utils.dataloaders.labels import load_labels
 
     LOGGER.setLevel("ERROR")
     start_s = time.perf_counter()
@@ -216,9 +216,9 @@ def epochs(options: argparse.Namespace) -> dict[str, Any]:
 
 def make_loader(table: Any, options: argparse.Namespace, mosaic: float) -> Any:
     """Makes the training loader with the default augmentations."""
-    from utils.data.augment import AugmentParams
-    from utils.data.dataset import DetectionDataset
-    from utils.data.loader import create_loader
+    from utils.augmentations.pixels import AugmentParams
+    from utils.dataloaders.dataset import DetectionDataset
+    from utils.dataloaders.loader import create_loader
 
     augment = AugmentParams(hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, translate=0.1, scale=0.5, fliplr=0.5, mosaic=mosaic)
     dataset = DetectionDataset(table, options.imgsz, augment=augment, batch_size=BATCH_SIZE, seed=options.seed)

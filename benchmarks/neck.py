@@ -23,9 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.backends.runtime import processor_name
-from utils.checks import UserError
+from models.backends.base import processor_name
 from utils.cli import number, run_command
+from utils.errors import UserError
 
 NECKS = ("", "-gsneck", "-gsconv", "-slimneck", "-slimneck-c")
 FORMS = ("as trained", "rewritten")
@@ -122,8 +122,8 @@ def both_forms(name: str, imgsz: int) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    from models.decode import head_for
     from models.deploy import rewrite
+    from models.heads import head_for
     from models.yolo import Model
 
     class Rows(nn.Module):
@@ -251,7 +251,7 @@ def load_openvino_int8(entries: Sequence[Entry], image, threads: int) -> tuple[l
     """Does the same for the models quantised as export.py does it."""
     import numpy as np
 
-    from models.export.openvino_int8 import quantize
+    from models.export.openvino import quantize
 
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, image.shape, dtype=np.uint8) for _ in range(CALIBRATION_IMAGES)]

@@ -24,9 +24,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.backends.runtime import processor_name, thread_count
-from utils.checks import UserError
+from models.backends.base import processor_name, thread_count
 from utils.cli import newest_weights, number, run_command
+from utils.errors import UserError
 from utils.files import ROOT
 
 VIDEO_FPS = 25
@@ -107,7 +107,7 @@ def make_video(source: str, folder: Path, frames: int) -> Path:
     """Writes a video of the images of a source, all brought to one size, again from the first when they run out."""
     import cv2
 
-    from utils.data.sources import find_sources, read_frames
+    from utils.media.sources import find_sources, read_frames
 
     pictures = [frame.image for frame in read_frames(find_sources(source)[:frames]) if frame.image is not None]
     path = folder / "video.mp4"
@@ -136,8 +136,8 @@ def measure_apart(weights: str, kind: str, source: str, options: argparse.Namesp
 def measure(weights: str, options: argparse.Namespace) -> Result:
     """Measures one file here: inference alone, then everything as detect.py does it."""
     from models.backends import load_backend
-    from models.detector import Detector, shape_for
-    from utils.data.sources import find_sources, read_frames
+    from models.inference.predictor import Detector, shape_for
+    from utils.media.sources import find_sources, read_frames
 
     backend = load_backend(weights, options.device)
     detector = Detector(backend, shape_for(backend, options.imgsz, 640))
@@ -168,10 +168,10 @@ def infer_all(backend: Any, inputs: Sequence[Any]) -> None:
 
 def detect_all(detector: Any, paths: Sequence[str], names: dict[int, str]) -> None:
     """Reads, detects, draws and writes, as detect.py does: reading and writing in threads of their own."""
-    from models.pipeline import Pipeline
-    from utils.background import Background
-    from utils.data.sinks import OutputOptions, ResultWriter
-    from utils.data.sources import FileSource
+    from models.inference.pipeline import Pipeline
+    from utils.media.sources import FileSource
+    from utils.media.writers import OutputOptions, ResultWriter
+    from utils.process import Background
 
     with tempfile.TemporaryDirectory() as folder, ResultWriter(Path(folder), paths, names, OutputOptions()) as writer:
         with Background(writer.write) as sink:

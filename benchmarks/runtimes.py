@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.backends.runtime import processor_name
+from models.backends.base import processor_name
 from utils.files import ROOT
 
 CONFIDENT = 0.25  # boxes of rows above this are compared
@@ -154,8 +154,8 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from models.validation import check_classes, make_loader, open_subject
-    from utils.data.spec import load_spec
+    from models.inference.evaluation import check_classes, make_loader, open_subject
+    from utils.dataloaders.config import load_spec
     from utils.eval.evaluate import evaluate
 
     spec = load_spec(args.data, need=("val",))
@@ -187,8 +187,8 @@ def raw_difference(row: Row, model: Any, args: argparse.Namespace, sources: Any)
     import numpy as np
 
     from models.backends import load_backend
-    from models.export.parity import sample_pictures
-    from utils.data.paths import list_images
+    from models.export.verify import sample_pictures
+    from utils.dataloaders.paths import list_images
     from utils.images import letterbox
 
     checkpoint = load_backend(args.weights, "cpu")

@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.checks import UserError
 from utils.cli import newest_weights, number, run_command
+from utils.errors import UserError
 from utils.files import ROOT
 
 ROUTE = "/v1/detect"

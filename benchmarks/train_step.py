@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.yolo import Model  # noqa: E402 - the path above comes first
 from utils.devices import device_line, resolve_amp, select_device  # noqa: E402
 from utils.files import find_file  # noqa: E402
+from utils.loss.anchor_based import DetectionLoss  # noqa: E402
 from utils.train.ema import ModelEMA  # noqa: E402
 from utils.train.hyp import Hyp  # noqa: E402
-from utils.train.loss import DetectionLoss  # noqa: E402
 from utils.train.optim import build_optimizer  # noqa: E402
 
 

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.checks import UserError
+from utils.errors import UserError
 
 WARM_UP = 0.2  # share of the items that passes before the series counts
 LEAST_SAMPLES = 8  # that the series needs after the warm-up

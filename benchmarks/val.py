@@ -37,10 +37,10 @@ def parse_args() -> argparse.Namespace:
 
 def load_batches(args: argparse.Namespace, stride: int) -> list[Any]:
     """Returns val.py's image batches, float32 (b, 3, h, w) in 0 to 1, contiguous."""
-    from utils.data.dataset import DetectionDataset
-    from utils.data.labels import load_labels
-    from utils.data.loader import create_loader
-    from utils.data.spec import load_spec
+    from utils.dataloaders.config import load_spec
+    from utils.dataloaders.dataset import DetectionDataset
+    from utils.dataloaders.labels import load_labels
+    from utils.dataloaders.loader import create_loader
 
     spec = load_spec(args.data, need=("val",))
     table = load_labels(spec.val, spec)

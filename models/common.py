@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.checks import did_you_mean
+from utils.errors import did_you_mean
 
 MAX_ACTIVATION_TEXT = 200  # characters; Python's parser itself fails on nesting that few of them cannot hold
 MAX_ACTIVATION_PARAMETERS = 100_000
 
 # Other people's programs import these names from here; they are defined where they belong, above this file.
 DEFINED_ABOVE = {
-    "AutoShape": "models.autoshape",
-    "Detections": "models.hub_results",
-    "DetectMultiBackend": "models.multibackend",
+    "AutoShape": "models.inference.autoshape",
+    "Detections": "models.inference.autoshape",
+    "DetectMultiBackend": "models.inference.multibackend",
 }
 
 

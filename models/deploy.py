@@ -7,23 +7,31 @@ without the model's modules: all batch norm folded, GSConv's shuffles folded int
 
 Tried and left out, since neither ONNX Runtime nor OpenVINO gained: flattening nested concatenations, splitting the sum
 behind a GSConv among its halves, folding a GSBottleneck's linear shortcut into the convolution after it.
+
+What torch.fx keeps of every graph that it compiles, as long as the process lives: 30 KB and more for each model.
+
+It is meant for tracebacks and for tracing the compiled code once more. Names that torch does not promise are looked up
+with care: where they are gone, nothing is dropped.
 """
 
 from __future__ import annotations
 
 import copy
+import linecache
 import operator
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import GraphModule, _symbolic_trace, graph_module
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from models.common import Contract, Conv, Expand, TransformerBlock, interleave_halves
-from models.decode import Decoder
 from models.experimental import Sum
-from models.graph_source import recompile
+from models.heads import Decoder
 
 Layout = tuple[int, ...]  # layout[place] is the channel of the trained model that stands there
 
@@ -387,3 +395,20 @@ def _inverse(order: Sequence[int]) -> Layout:
     for place, channel in enumerate(order):
         places[channel] = place
     return tuple(places)
+
+
+def forget_source(forward: FunctionType) -> None:
+    """Drops the source and the globals of a graph's compiled `forward`."""
+    name = forward.__code__.co_filename
+    linecache.cache.pop(name, None)
+    getattr(getattr(graph_module, "_loader", None), "eval_cache", {}).pop(name, None)
+    wrapped = getattr(_symbolic_trace, "_wrapped_fns_to_patch", {})
+    for key in [key for key, names in wrapped.items() if names is forward.__globals__]:
+        del wrapped[key]
+
+
+def recompile(graph: GraphModule) -> None:
+    """Compiles a changed graph; the former source is dropped at once, the new one when the graph goes."""
+    forget_source(type(graph).forward)
+    graph.recompile()
+    weakref.finalize(graph, forget_source, type(graph).forward)

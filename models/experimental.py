@@ -19,7 +19,7 @@ from models.common import Conv
 def __getattr__(name: str) -> Any:
     """Finds `attempt_load`, which other people's programs import from here, where it is defined: above this file."""
     if name == "attempt_load":
-        from models.multibackend import attempt_load
+        from models.inference.multibackend import attempt_load
 
         return attempt_load
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

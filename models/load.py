@@ -1,7 +1,7 @@
-"""From a weights file to a model: checkpoints of ours, and original YOLOv5 5.0 to 7.0 files.
+"""From a weights file to a model: our own checkpoints, and original YOLOv5 5.0 to 7.0 files.
 
 Original files are pickles of whole modules. They are opened without running anything: every class and function that
-they name must be on the allow-list below, a neutral holder of attributes stands in for each, and the holders' tensors
+they name must be on the allow-list below, a stub that only keeps attributes stands in for each, and the stubs' tensors
 are then collected by name. This file and `utils.checkpoint` are the only places that know about file formats.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -22,9 +23,9 @@ from torch import Tensor
 from models.config import check_row, reason_of
 from models.yolo import BLOCKS, Model
 from utils.checkpoint import ForeignPickle, check_tensor, load_checkpoint, read_archive
-from utils.checks import UserError, did_you_mean
 from utils.download import RELEASES, download_weights
-from utils.files import ROOT
+from utils.errors import UserError, did_you_mean
+from utils.files import ROOT, find_file
 from utils.log import LOGGER
 
 # Names that original files may contain, by what stands in for them (see `stand_in_for`).
@@ -490,3 +491,42 @@ def _plain(value: Any) -> Any:
         return item if isinstance(item, (str, int, float)) else None
 
     return copied(value, 0)
+
+
+def build_for_training(
+    options: Namespace,
+    names: Mapping[int, str],
+    anchors: int | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
+) -> Model:
+    """Builds the architecture of `--cfg`, or of `--weights`, and takes over what weights fit; on the CPU, float32.
+
+    Args:
+        options: `cfg`, `weights`, and the `seed` of the initial weights; no other generator is touched.
+        names: the data's class names by number.
+        anchors: anchors per level, in place of the YAML's (the hyperparameter of that name).
+        checkpoint: of the run to be resumed: its architecture is built; its weights are the trainer's business.
+
+    Raises:
+        UserError: a file is missing or unsound.
+    """
+    weights = read_weights(options.weights) if options.weights and not checkpoint else None
+    if checkpoint:
+        cfg, holder, anchors = checkpoint["yaml"], options.resume, None
+    elif options.cfg:
+        cfg, holder = find_file(options.cfg, (".yaml", ".yml"), "--cfg"), None
+    else:
+        cfg, holder = weights.yaml, weights.path
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        try:
+            model = Model(cfg, nc=len(names), anchors=anchors, verbose=not checkpoint)
+        except UserError as error:
+            if holder is None:
+                raise
+            raise UserError(f"{holder}: {error}") from error
+    model.names = dict(names)
+    if weights:
+        exclude = ("anchor",) if options.cfg or anchors else ()
+        LOGGER.info(transfer(model, weights, exclude).told(options.weights))
+    return model

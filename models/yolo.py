@@ -1,32 +1,38 @@
 """The detector: `Detect`, `Model`, and how the rows of a model YAML become layers.
 
-`BLOCKS` says for each name that a row may use which class it means and how the row's arguments become the class's;
-`register_block` adds to it. As a script it builds a model and shows its layers (`models.show`).
-Not here: the layers (`models.common`), weights (`models.load`), test-time augmentation.
+`BLOCKS` says for each name that a row may use which class it is and how the row's arguments become the class's;
+`register_block` adds to it. Also what a model costs (layers, GFLOPs, time) and test-time augmentation. As a script:
+
+    python models/yolo.py --cfg yolov5s-slimneck.yaml --profile
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from torch import Tensor, nn
-
-from models import common, config, experimental
-from models.deploy import fold_model
-from models.outline import Totals, check_map, outlining, run_hollow, strides_of
-from models.summary import log_layers, summary_line
-from models.tta import augmented_rows
-from utils.checks import UserError, did_you_mean
-from utils.log import LOGGER
+from models import common, config, experimental  # noqa: E402
+from models.config import Totals, check_map, gather, outlining, run_hollow, strides_of  # noqa: E402
+from models.deploy import fold_model  # noqa: E402
+from utils.cli import ReportedError, run_command  # noqa: E402
+from utils.devices import select_device  # noqa: E402
+from utils.errors import UserError, did_you_mean  # noqa: E402
+from utils.files import ROOT  # noqa: E402
+from utils.log import LOGGER, progress  # noqa: E402
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03  # part of the trained weights' meaning, though no state dict holds them
 STRIDE_IMAGE_PX = 128  # side of the image on which strides are measured: the largest stride there is (P7)
@@ -401,7 +407,181 @@ class Model(nn.Module):
 DetectionModel = Model  # YOLOv5's name for it since 6.2
 
 
-if __name__ == "__main__":
-    from models import show  # imports this file again, under the name that the classes and their checkpoints carry
+class View(NamedTuple):
+    """How an image is shown to the model: its sides times `scale`, left and right swapped where `mirrored`."""
 
-    sys.exit(show.run())
+    scale: float
+    mirrored: bool = False
+
+
+VIEWS = (View(1.0), View(0.83, mirrored=True), View(0.67))
+PAD_VALUE = 0.447  # about the mean of photographs
+
+
+def augmented_rows(predict: Callable[[Tensor], Tensor], images: Tensor, strides: Sequence[float] | Tensor) -> Tensor:
+    """Predicts from every view of images.
+
+    Args:
+        predict: maps images (b, ch, h, w) to rows (b, n, 5 + nc) [x, y, w, h in px, objectness, class probabilities],
+            level by level in the order of `strides`.
+        images: (b, ch, h, w), values 0 to 1, h and w multiples of the largest stride.
+        strides: (nl,) pixels per cell of each level.
+
+    Returns:
+        The rows of all views (b, m, 5 + nc), boxes in px of `images`.
+    """
+    strides_px = [round(stride) for stride in torch.as_tensor(strides).tolist()]
+    found = []
+    for number, view in enumerate(VIEWS):
+        seen = scaled(images.flip(3) if view.mirrored else images, view.scale, max(strides_px))
+        levels = split_levels(predict(seen), seen.shape[2:], strides_px)
+        if len(levels) > 1 and number == 0:
+            del levels[strides_px.index(max(strides_px))]
+        if len(levels) > 1 and number == len(VIEWS) - 1:
+            del levels[strides_px.index(min(strides_px))]
+        found += [in_image(rows, view, images.shape[3]) for rows in levels]
+    return torch.cat(found, dim=1)
+
+
+def scaled(images: Tensor, scale: float, multiple: int) -> Tensor:
+    """Resizes images (b, ch, h, w) by `scale`, and pads them on the right and below to multiples of `multiple` px."""
+    if scale == 1:
+        return images
+    sides = [side * scale for side in images.shape[2:]]
+    height, width = (int(side) for side in sides)
+    resized = F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
+    padded_height, padded_width = (math.ceil(side / multiple) * multiple for side in sides)
+    return F.pad(resized, (0, padded_width - width, 0, padded_height - height), value=PAD_VALUE)
+
+
+def split_levels(rows: Tensor, shape_hw: Sequence[int], strides_px: Sequence[int]) -> list[Tensor]:
+    """Splits rows (b, n, 5 + nc) of images of height and width `shape_hw`, px, into those of each level."""
+    cells = [math.prod(side // stride for side in shape_hw) for stride in strides_px]
+    anchors_per_cell = rows.shape[1] // sum(cells)
+    return list(rows.split([anchors_per_cell * count for count in cells], dim=1))
+
+
+def in_image(rows: Tensor, view: View, width: int) -> Tensor:
+    """Takes the boxes of rows (b, n, 5 + nc) from a view to the image of `width` px that it shows."""
+    boxes_xywh = rows[..., :4] / view.scale
+    if view.mirrored:
+        boxes_xywh = torch.cat((width - boxes_xywh[..., :1], boxes_xywh[..., 1:]), dim=-1)
+    return torch.cat((boxes_xywh, rows[..., 4:]), dim=-1)
+
+
+def log_layers(model: nn.Module) -> None:
+    """Logs the table of layers: row, from, repeats, parameters, class, arguments."""
+    LOGGER.info(f"\n{'':>3}{'from':>18}{'n':>3}{'params':>10}  {'module':<40}{'arguments':<30}")
+    for layer in model.model:
+        numbers = f"{layer.i:>3}{str(layer.f):>18}{layer.repeats:>3}{layer.np:>10}"
+        LOGGER.info(f"{numbers}  {layer.type:<40}{str(layer.arguments):<30}")
+
+
+def summary_line(model: nn.Module, imgsz: int = 640, gflops: bool = True) -> str:
+    """Returns modules, parameters and trained ones, and with `gflops` the GFLOPs for an image of side `imgsz`."""
+    parameters = list(model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    counted = count_gflops(model, imgsz) if gflops else None
+    cost = "" if counted is None else f", {counted:.1f} GFLOPs"
+    layers = sum(1 for _ in model.modules())
+    return f"Model Summary: {layers} layers, {total} parameters, {trained} gradients{cost}"
+
+
+def count_gflops(model: nn.Module, imgsz: int = 640) -> float | None:
+    """Returns 2e-9 times the multiply-adds for one image of side `imgsz`, None where thop does not import.
+
+    Counted on a small image and scaled by area. Its side is the largest stride, but at least 32: a model without a
+    level for large objects still divides by 32 on the way.
+    """
+    try:
+        from thop import profile
+    except ImportError:  # thop is optional, and needs distutils, which Python 3.12 leaves to setuptools
+        return None
+    side = max(int(model.stride.max()), 32)
+    weight = next(model.parameters())
+    image = torch.zeros(1, model.yaml["ch"], side, side, device=weight.device, dtype=weight.dtype)
+    operations, _ = profile(copy.deepcopy(model).eval(), inputs=(image,), verbose=False)
+    return operations * 2e-9 * (imgsz / side) ** 2
+
+
+def profile_layers(model: nn.Module, image: Tensor, repeats: int = 10) -> None:
+    """Logs each layer's mean time on `image` (b, ch, h, w) and its parameters, and the sum."""
+    milliseconds = [0.0] * len(model.model)
+    outputs: list[Any] = []
+
+    def synchronised_time() -> float:
+        if image.is_cuda:
+            torch.cuda.synchronize(image.device)
+        return time.perf_counter()
+
+    x = image
+    for layer in model.model:
+        x = x if layer.f == -1 else gather(layer.f, x, outputs)
+        layer(x)  # warm-up
+        start = synchronised_time()
+        for _ in range(repeats):
+            y = layer(x)
+        milliseconds[layer.i] = (synchronised_time() - start) / repeats * 1e3
+        x = y
+        outputs.append(x)
+    LOGGER.info(f"{'time (ms)':>10}{'params':>10}  module")
+    for layer, spent in zip(model.model, milliseconds, strict=True):
+        LOGGER.info(f"{spent:10.2f}{layer.np:10.0f}  {layer.type}")
+    LOGGER.info(f"{sum(milliseconds):10.2f}{'':>10}  total")
+
+
+PROFILE_PX = 640
+PROFILE_BATCH = {"cuda": 8}  # images; one on other devices
+
+
+def build_all() -> None:
+    """Builds every model YAML of the repository.
+
+    Raises:
+        ReportedError: some do not build; they have been logged.
+    """
+    failures = 0
+    for path in progress(sorted((ROOT / "models").rglob("yolo*.yaml")), desc="building"):
+        try:
+            with torch.device("meta"):
+                Model(path)
+        except UserError as error:
+            failures += 1
+            LOGGER.error(f"{path}: {error}")
+    if failures:
+        raise ReportedError(f"{failures} model YAMLs do not build")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the script's options."""
+    parser = argparse.ArgumentParser(prog="yolo.py", description="Build a model and show its layers.")
+    parser.add_argument("--cfg", default="yolov5s.yaml", help="model YAML")
+    parser.add_argument("--device", default="", help="cuda device (0), mps or cpu; empty chooses")
+    parser.add_argument("--profile", action="store_true", help=f"time every layer on random images of {PROFILE_PX} px")
+    parser.add_argument("--test", action="store_true", help="build every models/**/yolo*.yaml")
+    return parser
+
+
+def main(options: argparse.Namespace) -> None:
+    """Builds the model that the options name; times its layers, builds all others, as they say."""
+    device = select_device(options.device)
+    model = Model(options.cfg, verbose=True).to(device)
+    if options.profile:
+        shape = PROFILE_BATCH.get(device.type, 1), model.yaml["ch"], PROFILE_PX, PROFILE_PX
+        image = torch.rand(shape, device=device, generator=torch.Generator(device).manual_seed(0))
+        with torch.no_grad():
+            profile_layers(model.eval(), image)
+    if options.test:
+        build_all()
+
+
+def run() -> int:
+    """Parses the command line, does what it says and returns the exit status."""
+    return run_command(main, build_parser())
+
+
+if __name__ == "__main__":
+    from models import yolo  # again, under the name that the classes and their checkpoints carry
+
+    sys.exit(yolo.run())

@@ -29,8 +29,8 @@ from service.metrics import CONTENT_TYPE, Metrics
 from service.page import build_page
 from service.predictor import Predictor, Prepared, Thresholds
 from service.uploads import FIELD, Limits, Upload, check_upload, decode_upload
-from utils.checks import UserError
-from utils.draw import PALETTE, draw_detections
+from utils.errors import UserError
+from utils.plots.boxes import PALETTE, draw_detections
 
 YOLOV5_ROUTE, ROUTE = "/v1/object-detection/yolov5s", "/v1/detect"
 MAX_DECODERS = 4

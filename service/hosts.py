@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from ipaddress import ip_address
 
-from utils.checks import UserError
+from utils.errors import UserError
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 ANY = "*"

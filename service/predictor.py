@@ -1,6 +1,7 @@
 """A model for batches of pictures whose senders may each want other thresholds; plain functions of arrays.
 
-Gives for each picture what `models.detector.Detector` gives for it alone. Not here: queues and threads (`batching`).
+Gives for each image what `models.inference.predictor.Detector` gives for it alone. Not here: queues and threads
+(`batching`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import numpy as np
 
 from models.backends.base import Backend
 from utils.boxes import scale_boxes
-from utils.checks import UserError, check_image_size
-from utils.draw import class_name
+from utils.errors import UserError, check_image_size
 from utils.images import letterbox
 from utils.nms import non_max_suppression
+from utils.plots.boxes import class_name
 
 DEFAULT_SIDE = 640  # px, where neither the options nor the model's file say
 

@@ -48,7 +48,7 @@ def datasets_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set YAML: 24 training and 8 validation pictures of the embedded data set."""
-    from utils.data.shapes import SPLITS, label_text, scene_of
+    from utils.tools.shapes import SPLITS, label_text, scene_of
 
     root = tmp_path_factory.mktemp("shapes")
     for split, count in zip(SPLITS, (24, 8), strict=True):

@@ -13,13 +13,11 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.checks import UserError
-from utils.data import cache as cache_module
-from utils.data.cache import cache_location
-from utils.data.inputs import open_source
-from utils.data.labels import load_labels, scan_images
-from utils.data.paths import list_images
-from utils.data.table import LabelTable
+from utils.dataloaders import labels as cache_module
+from utils.dataloaders.labels import LabelTable, cache_location, load_labels, scan_images
+from utils.dataloaders.paths import list_images
+from utils.errors import UserError
+from utils.media.inputs import open_source
 
 PNG = cv2.imencode(".png", np.full((32, 40, 3), 99, np.uint8))[1].tobytes()
 

@@ -19,9 +19,9 @@ from PIL import Image
 import detect
 import train
 import val
-from utils.data.inputs import open_source
-from utils.data.labels import scan_images
-from utils.data.paths import list_images
+from utils.dataloaders.labels import scan_images
+from utils.dataloaders.paths import list_images
+from utils.media.inputs import open_source
 
 QUICK = ["--img", "64", "--workers", "0", "--device", "cpu"]
 

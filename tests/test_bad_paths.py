@@ -43,8 +43,8 @@ SOUND = {
 PROJECT = ("--project", "runs")
 WORK = (
     "utils.train.engine.Trainer",
-    "models.val_tasks.evaluate",
-    "models.pipeline.Pipeline.results",
+    "models.inference.evaluation.evaluate",
+    "models.inference.pipeline.Pipeline.results",
     "models.export.run._export_one",
     "serve.serve_forever",
 )
@@ -287,8 +287,10 @@ def read_once():
 
     keep_backend = functools.cache(lambda files, *others: backends.load_backend(list(files), *others))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("models.pipeline.load_backend", lambda files, *others: keep_backend(tuple(files), *others))
-        patch.setattr("models.validation.read_weights", functools.cache(load.read_weights))
+        patch.setattr(
+            "models.inference.pipeline.load_backend", lambda files, *others: keep_backend(tuple(files), *others)
+        )
+        patch.setattr("models.inference.evaluation.read_weights", functools.cache(load.read_weights))
         yield
 
 

@@ -19,7 +19,7 @@ from models.backends import load_backend
 from models.load import model_from, read_weights
 from models.yolo import Model
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.checks import UserError
+from utils.errors import UserError
 
 NAMES = ["circle", "square", "triangle", "star"]
 KEY = "model.0.conv.weight"

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 import train
 from models.config import CONFIG_KEYS
 from models.yolo import BLOCKS, Model
-from utils.checks import UserError
-from utils.data import obtain, spec
-from utils.data.paths import list_images
+from utils.dataloaders import config as obtain
+from utils.dataloaders import config as spec
+from utils.dataloaders.paths import list_images
+from utils.errors import UserError
 from utils.train.hyp import Hyp
 
 SECONDS = 5  # of processor time a case may take

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import detect
-from utils.checks import UserError
 from utils.cli import ReportedError
-from utils.data.sources import read_frames
-from utils.data.spec import load_spec
+from utils.dataloaders.config import load_spec
+from utils.errors import UserError
+from utils.media.sources import read_frames
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE_OPTIONS = {"imgsz": [64], "device": "cpu", "max_det": 3}
@@ -271,7 +271,7 @@ def test_mistake_on_the_command_line_is_one_message_and_status_1(tmp_path):
 
 def test_newest_weights_are_the_default_and_their_absence_is_told(weights, source, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "yolov5")
-    monkeypatch.setattr("models.pipeline.ROOT", tmp_path)
+    monkeypatch.setattr("models.inference.pipeline.ROOT", tmp_path)
     common = {"source": str(source / "b.jpg"), "project": str(tmp_path / "out"), **SIDE_OPTIONS}
     with pytest.raises(UserError, match="no --weights given and none trained yet.*run train.py first"):
         detect.run(**common)

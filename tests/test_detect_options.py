@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import detect
-from utils.checks import UserError
 from utils.cli import ReportedError
+from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -171,8 +171,8 @@ class FakeWindow:
 
 
 def test_window_shows_what_is_written_until_q_is_pressed(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.display.display_problem", lambda: "")
-    monkeypatch.setattr("utils.display.Window", FakeWindow)
+    monkeypatch.setattr("utils.media.display.display_problem", lambda: "")
+    monkeypatch.setattr("utils.media.display.Window", FakeWindow)
     monkeypatch.setattr(FakeWindow, "shown", [])
     for index in range(4):
         cv2.imwrite(str(tmp_path / f"{index}.png"), picture(index))
@@ -187,7 +187,7 @@ def test_window_shows_what_is_written_until_q_is_pressed(weights, tmp_path, monk
 
 
 def test_without_a_display_the_run_says_so_and_goes_on(common, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("utils.display.display_problem", lambda: "there is no display")
+    monkeypatch.setattr("utils.media.display.display_problem", lambda: "there is no display")
     detect.run(**common, view_img=True)
     assert "WARNING: --view-img: there is no display; going on without a window" in caplog.text
     assert (tmp_path / "runs" / "exp" / "labels" / "b.txt").exists()

@@ -15,11 +15,11 @@ import cv2
 import pytest
 
 import detect
-from utils.checks import UserError
 from utils.cli import ReportedError
-from utils.data import inputs
-from utils.data.sources import read_frames
-from utils.data.streams import DEFAULT_PATIENCE, LiveSource
+from utils.errors import UserError
+from utils.media import inputs
+from utils.media.sources import read_frames
+from utils.media.streams import DEFAULT_PATIENCE, LiveSource
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -100,7 +100,7 @@ NEEDS = {
     "val.py|--weights|{}/best.onnx|--data|coco128.yaml": LIBRARY,
     "export.py|--weights|{}/best.pt": LIBRARY,
     "train.py|--cfg|yolov5n.yaml|--data|coco128.yaml": LIBRARY,
-    "utils.fingerprint|{}/best.pt": LIBRARY,
+    "utils.train.fingerprint|{}/best.pt": LIBRARY,
 }
 
 

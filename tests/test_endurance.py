@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from benchmarks.usage import Sample, Usage, Watch, complaints, growth_of, usage_of
-from utils.checks import UserError
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_LINUX = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux' /proc")
@@ -141,8 +141,8 @@ def options(weights, pictures):
 def test_fifty_detections_leave_nothing_behind(options, tmp_path):
     """Reading, detecting, drawing and writing, ten pictures five times, after ten to warm up; damage included."""
     import detect
-    from models.pipeline import Pipeline, open_pipeline
-    from utils.data.sources import FileSource
+    from models.inference.pipeline import Pipeline, open_pipeline
+    from utils.media.sources import FileSource
 
     opened = open_pipeline(options)
 
@@ -174,7 +174,7 @@ def test_fifty_detections_leave_nothing_behind(options, tmp_path):
 @pytest.mark.usefixtures("one_thread")
 def test_a_closed_pipeline_gives_its_model_and_files_back(options):
     """Also after a break in the middle, with the reader ahead."""
-    from models.pipeline import open_pipeline
+    from models.inference.pipeline import open_pipeline
 
     files, threads, _ = held()
     for count in (1, 2):
@@ -190,7 +190,7 @@ def test_a_closed_pipeline_gives_its_model_and_files_back(options):
 @pytest.mark.usefixtures("one_thread")
 def test_nothing_of_a_picture_is_kept_once_its_result_was_used(options):
     """Neither the picture nor what was found in it, however little that is."""
-    from models.pipeline import open_pipeline
+    from models.inference.pipeline import open_pipeline
 
     references, alive = [], []
     for result in open_pipeline(options):

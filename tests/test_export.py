@@ -11,11 +11,11 @@ import torch
 
 import export
 from models.export import formats, run
-from models.export import parity as parity_module
+from models.export import verify as parity_module
 from models.yolo import Model
 from utils.checkpoint import save_checkpoint
-from utils.checks import UserError
 from utils.cli import ReportedError, run_command
+from utils.errors import UserError
 from utils.files import ROOT
 
 
@@ -161,7 +161,7 @@ def test_int8_must_not_lose_too_much(weights, tiny_shapes, monkeypatch, log, los
     monkeypatch.setattr(formats.Format, "check_packages", lambda self: None)
     monkeypatch.setattr(formats.Format, "why_not_here", lambda self, cuda: "")
     monkeypatch.setattr(run, "check_parity", lambda *_: parity_module.Parity())
-    monkeypatch.setitem(sys.modules, "models.export.quality", type("Module", (), {"compare_map": compare_map}))
+    monkeypatch.setitem(sys.modules, "models.export.verify", type("Module", (), {"compare_map": compare_map}))
     words = ["--weights", weights, "--include", "onnx", "--img", "64", "96", "--int8", "--data", tiny_shapes]
     if status == "fails":
         with pytest.raises(ReportedError, match="ONNX failed the check of its quality"):

@@ -12,7 +12,7 @@ import pytest
 import detect
 import export
 import train
-from utils.checks import UserError
+from utils.errors import UserError
 
 SMALL = {"cfg": "yolov5n-slimneck.yaml", "imgsz": 64, "batch_size": 4, "device": "cpu", "workers": 0, "epochs": 3}
 SMALL |= {"noplots": True, "noval": True, "amp": "off"}

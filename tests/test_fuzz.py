@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import fuzz
 from benchmarks.fuzz_targets import REFUSALS, TARGETS
-from utils.checks import UserError
+from utils.errors import UserError
 
 COUNTS = {"labels": 3000, "options": 5000, "image": 3000, "yaml": 2000, "checkpoint": 600, "archive": 600, "hyp": 600}
 USUAL_COUNT = 1000

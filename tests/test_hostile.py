@@ -31,8 +31,8 @@ from models.backends import load_backend
 from models.experimental import attempt_load
 from models.load import read_weights
 from utils.checkpoint import load_checkpoint, strip_checkpoint
-from utils.checks import UserError
 from utils.cli import run_command
+from utils.errors import UserError
 from utils.general import strip_optimizer
 from utils.train.resume import load_resumable
 

@@ -16,12 +16,12 @@ import pytest
 import detect
 import train
 import val
-from utils.checks import UserError
 from utils.cli import run_command
-from utils.data import obtain
-from utils.data.sinks import folder_names
-from utils.data.spec import load_spec
+from utils.dataloaders import config as obtain
+from utils.dataloaders.config import load_spec
+from utils.errors import UserError
 from utils.files import read_yaml, run_folder
+from utils.media.writers import folder_names
 from utils.train.hyp import Hyp
 
 CALL = "os.system [touch {canary}]"

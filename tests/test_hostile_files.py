@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from utils.archives import list_members, unpack
-from utils.checks import UserError
-from utils.data.cache import read_cache
-from utils.data.convert import convert_coco, convert_voc
+from utils.dataloaders.labels import read_cache
+from utils.errors import UserError
 from utils.images import ImageError, read_image
+from utils.tools.convert import convert_coco, convert_voc
 
 
 @pytest.fixture

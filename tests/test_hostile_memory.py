@@ -9,7 +9,7 @@ import torch
 import models.yolo
 from models.load import read_weights
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.checks import UserError
+from utils.errors import UserError
 
 
 def empty_archive(path: Path) -> Path:

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from models.backends import load_backend, onnx_file, openvino
-from models.backends.load_order import before_tensorflow
+from models.backends import load_backend, openvino
+from models.backends import safety as onnx_file
+from models.backends.base import before_tensorflow
 from models.backends.metadata import Metadata
 from models.backends.torchscript import suspicious
 from models.common import parse_activation
 from models.yolo import Model
-from utils.checks import UserError
+from utils.errors import UserError
 
 
 def config(**changes) -> dict:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.checks import UserError
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,7 +129,7 @@ def test_released_weights_are_taken(weights, monkeypatch, tmp_path, classes):
 
 
 def test_slim_models_have_no_released_weights():
-    from utils.checks import UserError
+    from utils.errors import UserError
 
     with pytest.raises(UserError, match="no released weights for yolov5s-slimneck.*pretrained=False"):
         hub("yolov5s_slimneck")
@@ -137,7 +137,7 @@ def test_slim_models_have_no_released_weights():
 
 def test_says_when_weights_cannot_be_fetched(monkeypatch, tmp_path):
     from utils import download
-    from utils.checks import UserError
+    from utils.errors import UserError
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(download.RELEASES, "yolov5x.pt", download.Release("http://127.0.0.1:9/yolov5x.pt", "0" * 64))
@@ -149,7 +149,7 @@ def test_says_when_weights_cannot_be_fetched(monkeypatch, tmp_path):
 
 
 def test_says_when_a_file_is_missing(tmp_path):
-    from utils.checks import UserError
+    from utils.errors import UserError
 
     with pytest.raises(UserError, match="lost.pt: no such file"):
         hub("custom", str(tmp_path / "lost.pt"))

@@ -21,10 +21,10 @@ import pytest
 
 import train
 from utils.checkpoint import load_checkpoint
-from utils.checks import UserError
-from utils.data.labels import load_labels, scan_chunk
-from utils.data.paths import list_images
-from utils.data.pool import over_processes
+from utils.dataloaders.labels import load_labels, scan_chunk
+from utils.dataloaders.paths import list_images
+from utils.errors import UserError
+from utils.process import over_processes
 from utils.train.callbacks import Callbacks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,8 +284,8 @@ def test_memory_that_really_runs_out_names_the_sizes(options):
     script = """
 import json, resource, sys
 import torch._dynamo, train, models.yolo, utils.train.engine
-from utils.checks import UserError
-from utils.data.labels import load_labels
+from utils.errors import UserError
+from utils.dataloaders.labels import load_labels
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 400_000_000,) * 2)
 try:

@@ -11,22 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train", "val", "detect", "export", "serve", "hubconf")
-PLAIN = (
-    *("archives", "background", "checkpoint", "checks", "cli", "devices", "download", "files", "fonts", "limits"),
-    *("log", "signals"),
-)
-GEOMETRY = ("boxes", "nms", "images", "draw", "tiles", "display", "tracking", "counting")
+PLAIN = ("archives", "checkpoint", "cli", "devices", "download", "errors", "files", "log", "process")
+GEOMETRY = ("boxes", "nms", "images", "tiles")
+ROOMS = ("augmentations", "dataloaders", "eval", "loggers", "loss", "media", "plots", "tools")
 # What scripts written for YOLOv5 import: on top of all, and for them alone
 YOLOV5_NAMES = (
-    *("activations", "augmentations", "autoanchor", "autobatch", "callbacks", "dataloaders", "datasets", "downloads"),
-    *("general", "loss", "metrics", "plots", "torch_utils"),
+    *("activations", "autoanchor", "autobatch", "callbacks", "datasets", "downloads", "general", "metrics"),
+    "torch_utils",
 )
 FLOOR_OF_ROOM = {
     **{f"utils.{name}": 0 for name in PLAIN},
     **{f"utils.{name}": 1 for name in GEOMETRY},
-    "utils.data": 2,
-    "utils.eval": 2,
-    "utils.fingerprint": 2,
+    **{f"utils.{name}": 2 for name in ROOMS},
     "utils.train": 3,
     "utils.compat": 4,
     **{f"utils.{name}": 5 for name in YOLOV5_NAMES},
@@ -34,22 +30,8 @@ FLOOR_OF_ROOM = {
 # Other people's scripts import these names from here; the module's `__getattr__` finds them where they are defined.
 FORWARDING = ("models.common", "models.experimental")
 TORCH_FREE = (
-    *("utils.boxes", "utils.images", "utils.nms", "utils.draw", "utils.background", "utils.data.sources"),
-    *(
-        "utils.data.capture",
-        "utils.data.inputs",
-        "utils.data.remote",
-        "utils.data.screen",
-        "utils.data.sinks",
-        "utils.data.streams",
-        "utils.display",
-        "utils.tiles",
-        "utils.tracking",
-        "utils.counting",
-        "models.backends",
-        "models.detector",
-        "service",
-    ),
+    *("utils.boxes", "utils.images", "utils.nms", "utils.tiles", "utils.process", "utils.media", "utils.plots.boxes"),
+    *("models.backends", "models.inference.predictor", "service"),
 )
 # They need it by nature; load_backend imports them lazily.
 TORCH_BACKENDS = ("models.backends.pytorch", "models.backends.tensorrt", "models.backends.torchscript")

@@ -16,19 +16,18 @@ import detect
 import train
 import val
 from models.yolo import Model
+from utils.augmentations.pixels import AugmentParams
 from utils.boxes import scale_boxes, xywh2xyxy, xywhn2xyxy, xyxy2xywh
-from utils.data.augment import AugmentParams
-from utils.data.dataset import DetectionDataset
-from utils.data.labels import load_labels, read_label_file
-from utils.data.loader import create_loader
-from utils.data.order import SampleKey
-from utils.data.table import LabelTable
+from utils.dataloaders.dataset import DetectionDataset
+from utils.dataloaders.labels import LabelTable, load_labels, read_label_file
+from utils.dataloaders.loader import create_loader
+from utils.dataloaders.sampling import SampleKey
 from utils.eval.confusion import ConfusionMatrix
 from utils.eval.metrics import average_precisions, match_detections
 from utils.eval.report import table_rows
 from utils.files import ROOT
+from utils.loss.anchor_based import DetectionLoss
 from utils.train.hyp import Hyp
-from utils.train.loss import DetectionLoss
 
 MAX_BYTES = 3 << 30
 GRID = 100  # boxes along each side of the crowded picture

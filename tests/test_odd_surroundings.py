@@ -14,7 +14,7 @@ import pytest
 import detect
 import train
 import val
-from utils.checks import printable
+from utils.errors import printable
 from utils.files import native_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,15 +55,15 @@ def test_names_that_are_not_utf_8_and_closed_streams_stop_nothing(tiny_shapes, w
 
 
 def test_drawn_names_show_what_no_font_has_as_replacement_characters():
-    from utils.fonts import fit_text, text_width
+    from utils.plots.boxes import fit_text, text_width
 
     assert fit_text("a\ud800\x1b", 500, 20, 10) == ("a\ufffd\ufffd", 20)
     assert text_width("\udcd5", 20) == text_width("\ufffd", 20)
 
 
 def test_class_names_bring_no_controls_to_tables_pictures_and_folders():
-    from utils.data.sinks import folder_names
-    from utils.draw import class_name
+    from utils.media.writers import folder_names
+    from utils.plots.boxes import class_name
 
     names = {0: "cat\x1b[2J\n\x9b", 1: "a\ud800/b"}
     assert [class_name(names, index) for index in names] == ["cat\ufffd[2J\ufffd\ufffd", "a\ufffd/b"]
@@ -72,9 +72,9 @@ def test_class_names_bring_no_controls_to_tables_pictures_and_folders():
 
 def test_commands_that_are_printed_to_be_copied_fit_a_shell(tmp_path, caplog, monkeypatch):
     from models.export import run as exporter
-    from utils import fingerprint
+    from utils.loggers.csv import open_tensorboard
+    from utils.train import fingerprint
     from utils.train.engine import Trainer
-    from utils.train.loggers import open_tensorboard
 
     caplog.set_level("INFO", "yolov5")
     file, data = tmp_path / "it's my run" / "best.pt", "my data.yaml"
@@ -91,7 +91,7 @@ def test_commands_that_are_printed_to_be_copied_fit_a_shell(tmp_path, caplog, mo
         r"Detect: +(.*)": ["python", "detect.py", "--weights", str(file)],
         r"Validate: +(.*)": ["python", "val.py", "--weights", str(file), "--data", data],
         r"Go on with: (.*)": ["python", "train.py", "--resume", str(file)],
-        r"(python -m utils.fingerprint .*)\)": ["python", "-m", "utils.fingerprint", str(file.parent)],
+        r"(python -m utils.train.fingerprint .*)\)": ["python", "-m", "utils.train.fingerprint", str(file.parent)],
     }
     if board:
         commands[r"(tensorboard --logdir .*), and view"] = ["tensorboard", "--logdir", str(file.parent)]

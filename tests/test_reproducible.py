@@ -23,7 +23,7 @@ import train
 import val
 from utils.checkpoint import load_checkpoint
 from utils.files import ROOT
-from utils.fingerprint import fingerprint, tensors_digest
+from utils.train.fingerprint import fingerprint, tensors_digest
 
 EPOCHS = 2
 # A detector of a few layers, of the blocks that the models are made of.

@@ -19,7 +19,7 @@ import torch
 
 import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.train import engine
 from utils.train.callbacks import Callbacks
 from utils.train.resume import find_resumable
@@ -81,7 +81,7 @@ def set_figures(monkeypatch):
         return dataclasses.replace(found, map50=FITNESS[epoch], map=FITNESS[epoch], maps=maps)
 
     monkeypatch.setattr(engine.Trainer, "_validate", validated)
-    monkeypatch.setattr("utils.train.records.open_tensorboard", lambda *_: None)
+    monkeypatch.setattr("utils.train.engine.open_tensorboard", lambda *_: None)
 
 
 def start(folder: Path, project: Path, callbacks: Callbacks, **differently) -> Path:
@@ -157,7 +157,7 @@ def assert_same_end(run: Path, whole: Path) -> None:
 def test_resumed_after_any_epoch_the_end_is_the_same(kind, folder, tmp_path, monkeypatch):
     if kind == "balance":  # train.py has no option for it
         monkeypatch.setattr(engine, "DetectionLoss", functools.partial(engine.DetectionLoss, autobalance=True))
-        monkeypatch.setattr("utils.train.loss._REFERENCE_STRIDE", 8)
+        monkeypatch.setattr("utils.loss.anchor_based._REFERENCE_STRIDE", 8)
     copies = tmp_path / "copies"
     whole = start(folder, tmp_path, copying(tmp_path / "exp", copies), **KINDS[kind])
     epochs = 3 if kind == "patience" else EPOCHS

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import serve
-from utils.checks import UserError
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.files import ROOT
 
 SCRIPTS = ("train", "val", "detect", "export")
@@ -321,7 +321,7 @@ class Taken(Exception):
     ("script", "entry"),
     [
         ("train", "train.main"),
-        ("val", "models.val_tasks.perform"),
+        ("val", "models.inference.evaluation.perform"),
         ("detect", "detect.main"),
         ("export", "export.export"),
     ],
@@ -351,8 +351,8 @@ def test_python_is_told_of_a_misspelt_option(script):
 # Where the options of each script are read.
 READERS = {
     "train": ["train.py", "utils/train/*.py"],
-    "val": ["val.py", "models/val_tasks.py", "models/validation.py", "utils/eval/*.py"],
-    "detect": ["detect.py", "models/pipeline.py", "utils/data/sinks.py"],
+    "val": ["val.py", "models/inference/evaluation.py", "models/inference/evaluation.py", "utils/eval/*.py"],
+    "detect": ["detect.py", "models/inference/pipeline.py", "utils/media/writers.py"],
     "export": ["export.py", "models/export/*.py"],
 }
 NAMED_WITHOUT_USE = {"WRITING", "CHANGEABLE"}  # lists of options for another purpose than to read them

@@ -14,7 +14,7 @@ import torch
 
 import train
 from utils.checkpoint import load_checkpoint
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.train.callbacks import Callbacks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +149,7 @@ def test_ctrl_c_and_sigterm_say_how_to_go_on(number: int, status: int, tiny_shap
 
 @pytest.mark.parametrize(("poison", "term"), [("box", "box"), ("cls", "cls")])
 def test_a_loss_that_is_not_finite_names_place_images_and_term(poison, term, tiny_shapes, tmp_path, monkeypatch):
-    from utils.train import loss
+    from utils.loss import anchor_based as loss
 
     terms = {"box": "box_term", "cls": "class_term"}
 

@@ -21,12 +21,12 @@ from torch import nn
 
 import train
 from utils.checkpoint import load_checkpoint
-from utils.checks import UserError
 from utils.cli import ReportedError
-from utils.data.labels import load_labels
-from utils.data.order import epoch_order
+from utils.dataloaders.labels import load_labels
+from utils.dataloaders.sampling import epoch_order
+from utils.errors import UserError
+from utils.loss.anchor_based import DetectionLoss
 from utils.train.callbacks import Callbacks
-from utils.train.loss import DetectionLoss
 
 ROOT = Path(__file__).resolve().parents[1]
 HYP = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
@@ -35,7 +35,7 @@ HELPER = """
 import json, os, sys
 from torch import nn
 import train
-from utils.checks import UserError
+from utils.errors import UserError
 
 for line in sys.stdin:
     job = json.loads(line)

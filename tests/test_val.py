@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import val
-from models import val_tasks
+from models.inference import evaluation as val_tasks
 from models.load import read_weights
 from models.yolo import Model
 from utils.checkpoint import save_checkpoint
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.files import ROOT, write_yaml
 
 NAMES = {0: "cat", 1: "dog", 2: "cow"}

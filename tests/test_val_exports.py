@@ -10,7 +10,7 @@ import export
 import val
 from models.yolo import Model
 from utils.checkpoint import save_checkpoint
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.files import read_yaml, write_yaml
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import val
-from models import val_tasks
+from models.inference import evaluation as val_tasks
+from models.inference.evaluation import held_subject, make_loader
 from models.load import load_model
-from models.validation import held_subject, make_loader
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.checks import UserError
-from utils.data.labels import load_labels
-from utils.data.spec import load_spec
+from utils.dataloaders.config import load_spec
+from utils.dataloaders.labels import load_labels
+from utils.errors import UserError
 from utils.files import read_yaml, write_yaml
 from utils.train.callbacks import Callbacks
 

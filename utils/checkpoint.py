@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.files import atomic_write, native_path
 
 FORMAT, FORMAT_VERSION = "yolov5-slim", 1

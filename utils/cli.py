@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.checks import UserError, did_you_mean
+from utils.errors import UserError, did_you_mean
 from utils.log import LOGGER, colorstr, setup_logging
-from utils.signals import Terminated, sigterm_raised
+from utils.process import Terminated, sigterm_raised
 
 EXIT_MISTAKE = 1
 EXIT_USAGE = 2

@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from utils.checks import UserError
+from utils.errors import UserError
 
 AMP_MODES = ("auto", "off", "fp16", "bf16")
 # mallopt(3): M_MMAP_MAX (-4) no blocks mapped on their own, M_TRIM_THRESHOLD (-1) never, M_TOP_PAD (-2) grow by 64 MiB,

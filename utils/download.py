@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from utils.archives import is_archive_name, unpack
-from utils.checks import UserError, did_you_mean
+from utils.errors import UserError, did_you_mean
 from utils.files import atomic_write
 from utils.log import LOGGER, progress
 

@@ -18,7 +18,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.checks import UserError, did_you_mean
+from utils.errors import UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCHED_FOLDERS = ("data", "models", "utils")

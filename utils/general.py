@@ -64,7 +64,7 @@ from utils.compat.general import (
     print_args,
 )
 from utils.compat.lookup import ON_DEMAND, look_up
-from utils.data.spec import DATASETS_DIR
+from utils.dataloaders.config import DATASETS_DIR
 from utils.files import ROOT, increment_path
 
 __all__ = [

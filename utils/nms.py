@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from utils.boxes import xywh2xyxy
-from utils.checks import UserError
+from utils.errors import UserError
 
 Array = Any  # np.ndarray or torch.Tensor
 

@@ -2,7 +2,7 @@
 
 Small objects keep their pixels that way, instead of vanishing when the whole picture is scaled to the model's size;
 the whole picture is looked at too, for what is larger than a tile. After SAHI's sliced inference (Akyon et al. 2022,
-arXiv:2202.06934). Not here: running a model on the windows (`models.detector`, `models.tiling`).
+arXiv:2202.06934). Not here: running a model on the windows (`models.inference`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.nms import suppress
 
 MIN_TILE_PX = 32

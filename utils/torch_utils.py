@@ -21,8 +21,8 @@ from utils.compat.torch_tools import (
     smart_inference_mode,
     sparsity,
     time_sync,
-    torch_distributed_zero_first,
 )
+from utils.dataloaders.scripts import torch_distributed_zero_first
 
 __all__ = [
     "EarlyStopping",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models.backends.base import ArrayBackend, Backend
 from models.backends.metadata import Metadata
-from utils.checks import UserError
+from utils.errors import UserError
 
 __all__ = ["BACKENDS", "ArrayBackend", "Backend", "Metadata", "load_backend", "runtime_of", "weight_files"]
 

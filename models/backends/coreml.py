@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from models.backends.base import ArrayBackend
-from models.backends.runtime import Graph, describe, find_export, graph_of, require, without_half
-from utils.checks import UserError
+from models.backends.base import ArrayBackend, Graph, describe, find_export, graph_of, require, without_half
+from utils.errors import UserError
 from utils.log import LOGGER
 
 

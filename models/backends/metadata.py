@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from utils.checks import UserError
+from utils.errors import UserError
 
 PREPROCESSING = (
     "BGR to RGB; scaled to fit with bilinear interpolation, the rest filled with grey 114 (letterbox); "

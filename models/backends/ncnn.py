@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from models.backends.base import ArrayBackend
-from models.backends.metadata import Metadata
-from models.backends.runtime import (
+from models.backends.base import (
     UNKNOWN_SHAPE_HW,
+    ArrayBackend,
     Graph,
     cpu_only,
     describe,
@@ -25,7 +24,8 @@ from models.backends.runtime import (
     texts_of_yaml,
     thread_count,
 )
-from utils.checks import UserError
+from models.backends.metadata import Metadata
+from utils.errors import UserError
 from utils.log import LOGGER
 
 METADATA_FILE = "metadata.yaml"

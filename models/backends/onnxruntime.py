@@ -11,10 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from models.backends.base import ArrayBackend
-from models.backends.onnx_file import read_onnx
-from models.backends.runtime import Graph, describe, find_export, graph_of, require, thread_count, without_half
-from utils.checks import UserError
+from models.backends.base import (
+    ArrayBackend,
+    Graph,
+    describe,
+    find_export,
+    graph_of,
+    require,
+    thread_count,
+    without_half,
+)
+from models.backends.safety import read_onnx
+from utils.errors import UserError
 from utils.log import LOGGER
 
 INPUT_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

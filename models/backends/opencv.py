@@ -11,10 +11,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from models.backends.base import ArrayBackend
-from models.backends.onnx_file import OnnxFile, read_onnx
-from models.backends.runtime import cpu_only, describe, find_export, graph_of, thread_count, without_half
-from utils.checks import UserError
+from models.backends.base import ArrayBackend, cpu_only, describe, find_export, graph_of, thread_count, without_half
+from models.backends.safety import OnnxFile, read_onnx
+from utils.errors import UserError
 from utils.log import LOGGER
 
 PROBE_PX = 64  # side of the image that shows whether it can be computed, where any will do

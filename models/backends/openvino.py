@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from models.backends.base import ArrayBackend
-from models.backends.runtime import (
+from models.backends.base import (
+    ArrayBackend,
     Graph,
     describe,
     find_export,
@@ -25,7 +25,7 @@ from models.backends.runtime import (
     texts_of_yaml,
     thread_count,
 )
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.log import LOGGER
 
 HALF_HINTS = {"FP16": "f16", "BF16": "bf16"}  # a device's word for what it can -> the hint's, the better one first

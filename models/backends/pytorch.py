@@ -17,9 +17,9 @@ from models.backends.base import Backend, LayerHook
 from models.backends.metadata import Metadata
 from models.deploy import rewrite
 from models.load import Weights, model_from, read_weights
-from models.tta import augmented_rows
-from utils.checks import UserError, grid_stride
+from models.yolo import augmented_rows
 from utils.devices import device_line, prepare_cpu_memory, select_device
+from utils.errors import UserError, grid_stride
 from utils.log import LOGGER
 
 DEFAULT_PX = 640  # image size of checkpoints that do not say what they were trained at

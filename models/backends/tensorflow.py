@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from models.backends.base import ArrayBackend
-from models.backends.load_order import before_tensorflow
-from models.backends.runtime import (
+from models.backends.base import (
+    ArrayBackend,
+    before_tensorflow,
     describe,
     find_export,
     graph_of,
@@ -30,7 +30,7 @@ from models.backends.runtime import (
     thread_count,
     without_half,
 )
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.log import LOGGER
 
 # Arithmetic, shapes and calls: what exported detectors consist of, NMS inside among it.

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.backends.base import ArrayBackend
-from models.backends.runtime import describe, find_export, graph_of, require, without_half
-from utils.checks import UserError
+from models.backends.base import ArrayBackend, describe, find_export, graph_of, require, without_half
 from utils.devices import device_line, select_device
+from utils.errors import UserError
 from utils.log import LOGGER
 
 LEAST_VERSION = 10  # the first with tensors by name alone

@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from models.backends.base import ArrayBackend
-from models.backends.metadata import PARSING_ERRORS
-from models.backends.runtime import (
+from models.backends.base import (
+    ArrayBackend,
     cpu_only,
     describe,
     find_export,
@@ -31,7 +30,8 @@ from models.backends.runtime import (
     thread_count,
     without_half,
 )
-from utils.checks import UserError
+from models.backends.metadata import PARSING_ERRORS
+from utils.errors import UserError
 from utils.log import LOGGER
 
 EDGETPU_SUFFIX = "_edgetpu.tflite"

@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.backends.base import ArrayBackend
+from models.backends.base import ArrayBackend, Graph, describe, find_export, plain_texts, without_half
 from models.backends.metadata import PARSING_ERRORS
-from models.backends.runtime import Graph, describe, find_export, plain_texts, without_half
 from utils.checkpoint import open_records
-from utils.checks import UserError
 from utils.devices import device_line, prepare_cpu_memory, select_device
+from utils.errors import UserError
 from utils.log import LOGGER
 
 FILE_OPERATORS = re.compile(r"\b(?:from_file|load|save|save_to_file|open|fork|import_ir_module|print|classes)\b")

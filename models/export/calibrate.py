@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.checks import UserError
-from utils.data.paths import list_images
-from utils.data.spec import load_spec
+from utils.dataloaders.config import load_spec
+from utils.dataloaders.paths import list_images
+from utils.errors import UserError
 from utils.images import ImageError, letterbox, read_image
 from utils.log import LOGGER, progress
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from models.backends.load_order import before_tensorflow
-from models.export.job import ExportJob
-from models.export.quiet import quietly
-from utils.checks import UserError
+from models.backends.base import before_tensorflow
+from models.export.job import ExportJob, quietly
+from utils.errors import UserError
 from utils.files import atomic_write
 
 INPUT, OUTPUT = "image", "output"

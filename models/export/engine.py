@@ -18,10 +18,9 @@ import numpy as np
 import torch
 
 from models.backends.metadata import Metadata
-from models.export.job import ExportJob
+from models.export.job import ExportJob, quietly
 from models.export.onnx import INPUT, QUANTISED_OPSET, write_onnx
-from models.export.quiet import quietly
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.log import LOGGER
 
@@ -57,7 +56,7 @@ def _onnx(job: ExportJob, folder: Path) -> Path:
     write_onnx(job, path, least_opset=QUANTISED_OPSET if job.options.int8 else LEAST_OPSET)
     if not job.options.int8:
         return path
-    from models.export.onnx_int8 import CALIBRATION_IMAGES
+    from models.export.onnx import CALIBRATION_IMAGES
 
     quantised = folder / "int8.onnx"
     quantize_symmetric(path, quantised, job.calibration(CALIBRATION_IMAGES), job.metadata.batch)
@@ -132,7 +131,7 @@ def quantize_symmetric(full: Path, quantised: Path, images: Sequence[np.ndarray]
     from onnxruntime import quantization
 
     from models.export.calibrate import calibration_batches, log_ranges
-    from models.export.onnx_int8 import activation_ranges, float_nodes
+    from models.export.onnx import activation_ranges, float_nodes
 
     prepared = full.with_suffix(".prepared.onnx")
     with quietly():

@@ -1,9 +1,18 @@
-"""What an exporter is given: one rewritten model, what is said of it, and where files go."""
+"""What an exporter is given: one rewritten model, its metadata, and where files go.
+
+Also how exporters behave: folders are written whole or not at all, what converters print is kept off the terminal (its
+end is shown when they fail), and OpenVINO's and NNCF's tools are kept from reporting over the network.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from models.backends.metadata import Metadata
-from models.decode import RawMaps, head_for
 from models.deploy import InferenceModel
 from models.export.formats import Format
+from models.heads import RawMaps, head_for
+from utils.errors import UserError
+from utils.log import LOGGER
 
 
 @dataclass(frozen=True)
@@ -74,3 +85,113 @@ class ExportJob:
     def with_head(self, head: nn.Module) -> InferenceModel:
         """Returns the rewritten model with another head, in evaluation mode; the trunk is shared."""
         return InferenceModel(self.model.trunk, head, self.model.names, self.model.stride).eval()
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, which takes its place once the block has ended well.
+
+    Raises:
+        UserError: it cannot be written, or `path` is a file; what was there is intact.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, and a folder of that name is to be written. Move it away.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as parent:
+            new, former = Path(parent, "new"), Path(parent, "former")
+            new.mkdir()
+            yield new
+            if path.exists():  # systems do not rename onto a folder that holds files
+                os.replace(path, former)
+            try:
+                os.replace(new, path)
+            except OSError:
+                if former.exists():
+                    os.replace(former, path)
+                raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+SHOWN_LINES = 15
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Turns the process's output aside while the block runs; logs its last lines when the block fails."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as record:
+        try:
+            with _streams_to(record.fileno()), contextlib.redirect_stdout(record), contextlib.redirect_stderr(record):
+                yield
+        except Exception:
+            record.flush()
+            record.seek(0)
+            LOGGER.error(last_lines(record.read()))
+            raise
+
+
+@contextlib.contextmanager
+def _streams_to(target: int) -> Iterator[None]:
+    """Points the descriptors of standard output and error, where they are open, at another one for a while."""
+    with contextlib.ExitStack() as restoring:
+        for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+            if stream is None:
+                continue
+            stream.flush()
+            kept = os.dup(descriptor)
+            restoring.callback(os.close, kept)
+            restoring.callback(os.dup2, kept, descriptor)
+            os.dup2(target, descriptor)
+        yield
+
+
+def run_tool(command: Sequence[str], folder: Path) -> str:
+    """Runs a program without a word, in a folder of its own; returns what it printed.
+
+    Args:
+        command: program and arguments.
+        folder: its working folder.
+
+    Raises:
+        UserError: it cannot be started or fails; the message holds the last lines that it printed.
+    """
+    try:
+        done = subprocess.run(
+            list(command),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except OSError as error:
+        raise UserError(f"{command[0]}: cannot be started ({error.strerror}).") from error
+    if done.returncode:
+        raise UserError(f"{command[0]} failed with status {done.returncode}:\n{last_lines(done.stdout)}")
+    return done.stdout
+
+
+def last_lines(text: str) -> str:
+    """Returns the end of what a tool printed."""
+    return "\n".join(text.strip().splitlines()[-SHOWN_LINES:])
+
+
+# Both tools stay silent in automatic tests, which they know by these variables.
+_SILENT = {"CI": "true", "NNCF_CI": "1"}
+
+
+@contextlib.contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Sets what silences the reports while the block runs: NNCF looks when it is imported, OpenVINO at every call."""
+    former = {name: os.environ.get(name) for name in _SILENT}
+    os.environ.update(_SILENT)
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

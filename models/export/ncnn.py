@@ -12,10 +12,8 @@ from pathlib import Path
 
 import torch
 
-from models.export.folders import atomic_folder
-from models.export.job import ExportJob
-from models.export.quiet import run_tool
-from utils.checks import UserError
+from models.export.job import ExportJob, atomic_folder, run_tool
+from utils.errors import UserError
 from utils.files import write_yaml
 
 GRAPH, WEIGHTS, METADATA = "model.ncnn.param", "model.ncnn.bin", "metadata.yaml"

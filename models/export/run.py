@@ -1,7 +1,7 @@
 """From the options of export.py to files: loads each checkpoint, exports it format by format, and checks the results.
 
 A format that fails is logged and the others go on; what failed is in the report. Not here: how a format is written (a
-module each), and which options go together (`models.export.options`).
+module each), and which options go together (`models.export.formats`).
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ import torch
 
 from models.backends.metadata import Metadata, Suppression
 from models.deploy import rewrite
-from models.export.formats import TOLERANCES, Format, find_formats
+from models.export.formats import TOLERANCES, Format, complete_options, find_formats
 from models.export.job import ExportJob
-from models.export.options import complete_options
-from models.export.parity import check_parity, run_checkpoint, sample_pictures
+from models.export.verify import check_parity, run_checkpoint, sample_pictures
 from models.load import find_weights, model_from, read_weights
-from utils.checks import UserError, check_image_size, grid_stride
 from utils.cli import newest_weights
-from utils.data.paths import list_images
-from utils.data.spec import load_spec
+from utils.dataloaders.config import load_spec
+from utils.dataloaders.paths import list_images
 from utils.devices import device_line, select_device
+from utils.errors import UserError, check_image_size, grid_stride
 from utils.files import ROOT
 from utils.log import LOGGER, colorstr
 
@@ -213,7 +212,7 @@ def _check_quality(job: ExportJob, path: Path, _: Sequence[np.ndarray], prefix: 
     if reason:
         LOGGER.warning(f"WARNING: {prefix} mAP was not measured: {reason}.")
         return ""
-    from models.export.quality import compare_map
+    from models.export.verify import compare_map
 
     measured = compare_map(job.weights, path, job.options.data, job.metadata.shape_hw, job.run_device)
     loss, limit = measured.drop, job.options.int8_max_drop

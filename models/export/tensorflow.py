@@ -21,14 +21,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.backends.load_order import before_tensorflow
+from models.backends.base import before_tensorflow
 from models.backends.metadata import Metadata
-from models.export.folders import atomic_folder
-from models.export.job import ExportJob
+from models.export.job import ExportJob, atomic_folder, quietly, run_tool
 from models.export.onnx import INPUT as ONNX_INPUT
 from models.export.onnx import write_onnx
-from models.export.quiet import quietly, run_tool
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.files import ROOT, atomic_write, write_yaml
 from utils.images import letterbox, read_image
 

@@ -4,26 +4,41 @@ One input `images` (b, h, w, 3) of values 0 to 1; one output `output`: rows (b, 
 (b, max_det, 6), boxes as fractions of the image's width and height. Weights are float16, with --int8 int8 for each
 channel; then what lies between the input and the head's convolutions runs on int8, those and the decoder stay in
 float. For the Edge TPU everything is int8. What the file says of itself is a zip archive at its end, as usual there.
+
+Static int8 for TensorFlow Lite files: weights for each channel, activations calibrated on images.
+
+What lies between the input and the head's convolutions computes in int8. Those convolutions and all behind them stay
+in float, as do input and output: one scale for coordinates and scores together would be too coarse. The Edge TPU
+knows int8 alone; for it nothing stays in float.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import tempfile
 import zipfile
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.backends.metadata import Metadata
-from models.export.job import ExportJob
-from models.export.quiet import quietly, run_tool
-from utils.checks import UserError
+from models.export.calibrate import ActivationRange, calibration_batches, log_ranges
+from models.export.job import ExportJob, quietly, run_tool
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.log import LOGGER
+
+if TYPE_CHECKING:
+    from ai_edge_quantizer.quantizer import Quantizer
+
 
 FLOAT16_SUFFIX, INT8_SUFFIX = "-fp16.tflite", "-int8.tflite"
 EDGETPU_SUFFIX = "-int8_edgetpu.tflite"
@@ -63,8 +78,7 @@ def export(job: ExportJob) -> Path:
 
 
 def _quantised(content: bytes, job: ExportJob, whole: bool = False) -> bytes:
-    """Returns a float32 file in int8, see `models.export.tflite_int8.quantize`."""
-    from models.export.tflite_int8 import CALIBRATION_IMAGES, quantize
+    """Returns a float32 file in int8, see `models.export.tflite.quantize`."""
 
     return quantize(content, INPUT, job.calibration(CALIBRATION_IMAGES), job.metadata.batch, whole)
 
@@ -126,3 +140,124 @@ def write_file(path: Path, content: bytes, metadata: Metadata) -> None:
         temporary.write_bytes(content)
         with zipfile.ZipFile(temporary, "a") as archive:
             archive.writestr(METADATA_MEMBER, json.dumps(metadata.texts()))
+
+
+CALIBRATION_IMAGES = 128
+CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D")
+
+
+def quantize(
+    content: bytes, input_name: str, images: Sequence[np.ndarray], batch: int = 1, whole: bool = False
+) -> bytes:
+    """Returns a float32 TFLite file in int8; logs the ranges of the activations.
+
+    Args:
+        content: the file.
+        input_name: what its signature calls the input, (batch, h, w, 3) of values 0 to 1.
+        images: to calibrate on, each uint8 (1, 3, h, w) RGB.
+        batch: images that the file takes at a time.
+        whole: leave nothing in float, input and output included.
+    """
+    with quietly():
+        from ai_edge_quantizer.quantizer import Quantizer
+
+        graph = Graph.of(content)
+        after_trunk = [] if whole else graph.after_trunk()
+        process = Quantizer(content)
+        _write_recipe(process, [node.scope for node in after_trunk])
+        inputs = {graph.signature: _Inputs(input_name, images, batch)}
+        ranges = process.calibrate(inputs, num_threads=os.cpu_count() or 1)
+        result = process.quantize(ranges, enable_progress_report=False).quantized_model
+    kept = sum(node.kind in CONVOLUTIONS for node in after_trunk)
+    converted = sum(node.kind in CONVOLUTIONS for node in graph.nodes) - kept
+    log_ranges(_activation_ranges(ranges, graph), converted, len(images))
+    return bytes(result)
+
+
+class _Inputs:
+    """Calibration images as the quantizer takes them: it counts before it runs, and need not hold all at once."""
+
+    def __init__(self, name: str, images: Sequence[np.ndarray], batch: int):
+        self._name, self._images, self._batch = name, images, batch
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        for images in calibration_batches(self._images, self._batch):
+            yield {self._name: np.ascontiguousarray(images.transpose(0, 2, 3, 1))}
+
+    def __len__(self) -> int:
+        return -(-len(self._images) // self._batch)
+
+
+def _write_recipe(process: Quantizer, float_scopes: Sequence[str]) -> None:
+    """Tells a quantizer what becomes int8: all that it can, or all but some nodes, the input and the output."""
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+    from ai_edge_quantizer.qtyping import TFLOperationName
+
+    process.add_static_config(".*", TFLOperationName.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
+    if not float_scopes:
+        return
+    exempt = [(".*", TFLOperationName.INPUT), (".*", TFLOperationName.OUTPUT)]
+    exempt += [(f"^{re.escape(scope)}$", TFLOperationName.ALL_SUPPORTED) for scope in float_scopes]
+    for pattern, operation in exempt:
+        process.update_quantization_recipe(pattern, operation, algorithm_key=AlgorithmName.NO_QUANTIZE)
+
+
+class Node(NamedTuple):
+    """One operation: its kind, the scope that the quantizer's patterns are held against, tensors in and out."""
+
+    kind: str
+    scope: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a TFLite file computes.
+
+    Attributes:
+        signature: name of the way in.
+        nodes: in the order in which they run.
+        outputs: the tensors that come out.
+        names: of all tensors.
+    """
+
+    signature: str
+    nodes: Sequence[Node]
+    outputs: Sequence[int]
+    names: Sequence[str]
+
+    @classmethod
+    def of(cls, content: bytes) -> Graph:
+        """Reads a file."""
+        from ai_edge_quantizer.utils import tfl_flatbuffer_utils as flatbuffer
+
+        model = flatbuffer.read_model(content)
+        graph = model.subgraphs[0]
+        nodes = []
+        for node in graph.operators:
+            kind = flatbuffer.TFL_OP_CODE_TO_NAME.get(model.operatorCodes[node.opcodeIndex].builtinCode)
+            scope = flatbuffer.get_op_scope(node, graph.tensors)
+            nodes.append(Node(kind.value if kind else "", scope, tuple(node.inputs), tuple(node.outputs)))
+        names = [_text(tensor.name) for tensor in graph.tensors]
+        return cls(_text(model.signatureDefs[0].signatureKey), nodes, tuple(graph.outputs), names)
+
+    def after_trunk(self) -> list[Node]:
+        """Returns the nodes from the head's convolutions, these included, to the outputs."""
+        wanted, found = set(self.outputs), []
+        for node in reversed(self.nodes):
+            if wanted.intersection(node.outputs):
+                found.append(node)
+                wanted.update(() if node.kind in CONVOLUTIONS else node.inputs)
+        return found
+
+
+def _activation_ranges(ranges: Mapping[str, Mapping[str, Any]], graph: Graph) -> list[ActivationRange]:
+    """Returns the calibrated ranges of what nodes write; weights and biases are among `ranges` as well."""
+    written = [graph.names[tensor] for node in graph.nodes for tensor in node.outputs]
+    spans = [(name, ranges[name]) for name in written if ranges.get(name)]
+    return [ActivationRange(name, float(np.min(span["min"])), float(np.max(span["max"]))) for name, span in spans]
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode() if isinstance(name, bytes) else name

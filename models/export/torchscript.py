@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from models.export.job import ExportJob
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.files import atomic_write
 
 

@@ -5,9 +5,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from models.build import build_for_training
+from models.load import build_for_training
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.checks import UserError
+from utils.errors import UserError
 
 CATS = {0: "cat", 1: "dog", 2: "hen"}
 

@@ -15,8 +15,8 @@ from torch.fx import _symbolic_trace, graph_module
 
 from models.common import Conv, interleave_halves
 from models.config import read_config, scaled_channels
-from models.decode import RawMaps
 from models.deploy import fold_batchnorm, fold_model, rewrite
+from models.heads import RawMaps
 from models.load import load_model
 from models.yolo import BLOCKS, Block, Model, register_block
 from utils.files import ROOT

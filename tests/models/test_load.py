@@ -18,7 +18,7 @@ from models.common import C3, Conv
 from models.load import Weights, load_model, model_from, read_weights, stand_in_for, transfer
 from models.yolo import BLOCKS, Model, register_block
 from utils.checkpoint import save_checkpoint
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.images import letterbox, read_image
 
 PUBLISHED = "yolov5n-v6-coco.pt"

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from models import outline, yolo
+from models import config as outline
+from models import yolo
 from models.common import Conv
 from models.yolo import BLOCKS, Model, register_block
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.files import ROOT
 
 ANCHORS = [[8, 16, 16, 9]]

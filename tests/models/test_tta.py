@@ -7,8 +7,7 @@ import torch
 
 from models.backends import load_backend
 from models.deploy import rewrite
-from models.tta import augmented_rows, scaled
-from models.yolo import Model
+from models.yolo import Model, augmented_rows, scaled
 from utils.nms import non_max_suppression
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import yolo
 from models.common import Conv, GSConv
-from models.summary import count_gflops
-from models.yolo import BLOCKS, Detect, Model, parse_model, register_block
-from utils.checks import UserError
+from models.yolo import BLOCKS, Detect, Model, count_gflops, parse_model, register_block
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 YAMLS = sorted((ROOT / "models").rglob("yolo*.yaml"))

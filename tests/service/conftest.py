@@ -144,7 +144,7 @@ def encoded(picture):
 def expected(exported):
     """What detect.py's own function finds in a picture, as the service's records."""
     from models.backends import load_backend
-    from models.detector import Detector
+    from models.inference.predictor import Detector
 
     backend = load_backend(exported, "cpu")
 

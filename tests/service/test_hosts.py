@@ -3,7 +3,7 @@
 import pytest
 
 from service.hosts import TrustedHosts
-from utils.checks import UserError
+from utils.errors import UserError
 
 
 @pytest.mark.parametrize(

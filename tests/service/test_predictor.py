@@ -6,7 +6,7 @@ import pytest
 from models.backends.base import ArrayBackend
 from models.backends.metadata import Metadata, Suppression
 from service.predictor import Predictor, Thresholds
-from utils.checks import UserError
+from utils.errors import UserError
 
 DEFAULTS = Thresholds(0.25, 0.45)
 
@@ -27,7 +27,7 @@ class ChoosingBackend(ArrayBackend):
 @pytest.mark.parametrize("fixed", [False, True])
 def test_batch_gives_what_the_detector_finds_in_each_picture(exported, picture, fixed):
     from models.backends import load_backend
-    from models.detector import Detector
+    from models.inference.predictor import Detector
 
     backend = load_backend(exported, "cpu")
     backend.dynamic = not fixed

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from utils.background import Background, ReadAhead
+from utils.process import Background, ReadAhead
 
 
 def test_items_arrive_in_order_and_at_most_so_many_are_read_ahead():

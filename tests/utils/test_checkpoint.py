@@ -22,7 +22,7 @@ from utils.checkpoint import (
     save_checkpoint,
     strip_checkpoint,
 )
-from utils.checks import UserError
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,7 +137,7 @@ def test_torchs_advice_to_let_a_file_run_code_is_not_passed_on(tmp_path):
 FULL_DISK = """
 import resource, signal, sys, torch
 from utils.checkpoint import save_checkpoint
-from utils.checks import UserError
+from utils.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 try:

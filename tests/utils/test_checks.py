@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from utils.checks import UserError, check_image_size, did_you_mean, round_up
+from utils.errors import UserError, check_image_size, did_you_mean, round_up
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from utils.checks import UserError
 from utils.cli import echo_options, newest_weights, number, options_from
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import argparse, sys
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.cli import ReportedError, run_command
 def main(options):
     print("begun")
@@ -69,7 +69,7 @@ def test_an_unknown_option_exits_with_2():
 
 def test_what_the_scripts_import_first_is_light():
     code = (
-        "import sys, utils.cli, utils.log, utils.checks, utils.files\n"
+        "import sys, utils.cli, utils.log, utils.errors, utils.files\n"
         "print(sorted({'torch', 'cv2', 'matplotlib', 'pandas', 'numpy', 'PIL', 'tqdm', 'yaml'} & set(sys.modules)))"
     )
     assert run_python(code).stdout == "[]\n"

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from utils import devices
-from utils.checks import UserError
 from utils.devices import device_line, prepare_cpu_memory, resolve_amp, select_device
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,8 +14,8 @@ import pytest
 
 from utils import archives, download
 from utils.archives import unpack
-from utils.checks import UserError
 from utils.download import RELEASES, Release, download_file, download_weights, fetch
+from utils.errors import UserError
 
 PAYLOAD = bytes(range(256)) * 4000
 DATE = "Mon, 01 Jan 2024 00:00:00 GMT"

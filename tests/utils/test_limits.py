@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.checks import UserError
-from utils.limits import limits_explained, memory_left
+from utils.errors import UserError, limits_explained, memory_left
 
 SIZES = {"--batch-size": 16, "--imgsz": [640, 480], "--workers": 8}
 GPU = (

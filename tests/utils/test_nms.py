@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.boxes import scale_boxes
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.images import letterbox, read_image
 from utils.nms import MAX_SIDE_PX, non_max_suppression, suppress
 

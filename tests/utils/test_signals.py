@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.signals import SigtermAnswer, Terminated, leave_signals_to_parent, signals_held_back, sigterm_raised
+from utils.process import SigtermAnswer, Terminated, leave_signals_to_parent, signals_held_back, sigterm_raised
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -49,7 +49,7 @@ def test_the_answer_is_set_for_the_body_alone_and_others_are_respected():
 
 def test_repetitions_count_again_after_a_while(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("utils.signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("utils.process.time.monotonic", lambda: now[0])
     answer = SigtermAnswer()
     with pytest.raises(Terminated):
         answer()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.boxes import box_iou
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.nms import suppress
 from utils.tiles import Tiling, merge, windows
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from utils.compat.torch_tools import de_parallel
-from utils.data.dataset import DetectionDataset
-from utils.data.labels import load_labels
-from utils.data.spec import load_spec
+from utils.dataloaders.config import load_spec
+from utils.dataloaders.dataset import DetectionDataset
+from utils.dataloaders.labels import load_labels
 from utils.log import LOGGER
 from utils.train import anchors
 

@@ -15,10 +15,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from utils.checks import UserError
-from utils.display import display_problem
+from utils.errors import UserError
 from utils.files import ROOT
 from utils.log import LOGGER, setup_logging
+from utils.media.display import display_problem
 
 SETTINGS_FOLDERS = {"Windows": "AppData/Roaming", "Darwin": "Library/Application Support"}
 ONLINE_PROBE = ("1.1.1.1", 443)  # a public name server

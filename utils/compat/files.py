@@ -1,6 +1,6 @@
 """Files, run folders, downloads and data set descriptions by YOLOv5 6.1's signatures.
 
-Over `utils.files`, `utils.download` and `utils.data.spec`. Paths are returned as text where 6.1 does.
+Over `utils.files`, `utils.download` and `utils.dataloaders.config`. Paths are returned as text where 6.1 does.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoint import load_checkpoint, strip_checkpoint
-from utils.checks import UserError
-from utils.data.spec import SPLITS, YAML_SUFFIXES, load_spec
+from utils.dataloaders.config import SPLITS, YAML_SUFFIXES, load_spec
 from utils.download import download_file, download_weights, fetch, file_name_of
+from utils.errors import UserError
 from utils.files import find_file, read_yaml
 from utils.log import LOGGER
 
@@ -103,7 +103,7 @@ def check_dataset(data: str | Path | Mapping[str, Any], autodownload: bool = Tru
         `nc`; and `names`, a list.
 
     Raises:
-        UserError: see `utils.data.spec.load_spec`.
+        UserError: see `utils.dataloaders.config.load_spec`.
     """
     spec = load_spec(data, download=autodownload)
     content = dict(data) if isinstance(data, Mapping) else dict(read_yaml(spec.source))

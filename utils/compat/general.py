@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import checks
+from utils import errors as checks
 from utils.cli import echo_options
 from utils.compat.torch_tools import time_sync
+from utils.dataloaders.sampling import class_weights as weights_by_class
+from utils.dataloaders.sampling import image_weights
 from utils.log import on_terminal
 from utils.train.optim import lr_factor
-from utils.train.weights import class_weights as weights_by_class
-from utils.train.weights import image_weights
 
 NUM_THREADS = min(8, max(1, (os.cpu_count() or 1) - 1))
 _COLORS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")

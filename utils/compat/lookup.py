@@ -22,17 +22,17 @@ LEFT_OUT = {
     "utils.augmentations": {
         "Albumentations": "training adds its transforms by itself where the library is installed",
         "replicate": _NO_COPY,
-        "copy_paste": "utils.data.mosaic does it while it composes a mosaic",
+        "copy_paste": "utils.augmentations.mosaic does it while it composes a mosaic",
         "cutout": _NO_COPY,
-        "box_candidates": "utils.data.warp.box_candidates has fixed limits and boxes in rows",
+        "box_candidates": "utils.augmentations.warp.box_candidates has fixed limits and boxes in rows",
     },
     "utils.datasets": {
-        "get_hash": "utils.data.cache.cache_key looks at times too, so that no edit goes unseen",
+        "get_hash": "utils.dataloaders.labels.cache_key looks at times too, so that no edit goes unseen",
         "create_folder": "it empties an existing folder",
         "flatten_recursive": "shutil.copytree and pathlib do it",
         "extract_boxes": "detect.py --save-crop cuts objects out",
-        "verify_image_label": "utils.data.labels.scan_images checks images and labels",
-        "dataset_stats": "utils.data.labels.load_labels returns a table that holds every count",
+        "verify_image_label": "utils.dataloaders.labels.scan_images checks images and labels",
+        "dataset_stats": "utils.dataloaders.labels.load_labels returns a table that holds every count",
     },
     "utils.downloads": {
         "gdrive_download": "Google Drive's pages change too often; download in a browser",

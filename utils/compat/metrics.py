@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.eval import confusion, metrics
-from utils.eval.plots import drawable_names, plot_confusion, plot_curves
 from utils.log import LOGGER
+from utils.plots import as_mapping
+from utils.plots.evaluation import drawable_names, plot_confusion, plot_curves
 
 Names = Mapping[int, str] | Sequence[str]
 
@@ -109,11 +110,6 @@ class ConfusionMatrix(confusion.ConfusionMatrix):
         """Logs the counts, a line for each predicted class."""
         for row in self.matrix:
             LOGGER.info(" ".join(map(str, row)))
-
-
-def as_mapping(names: Names) -> dict[int, str]:
-    """Returns class names, a list or a mapping, as {number: name}."""
-    return dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
 
 
 def _to_numpy(rows: Any) -> np.ndarray:

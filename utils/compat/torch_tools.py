@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import datetime
 import math
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from utils import devices
 from utils.files import ROOT
 from utils.log import LOGGER
-from utils.train import ema, stopper
+from utils.train import ema
+from utils.train import ema as stopper
 
 PAD_VALUE = 0.447  # about the mean of photographs
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03
 INPLACE = (nn.Hardswish, nn.LeakyReLU, nn.ReLU, nn.ReLU6, nn.SiLU)
-
-
-@contextlib.contextmanager
-def torch_distributed_zero_first(local_rank: int) -> Iterator[None]:
-    """Lets the first process of a machine through the block before the others; alone (-1) it changes nothing."""
-    if local_rank not in (-1, 0):
-        torch.distributed.barrier()
-    yield
-    if local_rank == 0:
-        torch.distributed.barrier()
 
 
 def date_modified(path: str | Path = ROOT / "train.py") -> str:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils.boxes import xyxy2xywh
-from utils.checks import UserError
-from utils.data.spec import load_spec
+from utils.dataloaders.config import load_spec
+from utils.errors import UserError
 from utils.files import ROOT, atomic_write
 from utils.log import LOGGER
 

@@ -1,6 +1,6 @@
 """The confusion matrix of a detector: which class was taken for which, what was missed, what was invented.
 
-Counts every image, those without labels or without detections included. Drawn by `utils.eval.plots`.
+Counts every image, those without labels or without detections included. Drawn by `utils.plots.evaluation`.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.checks import UserError
-from utils.data.table import LabelTable
+from utils.dataloaders.labels import LabelTable
+from utils.errors import UserError
 from utils.log import LOGGER, colorstr
 
 GOOD_BPR = 0.98

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.log import LOGGER
 
 SIZES = (1, 2, 4, 8, 16)  # images per batch that are measured

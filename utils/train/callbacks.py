@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from utils.checks import UserError, did_you_mean
+from utils.errors import UserError, did_you_mean
 
 HOOKS = (  # with YOLOv5's arguments; those without a note have none
     "on_pretrain_routine_start",

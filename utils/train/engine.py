@@ -1,9 +1,9 @@
 """The training loop: epochs of batches, validation, checkpoints, the finish.
 
 `Trainer.train` reads like a table of contents. What a run is made of is built before it (`train.py`,
-`utils.train.setup`). A run that was stopped at any moment and resumed ends with the same weights as one that was not:
+`utils.train.prepare`). A run that was stopped at any moment and resumed ends with the same weights as one that was not:
 rates and randomness are functions of the epoch and the batch, and everything else is in the checkpoint. Several
-processes (`utils.train.distributed`) share every batch and take the same steps; the first one alone keeps the EMA,
+processes (`utils.train.distributed`) share every batch and take the same steps; the main one alone keeps the EMA,
 validates, decides and writes.
 """
 
@@ -15,7 +15,7 @@ import shlex
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,19 +23,21 @@ from torch import Tensor, nn
 
 from utils.checkpoint import load_checkpoint, save_checkpoint, strip_checkpoint
 from utils.cli import ReportedError
-from utils.data.loader import Batch
+from utils.dataloaders.loader import Batch
+from utils.dataloaders.sampling import class_weights, image_weights
 from utils.devices import resolve_amp
+from utils.errors import UserError
 from utils.eval.evaluate import EvalResult, evaluate
 from utils.files import remove_temporaries
+from utils.images import read_image
 from utils.log import LOGGER, colorstr, progress
-from utils.signals import signals_held_back
+from utils.loggers.csv import ResultsCsv, epoch_values, open_tensorboard
+from utils.loss.anchor_based import TERMS, DetectionLoss, LossResult, Pool
+from utils.process import signals_held_back
 from utils.train.callbacks import Callbacks
-from utils.train.distributed import ALONE, World, explained
-from utils.train.ema import ModelEMA
-from utils.train.faults import BatchSource, not_finite
+from utils.train.distributed import ALONE, World, exchanging, explained, replicate
+from utils.train.ema import EarlyStopping, ModelEMA
 from utils.train.hyp import Hyp
-from utils.train.loss import TERMS, DetectionLoss, LossResult, Pool
-from utils.train.multiscale import rescaled
 from utils.train.optim import (
     Schedule,
     apply_settings,
@@ -44,12 +46,98 @@ from utils.train.optim import (
     optimizer_state_by_name,
     scaled_weight_decay,
 )
-from utils.train.records import Records
-from utils.train.replica import exchanging, replicate
+from utils.train.prepare import Loaders, checkpoint_header, deterministic_algorithms, rescaled
 from utils.train.resume import damage_told
-from utils.train.setup import Loaders, checkpoint_header, deterministic_algorithms
-from utils.train.stopper import EarlyStopping
-from utils.train.weights import class_weights, image_weights
+
+SHOWN_IMAGES = 8
+
+
+class BatchSource(NamedTuple):
+    """Where in a run a batch stands, for messages."""
+
+    epoch: int
+    index: int
+    paths: list[str]
+
+
+def not_finite(source: BatchSource, term: str, value: float, advice: str) -> UserError:
+    """Returns the error that stops a run, naming where and on which images.
+
+    Args:
+        source: the batch; of several processes this one's part.
+        term: what is not finite.
+        value: what it is instead.
+        advice: how to go on.
+    """
+    more = len(source.paths) - SHOWN_IMAGES
+    images = ", ".join(source.paths[:SHOWN_IMAGES]) + (f" and {more} more" if more > 0 else "")
+    return UserError(
+        f"training stopped: {term} is {value} in epoch {source.epoch}, batch {source.index} (images {images}). "
+        f"Check these images' labels, lower lr0 in --hyp, or use --amp off. {advice}"
+    )
+
+
+BATCH_PICTURES = 3  # how many training batches are drawn
+
+
+class Records:
+    """The records of one run, in its folder."""
+
+    def __init__(self, save_dir: Path, start_epoch: int, plots: bool) -> None:
+        """Opens them; what the folder holds from `start_epoch` on is dropped once that epoch is recorded.
+
+        Args:
+            save_dir: the run's folder.
+            start_epoch: the first epoch that will be recorded.
+            plots: whether to draw pictures.
+        """
+        self.save_dir = save_dir
+        self.plots = plots
+        self._csv = ResultsCsv(save_dir / "results.csv", start_epoch)
+        self._board = open_tensorboard(save_dir, start_epoch)
+
+    def add_batch(self, iteration: int, images: Tensor, batch: Batch, model: nn.Module) -> None:
+        """Draws one of the first batches, and the model's graph with the very first.
+
+        Args:
+            iteration: number of the batch since the run's start.
+            images: (B, 3, H, W) float32 in 0 to 1, as the model had them.
+            batch: what they came with.
+            model: with `names`; left as it is.
+        """
+        if not self.plots or iteration >= BATCH_PICTURES:
+            return
+        from utils.plots.boxes import draw_batch
+
+        drawn = (images * 255).round().to(torch.uint8)
+        draw_batch(drawn, batch.targets, batch.paths, model.names, self.save_dir / f"train_batch{iteration}.jpg")
+        if self._board and iteration == 0:
+            self._board.log_graph(model, images)
+
+    def add_epoch(self, epoch: int, items: list[float], validation: list[float], rates: list[float]) -> list[float]:
+        """Records an epoch's figures and returns them as one row; see `utils.loggers.csv.epoch_values`."""
+        values = epoch_values(items, validation, rates)
+        self._csv.append(epoch, values)
+        if self._board:
+            self._board.log_epoch(epoch, values)
+        return values
+
+    def finish(self, epoch: int) -> None:
+        """Draws the curves of all epochs; all pictures of the folder go to TensorBoard, under the last epoch."""
+        if not self.plots:
+            return
+        from utils.plots.training import plot_results
+
+        plot_results(self.save_dir / "results.csv", self.save_dir / "results.png")
+        if self._board:
+            pictures = sorted(self.save_dir.glob("*.jpg")) + sorted(self.save_dir.glob("*.png"))
+            self._board.log_images({file.name: read_image(file)[..., ::-1] for file in pictures}, epoch)
+
+    def close(self) -> None:
+        """Writes what TensorBoard still holds in memory."""
+        if self._board:
+            self._board.close()
+
 
 CLIP_NORM = 10.0
 HEADER = ("Epoch", "gpu_mem", "box", "obj", "cls", "labels", "img_size")

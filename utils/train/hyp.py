@@ -2,7 +2,7 @@
 
 Covers every key of YOLOv5 6.1's `data/hyps/*.yaml`, plus `mosaic9`, `label_smoothing` and `nominal_batch`. A `Hyp` does
 not change; `scaled` returns a new one with the loss gains fitted to a model. Not here: what the augmentations do with
-their keys (`utils.data`), the schedule (`utils.train.optim`).
+their keys (`utils.augmentations`), the schedule (`utils.train.optim`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.checks import UserError, did_you_mean
+from utils.errors import UserError, did_you_mean
 from utils.files import read_yaml
 from utils.log import LOGGER
 

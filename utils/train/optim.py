@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.checks import UserError, did_you_mean
+from utils.errors import UserError, did_you_mean
 from utils.log import LOGGER, colorstr
 from utils.train.hyp import Hyp
 

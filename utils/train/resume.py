@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from utils.checkpoint import load_checkpoint
-from utils.checks import UserError
-from utils.fingerprint import dataset_changes
+from utils.errors import UserError
 from utils.log import LOGGER, colorstr
+from utils.train.fingerprint import dataset_changes
 
 STATE_KINDS = {  # what a resumable checkpoint holds beside tensors
     **dict.fromkeys("model ema optimizer scaler schedule stopper generators opt hyp yaml".split(), dict),
@@ -156,7 +156,7 @@ def check_dataset(checkpoint: Mapping[str, Any], record: Mapping[str, Tensor], o
 
     Args:
         checkpoint: of the run.
-        record: of the data as it is now; see `utils.fingerprint.dataset_record`.
+        record: of the data as it is now; see `utils.train.fingerprint.dataset_record`.
         options: train.py's.
     """
     before = checkpoint.get("dataset")

@@ -6,7 +6,7 @@ import torch
 
 from models.backends import load_backend
 from models.load import load_model
-from utils.checks import UserError
+from utils.errors import UserError
 
 slow = pytest.mark.slow
 FIXED = ["torchscript", "onnx", "openvino", "ncnn", pytest.param("tflite", marks=slow)]

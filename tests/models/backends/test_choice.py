@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from models.backends import load_backend, runtime_of
-from models.backends.runtime import require, thread_count
-from utils.checks import UserError
+from models.backends.base import require, thread_count
+from utils.errors import UserError
 
 
 @pytest.mark.parametrize(

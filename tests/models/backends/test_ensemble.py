@@ -6,11 +6,11 @@ import torch
 
 from models.backends import load_backend
 from models.experimental import Ensemble
+from models.inference.evaluation import image_shape, open_subject
 from models.load import load_model, read_weights
-from models.validation import image_shape, open_subject
 from models.yolo import Model
 from utils.checkpoint import save_checkpoint
-from utils.checks import UserError
+from utils.errors import UserError
 
 NAMES = {0: "ant", 1: "bee", 2: "fly"}
 

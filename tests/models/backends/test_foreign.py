@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from models.backends import load_backend
+from models.backends.base import Graph, before_tensorflow, describe
 from models.backends.coreml import CoreMlBackend
-from models.backends.load_order import before_tensorflow
 from models.backends.metadata import Suppression
-from models.backends.runtime import Graph, describe
 from models.backends.tflite import _floats, _quantised
-from models.detector import Detector
-from utils.checks import UserError
+from models.inference.predictor import Detector
+from utils.errors import UserError
 from utils.files import write_yaml
 
 

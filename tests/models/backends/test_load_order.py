@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from models.backends.load_order import COMPILER, before_tensorflow
+from models.backends.base import COMPILER, before_tensorflow
 from models.export.formats import missing_packages
 from utils.files import ROOT
 
@@ -18,7 +18,7 @@ def test_without_pytorch_nothing_is_loaded(monkeypatch):
 
 def test_without_triton_nothing_is_missed(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", sys)
-    monkeypatch.setattr("models.backends.load_order.find_spec", lambda name: None)
+    monkeypatch.setattr("models.backends.base.find_spec", lambda name: None)
     before_tensorflow()
 
 
@@ -26,7 +26,7 @@ def test_without_triton_nothing_is_missed(monkeypatch):
 @pytest.mark.skipif(bool(missing_packages(("tensorflow", COMPILER))), reason="needs TensorFlow and triton")
 def test_triton_can_be_used_after_tensorflow():
     program = (
-        "import torch; from models.backends.load_order import before_tensorflow; before_tensorflow();"
+        "import torch; from models.backends.base import before_tensorflow; before_tensorflow();"
         "import tensorflow; import triton, torchvision; print('alive')"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -11,13 +11,13 @@ import torch
 
 import models.common
 import models.experimental
-from models.autoshape import AutoShape
 from models.backends.base import ArrayBackend
 from models.backends.pytorch import describe_model
+from models.inference.autoshape import AutoShape
+from models.inference.multibackend import DetectMultiBackend, ModelType, attempt_load
 from models.load import load_model
-from models.multibackend import DetectMultiBackend, ModelType, attempt_load
 from models.yolo import Model
-from utils.checks import UserError
+from utils.errors import UserError
 
 FORMATS = {"onnx": "onnx", "torchscript": "jit", "openvino": "xml"}
 
@@ -73,7 +73,7 @@ class ChannelsLast(ArrayBackend):
 def test_a_runtime_gets_its_own_layout_and_type(checkpoint, tensor, rows, monkeypatch, kind):
     """Values between the steps of 8 bits are kept where the runtime takes them."""
     backend = ChannelsLast(checkpoint.model, kind)
-    monkeypatch.setattr("models.multibackend.load_backend", lambda *_: backend)
+    monkeypatch.setattr("models.inference.multibackend.load_backend", lambda *_: backend)
     model = DetectMultiBackend("somewhere_saved_model")
     assert model.saved_model and np.abs(model(tensor).numpy() - rows).max() < 2e-3
     between = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0))

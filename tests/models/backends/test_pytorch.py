@@ -6,7 +6,7 @@ import torch
 
 from models.backends import load_backend
 from models.load import load_model
-from utils.checks import UserError
+from utils.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (2, 3, 64, 96), np.uint8)
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from models.backends import load_backend
-from models.backends import onnx_file as onnx_walk
-from models.backends.load_order import before_tensorflow
-from models.backends.onnx_file import read_onnx
-from utils.checks import UserError
+from models.backends import safety as onnx_walk
+from models.backends.base import before_tensorflow
+from models.backends.safety import read_onnx
+from utils.errors import UserError
 
 SECRET = np.arange(4, dtype=np.float32).tobytes()
 OUTSIDE = "which is outside its folder: refused"

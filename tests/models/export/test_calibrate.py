@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.export.calibrate import ActivationRange, calibration_batches, calibration_images, log_ranges, spread
-from utils.checks import UserError
+from utils.errors import UserError
 
 
 @pytest.fixture

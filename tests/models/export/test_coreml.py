@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import export
-from models.backends.load_order import before_tensorflow
+from models.backends.base import before_tensorflow
 from models.backends.metadata import Metadata
 from models.export import coreml
-from models.export.formats import FORMATS
-from models.export.options import complete_options
+from models.export.formats import FORMATS, complete_options
 from models.export.run import make_jobs
-from utils.checks import UserError
 from utils.cli import options_from
+from utils.errors import UserError
 
 if find_spec("coremltools") is None:  # not importorskip: its import must come after what `before_tensorflow` loads
     pytest.skip("coremltools is not installed", allow_module_level=True)

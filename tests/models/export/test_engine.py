@@ -10,13 +10,12 @@ import torch
 import export
 from models.backends.metadata import Metadata
 from models.export import engine
-from models.export.formats import FORMATS
+from models.export.formats import FORMATS, complete_options
 from models.export.onnx import write_onnx
-from models.export.options import complete_options
 from models.export.run import make_jobs
 from models.load import load_model
-from utils.checks import UserError
 from utils.cli import options_from
+from utils.errors import UserError
 
 onnx = pytest.importorskip("onnx")
 

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 import export
-from models.export.formats import FORMATS, TOLERANCES, find_formats
-from models.export.options import complete_options
-from utils.checks import UserError
+from models.export.formats import FORMATS, TOLERANCES, complete_options, find_formats
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 

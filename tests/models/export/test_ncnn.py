@@ -12,7 +12,7 @@ import export
 from models.backends.metadata import Metadata
 from models.export.ncnn import _check_layers
 from models.load import load_model
-from utils.checks import UserError
+from utils.errors import UserError
 
 ncnn = pytest.importorskip("ncnn")
 pytest.importorskip("pnnx")

@@ -10,7 +10,7 @@ from models.load import load_model
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from models.export.onnx_int8 import activation_ranges, float_nodes  # noqa: E402
+from models.export.onnx import activation_ranges, float_nodes  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -12,14 +12,13 @@ import yaml
 
 import export
 from models.load import load_model
-from utils.checks import UserError
+from utils.errors import UserError
 
 pytest.importorskip("onnx")
 openvino = pytest.importorskip("openvino")
 
 from models.backends.metadata import Metadata  # noqa: E402
-from models.export.folders import atomic_folder  # noqa: E402
-from models.export.telemetry import without_telemetry  # noqa: E402
+from models.export.job import atomic_folder, without_telemetry  # noqa: E402
 
 
 def written(weights, **options):
@@ -117,7 +116,7 @@ def test_int8_convolutions_are_all_but_the_heads(quantised):
 
 @pytest.mark.slow
 def test_int8_leaves_the_decoding_in_float(quantised):
-    from models.export.openvino_int8 import activation_ranges, float_operations
+    from models.export.openvino import activation_ranges, float_operations
 
     model = openvino.Core().read_model(f"{quantised[1]}/best.xml")
     names = float_operations(model)

@@ -13,13 +13,12 @@ import torch
 import export
 from models.backends.metadata import Suppression
 from models.deploy import rewrite
-from models.export import parity as tested
-from models.export.formats import TOLERANCES, Tolerance, find_formats
-from models.export.options import complete_options
-from models.export.parity import Parity, check_parity, model_inputs, sample_pictures
+from models.export import verify as tested
+from models.export.formats import TOLERANCES, Tolerance, complete_options, find_formats
 from models.export.run import make_jobs
 from models.export.torchscript import export as write_torchscript
-from utils.checks import UserError
+from models.export.verify import Parity, check_parity, model_inputs, sample_pictures
+from utils.errors import UserError
 from utils.images import read_image
 
 EXACT = TOLERANCES["float32"]

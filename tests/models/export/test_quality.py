@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import export
-from models.export.quality import MapComparison, compare_map
+from models.export.verify import MapComparison, compare_map
 from utils.files import read_yaml, write_yaml
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from models.export.quiet import last_lines, quietly, run_tool
-from utils.checks import UserError
+from models.export.job import last_lines, quietly, run_tool
+from utils.errors import UserError
 
 
 def talk(text):

@@ -12,15 +12,14 @@ import torch
 import yaml
 
 import export
-from models.backends.load_order import before_tensorflow
+from models.backends.base import before_tensorflow
 from models.backends.metadata import Metadata
 from models.export import tensorflow as exporter
-from models.export.formats import FORMATS, missing_packages
-from models.export.options import complete_options
+from models.export.formats import FORMATS, complete_options, missing_packages
 from models.export.run import make_jobs
 from models.load import load_model
-from utils.checks import UserError
 from utils.cli import options_from
+from utils.errors import UserError
 
 if missing_packages(("onnx", "tensorflow")):  # not importorskip: TensorFlow must come after what its loader loads first
     pytest.skip("onnx and tensorflow are not installed", allow_module_level=True)

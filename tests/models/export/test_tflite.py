@@ -11,19 +11,18 @@ import torch
 
 import export
 from models.backends.metadata import Metadata
-from models.export.formats import FORMATS
+from models.export.formats import FORMATS, complete_options
 from models.export.job import ExportJob
-from models.export.options import complete_options
 from models.export.run import make_jobs
 from models.load import load_model
-from utils.checks import UserError
 from utils.cli import options_from
+from utils.errors import UserError
 
 pytest.importorskip("litert_torch")
 pytest.importorskip("ai_edge_quantizer")
 litert = pytest.importorskip("ai_edge_litert.interpreter")
 
-from models.export import tflite, tflite_int8  # noqa: E402
+from models.export import tflite  # noqa: E402
 
 pytestmark = pytest.mark.slow
 HEIGHT, WIDTH = 64, 96
@@ -146,7 +145,7 @@ def test_what_the_file_says_stands_in_a_zip_at_its_end(half_file):
 
 def test_int8_quantises_the_trunk_and_leaves_head_and_decoder_in_float(weights, full, calibration, caplog):
     with caplog.at_level("INFO", "yolov5"):
-        content = tflite_int8.quantize(full, "images", calibration)
+        content = tflite.quantize(full, "images", calibration)
     model = unfused(content)
     convolutions = types(model, "CONV_2D") + types(model, "DEPTHWISE_CONV_2D")
     total = sum(isinstance(module, torch.nn.Conv2d) for module in job_of(weights).model.trunk.modules())
@@ -163,7 +162,7 @@ def test_int8_quantises_the_trunk_and_leaves_head_and_decoder_in_float(weights, 
 
 def test_int8_ranges_come_from_the_images_it_is_calibrated_on(full, calibration):
     dark = [images // 8 for images in calibration]
-    contents = [tflite_int8.quantize(full, "images", images) for images in (calibration, dark)]
+    contents = [tflite.quantize(full, "images", images) for images in (calibration, dark)]
     scales = []
     for content in contents:
         model = unfused(content)
@@ -250,7 +249,7 @@ def test_the_edge_tpu_is_refused_without_its_compiler_or_int8(weights, tiny_shap
 
 
 def test_calibration_inputs_are_counted_and_read_more_than_once(calibration):
-    inputs = tflite_int8._Inputs("images", calibration, 4)
+    inputs = tflite._Inputs("images", calibration, 4)
     first, second = list(inputs), list(inputs)
     assert len(inputs) == len(first) == len(second) == 2
     assert first[0]["images"].shape == (4, HEIGHT, WIDTH, 3) and first[0]["images"].dtype == np.float32

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 import export
-from models.export.formats import find_formats
-from models.export.options import complete_options
+from models.export.formats import complete_options, find_formats
 from models.export.run import make_jobs
 from models.export.torchscript import export as write
 from models.load import load_model
-from utils.checks import UserError
+from utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -10,7 +10,7 @@ import torch
 
 import export
 from models.load import load_model
-from utils.checks import UserError
+from utils.errors import UserError
 
 # Classes under YOLOv5's names that bring nothing but a forward: all they read must be in the file.
 STAND_IN_LAYERS = """

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from utils import general
-from utils.checks import UserError
 from utils.compat import environment
+from utils.errors import UserError
 
 
 def test_versions_are_compared_by_their_numbers(caplog):

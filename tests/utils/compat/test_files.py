@@ -10,7 +10,7 @@ import pytest
 
 from utils import downloads, general
 from utils.checkpoint import load_checkpoint
-from utils.checks import UserError
+from utils.errors import UserError
 
 
 @pytest.fixture

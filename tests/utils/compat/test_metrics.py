@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from utils import metrics
-from utils.checks import UserError
 from utils.compat import metrics as compat_metrics
+from utils.errors import UserError
 
 
 @pytest.mark.parametrize("case", range(3))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.eval import coco
 from utils.eval.coco import COCO80_TO_91, ImageRecord
 from utils.files import ROOT, read_yaml

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from utils.checks import UserError
-from utils.data.dataset import ShapeInfo
-from utils.data.loader import Batch
-from utils.eval.evaluate import EvalOptions, _tensor, evaluate
-from utils.eval.predictor import AugmentedPredictor, ModulePredictor
+from utils.dataloaders.dataset import ShapeInfo
+from utils.dataloaders.loader import Batch
+from utils.errors import UserError
+from utils.eval.evaluate import AugmentedPredictor, EvalOptions, ModulePredictor, _tensor, evaluate
 from utils.eval.report import HEADER, speed_line
 from utils.train.callbacks import Callbacks
 

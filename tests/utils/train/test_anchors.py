@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.checks import UserError
-from utils.data.table import LabelTable, PathList
+from utils.dataloaders.labels import LabelTable, PathList
+from utils.errors import UserError
 from utils.train.anchors import (
     anchor_fit,
     check_anchors,

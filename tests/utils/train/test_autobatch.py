@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.yolo import Model
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.train.autobatch import Measured, Reading, choose, choose_batch_size, fit_to_memory, measure, train_step
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.train.callbacks import HOOKS, Callbacks
 
 

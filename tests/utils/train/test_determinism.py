@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import train
-from utils.checks import UserError
-from utils.train import setup
+from utils.errors import UserError
+from utils.train import prepare as setup
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.log import LOGGER
 from utils.train.distributed import ALONE, World, explained, joined
 
@@ -90,7 +90,7 @@ def test_others_are_silent_while_all_find_out_the_same():
 PAIR = """
 import os, sys, time
 import torch
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.cli import ReportedError
 from utils.train.distributed import World, joined
 

@@ -15,8 +15,8 @@ import torch
 
 import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.checks import UserError
-from utils.data.loader import DetectionLoader
+from utils.dataloaders.loader import DetectionLoader
+from utils.errors import UserError
 from utils.files import ROOT, read_yaml, write_yaml
 from utils.train import engine
 from utils.train.callbacks import HOOKS, Callbacks
@@ -47,7 +47,7 @@ def options(tiny_shapes: Path, tmp_path: Path, monkeypatch) -> dict:
         return dataclasses.replace(validate(trainer, final), map50=fitness, map=fitness)
 
     monkeypatch.setattr(engine.Trainer, "_validate", validated)
-    monkeypatch.setattr("utils.train.records.open_tensorboard", lambda *_: None)
+    monkeypatch.setattr("utils.train.engine.open_tensorboard", lambda *_: None)
     (tmp_path / "tiny.yaml").write_text(MODEL)
     keywords = {"cfg": str(tmp_path / "tiny.yaml"), "data": str(tiny_shapes), "imgsz": 64, "batch_size": 8}
     keywords |= {"epochs": EPOCHS, "device": "cpu", "amp": "off", "noplots": True, "noautoanchor": True}
@@ -217,7 +217,7 @@ def test_all_hooks_run_at_their_moments_with_their_arguments(options, tmp_path, 
     callbacks, calls = Callbacks(), []
     for hook in HOOKS:
         callbacks.register_action(hook, callback=lambda *args, hook=hook, **named: calls.append((hook, args, named)))
-    monkeypatch.setattr("utils.train.setup.choose_batch_size", lambda *_: 16)
+    monkeypatch.setattr("utils.train.prepare.choose_batch_size", lambda *_: 16)
     monkeypatch.setattr("utils.train.optim.WARMUP_FLOOR", 4)
     train.run(callbacks, **{**options, "epochs": 2, "batch_size": -1})
     validation = ["on_val_start", "on_val_batch_start", *["on_val_image_end"] * 8, "on_val_batch_end", "on_val_end"]

@@ -6,7 +6,7 @@ import logging
 import pytest
 import yaml
 
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.files import ROOT
 from utils.train.hyp import Hyp
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.train.multiscale import largest_side, rescaled
+from utils.train.prepare import largest_side, rescaled
 
 
 def test_sizes_span_half_to_one_and_a_half_in_strides_and_follow_seed_and_batch():

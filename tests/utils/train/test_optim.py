@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.files import ROOT
 from utils.train.hyp import Hyp
 from utils.train.optim import (

@@ -19,13 +19,13 @@ import torch
 
 import train
 from models.yolo import Model
-from utils.checks import UserError
-from utils.data.loader import Batch
+from utils.dataloaders.loader import Batch
+from utils.errors import UserError
 from utils.files import ROOT
+from utils.loss.anchor_based import DetectionLoss
 from utils.train import engine
 from utils.train.callbacks import Callbacks
 from utils.train.hyp import Hyp
-from utils.train.loss import DetectionLoss
 
 MODEL = """
 nc: 3
@@ -128,7 +128,7 @@ def trained_by_hand(model, hyp: Hyp, factor: float = 1.0) -> tuple[dict, dict, l
 def test_the_trainer_takes_the_steps_of_the_recipe(quad, amp, model, tmp_path, monkeypatch):
     """With fp16 the loss is scaled, as on a GPU; of a float64 model that is all it does."""
     monkeypatch.setattr("utils.train.optim.WARMUP_FLOOR", 1)
-    monkeypatch.setattr("utils.train.records.open_tensorboard", lambda *_: None)
+    monkeypatch.setattr("utils.train.engine.open_tensorboard", lambda *_: None)
     monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: torch.float16 if mode == "fp16" else None)
     hyp = dataclasses.replace(LOW, **RECIPE)
     expected, average, norms = trained_by_hand(copy.deepcopy(model), hyp, 4.0 if quad else 1.0)
@@ -150,7 +150,7 @@ def test_a_step_waits_for_the_device_for_the_loss_and_the_norm_alone(model, tmp_
 
     What the trainer does ask for, the three terms and whether the gradient is finite, is answered here.
     """
-    monkeypatch.setattr("utils.train.records.open_tensorboard", lambda *_: None)
+    monkeypatch.setattr("utils.train.engine.open_tensorboard", lambda *_: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
     reckon, clip = DetectionLoss.__call__, torch.nn.utils.clip_grad_norm_
     calls = []
@@ -239,7 +239,7 @@ class Outcomes:
 @pytest.fixture(scope="module")
 def outcomes(tiny_shapes, tmp_path_factory) -> Outcomes:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.train.records.open_tensorboard", lambda *_: None)
+        patch.setattr("utils.train.engine.open_tensorboard", lambda *_: None)
         yield Outcomes(tiny_shapes, tmp_path_factory.mktemp("outcomes"))
 
 

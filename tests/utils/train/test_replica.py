@@ -7,11 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.checks import UserError
+from utils.errors import UserError
 from utils.log import LOGGER
-from utils.train import replica
-from utils.train.distributed import ALONE, World
-from utils.train.replica import check_sync_bn, exchanging, own_device, replicate
+from utils.train import distributed as replica
+from utils.train.distributed import ALONE, World, check_sync_bn, exchanging, own_device, replicate
 
 
 @pytest.fixture

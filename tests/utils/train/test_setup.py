@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import nn
 
 from utils.checkpoint import save_checkpoint
-from utils.checks import UserError
-from utils.data.images_cache import DiskImages, ImageFiles, RamImages
-from utils.data.spec import DataSpec, load_spec
+from utils.dataloaders.config import DataSpec, load_spec
+from utils.dataloaders.images_cache import DiskImages, ImageFiles, RamImages
+from utils.errors import UserError
 from utils.files import ROOT, read_yaml
-from utils.train import resume, setup
+from utils.train import prepare as setup
+from utils.train import resume
 from utils.train.distributed import ALONE, World
 from utils.train.hyp import Hyp
 

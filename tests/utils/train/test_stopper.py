@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from utils.train.stopper import EarlyStopping
+from utils.train.ema import EarlyStopping
 
 
 def epochs_until_stop(stopper, fitnesses):

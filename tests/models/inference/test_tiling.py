@@ -1,0 +1,208 @@
+"""Tiles in detection and validation: small objects are found, and where one tile is enough nothing changes."""
+
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import pytest
+
+import val
+from models.backends import Backend
+from models.inference.evaluation import (
+    Subject,
+    TiledPredictor,
+    letterboxed_window,
+    make_loader,
+    make_tiled_loader,
+    open_subject,
+)
+from models.inference.predictor import Detector
+from utils.boxes import xywhn2xyxy
+from utils.dataloaders.config import load_spec
+from utils.eval.evaluate import evaluate
+from utils.eval.metrics import match_detections
+from utils.files import read_yaml, write_yaml
+from utils.images import read_image
+from utils.tiles import Tiling, windows
+
+CHECKPOINT = "yolov5n-v6-coco.pt"
+GRID, CELL_PX, SEEN_PX = 4, 320, 320  # the mosaic's pictures, and the size that the model sees
+
+
+class Golden(NamedTuple):
+    """The golden checkpoint, opened and built."""
+
+    subject: Subject
+    backend: Backend
+
+
+@pytest.fixture(scope="module")
+def golden(golden_dir):
+    subject = open_subject(golden_dir / CHECKPOINT, "cpu")
+    return Golden(subject, subject.build())
+
+
+def write_set(root: Path, pictures: dict[str, np.ndarray], labels: dict[str, np.ndarray], names) -> Path:
+    """Writes pictures with their labels (n, 5) and returns the data set's YAML."""
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    for stem, picture in pictures.items():
+        cv2.imwrite(str(root / "images" / f"{stem}.png"), picture)
+        lines = (f"{int(row[0])} " + " ".join(f"{value:.7f}" for value in row[1:]) for row in labels[stem])
+        (root / "labels" / f"{stem}.txt").write_text("\n".join(lines))
+    write_yaml(root / "set.yaml", {"path": str(root), "train": "images", "val": "images", "names": names})
+    return root / "set.yaml"
+
+
+def coco128(datasets_dir, count):
+    """The first pictures of coco128 by their stems, their labels (n, 5) normalised, and the classes' names."""
+    root = datasets_dir / "coco128"
+    pictures, labels = {}, {}
+    for file in sorted((root / "images" / "train2017").glob("*.jpg"))[:count]:
+        rows = (root / "labels" / "train2017" / f"{file.stem}.txt").read_text().split()
+        pictures[file.stem], labels[file.stem] = read_image(file), np.array(rows, np.float64).reshape(-1, 5)
+    return pictures, labels, read_yaml(root / "coco128.yaml")["names"]
+
+
+@pytest.fixture(scope="module")
+def few(datasets_dir, tmp_path_factory):
+    """Six pictures as they are."""
+    return write_set(tmp_path_factory.mktemp("few"), *coco128(datasets_dir, 6))
+
+
+class Mosaic(NamedTuple):
+    """One large picture made of sixteen, each at half its size."""
+
+    data: Path
+    picture: np.ndarray  # uint8 (h, w, 3) BGR
+    labels: np.ndarray  # (n, 5) class, x1, y1, x2, y2 in px
+
+    def objects_found(self, detections) -> int:
+        return match_detections(detections, self.labels)[:, 0].sum()
+
+
+@pytest.fixture(scope="module")
+def mosaic(datasets_dir, tmp_path_factory):
+    pictures, labels, names = coco128(datasets_dir, GRID * GRID)
+    side = GRID * CELL_PX
+    canvas, rows = np.full((side, side, 3), 114, np.uint8), []
+    for cell, (stem, picture) in enumerate(pictures.items()):
+        scale = CELL_PX / max(picture.shape)
+        small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        height, width = small.shape[:2]
+        top, left = (CELL_PX * place for place in divmod(cell, GRID))
+        canvas[top : top + height, left : left + width] = small
+        shift, size = np.array([left, top, 0, 0]), np.array([width, height, width, height])
+        rows.append(np.concatenate((labels[stem][:, :1], (labels[stem][:, 1:] * size + shift) / side), 1))
+    rows = np.concatenate(rows)
+    data = write_set(tmp_path_factory.mktemp("mosaic"), {"large": canvas}, {"large": rows}, names)
+    return Mosaic(data, canvas, np.concatenate((rows[:, :1], xywhn2xyxy(rows[:, 1:], side, side)), 1))
+
+
+def test_detection_in_tiles_finds_small_objects_that_the_plain_look_misses(golden, mosaic):
+    plain = Detector(golden.backend, [SEEN_PX, SEEN_PX]).detect(mosaic.picture)
+    tiled = Detector(golden.backend, [SEEN_PX, SEEN_PX], tiling=Tiling(SEEN_PX)).detect(mosaic.picture)
+    assert mosaic.objects_found(tiled) > 2 * mosaic.objects_found(plain) > 0
+
+
+def test_validation_in_tiles_finds_them_too_and_writes_what_it_finds(mosaic, golden_dir, tmp_path):
+    options = {"weights": str(golden_dir / CHECKPOINT), "data": str(mosaic.data), "imgsz": SEEN_PX, "workers": 0}
+    options.update(device="cpu", project=str(tmp_path), exist_ok=True)
+    plain, *_ = val.run(plots=False, **options)
+    tiled, maps, speed = val.run(tile=SEEN_PX, save_txt=True, save_conf=True, save_json=True, **options)
+    for index in range(1, 4):  # recall, mAP50, mAP50-95
+        assert tiled[index] > 1.5 * plain[index]
+    assert maps.shape == (80,) and all(value >= 0 for value in speed)
+    lines = np.loadtxt(tmp_path / "exp" / "labels" / "large.txt")
+    assert lines.shape[1] == 6 and ((lines[:, 1:] >= 0) & (lines[:, 1:] <= 1)).all()
+    written = {file.name for file in (tmp_path / "exp").iterdir()}
+    assert {"val_batch0_pred.jpg", "PR_curve.png", "yolov5n-v6-coco_predictions.json"} <= written
+    detections = np.concatenate((xywhn2xyxy(lines[:, 1:5], *mosaic.picture.shape[1::-1]), lines[:, [5, 0]]), 1)
+    assert mosaic.objects_found(detections) > 0.4 * len(mosaic.labels)
+
+
+@pytest.mark.parametrize("shape", [160, (128, 192)])
+def test_a_tile_larger_than_every_picture_gives_plain_validation_s_figures(golden, few, shape):
+    subject, backend = golden
+    spec = load_spec(few)
+    plain_loader = make_loader(subject, spec, shape, batch_size=1, workers=0)
+    plain = evaluate(backend, plain_loader, names=spec.names, quiet=True)
+    predictor = TiledPredictor(backend, Tiling(2000), shape, subject.stride)
+    tiled = evaluate(predictor, make_tiled_loader(spec, workers=0), names=spec.names, quiet=True)
+    assert plain.map > 0.1
+    np.testing.assert_allclose(tiled.as_tuple(), plain.as_tuple(), atol=1e-9)
+    np.testing.assert_allclose(tiled.maps, plain.maps, atol=1e-9)
+
+
+@pytest.mark.parametrize(("shape", "pad"), [(160, 0.5), (1280, 0.0), ((128, 192), 0.5)])
+def test_the_model_sees_the_pixels_that_plain_validation_shows_it(golden, few, shape, pad):
+    spec = load_spec(few)
+    loader = make_loader(golden.subject, spec, shape, batch_size=1, workers=0, pad=pad)
+    usual = {batch.paths[0]: batch for batch in loader}
+    for batch in make_tiled_loader(spec, workers=0):
+        (picture,) = batch.images.numpy()
+        (window,) = windows(*picture.shape[1:], Tiling(2000))
+        view = letterboxed_window(picture, window, shape, 32, pad)
+        np.testing.assert_array_equal(view.image, usual[batch.paths[0]].images[0])
+        assert view.shape == usual[batch.paths[0]].shapes[0]
+
+
+class Scripted:
+    """A model that has chosen its detections: the same ones in every window, then zeros."""
+
+    chosen = True
+
+    def __init__(self, *rows):
+        self.rows, self.seen = np.array([*rows, [0] * 6], np.float32), []
+
+    def preprocess(self, images):
+        assert images.dtype == np.uint8
+        self.seen.append(images.shape)
+        return images
+
+    def infer(self, inputs):
+        return np.repeat(self.rows[None], len(inputs), 0)
+
+    def synchronize(self):
+        pass
+
+
+def test_windows_are_run_in_batches_of_one_shape_and_bounded_size_and_shifted_to_their_place():
+    # Tiles of 64 px at 0, 50 and 100 px; the model sees them at twice their size.
+    model = Scripted([40, 20, 80, 60, 0.9, 1], [100, 20, 110, 60, 0.05, 1])
+    tiled = TiledPredictor(model, Tiling(64, 0.2), (128, 128), 32, batch_size=3, conf_thres=0.1)
+    (found,) = tiled.infer(tiled.preprocess(np.zeros((1, 3, 64, 164), np.uint8)))
+    assert model.seen == [(3, 3, 128, 128), (1, 3, 128, 128)]
+    # The whole picture is scaled to 128 x 50 px with 39 px of grey above: rows 20 to 60 are its upper 21 px.
+    whole = [40 * 164 / 128, 0, 80 * 164 / 128, 21 * 64 / 50, 0.9, 1]
+    expected = [[left + 20, 10, left + 40, 30, 0.9, 1] for left in (0, 50, 100)]
+    np.testing.assert_allclose(sorted(found.tolist()), sorted([*expected, whole]), atol=0.01)
+
+
+def test_one_class_is_suppressed_across_classes_and_the_number_of_detections_limited():
+    model = Scripted([10, 10, 50, 50, 0.9, 1], [11, 10, 51, 50, 0.8, 0], [70, 10, 90, 50, 0.7, 0])
+    picture = np.zeros((1, 3, 64, 160), np.uint8)
+    for agnostic, max_det, classes in ((False, 300, {0, 1}), (True, 2, {1}), (False, 1, {1})):
+        tiled = TiledPredictor(model, Tiling(64, 0.2), 64, 32, agnostic=agnostic, max_det=max_det)
+        (found,) = tiled.infer(tiled.preprocess(picture))
+        assert set(found[:, 5].tolist()) == classes and len(found) <= max_det
+
+
+@pytest.mark.parametrize("shape", [(64, 96), 64])
+def test_raw_rows_are_suppressed_with_every_class_above_the_threshold(shape):
+    class Raw(Scripted):
+        chosen = False
+
+        def infer(self, inputs):
+            inputs = np.zeros((len(inputs), 1, 7), np.float32)
+            inputs[:] = [32, 32, 20, 20, 0.9, 0.8, 0.7]
+            inputs.flags.writeable = False  # as some runtimes give it
+            return inputs
+
+    tiled = TiledPredictor(Raw(), Tiling(64), shape, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (found,) = tiled.infer(tiled.preprocess(np.zeros((1, 3, 64, 64), np.uint8)))
+    np.testing.assert_allclose(found[:, 4:], [[0.72, 0], [0.63, 1]], rtol=1e-6)

@@ -1,0 +1,349 @@
+"""The detection loss against golden values, plain formulas and autograd; its gradient is the same in every run."""
+
+import contextlib
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.boxes import bbox_iou
+from utils.errors import UserError
+from utils.files import ROOT
+from utils.loss.anchor_based import (
+    DetectionLoss,
+    Mean,
+    Pool,
+    bce_sum,
+    box_term,
+    class_term,
+    decode_boxes,
+    last_of_each,
+    objectness_term,
+    smooth_bce,
+)
+from utils.loss.assigners import match_targets
+from utils.train.hyp import Hyp
+
+STRIDES = (8, 16, 32)
+PIXELS = [10, 13, 16, 30, 33, 23, 30, 61, 62, 45, 59, 119, 116, 90, 156, 198, 373, 326]
+ANCHORS = torch.tensor(PIXELS).view(3, 3, 2) / torch.tensor(STRIDES).view(3, 1, 1)
+
+
+@pytest.fixture
+def hyp():
+    return Hyp.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml")
+
+
+def scene(nc=4, batch=2, labels=20, sides=(20, 10, 5), seed=0):
+    """Random outputs, in the model's shapes, and random labels."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = [torch.randn(batch, 3, side, side, 5 + nc, generator=generator) for side in sides]
+    images = torch.randint(0, batch, (labels, 1), generator=generator)
+    classes = torch.randint(0, nc, (labels, 1), generator=generator)
+    boxes = torch.rand(labels, 4, generator=generator) * torch.tensor([1, 1, 0.5, 0.5]) + 0.01
+    return outputs, torch.cat((images, classes, boxes.clamp(max=1)), dim=1).float()
+
+
+def gradients(loss, outputs, targets):
+    leaves = [output.clone().requires_grad_() for output in outputs]
+    loss(leaves, targets).total.backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("case", range(7))
+def test_golden(golden_dir, case):
+    golden = json.loads((golden_dir / "loss.json").read_text())[case]
+    with np.load(golden_dir / "loss.npz", allow_pickle=False) as arrays:
+        outputs = [torch.from_numpy(arrays[f"case{case}_p{layer}"]) for layer in range(3)]
+        targets = torch.from_numpy(arrays[f"case{case}_targets"])
+    result = DetectionLoss(Hyp.from_dict(golden["hyp"]), ANCHORS, STRIDES, golden["nc"])(outputs, targets)
+    assert result.total.item() == pytest.approx(golden["loss_total"], rel=1e-4)
+    assert result.items.tolist() == pytest.approx([golden[key] for key in ("lbox", "lobj", "lcls")], rel=1e-4)
+
+
+def plain_loss(hyp, outputs, targets, nc):
+    """The same loss with plain indexing, left to autograd."""
+    box = obj = cls = 0.0
+    shapes = [output.shape[2:4] for output in outputs]
+    matches = match_targets(targets, ANCHORS, shapes, hyp.anchor_t)
+    for output, match, balance in zip(outputs, matches, (4.0, 1.0, 0.4), strict=True):
+        index = (match.image, match.anchor, match.cell_y, match.cell_x)
+        rows, wanted = output[index], torch.zeros_like(output[..., 4])
+        if len(rows):
+            xy, wh = rows[:, :2].sigmoid() * 2 - 0.5, (rows[:, 2:4].sigmoid() * 2) ** 2 * match.anchor_wh
+            ciou = bbox_iou(torch.cat((xy, wh), 1), match.box_xywh, CIoU=True)
+            box += (1 - ciou).mean()
+            for row, cell in enumerate(zip(*(part.tolist() for part in index), strict=True)):
+                wanted[cell] = ciou[row].detach().clamp(min=0)  # in order: the last one stays
+            one_hot = torch.nn.functional.one_hot(match.cls, nc).float()
+            cls += torch.nn.functional.binary_cross_entropy_with_logits(rows[:, 5:], one_hot)
+        obj += torch.nn.functional.binary_cross_entropy_with_logits(output[..., 4], wanted) * balance
+    return (box * hyp.box + obj * hyp.obj + cls * hyp.cls) * len(outputs[0])
+
+
+def test_gradient_equals_autograd_of_the_plain_formula(hyp):
+    """300 labels on 2 images: many cells are claimed several times, where the last match sets the objectness."""
+    outputs, targets = scene(labels=300)
+    leaves = [output.clone().requires_grad_() for output in outputs]
+    expected = plain_loss(hyp, leaves, targets, nc=4)
+    expected.backward()
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4)
+    assert loss(outputs, targets).total.item() == pytest.approx(expected.item(), rel=1e-6)
+    for grad, leaf in zip(gradients(loss, outputs, targets), leaves, strict=True):
+        torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_is_the_same_to_the_bit_in_every_run(hyp):
+    """Each layer gathers more than 40,000 numbers; from 32,768 plain indexing differs from run to run."""
+    outputs, targets = scene(nc=40, batch=4, labels=500, sides=(40, 20, 10))
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=40)
+    shapes = [output.shape[2:4] for output in outputs]
+    assert all(len(match.cls) * 45 > 40_000 for match in match_targets(targets, ANCHORS, shapes, hyp.anchor_t))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradients(loss, outputs, targets)
+        for _ in range(19):
+            assert all(map(torch.equal, first, gradients(loss, outputs, targets)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_cell_claimed_twice_learns_the_last_overlap():
+    logits = torch.zeros(4)
+    cells, overlap = torch.tensor([2, 1, 2]), torch.tensor([0.9, -0.5, 0.25])
+    last = last_of_each(cells)
+    mean = objectness_term(logits, cells[last], overlap[last])
+    targets = torch.tensor([0.0, 0.0, 0.25, 0.0])  # an overlap below 0 counts as 0
+    assert mean.count == 4
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
+    assert mean.value().item() == pytest.approx(expected.item())
+
+
+def test_last_of_each_picks_the_last_positions():
+    assert last_of_each(torch.tensor([7, 3, 7, 3, 5])).tolist() == [3, 4, 2]
+    assert last_of_each(torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
+@pytest.mark.parametrize("switches", [{}, {"cls_pw": 0.5, "obj_pw": 2.0, "fl_gamma": 1.5, "label_smoothing": 0.1}])
+def test_nothing_waits_for_the_device(hyp, switches, monkeypatch):
+    """Tensors on the meta device have no values: whatever asks for one, or for how many there are, fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
+    outputs, targets = scene()
+    loss = DetectionLoss(dataclasses.replace(hyp, **switches), ANCHORS, STRIDES, nc=4)
+    leaves = [output.to("meta").requires_grad_() for output in outputs]
+    result = loss(leaves, targets)
+    result.total.backward()
+    assert result.items.is_meta and (result.images, result.labels) == (2, 20)
+    assert all(leaf.grad.is_meta and leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
+def test_objectness_overlaps_carry_no_gradient(hyp):
+    """Without box gain no gradient may reach the box outputs, though the objectness targets depend on them."""
+    outputs, targets = scene()
+    loss = DetectionLoss(dataclasses.replace(hyp, box=0.0), ANCHORS, STRIDES, nc=4)
+    assert all(grad[..., :4].abs().max() == 0 for grad in gradients(loss, outputs, targets))
+
+
+def test_boxes_decode_to_the_anchor_at_the_middle_of_the_cell():
+    decoded = decode_boxes(torch.zeros(1, 4), torch.tensor([[3.0, 5.0]]))
+    torch.testing.assert_close(decoded, torch.tensor([[0.5, 0.5, 3.0, 5.0]]))
+
+
+def test_focal_factor_by_hand():
+    """Logit 0: p = 0.5, entropy ln 2; positive: 0.25 * 0.5^2 * ln 2, negative: 0.75 * 0.5^2 * ln 2."""
+    total = bce_sum(torch.zeros(2), torch.tensor([1.0, 0.0]), gamma=2.0)
+    assert total.item() == pytest.approx((0.25 + 0.75) * 0.25 * math.log(2))
+
+
+def test_positive_weight_by_hand():
+    assert bce_sum(torch.zeros(2), torch.tensor([1.0, 0.0]), pos_weight=3.0).item() == pytest.approx(4 * math.log(2))
+
+
+def test_smoothed_class_targets_by_hand():
+    """eps 0.2: 0.9 at the class, 0.1 elsewhere; logit z costs ln(1 + e^z) - t z."""
+    mean = class_term(torch.tensor([[1.0, -1.0]]), torch.tensor([0]), smooth_bce(0.2))
+    expected = (math.log1p(math.e) - 0.9) + (math.log1p(1 / math.e) + 0.1)
+    assert (mean.total.item(), mean.count) == (pytest.approx(expected), 2)
+
+
+def test_means_of_parts_make_the_mean_of_all():
+    ciou = torch.rand(10, generator=torch.Generator().manual_seed(0))
+    parts = [box_term(ciou[:3]), box_term(ciou[3:])]
+    joined = Mean(sum(part.total for part in parts), sum(part.count for part in parts))
+    torch.testing.assert_close(joined.value(), (1 - ciou).mean())
+
+
+def test_empty_batch_costs_objectness_alone_and_has_a_gradient(hyp):
+    outputs, _ = scene()
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4)
+    items = loss(outputs, torch.zeros(0, 6)).items.tolist()
+    assert items[0] == items[2] == 0 < items[1]
+    assert all(grad.abs().sum() > 0 for grad in gradients(loss, outputs, torch.zeros(0, 6)))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_outputs_are_reckoned_in_float32(hyp, autocast):
+    outputs, targets = scene()
+    halves = [output.bfloat16() for output in outputs]
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        result = loss(halves, targets)
+    expected = loss([half.float() for half in halves], targets)
+    assert result.total.dtype == result.items.dtype == torch.float32
+    assert torch.equal(result.total, expected.total)
+    assert all(grad.dtype == torch.bfloat16 for grad in gradients(loss, halves, targets))
+
+
+@pytest.mark.parametrize(("column", "term"), [(slice(0, 4), "box"), (4, "obj"), (5, "cls")])
+def test_the_bad_term_is_named(hyp, column, term):
+    outputs, targets = scene()
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4)
+    assert loss(outputs, targets).bad_term() is None
+    outputs[0][..., column] = math.nan
+    assert loss(outputs, targets).bad_term() == term
+
+
+def test_one_class_has_no_class_term(hyp):
+    outputs, targets = scene(nc=1)
+    assert DetectionLoss(hyp, ANCHORS, STRIDES, nc=1)(outputs, targets).items[2] == 0
+
+
+@pytest.mark.parametrize(("nl", "balance"), [(2, [4.0, 1.0]), (3, [4.0, 1.0, 0.4]), (4, [4.0, 1.0, 0.25, 0.06])])
+def test_balance_of_the_layers(hyp, nl, balance):
+    assert DetectionLoss(hyp, torch.ones(nl, 3, 2), [8 * 2**layer for layer in range(nl)], nc=4).balance == balance
+
+
+def test_autobalance_keeps_the_middle_layer_at_one_and_is_resumed(hyp):
+    outputs, targets = scene()
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4, autobalance=True)
+    loss(outputs, targets)
+    assert loss.balance == [4.0, 1.0, 0.4], "validation must not move the balance"
+    leaves = [output.requires_grad_() for output in outputs]
+    objectness = [terms[1].value().item() for terms in map(loss.layer_terms, outputs, _matches(hyp, outputs, targets))]
+    loss(leaves, targets)
+    moved = [0.9999 * old + 0.0001 / new for old, new in zip((4.0, 1.0, 0.4), objectness, strict=True)]
+    assert loss.balance == pytest.approx([weight / moved[1] for weight in moved])
+    resumed = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4, autobalance=True)
+    resumed.load_state_dict(loss.state_dict())
+    assert resumed.balance == loss.balance
+
+
+def _matches(hyp, outputs, targets):
+    return match_targets(targets, ANCHORS, [output.shape[2:4] for output in outputs], hyp.anchor_t)
+
+
+def test_autobalance_needs_stride_16(hyp):
+    with pytest.raises(UserError, match="stride 16"):
+        DetectionLoss(hyp, ANCHORS[:1], [8], nc=4, autobalance=True)
+
+
+class Exchange:
+    """Plays the other processes: first collects the figures of all parts, then returns their sum to each."""
+
+    def __init__(self):
+        self.figures, self.collecting = [], True
+
+    def __call__(self, figures):
+        if self.collecting:
+            self.figures.append(figures)
+        return torch.stack(self.figures).sum(dim=0)
+
+
+@pytest.mark.parametrize("labels", [0, 1, 40])
+def test_parts_of_a_batch_add_up_to_the_whole(hyp, labels):
+    """Five images as 2, 2 and 1, and a stand-in for the last: gradients, averaged over four, are the whole batch's."""
+    outputs, targets = scene(batch=5, labels=labels)
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4, autobalance=True)
+    whole = [output.clone().requires_grad_() for output in outputs]
+    parts, exchange = [(0, 2, 1.0), (2, 4, 1.0), (4, 5, 1.0), (4, 5, 0.0)], Exchange()
+    leaves = [output.clone().requires_grad_() for output in outputs]
+    sharing = [DetectionLoss(hyp, ANCHORS, STRIDES, nc=4, autobalance=True) for _ in parts]
+
+    def run(number):
+        start, stop, weight = parts[number]
+        mine = targets[(targets[:, 0] >= start) & (targets[:, 0] < stop)] - torch.tensor([start, 0, 0, 0, 0, 0])
+        return sharing[number]([leaf[start:stop] for leaf in leaves], mine, Pool(exchange, len(parts), weight))
+
+    with torch.no_grad():  # also keeps the balance
+        for number in range(len(parts)):
+            run(number)
+    exchange.collecting = False
+    results = [run(number) for number in range(len(parts))]
+    expected = loss(whole, targets)
+    expected.total.backward()
+    sum(result.total for result in results).div(len(parts)).backward()
+    for leaf, wanted in zip(leaves, whole, strict=True):
+        torch.testing.assert_close(leaf.grad, wanted.grad, rtol=1e-5, atol=1e-9)
+    for number, result in enumerate(results):
+        assert result.items.tolist() == pytest.approx(expected.items.tolist(), rel=1e-6)
+        assert (result.images, result.labels) == (5, labels)
+        assert sharing[number].balance == sharing[0].balance == pytest.approx(loss.balance, rel=1e-9)
+
+
+def test_a_part_that_is_not_finite_shows_in_the_items_of_all_and_in_its_own_total(hyp):
+    outputs, targets = scene()
+    broken = [torch.full_like(output, math.nan) for output in outputs]
+    loss, exchange = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4), Exchange()
+    loss(broken, targets, Pool(exchange, 2))
+    result = loss(outputs, targets, Pool(exchange, 2))
+    assert result.bad_term() == "box" and torch.isfinite(result.total)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([0.0, 1.0, 88.0, 1e3, 1e4]),
+    nc=st.sampled_from([1, 4]),
+    labels=st.sampled_from([0, 1, 20]),
+    gamma=st.sampled_from([0.0, 1.5]),
+)
+def test_loss_and_gradient_are_finite_for_every_prediction_within_ten_thousand(seed, scale, nc, labels, gamma):
+    generator = torch.Generator().manual_seed(seed)
+    outputs, targets = scene(nc=nc, labels=labels, seed=seed)
+    signs = [torch.randint(-1, 2, output.shape, generator=generator).float() for output in outputs]
+    outputs = [(output * 0.1 + sign) * scale for output, sign in zip(outputs, signs, strict=True)]
+    outputs = [output.clamp(-1e4, 1e4) for output in outputs]
+    hyp = dataclasses.replace(Hyp.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml"), fl_gamma=gamma)
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=nc)
+    result = loss(outputs, targets)
+    assert result.bad_term() is None and torch.isfinite(result.total) and (result.items >= 0).all()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(loss, outputs, targets))
+
+
+LEVELS = [0.0, 1e-6, 1e-3, 1.0, 17.0, 88.0, 104.0, 1e3, 1e4]  # 88 and 104: where exp overflows and underflows float32
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    single=st.sampled_from([None, *LEVELS, *(-level for level in LEVELS)]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    sides=st.tuples(*[st.sampled_from([0.0, 1e-7, 1e-3, 0.3, 1.0])] * 2),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    gamma=st.sampled_from([0.0, 0.5, 1.0, 1.5]),
+)
+def test_loss_is_finite_whatever_each_output_is_beside_labels_of_any_size(seed, single, dtype, sides, smoothing, gamma):
+    """Every output at a level of its own, or all at one; labels down to nothing, in corners and on the edges."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs, targets = scene(labels=30, sides=(8, 4, 2), seed=seed)
+    levels = torch.tensor([*LEVELS, *(-level for level in LEVELS)])
+    outputs = [levels[torch.randint(0, len(levels), output.shape, generator=generator)] for output in outputs]
+    if single is not None:
+        outputs = [torch.full_like(output, single) for output in outputs]
+    outputs = [output.to(dtype) for output in outputs]
+    targets[:, 2:4] = torch.randint(0, 3, (30, 2), generator=generator) / 2  # 0, middle, 1
+    targets[:, 4:] = torch.tensor(sides)
+    targets[::3, 4:] = 0.3  # some that match an anchor, whatever was drawn
+    hyp = Hyp.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml")
+    hyp = dataclasses.replace(hyp, fl_gamma=gamma, label_smoothing=smoothing)
+    loss = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4)
+    result = loss(outputs, targets)
+    assert result.bad_term() is None and torch.isfinite(result.total) and (result.items >= 0).all()
+    assert result.items[0] > 0  # something was matched
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(loss, outputs, targets))

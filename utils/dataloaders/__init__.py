@@ -1,0 +1,27 @@
+"""Data sets: their description, files, labels and caches, the order of an epoch, batches.
+
+YOLOv5's names are found when they are asked for: opening a data set's YAML on a small machine loads no PyTorch.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "utils.augmentations": ("letterbox",),
+    "utils.dataloaders.paths": ("autosplit",),
+    "utils.dataloaders.scripts": (
+        *("InfiniteDataLoader", "LoadImagesAndLabels", "create_dataloader"),
+        *("exif_size", "exif_transpose", "img2label_paths"),
+    ),
+    "utils.media.loaders": (
+        *("IMG_FORMATS", "LoadImages", "LoadScreenshots", "LoadStreams", "LoadWebcam", "VID_FORMATS"),
+    ),
+}
+__all__ = sorted(name for names in _HOMES.values() for name in names)
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'utils.dataloaders' has no attribute '{name}'")

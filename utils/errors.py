@@ -1,0 +1,279 @@
+"""Errors meant for people: `UserError`, suggestions for misspelt names, and what a machine has run out of, in words.
+
+Libraries tell of exhausted memory, processes and disks in errors of their own kinds; they are recognised by their
+type's name and their text, so that nothing is imported for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+LOGGER = logging.getLogger("yolov5")
+MIN_GRID_STRIDE = 32
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no console or file takes them as text
+MAX_IMAGE_SIDE_PX = 16384  # a mosaic of this side takes 3 GiB; --tile is for larger pictures
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: its text says what is wrong, where, and what to do.
+
+    Scripts print the text alone and exit with status 1 (see `utils.cli.run_command`).
+    """
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Returns " Did you mean 'a' or 'b'?" with up to three of `options` that resemble `name`, else an empty string."""
+    by_lower = {str(option).lower(): str(option) for option in options}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.6)
+    if not close:
+        return ""
+    return " Did you mean " + " or ".join(f"'{by_lower[key]}'" for key in close) + "?"
+
+
+def shown(value: Any, longest: int = 80) -> str:
+    """Returns a value of a file for messages: in one line of at most `longest` characters."""
+    return (value if isinstance(value, str) and not UNPRINTABLE.search(value) else repr(value))[:longest]
+
+
+def printable(text: Any) -> str:
+    """Returns a text in which U+FFFD stands for every character that no console, file, font or native code takes.
+
+    Such are the halves of characters by which Python holds bytes of file names that are not UTF-8.
+    """
+    return UNPRINTABLE.sub("\ufffd", str(text))
+
+
+def round_up(value: float, divisor: int) -> int:
+    """Returns the smallest multiple of `divisor` that is not below `value`."""
+    return math.ceil(value / divisor) * divisor
+
+
+def grid_stride(strides: Iterable[float]) -> int:
+    """Returns what image sides must be multiples of: the largest of a model's strides, at least 32.
+
+    A model may detect on fine levels alone while its backbone halves the image five times.
+    """
+    return max([MIN_GRID_STRIDE, *(int(stride) for stride in strides)])
+
+
+def check_image_size(imgsz: int | Sequence[int], stride: int, floor: int = 0) -> int | list[int]:
+    """Rounds image sides up to multiples of the model's stride and says so when that changes them.
+
+    Args:
+        imgsz: one side for squares, or (height, width), in pixels.
+        stride: the model's largest stride.
+        floor: the smallest side allowed, in pixels.
+
+    Returns:
+        An int for an int, a list for a sequence.
+
+    Raises:
+        UserError: a side is not positive, or beyond MAX_IMAGE_SIDE_PX.
+    """
+    sides = [imgsz] if isinstance(imgsz, int) else list(imgsz)
+    if any(side < 1 for side in sides):
+        raise UserError(f"--img-size {imgsz}: image sides must be at least 1 pixel.")
+    if any(side > MAX_IMAGE_SIDE_PX for side in sides):
+        raise UserError(
+            f"--img-size {imgsz}: image sides must be at most {MAX_IMAGE_SIDE_PX} pixels; larger pictures are scaled "
+            "down, or cut into tiles with --tile."
+        )
+    rounded = [max(round_up(side, stride), floor) for side in sides]
+    if rounded != sides:
+        shown = rounded[0] if isinstance(imgsz, int) else rounded
+        LOGGER.warning(
+            f"WARNING: --img-size {imgsz} must be a multiple of the model's stride {stride}"
+            f"{f' and at least {floor}' if floor else ''}: using {shown}"
+        )
+    return rounded[0] if isinstance(imgsz, int) else rounded
+
+
+class Shortage(NamedTuple):
+    """A way to run out of something.
+
+    Attributes:
+        signs: what an error of this kind has in its type's name and text.
+        what: what has happened.
+        remedy: what helps beside smaller options; empty where there is nothing.
+    """
+
+    signs: re.Pattern
+    what: str
+    remedy: str = ""
+
+
+# The first that fits holds.
+SHORTAGES = (
+    Shortage(
+        re.compile(r"Bus error|out of shared memory|unable to (open|write to|resize) (file|shared memory)|/dev/shm"),
+        "out of shared memory, through which a loader's processes hand over their batches",
+        "give it more (docker run --shm-size 8g), or use --workers 0",
+    ),
+    Shortage(
+        re.compile(r"DataLoader worker.*(killed by signal|exited unexpectedly)|^BrokenProcessPool", re.DOTALL),
+        "a worker process was killed, as systems do when memory runs out",
+        "use fewer --workers and no --cache ram",
+    ),
+    Shortage(re.compile(r"ancdata|Too many open files"), "too many files are open", "use fewer --workers"),
+    Shortage(
+        re.compile(r"(CUDA|HIP|MPS|CUBLAS|CUDNN|cuDNN).*(out of memory|ALLOC_FAILED)|^(Cuda)?OutOfMemoryError"),
+        "out of GPU memory",
+        "stop other programs that use the GPU",
+    ),
+    Shortage(
+        re.compile(r"MemoryError|DefaultCPUAllocator|bad_alloc|Insufficient memory|Cannot allocate memory"),
+        "out of memory",
+        "stop other programs",
+    ),
+)
+DISK_ERRORS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE")
+    if hasattr(errno, name)
+}
+_AMOUNT = re.compile(r"[Tt]r(?:ied|ying) to allocate ([\d.]+ \w+)|[Uu]nable to allocate ([\d.]+ \w+)")
+
+
+def shortage(error: BaseException) -> Shortage | None:
+    """Returns what has run out, or None where the error is of another kind."""
+    words = f"{type(error).__name__}: {error}"
+    return next((kind for kind in SHORTAGES if kind.signs.search(words)), None)
+
+
+@contextlib.contextmanager
+def limits_explained(sizes: Mapping[str, Any]) -> Iterator[None]:
+    """Turns running out of something, inside, or a disk that fails, into a message.
+
+    Args:
+        sizes: the options that more of it is needed with, and their values, such as {"--batch-size": 16}; the first
+            are the ones to lower first.
+
+    Raises:
+        UserError: something has run out, or a file cannot be written or read.
+        KeyboardInterrupt: the error arose while this was being answered.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        interrupt = _interrupt_before(error)
+        if interrupt:  # what breaks while it is being answered, workers that a cluster ends too, is no news
+            raise interrupt from error
+        message = in_words(error, sizes)
+        if message is None:
+            raise
+        raise UserError(message) from error
+
+
+def _interrupt_before(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Returns Ctrl-C or SIGTERM where an error arose while it was being answered."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return error
+        error = error.__context__
+    return None
+
+
+def in_words(error: Exception, sizes: Mapping[str, Any]) -> str | None:
+    """Returns what to tell of an error, or None where it is of another kind; see `limits_explained`."""
+    kind = shortage(error)
+    if kind:
+        here = ", ".join(f"{name} {_shown(value)}" for name, value in sizes.items() if value is not None)
+        lower = " or ".join(name for name in sizes if name != "--workers")
+        remedies = ", or ".join(filter(None, (f"lower {lower}", kind.remedy)))
+        return f"{kind.what}{_asked_for(error)}{here and f', with {here}'}. {remedies[0].upper()}{remedies[1:]}."
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error.filename or 'a file'}: cannot be used ({error.strerror}). Make room, or make it accessible."
+    return None
+
+
+def _shown(value: Any) -> str:
+    """Returns an option's value as on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _asked_for(error: Exception) -> str:
+    """Returns how much memory was wanted in vain, as far as an error tells."""
+    amount = _AMOUNT.search(str(error))
+    if not amount:
+        return ""
+    number, unit = next(filter(None, amount.groups())).split()
+    words = f"{int(number) / 2**20:.0f} MiB" if unit == "bytes" else f"{number} {unit}"
+    return f" ({words} more were asked for)"
+
+
+class _Control(NamedTuple):
+    """The files in which a version of Linux's control groups tells of memory."""
+
+    mount: str
+    limit: str
+    used: str
+    caches: tuple[str, ...]  # keys of memory.stat: parts of what is used that the system takes back when it needs them
+
+
+_CONTROL_GROUPS = {
+    1: _Control(
+        "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_active_file", "total_inactive_file"),
+    ),
+    2: _Control("sys/fs/cgroup", "memory.max", "memory.current", ("active_file", "inactive_file")),
+}
+
+
+def memory_left(root: str | Path = "/") -> int | None:
+    """Returns how many bytes of memory this process may still take: the machine's, or its container's if that is less.
+
+    Args:
+        root: the file system that holds `proc` and `sys`.
+
+    Returns:
+        Where the system does not tell what is left, what it has in all; None where it tells neither (Windows).
+    """
+    root = Path(root)
+    found = re.search(r"^MemAvailable: +(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE)
+    left = [int(found[1]) * 1024] if found else []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" or "memory" in controllers.split(","):
+            left += _left_in_groups(root, path, _CONTROL_GROUPS[2 if number == "0" else 1])
+    if left:
+        return max(min(left), 0)
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _left_in_groups(root: Path, path: str, control: _Control) -> Iterator[int]:
+    """Yields what a control group and those that it lies in have left, where they are limited.
+
+    A container may see its own group as the outermost one, but its path as the host does: folders that are not there.
+    """
+    mount = root / control.mount
+    group = mount / path.lstrip("/")
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(mount):
+            return
+        limit, used = _text(folder / control.limit).strip(), _text(folder / control.used).strip()
+        if limit.isdecimal() and used.isdecimal():  # not "max"
+            rows = (line.split() for line in _text(folder / "memory.stat").splitlines())
+            yield int(limit) - int(used) + sum(int(value) for name, value in rows if name in control.caches)
+
+
+def _text(path: Path) -> str:
+    """Returns a system's file, empty where there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

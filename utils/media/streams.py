@@ -1,0 +1,336 @@
+"""Live inputs: cameras, network streams and the screen, each read without end by a thread of its own.
+
+What is live keeps its newest frame alone, so that detection never falls behind; a recording that is served as a stream
+waits instead, and loses none. A frame is handed out once, as it came: nothing stands in for one that is missing. An
+input that falls silent is opened again and again, ever more seldom, for GIVE_UP_S seconds; one that ends before its
+time says so in a last frame, which has no picture. Not here: where a frame comes from (`utils.media.capture`), which
+inputs there are (`utils.media.inputs`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.log import LOGGER
+from utils.media.capture import Capture, Timeouts
+from utils.media.sources import Frame
+
+LATE_S = 1.0  # a live frame that waited longer than this for its turn counts as late
+GIVE_UP_S = 300.0  # an input that gave no frame for so long, though opened again and again, is given up
+FIRST_WAIT_S = 0.5  # before an input is opened again; doubled each time ...
+LONGEST_WAIT_S = 10.0  # ... up to this
+FAILED_GRABS = 3  # in a row: one may be a damaged packet, more mean that nothing comes any more
+WAKE_S = 0.5  # on Windows, Ctrl-C is noticed only between waits
+CLOSE_S = Timeouts().read_s + 1.0  # how long threads may take to end: waiting for a frame cannot be cut short
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long silence and delay are put up with."""
+
+    first_wait_s: float = FIRST_WAIT_S
+    longest_wait_s: float = LONGEST_WAIT_S
+    give_up_s: float = GIVE_UP_S
+    late_s: float = LATE_S
+
+
+DEFAULT_PATIENCE = Patience()
+
+
+@dataclass(frozen=True)
+class LiveInput:
+    """An input's name, and how to open it; it is opened in the thread that reads it, after a silence once more."""
+
+    name: str
+    open: Callable[[], Capture]  # raises UserError
+    reconnects: bool = True
+
+
+@dataclass
+class Tally:
+    """What became of an input's frames since detection began; `received` = `used` + `dropped` + the one that waits."""
+
+    received: int = 0  # decoded whole; of every vid_stride-th frame
+    used: int = 0  # handed out
+    dropped: int = 0  # a newer one came before they were handed out, or the end of the run
+    late: int = 0  # of those used: longer than Patience.late_s in waiting
+    undecodable: int = 0  # cut or damaged; never handed out
+    reconnections: int = 0
+
+    def __str__(self) -> str:
+        """Returns the counts in words."""
+        return (
+            f"{self.received} frames received, {self.used} used, {self.dropped} dropped for newer ones, "
+            f"{self.late} late, {self.undecodable} undecodable, {self.reconnections} reconnections"
+        )
+
+
+class LiveSource:
+    """Live inputs as a `utils.media.sources.Source`."""
+
+    live = True
+
+    def __init__(self, inputs: Sequence[LiveInput], vid_stride: int = 1, patience: Patience = DEFAULT_PATIENCE) -> None:
+        """Opens all inputs and waits for the first frame of each; from then on they are read.
+
+        Args:
+            inputs: of distinct names.
+            vid_stride: of every so many frames one is used, the first among them.
+            patience: how long silence and delay are put up with.
+
+        Raises:
+            UserError: one or more cannot be opened, or give no frame; nothing is left open then.
+        """
+        self.inputs = [source.name for source in inputs]
+        self._changed, self._stopped = threading.Condition(), threading.Event()
+        self._readers = [_Reader(source, vid_stride, patience, self._changed, self._stopped) for source in inputs]
+        try:
+            for reader in self._readers:
+                reader.start()
+            self._await_first_frames()
+        except BaseException:
+            self.close()
+            raise
+
+    def __iter__(self) -> Iterator[list[Frame]]:
+        """Yields one frame of every input that has a new one, whenever one has; ends when all inputs have ended.
+
+        The last frame of one that ended before its time has an error and no picture.
+        """
+        with self._changed:
+            for reader in self._readers:
+                reader.begin()
+        while frames := self._take():
+            yield frames
+
+    @property
+    def tallies(self) -> list[Tally]:
+        """What became of each input's frames so far; a copy."""
+        with self._changed:
+            return [replace(reader.tally) for reader in self._readers]
+
+    def report(self) -> list[str]:
+        """Returns a line for every input: what became of its frames, and why it ended before its time, if it did."""
+        endings = [f"; {reader.ending}" if reader.ending else "" for reader in self._readers]
+        return [f"{name}: {tally}{end}" for name, tally, end in zip(self.inputs, self.tallies, endings, strict=True)]
+
+    def close(self) -> None:
+        """Stops all threads and gives devices and connections back; may be called again.
+
+        Takes as long as the slowest input takes to its next frame, CLOSE_S at most.
+        """
+        with self._changed:
+            self._stopped.set()
+            for reader in self._readers:
+                reader.discard()
+            self._changed.notify_all()
+        deadline = time.monotonic() + CLOSE_S
+        for reader in filter(threading.Thread.is_alive, self._readers):
+            reader.join(max(0.0, deadline - time.monotonic()))
+            if reader.is_alive():
+                LOGGER.warning(f"WARNING: {reader.source.name}: its driver does not answer, so it is left open")
+
+    def _await_first_frames(self) -> None:
+        """Waits until every input has given a frame or failed, and tells all failures."""
+        with self._changed:
+            self._wait_until(lambda: all(reader.opened or reader.ended for reader in self._readers))
+        errors = [reader.error for reader in self._readers if reader.error is not None]
+        unexpected = [error for error in errors if not isinstance(error, UserError)]
+        if unexpected:
+            raise unexpected[0]
+        if errors:
+            raise UserError("\n".join(map(str, errors)))
+
+    def _take(self) -> list[Frame]:
+        """Waits for new frames and takes them; none when all inputs have ended or the source was closed."""
+        with self._changed:
+            self._wait_until(self._has_news)
+            for reader in self._readers:
+                if reader.error is not None:
+                    raise reader.error
+            frames = [reader.take(number, len(self.inputs)) for number, reader in enumerate(self._readers, start=1)]
+            self._changed.notify_all()  # recordings wait for their place to be free
+        return [frame for frame in frames if frame is not None]
+
+    def _has_news(self) -> bool:
+        """Whether there is a frame, an error, or nothing more to come."""
+        if self._stopped.is_set() or all(reader.ended for reader in self._readers):
+            return True
+        return any(reader.has_news() for reader in self._readers)
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """Waits for a condition that the readers bring about; `changed` is held, and is again afterwards."""
+        while not condition():
+            self._changed.wait(WAKE_S)
+
+
+class _Reader(threading.Thread):
+    """Reads one input and keeps its newest frame. What has no underscore is shared: guarded by `changed`."""
+
+    def __init__(
+        self,
+        source: LiveInput,
+        vid_stride: int,
+        patience: Patience,
+        changed: threading.Condition,
+        stopped: threading.Event,
+    ) -> None:
+        # A daemon, since a driver that never returns must not keep the program from ending; close() joins the others.
+        super().__init__(name=f"stream {source.name}", daemon=True)
+        self.source = source
+        self._vid_stride, self._patience, self._changed, self._stopped = vid_stride, patience, changed, stopped
+        self._position = self._whole = 0  # frames that came so far, and those up to the last one that came whole
+        self._frame_count, self._is_recording = 0, False  # as `Capture` says
+        self._lost_s: float | None = None  # since when nothing comes any more
+
+        self.image: np.ndarray | None = None  # (h, w, 3), waits to be handed out
+        self.time_s = self.fps = 0.0  # as `Frame` says
+        self.tally = Tally()
+        self.opened = self.ended = False
+        self.error: BaseException | None = None  # why it could not be opened, or what went wrong within
+        self.ending = ""  # why it ended before its time
+        self._is_told = False  # in a frame
+
+    def begin(self) -> None:
+        """Forgets what passed while nobody could use it: a model was being loaded. A recording has waited."""
+        if not self._is_recording:
+            self.tally = Tally(received=int(self.image is not None))
+
+    def take(self, file_number: int, file_count: int) -> Frame | None:
+        """Hands out the frame that waits, if one does; where none does any more, the one that says why it ended."""
+        if self.image is None:
+            return self._farewell(file_number, file_count)
+        self.tally.used += 1
+        waited_s = time.monotonic() - self.time_s
+        self.tally.late += waited_s > self._patience.late_s and not self._is_recording
+        place = {"file_number": file_number, "file_count": file_count, "number": self.tally.used}
+        frame = Frame(self.source.name, image=self.image, fps=self.fps, live=True, time=self.time_s, **place)
+        self.image = None
+        return frame
+
+    def _farewell(self, file_number: int, file_count: int) -> Frame | None:
+        """Returns a frame without a picture, once, for an input that ended before its time."""
+        if not (self.ended and self.ending) or self._is_told:
+            return None
+        self._is_told = True
+        return Frame(self.source.name, file_number, file_count, error=self.ending, live=True, time=time.monotonic())
+
+    def has_news(self) -> bool:
+        """Whether a frame waits, or something went wrong that was not told yet."""
+        return (
+            self.image is not None or self.error is not None or bool(self.ended and self.ending and not self._is_told)
+        )
+
+    def discard(self) -> None:
+        """Drops the frame that waits, if one does."""
+        self.tally.dropped += self.image is not None
+        self.image = None
+
+    def run(self) -> None:
+        """Reads until the input has ended or everything is stopped."""
+        try:
+            self._read_session()
+            if not (self.opened or self._stopped.is_set()):
+                raise UserError(f"Failed to open {self.source.name}: it answers, but sends no frame.")
+            ending = self._keep_reading()
+            if ending:
+                self.ending = f"ended: {ending}"
+                LOGGER.warning(f"WARNING: {self.source.name} {self.ending}")
+        except BaseException as error:  # carried to the thread that iterates, whatever it is
+            self.error = error
+        finally:
+            with self._changed:
+                self.ended = True
+                self._changed.notify_all()
+
+    def _keep_reading(self) -> str:
+        """Opens the input again whenever it falls silent; returns why it ended before its time, if it did."""
+        wait_s = 0.0
+        while not self._is_over():
+            if not self.source.reconnects:
+                return "it gives no frames any more"
+            if self._lost_s is None:
+                self._lost_s, wait_s = time.monotonic(), self._patience.first_wait_s
+                LOGGER.warning(f"WARNING: {self.source.name} sends nothing any more; trying to open it again")
+            if time.monotonic() - self._lost_s > self._patience.give_up_s:
+                return f"it could not be opened again for {self._patience.give_up_s:g} s"
+            if self._stopped.wait(wait_s):
+                return ""
+            wait_s = min(2 * wait_s, self._patience.longest_wait_s)
+            try:
+                self._read_session()
+            except UserError:  # the silence was told; how long it lasted will be
+                continue
+            if self._is_recording and self._lost_s is not None and not self._stopped.is_set():
+                return f"only {self._whole} of its {self._frame_count} frames come"
+        return ""
+
+    def _is_over(self) -> bool:
+        """Whether a silence is the end: everything is stopped, or all frames that were declared have come."""
+        return self._stopped.is_set() or 0 < self._frame_count <= self._position
+
+    def _read_session(self) -> None:
+        """Opens the input and reads until nothing comes any more.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
+        capture = self.source.open()
+        try:
+            self._frame_count, self._is_recording = capture.frame_count, capture.is_recording
+            if self._is_recording and not self._pass_over_the_seen(capture):
+                return
+            while (damaged := self._grab(capture)) is not None:  # beyond the count too: it may be an estimate
+                time_s = self._position / capture.fps if self._is_recording else time.monotonic()
+                self._position += 1
+                wanted = (self._position - 1) % self._vid_stride == 0
+                image = capture.retrieve() if wanted else None
+                self._count_undecodable(damaged + (wanted and image is None))
+                if image is not None or not wanted:
+                    self._whole = self._position
+                if image is not None:
+                    self._deliver(image, capture.fps, time_s)
+        finally:
+            capture.release()
+
+    def _pass_over_the_seen(self, capture: Capture) -> bool:
+        """Goes to where a recording broke off, to behind its last whole frame; False if it does not come so far."""
+        self._position = self._whole
+        return all(self._grab(capture) is not None for _ in range(self._position))
+
+    def _grab(self, capture: Capture) -> int | None:
+        """Waits for the next frame; returns how many damaged ones came before it, None if none comes or it is over."""
+        for damaged in range(FAILED_GRABS):
+            if self._stopped.is_set():
+                return None
+            if capture.grab():
+                return damaged
+        return None
+
+    def _count_undecodable(self, frames: int) -> None:
+        """Counts frames that came, but not as pictures."""
+        with self._changed:
+            self.tally.undecodable += frames
+
+    def _deliver(self, image: np.ndarray, fps: float, time_s: float) -> None:
+        """Puts a frame (h, w, 3) in the place of the one that waits; a recording waits until the place is free."""
+        with self._changed:
+            while self._is_recording and self.image is not None and not self._stopped.is_set():
+                self._changed.wait()
+            if self._stopped.is_set():
+                return
+            self.discard()
+            self.tally.received += 1
+            self.image, self.fps, self.time_s = image, fps, time_s
+            self.opened = True
+            if self._lost_s is not None:
+                self.tally.reconnections += 1
+                LOGGER.info(f"{self.source.name} is back after {time.monotonic() - self._lost_s:.1f} s")
+                self._lost_s = None
+            self._changed.notify_all()

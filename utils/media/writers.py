@@ -1,0 +1,501 @@
+"""What detection writes: annotated images and videos, label files, crops and CSV tables.
+
+A result is written once for each frame, replacing what a former run left in the same folder. Two inputs of one stem
+never share a file: the later one is numbered (`bus.jpg` and `bus.png` give `bus` and `bus-2`). Live inputs are written
+side by side, each to a video of its own. A run that is killed leaves its tables as they were a second before,
+and all pieces of its videos but those that were being written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import itertools
+import math
+import os
+import re
+import time
+from argparse import Namespace
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import cv2
+import numpy as np
+
+from utils.boxes import xyxy2xywhn
+from utils.errors import UserError, printable
+from utils.files import atomic_write, native_path
+from utils.images import IMG_FORMATS, VID_FORMATS
+from utils.log import LOGGER
+from utils.media.counting import Counts
+from utils.media.mp4 import Mp4Error, set_times
+from utils.media.sources import Frame, suffix_of
+from utils.plots.boxes import class_name, crop_box, draw_detections, feature_grid, save_image
+
+CSV_COLUMNS = ("Image Name", "Prediction", "Confidence")
+TRACK_COLUMN = "Track"  # with tracking
+FRAME_COLUMN = "Frame"  # where an input is a video or live; from 1, empty for an image
+MAX_STEM_BYTES = 220  # file systems take names of 255; those made from a stem are longer by numbers and a suffix
+LIVE_PIECE_S = 300.0  # of a live input's recording, which a loss of power may cost
+KEEP_S = 1.0  # how old what was counted may be on the disk
+VIDEO_CODEC = "mp4v"
+# Why one file's results cannot be written while others' can: names that are too long or taken by folders, files that
+# are write-protected or, on Windows, open in another program
+_OF_ONE_FILE = frozenset({errno.EACCES, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.EPERM})
+_PORT_NAMES = {f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)}
+_RESERVED_NAMES = frozenset({"con", "prn", "aux", "nul"} | _PORT_NAMES)  # by Windows
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Which results are written, and how pictures look."""
+
+    save_images: bool = True  # annotated images and videos
+    save_txt: bool = False
+    save_conf: bool = False  # confidences in the label files
+    save_crop: bool = False
+    save_csv: bool = False
+    track: bool = False  # detections have the number of their track in a seventh column
+    line_width: int | None = None  # px; None suits the picture
+    hide_labels: bool = False
+    hide_conf: bool = False
+    vid_stride: int = 1
+    segment: float | None = None  # minutes of a piece of video; None: LIVE_PIECE_S of what is live, files whole
+
+    @classmethod
+    def from_options(cls, options: Namespace) -> OutputOptions:
+        """Takes what concerns writing from detect.py's options."""
+        same = "save_txt save_conf save_crop save_csv track hide_labels hide_conf vid_stride segment"
+        chosen = {name: getattr(options, name) for name in same.split()}
+        return cls(save_images=not options.nosave, line_width=options.line_thickness, **chosen)
+
+
+def _stem_of(path: str) -> str:
+    """Returns an input's stem, cut where names made from it would not fit."""
+    stem = Path(path).stem
+    while len(os.fsencode(stem)) > MAX_STEM_BYTES:
+        stem = stem[:-1]
+    return stem
+
+
+class OutputStems(dict[str, str]):
+    """Gives each input a stem of its own for the files made from it, told apart without regard to case.
+
+    The first input of a stem keeps it, later ones become `stem-2`, `stem-3`, ... Of the inputs that are known at the
+    beginning, none loses its own stem to such a number, and a video gives way to images that are named like its
+    frames' label files (`clip_12`). An input that was not known gets its stem when it is asked for.
+    """
+
+    def __init__(self, paths: Iterable[str] = ()) -> None:
+        super().__init__()
+        paths = list(paths)
+        self._natural = {_stem_of(path).casefold() for path in paths}
+        self._like_frames = {stem.rpartition("_")[0] for stem in self._natural if re.fullmatch(r".+_\d+", stem)}
+        self._taken: set[str] = set()
+        self._next: Counter[str] = Counter()
+        for path in paths:
+            self[path]  # noqa: B018 - this makes it
+
+    def __missing__(self, path: str) -> str:
+        stem = unique = _stem_of(path)
+        folded = stem.casefold()
+        number, clash = 1, suffix_of(path) in VID_FORMATS and folded in self._like_frames
+        while clash or unique.casefold() in self._taken or (number > 1 and unique.casefold() in self._natural):
+            number, clash = max(number, self._next[folded]) + 1, False
+            unique = f"{stem}-{number}"
+        self._next[folded] = number
+        self._taken.add(unique.casefold())
+        self[path] = unique
+        return unique
+
+
+def label_lines(detections: np.ndarray, shape_hw: Sequence[int], save_conf: bool = False) -> list[str]:
+    """Returns lines `class x y w h[ confidence][ track]`, box normalised, of one image's detections, in their order.
+
+    Args:
+        detections: (n, 6) [x1, y1, x2, y2 in the image's pixels, confidence, class], or (n, 7) with tracks.
+        shape_hw: the image's (height, width).
+        save_conf: whether lines have the confidence.
+    """
+    boxes_norm = xyxy2xywhn(detections[:, :4], w=shape_hw[1], h=shape_hw[0])
+    columns = [detections[:, 5:6], boxes_norm] + ([detections[:, 4:5]] if save_conf else [])
+    lines = [" ".join(f"{value:g}" for value in row) for row in np.concatenate(columns, 1).tolist()]
+    if detections.shape[1] > 6:
+        lines = [f"{line} {int(track)}" for line, track in zip(lines, detections[:, 6], strict=True)]
+    return lines
+
+
+class LabelWriter:
+    """Writes detections as YOLO label files, one for each image that has any; a former run's file of an image goes.
+
+    Attributes:
+        folder: where.
+        written: number of files.
+    """
+
+    def __init__(self, folder: Path, save_conf: bool = False) -> None:
+        """Makes `folder`; with `save_conf` the lines have the confidence.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        self.folder, self.written = folder, 0
+        self._save_conf = save_conf
+        _make_folder(folder)
+
+    def write(self, stem: str, detections: np.ndarray, shape_hw: Sequence[int]) -> None:
+        """Writes one image's file, a line for each detection; see `label_lines`.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        file = self.folder / f"{stem}.txt"
+        with _explained(file):
+            if not len(detections):
+                file.unlink(missing_ok=True)
+                return
+            lines = label_lines(detections, shape_hw, self._save_conf)
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.written += 1
+
+
+def folder_names(names: Mapping[int, str]) -> dict[int, str]:
+    """Turns class names into names that every file system takes, a different one for each class.
+
+    Separators and characters that Windows refuses become `_`; a name that a former class has gets its number added.
+    """
+    folders: dict[int, str] = {}
+    taken: set[str] = set()
+    for class_id, name in names.items():
+        safe = printable(re.sub(r'[\x00-\x1f<>:"/\\|?*]', "_", str(name))).strip(" .")[:100] or "_"
+        if safe.casefold().split(".")[0] in _RESERVED_NAMES:
+            safe = f"_{safe}"
+        while safe.casefold() in taken:
+            safe = f"{safe}-{class_id}"
+        taken.add(safe.casefold())
+        folders[class_id] = safe
+    return folders
+
+
+class ResultWriter:
+    """Writes the results of a run of detection into one folder; use in a `with` block, which ends videos properly.
+
+    What cannot be written of one file, for its name or because another program has it open, is told and stands in
+    `failed`; the others go on.
+
+    Calls of `write` come from one thread at a time, the frames of a video in order; those of live inputs may alternate.
+    """
+
+    def __init__(self, folder: Path, paths: Sequence[str], names: Mapping[int, str], options: OutputOptions) -> None:
+        """Prepares writing below `folder`, which exists, the results for the inputs `paths`."""
+        self.failed: dict[str, str] = {}  # inputs of which not everything could be written, and why
+        self._folder, self._names, self._options = folder, names, options
+        self._stems = OutputStems(paths)
+        self._taken = {stem.casefold() for stem in self._stems.values()}
+        self._crop_folders = folder_names(names)
+        self._crop_numbers: Counter[tuple[str, Path]] = Counter()  # by stem and folder; a file's until the next file
+        self._recordings: dict[str, Recording] = {}  # those that go on, by stem
+        self._counts: dict[str, Counts] = {}  # the latest, by name
+        self._labels: LabelWriter | None = None
+        self._kept_counts: dict[str, Counts] = {}  # those on the disk
+        self._kept_s = -math.inf  # when the tables were brought to the disk
+        self._with_frames = any(suffix_of(path) not in IMG_FORMATS for path in paths)
+        self._table_file: IO[str] | None = None
+        self._table: Any = None
+
+    @property
+    def labels_written(self) -> int:
+        """Number of label files."""
+        return self._labels.written if self._labels else 0
+
+    def __enter__(self) -> ResultWriter:
+        """Makes the subfolders and opens the table."""
+        if self._options.save_txt:
+            self._labels = LabelWriter(self._folder / "labels", self._options.save_conf)
+        if self._options.save_csv:
+            self._table_file = _open_table(self._folder / "predictions.csv")
+            self._table = csv.writer(self._table_file)
+            track, number = [TRACK_COLUMN] * self._options.track, [FRAME_COLUMN] * self._with_frames
+            self._table.writerow((*CSV_COLUMNS, *track, *number))
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Ends all that is open, one after the other even if an end fails, and writes what was counted."""
+        with ExitStack() as ends:
+            for stem in list(self._recordings):
+                ends.callback(self._end_recording, stem)
+            ends.callback(self._close_table)
+            ends.callback(self._keep_counts)
+
+    def write(self, frame: Frame, detections: np.ndarray, counts: Counts | None = None) -> None:
+        """Writes everything asked for about one frame.
+
+        Args:
+            frame: with its picture, which is drawn into.
+            detections: (k, 6) [x1, y1, x2, y2 in whole px of the picture, confidence, class], most confident first, or
+                with tracking (k, 7): the last column is the number of the track, -1 for none.
+            counts: what was counted in this input up to this frame.
+
+        Raises:
+            UserError: a file cannot be written, for a reason that others share, or a live input's.
+        """
+        if frame.path in self.failed:
+            return
+        if not frame.live:
+            for former in self._recordings.keys() - {self._stems[frame.path]}:
+                self._end_recording(former)
+        try:
+            with _explained(self._folder):
+                self._write(frame, detections, counts)
+        except UserError as error:
+            if frame.live or not _is_of_one_file(error):
+                raise
+            self.failed[frame.path] = f"{frame.where}: {error}"
+            LOGGER.warning(f"WARNING: {self.failed[frame.path]} The others go on.")
+        if time.monotonic() - self._kept_s >= KEEP_S:
+            with _explained(self._folder / "predictions.csv"):
+                self._keep_tables()
+
+    def _write(self, frame: Frame, detections: np.ndarray, counts: Counts | None) -> None:
+        """Does what `write` says."""
+        stem = self._stems[frame.path]
+        name = stem + Path(frame.path).suffix
+        if counts is not None:
+            self._counts[name] = counts
+        if self._labels:  # the least confident detection comes first, as in YOLOv5
+            name_of_frame = f"{stem}_{frame.number}" if frame.is_video else stem
+            self._labels.write(name_of_frame, detections[::-1], frame.image.shape)
+        if self._options.save_csv:
+            self._write_rows(name, detections, frame)
+        if self._options.save_crop:
+            self._write_crops(frame, detections, stem)
+        if self._options.save_images:
+            self._write_picture(frame, self._draw(np.ascontiguousarray(frame.image), detections, counts), stem)
+
+    def drawn(self, frame: Frame, detections: np.ndarray, counts: Counts | None = None) -> np.ndarray:
+        """Returns the picture (h, w, 3) as `write` saves it, drawn into a copy; from any thread."""
+        return self._draw(frame.image.copy(), detections, counts)
+
+    def write_features(self, frame: Frame, row: int, block: str, maps: np.ndarray) -> None:
+        """Writes what a layer makes of a frame: `STEM/stage<row>_<block>_features.png` and all its channels as `.npy`.
+
+        Args:
+            frame: the frame; a video's frames have folders of their own (`STEM_<number>`).
+            row: the layer's row in the model.
+            block: its block's name.
+            maps: (1, c, h, w) its output.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        stem = self._stems[frame.path]
+        folder = self._folder / (f"{stem}_{frame.number}" if frame.is_video else stem)
+        _make_folder(folder)
+        path = folder / f"stage{row}_{block}_features.png"
+        save_image(path, feature_grid(maps[0]))
+        try:
+            np.save(path.with_suffix(".npy"), maps)
+        except OSError as error:
+            raise UserError(f"{path.with_suffix('.npy')}: cannot be written ({error.strerror}).") from error
+
+    def _write_rows(self, name: str, detections: np.ndarray, frame: Frame) -> None:
+        """Adds the detections to the table, the least confident first, as in the label files."""
+        number = [frame.number or ""] * self._with_frames
+        for row in detections[::-1]:
+            track = [int(row[6])] if self._options.track else []
+            found = (class_name(self._names, int(row[5])), f"{row[4]:.4f}")
+            self._table.writerow((printable(name), *found, *track, *number))
+        self._table_file.flush()  # a run that is killed leaves them
+
+    def _keep_tables(self) -> None:
+        """Brings the tables to the disk, so that they outlast a loss of power."""
+        self._kept_s = time.monotonic()
+        if self._table_file is not None:
+            os.fsync(self._table_file.fileno())
+        self._keep_counts()
+
+    def _close_table(self) -> None:
+        """Finishes the table of detections."""
+        if self._table_file is not None:
+            with _explained(self._folder / "predictions.csv"):
+                self._table_file.close()
+
+    def _keep_counts(self) -> None:
+        """Replaces the table of what was counted, if that has changed: a row for each class tracked in an input."""
+        if self._counts == self._kept_counts:
+            return
+        with atomic_write(self._folder / "counts.csv") as temporary, _open_table(temporary) as file:
+            table = csv.writer(file)
+            headings = next(iter(self._counts.values())).headings
+            table.writerow(("Input", "Class", *(heading.capitalize() for heading in headings)))
+            for name, counts in self._counts.items():
+                for class_id, *numbers in counts.tallies:
+                    table.writerow((printable(name), class_name(self._names, class_id), *numbers))
+        self._kept_counts = dict(self._counts)
+
+    def _write_crops(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
+        """Cuts the detections out of the picture: `crops/CLASS/STEM.jpg`, then `STEM2.jpg` and so on."""
+        if not frame.live and not any(stem == former for former, _ in self._crop_numbers):
+            self._crop_numbers.clear()
+        for row in detections[::-1]:
+            folder = self._folder / "crops" / self._crop_folders.get(int(row[5]), str(int(row[5])))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_image(folder / self._next_crop(stem, folder), crop_box(frame.image, row[:4]))
+
+    def _next_crop(self, stem: str, folder: Path) -> str:
+        """Returns `STEM.jpg`, `STEM2.jpg`, ...: the next that no other input's crop can be called."""
+        while True:
+            self._crop_numbers[stem, folder] += 1
+            number = self._crop_numbers[stem, folder]
+            digits = "" if number == 1 else str(number)
+            if not any((stem + digits[:end]).casefold() in self._taken for end in range(1, len(digits) + 1)):
+                return f"{stem}{digits}.jpg"
+
+    def _draw(self, image: np.ndarray, detections: np.ndarray, counts: Counts | None) -> np.ndarray:
+        """Draws the detections and what was counted into the picture (h, w, 3), contiguous; returns it."""
+        options = self._options
+        look = (options.line_width, options.hide_labels, options.hide_conf)
+        return draw_detections(image, detections, self._names, *look, counts)
+
+    def _write_picture(self, frame: Frame, image: np.ndarray, stem: str) -> None:
+        """Saves the drawn picture (h, w, 3), or adds it to its video."""
+        if frame.is_video:
+            self._recording_of(frame, stem).write(image, frame.time)
+            return
+        suffix = Path(frame.path).suffix
+        save_image(self._folder / (stem + (suffix if cv2.haveImageWriter(printable(f"x{suffix}")) else ".jpg")), image)
+
+    def _recording_of(self, frame: Frame, stem: str) -> Recording:
+        """Returns what a frame is recorded in."""
+        if stem not in self._recordings:
+            piece_s = 60 * self._options.segment if self._options.segment else LIVE_PIECE_S if frame.live else math.inf
+            self._recordings[stem] = Recording(self._pieces(stem), frame.fps / self._options.vid_stride, piece_s)
+        return self._recordings[stem]
+
+    def _pieces(self, stem: str) -> Iterator[Path]:
+        """Yields `STEM.mp4`, `STEM_part2.mp4`, `STEM_part3.mp4`, ..., without what another input's video is called."""
+        yield self._folder / f"{stem}.mp4"
+        names = (f"{stem}_part{number}" for number in itertools.count(2))
+        yield from (self._folder / f"{name}.mp4" for name in names if name.casefold() not in self._taken)
+
+    def _end_recording(self, stem: str) -> None:
+        """Finishes a recording, so that it plays."""
+        self._recordings.pop(stem).close()
+
+
+class Recording:
+    """The annotated frames of a video or live input, in one mp4 file or in pieces, of which each plays.
+
+    A frame is shown from its own time to the next one's, so that a recording lasts as long as what it shows, whatever
+    became of frames in between.
+    """
+
+    def __init__(self, paths: Iterator[Path], fps: float, piece_s: float = math.inf) -> None:
+        """Takes names for the pieces, the rate that the input declares, and how long a piece is."""
+        self._paths, self._fps, self._piece_s = paths, fps, piece_s
+        self._file: VideoFile | None = None
+        self._ends_s = math.inf  # the piece
+
+    def write(self, image: np.ndarray, time_s: float) -> None:
+        """Adds a picture (h, w, 3) BGR that is shown from a time on, into the next piece where it is time for that.
+
+        Raises:
+            UserError: a piece cannot be written.
+        """
+        if time_s >= self._ends_s:
+            self.close(self._ends_s)
+        if self._file is None:
+            self._file = VideoFile(next(self._paths), self._fps, (image.shape[1], image.shape[0]))
+            self._ends_s = time_s + self._piece_s
+        self._file.write(image, time_s)
+
+    def close(self, end_s: float | None = None) -> None:
+        """Finishes the last piece, which ends at a time, or when its last frame has been shown for a usual while.
+
+        Raises:
+            UserError: it is not whole.
+        """
+        file, self._file = self._file, None
+        if file is not None:  # else the next piece could not be opened
+            file.close(end_s)
+
+
+class VideoFile:
+    """An mp4 file being written frame by frame; it plays once it is closed."""
+
+    def __init__(self, path: Path, fps: float, size_wh: tuple[int, int]) -> None:
+        """Opens the file.
+
+        Raises:
+            UserError: OpenCV cannot write a video there.
+        """
+        self.path = path
+        self._size_wh, self._fps = size_wh, fps
+        self._odd = (size_wh[1] % 2, size_wh[0] % 2)  # a row, a column: the encoder leaves out what is one too many
+        self._times_s = array("d")
+        even_wh = (size_wh[0] + self._odd[1], size_wh[1] + self._odd[0])
+        self._writer = cv2.VideoWriter(native_path(path), cv2.VideoWriter_fourcc(*VIDEO_CODEC), fps, even_wh)
+        if not self._writer.isOpened():
+            raise UserError(f"{path}: OpenCV cannot write an mp4 video of {size_wh[0]}x{size_wh[1]} px there.")
+
+    def write(self, image: np.ndarray, time_s: float) -> None:
+        """Adds a picture (h, w, 3) BGR, shown from a time on that is later than the former's.
+
+        One of another size than the first is resized, or it would be left out; odd sides get a row or column more.
+        """
+        if (image.shape[1], image.shape[0]) != self._size_wh:
+            image = cv2.resize(image, self._size_wh)
+        if any(self._odd):
+            image = cv2.copyMakeBorder(image, 0, self._odd[0], 0, self._odd[1], cv2.BORDER_REPLICATE)
+        self._writer.write(image)
+        self._times_s.append(time_s)
+
+    def close(self, end_s: float | None = None) -> None:
+        """Finishes the file; the last frame is shown until a time, or as long as the rate says.
+
+        Raises:
+            UserError: it is not whole; OpenCV reports no error of its own.
+        """
+        self._writer.release()
+        try:
+            set_times(self.path, self._times_s, self._times_s[-1] + 1 / self._fps if end_s is None else end_s)
+        except Mp4Error as error:
+            raise UserError(f"{self.path}: the video could not be written: {error}. Is the disk full?") from error
+        except OSError as error:
+            raise UserError(f"{self.path}: the video could not be written ({error.strerror}).") from error
+
+
+def _is_of_one_file(error: UserError) -> bool:
+    """Whether what could not be written for one file can be for others: not where the disk is full or gone."""
+    if isinstance(error.__cause__, OSError):
+        return error.__cause__.errno in _OF_ONE_FILE
+    return not isinstance(error.__cause__, Mp4Error)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Says what cannot be written, `path` where the system names no file, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be written ({error.strerror}).") from error
+
+
+def _make_folder(path: Path) -> None:
+    """Makes a folder, with the reason in words if that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: the folder cannot be made ({error.strerror}).") from error
+
+
+def _open_table(path: Path) -> IO[str]:
+    """Opens a table for writing, with the reason in words if that fails."""
+    with _explained(path):
+        return open(path, "w", newline="", encoding="utf-8")

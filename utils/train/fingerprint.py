@@ -1,0 +1,343 @@
+"""Digests of what a training run came from and came to, to compare runs and machines.
+
+    python -m utils.train.fingerprint runs/train/exp
+
+prints a line (SHA-256 and what went into it) for each checkpoint's weights, the labels, the images, the options and
+the versions, and one for all. Where two runs' weights differ, the other lines say why. Of checkpoints the tensors
+count, not the file, whose zip archive carries more than them; what else is left out stands at `NOT_COUNTED`. Labels
+and images are read where they lie now: a data set that was changed after the training shows its present state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from utils.cli import run_command
+from utils.errors import UserError
+from utils.log import LOGGER
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from utils.dataloaders.config import DataSpec
+    from utils.dataloaders.labels import LabelTable
+
+
+CHECKPOINTS = ("best.pt", "last.pt")
+SPLITS = ("train", "val")
+# Options that name files and folders, whose content counts instead, or that do not touch the result.
+NOT_COUNTED = frozenset(
+    "weights cfg data hyp project name save_dir exist_ok resume device local_rank workers cache noplots "
+    "save_period".split()
+)
+READING_THREADS = 8
+SHORT_DIGITS = 12  # of a digest, in the line at the end of a training
+
+
+class Part(NamedTuple):
+    """One line of a fingerprint."""
+
+    name: str
+    digest: str | None  # SHA-256, hexadecimal; None where the content is not to be had
+    detail: str  # what went into it, or why it is not to be had
+
+
+class Data(NamedTuple):
+    """A data set as it lies on the disk now."""
+
+    spec: DataSpec
+    tables: dict[str, LabelTable]  # by split, in the order of the images' paths
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Declares the command line."""
+    parser = argparse.ArgumentParser(
+        "python -m utils.train.fingerprint",
+        description="Print digests of a training run, to compare runs and machines.",
+    )
+    parser.add_argument("run", help="a run's folder, such as runs/train/exp, or one checkpoint")
+    parser.add_argument("--data", default="", help="data set YAML; default: the one that the run was trained on")
+    return parser
+
+
+def main(options: argparse.Namespace) -> None:
+    """Prints the fingerprint of the run that `options` name."""
+    for part in fingerprint(options.run, options.data):
+        print(f"{part.name:<9} {part.digest or '-':<64} {part.detail}")
+
+
+def fingerprint(run: str | Path, data: str | Path = "", images: bool = True) -> list[Part]:
+    """Returns a run's fingerprint: checkpoints, labels, images, options, versions, all.
+
+    Args:
+        run: the run's folder, or one checkpoint.
+        data: data set YAML, where it is not the one that the run names.
+        images: whether to read the images as well, which takes a while for many.
+
+    Raises:
+        UserError: no such run, or its checkpoints cannot be read.
+    """
+    from utils.checkpoint import load_checkpoint
+
+    checkpoints = {path.name: load_checkpoint(path) for path in checkpoint_files(Path(run))}
+    parts = [weights_part(name, checkpoint) for name, checkpoint in checkpoints.items()]
+    newest = list(checkpoints.values())[-1]
+    parts += data_parts(data or newest["data"] or "", images)
+    parts += [options_part(newest), versions_part(newest["versions"])]
+    return [*parts, all_parts(parts)]
+
+
+def summary(run: str | Path) -> str:
+    """Returns a finished run's fingerprint, less the images, on one line with shortened digests."""
+    with _silent():
+        *parts, _ = fingerprint(run, images=False)
+    digests = ", ".join(f"{part.name} {part.digest[:SHORT_DIGITS] if part.digest else '-'}" for part in parts)
+    return (
+        f"Fingerprint: {digests} (in full, with the images: python -m utils.train.fingerprint {shlex.quote(str(run))})"
+    )
+
+
+def checkpoint_files(run: Path) -> list[Path]:
+    """Returns a run's best.pt and last.pt, those that there are, or the one checkpoint that `run` is.
+
+    Raises:
+        UserError: there is none.
+    """
+    if run.is_file():
+        return [run]
+    found = [path for name in CHECKPOINTS if (path := run / "weights" / name).is_file()]
+    if not found:
+        raise UserError(f"{run}: is no training run: neither weights/best.pt nor weights/last.pt is in it.")
+    return found
+
+
+def weights_part(name: str, checkpoint: Mapping[str, Any]) -> Part:
+    """Returns the digest of a checkpoint's tensors: the model's, and the EMA's where a run is not finished."""
+    states = {key: checkpoint[key] for key in ("model", "ema") if checkpoint[key] is not None}
+    tensors = {f"{key}.{item}": tensor for key, state in states.items() for item, tensor in state.items()}
+    kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    finished = "" if checkpoint["epoch"] == -1 else f", epoch {checkpoint['epoch']} of an unfinished run"
+    return Part(name, tensors_digest(tensors), f"{len(tensors)} tensors of {', '.join(kinds)}{finished}")
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns a digest of names, types, shapes and values, whatever their order, memory format and device."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """Returns a tensor's values in row-major order as uint8 (n,)."""
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def data_parts(data: str | Path, images: bool) -> list[Part]:
+    """Returns the digests of a data set's labels and, where asked for, of its image files."""
+    names = ["labels", "images"][: 1 + images]
+    try:
+        found = read_data(data)
+        parts = [labels_part(found)]
+        return [*parts, images_part(found.tables)] if images else parts
+    except UserError as error:
+        return [Part(name, None, f"not to be had: {error}") for name in names]
+
+
+def read_data(data: str | Path) -> Data:
+    """Reads the labels of a data set that is on this machine; nothing is downloaded.
+
+    Raises:
+        UserError: it is not here, or not in order.
+    """
+    from utils.dataloaders.config import load_spec
+    from utils.dataloaders.labels import load_labels
+
+    if not data:
+        raise UserError("the checkpoint names no data set: give --data.")
+    spec = load_spec(data, need=SPLITS, download=False)
+    tables = {}
+    for split in SPLITS:
+        tables[split] = load_labels(getattr(spec, split), prefix=f"{split}: ", kpt_shape=spec.kpt_shape)
+    return Data(spec, tables)
+
+
+def labels_part(data: Data) -> Part:
+    """Returns the digest of a data set's labels as training sees them.
+
+    That is: class names; each image's path below the data set's folder (its bare name where it lies elsewhere), in
+    order, with its width and height; boxes and polygons, rounded to float32.
+    """
+    digest = hashlib.sha256(json.dumps(list(data.spec.names.items())).encode())
+    for split, table in data.tables.items():
+        digest.update(json.dumps([split, [_name_below(path, data.spec.root) for path in table.image_paths]]).encode())
+        for array in (table.sizes_wh, table.offsets, table.rows, table.seg_offsets, table.seg_points):
+            digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    counts = (f"{split}: {len(table)} images, {len(table.rows)} labels" for split, table in data.tables.items())
+    return Part("labels", digest.hexdigest(), "; ".join(counts))
+
+
+def dataset_record(spec: DataSpec, tables: Mapping[str, LabelTable]) -> dict[str, torch.Tensor]:
+    """Returns what a checkpoint keeps of its data, by which a resumed run notices that it has changed.
+
+    By split, int64 (N, 2), a row for each image: a hash of its path below the data set's folder, and one of its width
+    and height, boxes and polygons. So the data may move as a whole, and pixels are not looked at.
+    """
+    import numpy as np
+    import torch
+
+    def hashed(*parts: bytes) -> bytes:
+        return hashlib.blake2b(b"".join(parts), digest_size=8).digest()
+
+    folder = os.path.join(spec.root, "")
+    record = {}
+    for split, table in tables.items():
+        sizes, labels, points = (array.tobytes() for array in (table.sizes_wh, table.rows, table.seg_points))
+        first_row, first_point = table.offsets.tolist(), table.seg_offsets[table.offsets].tolist()
+        hashes = bytearray()
+        for index, path in enumerate(table.image_paths):
+            name = path.removeprefix(folder) if path.startswith(folder) else os.path.basename(path)
+            own_labels = labels[20 * first_row[index] : 20 * first_row[index + 1]]
+            own_points = points[8 * first_point[index] : 8 * first_point[index + 1]]
+            hashes += hashed(os.fsencode(name.replace(os.sep, "/")))
+            hashes += hashed(sizes[8 * index : 8 * index + 8], own_labels, own_points)
+        record[split] = torch.from_numpy(np.frombuffer(hashes, np.int64).reshape(-1, 2))
+    return record
+
+
+def dataset_changes(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> str:
+    """Returns how the images of two `dataset_record`s differ: "train: 8 removed, 1 added; val: 3 relabelled", or ""."""
+    told = []
+    for split in now:
+        old, new = before[split].tolist(), now[split].tolist()
+        old_images, new_images = (Counter(image for image, _ in rows) for rows in (old, new))
+        old_labels, new_labels = dict(old), dict(new)
+        counts = {
+            "removed": (old_images - new_images).total(),
+            "added": (new_images - old_images).total(),
+            "relabelled": sum(new_labels.get(image, labels) != labels for image, labels in old_labels.items()),
+        }
+        if any(counts.values()):
+            told.append(f"{split}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
+    return "; ".join(told)
+
+
+def _name_below(path: str, root: Path) -> str:
+    """Returns a file's path below `root` with forward slashes, or its bare name where it is not below."""
+    file = Path(path)
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+
+
+def images_part(tables: Mapping[str, LabelTable]) -> Part:
+    """Returns the digest of the bytes of all image files.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    digest = hashlib.sha256()
+    paths = [path for table in tables.values() for path in table.image_paths]
+    try:
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            for file_digest in pool.map(_file_digest, paths):
+                digest.update(file_digest)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}).") from error
+    return Part("images", digest.hexdigest(), f"{len(paths)} files")
+
+
+def _file_digest(path: str) -> bytes:
+    """Returns the SHA-256 of a file, 32 bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).digest()
+
+
+def options_part(checkpoint: Mapping[str, Any]) -> Part:
+    """Returns the digest of a run's options, hyperparameters and model YAML."""
+    options = {name: value for name, value in checkpoint["opt"].items() if name not in NOT_COUNTED}
+    content = {"options": options, "hyperparameters": checkpoint["hyp"], "model": checkpoint["yaml"]}
+    shown = " ".join(f"{name}={value}" for name, value in sorted(options.items()))
+    return Part("options", json_digest(content), shown)
+
+
+def versions_part(versions: Mapping[str, Any]) -> Part:
+    """Returns the digest of the versions, platform and threads that a run has on record."""
+    return Part("versions", json_digest(versions), ", ".join(f"{name} {value}" for name, value in versions.items()))
+
+
+def all_parts(parts: Sequence[Part]) -> Part:
+    """Returns the digest of all lines; none where one of them is missing."""
+    missing = [part.name for part in parts if part.digest is None]
+    if missing:
+        return Part("all", None, f"not to be had without {' and '.join(missing)}")
+    return Part("all", json_digest([[part.name, part.digest] for part in parts]), "all lines above")
+
+
+def json_digest(content: Any) -> str:
+    """Returns the digest of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def versions_here(device: torch.device) -> dict[str, str | int]:
+    """Returns what, beside data and options, decides the last bits of what a process computes on `device`."""
+    import cv2
+    import numpy
+    import torch
+
+    from utils.devices import cpu_has_bf16
+
+    connected = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": _version_of("torchvision"),
+        "numpy": numpy.__version__,
+        "opencv": cv2.__version__,
+        "albumentations": _version_of("albumentations"),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": torch.backends.cpu.get_cpu_capability() + (" with bf16" if cpu_has_bf16() else ""),  # see `--amp auto`
+        "threads": torch.get_num_threads(),
+        "processes": torch.distributed.get_world_size() if connected else 1,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _version_of(package: str) -> str:
+    """Returns the version of an installed package, or "none"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps what is only read again from being told again."""
+    before = LOGGER.level
+    LOGGER.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(before)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, build_parser()))
