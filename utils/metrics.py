@@ -1,10 +1,7 @@
 """YOLOv5's `utils.metrics`: the names that scripts import from there."""
 
-from functools import partial
-
 from utils.boxes import bbox_ioa, box_iou
 from utils.compat.boxes import bbox_iou, wh_iou
-from utils.compat.lookup import look_up
 from utils.compat.metrics import ConfusionMatrix, ap_per_class, compute_ap, fitness
 
 __all__ = [
@@ -17,5 +14,3 @@ __all__ = [
     "fitness",
     "wh_iou",
 ]
-
-__getattr__ = partial(look_up, __name__)

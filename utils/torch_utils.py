@@ -1,8 +1,5 @@
 """YOLOv5's `utils.torch_utils`: the names that scripts import from there."""
 
-from functools import partial
-
-from utils.compat.lookup import look_up
 from utils.compat.torch_tools import (
     EarlyStopping,
     ModelEMA,
@@ -44,5 +41,3 @@ __all__ = [
     "time_sync",
     "torch_distributed_zero_first",
 ]
-
-__getattr__ = partial(look_up, __name__)

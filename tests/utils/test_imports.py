@@ -1,4 +1,4 @@
-"""The names that other people's scripts import are there with their parameters, or say why they are not."""
+"""The names that other people's scripts import are there with their parameters."""
 
 import ast
 import importlib
@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from utils.compat.lookup import LEFT_OUT, ON_DEMAND
+from utils.compat.lookup import ON_DEMAND
 from utils.files import ROOT
 
 # module -> name -> parameters in YOLOv5 6.1's order; names alone have none, or are no functions
@@ -86,17 +86,7 @@ def test_modules_hold_no_logic(module):
     assert all(hasattr(imported, name) for name in imported.__all__)
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if f"utils.{name}" in LEFT_OUT])
-def test_names_left_out_say_why(module):
-    for name, reason in LEFT_OUT[f"utils.{module}"].items():
-        with pytest.raises(ImportError, match=re.escape(reason)):
-            getattr(importlib.import_module(f"utils.{module}"), name)
-    unknown = "xyz"
-    with pytest.raises(AttributeError, match="no attribute 'xyz'"):
-        getattr(importlib.import_module(f"utils.{module}"), unknown)
-
-
-def test_the_document_lists_what_is_there_and_what_is_not():
+def test_the_document_lists_what_is_there():
     text = (ROOT / "docs" / "imports.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (`utils\.\w+`(?:, `utils\.\w+`)*) \| (.*) \|$", text, re.M))
     documented = {}
@@ -104,9 +94,6 @@ def test_the_document_lists_what_is_there_and_what_is_not():
         documented |= dict.fromkeys(re.findall(r"utils\.(\w+)", modules), set(re.findall(r"`(\w+)`", names)))
     there = {module: set(importlib.import_module(f"utils.{module}").__all__) for module in MODULES}
     assert documented == there
-    left_out = {f"{module}.{name}": reason for module, names in LEFT_OUT.items() for name, reason in names.items()}
-    told = dict(re.findall(r"^\| `(utils\.\w+\.\w+)` \| (.*) \|$", text, re.M))
-    assert told == {name: reason for name, reason in left_out.items() if "dataloaders" not in name}
 
 
 def test_what_is_made_on_demand_is_in_star_imports():
