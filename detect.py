@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import CommandParser, ReportedError, echo_options, number, options_from, run_command
-from utils.errors import UserError, limits_explained
+from utils.errors import UserError, explain_resource_errors
 from utils.files import ROOT, increment_path, run_folder
 from utils.log import LOGGER, colorstr
 
@@ -128,7 +128,7 @@ def main(options: argparse.Namespace) -> None:
     window = _open_window(options.view_img, pipeline.source.live)
     folder = increment_path(folder, exist_ok=options.exist_ok, mkdir=True)
     try:
-        with limits_explained({"--imgsz": options.imgsz}):
+        with explain_resource_errors({"--imgsz": options.imgsz}):
             failed = write_all(pipeline, folder, options, window)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(f"Results so far are in {folder}") from interrupt
@@ -156,7 +156,7 @@ def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, win
                 height, width = result.input_hw
                 found = f"{result.summary()}, " if len(result.detections) else ""
                 took = f"Done. ({result.inference_s:.3f}s)"
-                LOGGER.info(f"{result.frame.where}: {height}x{width} {found}{took}")
+                LOGGER.info(f"{result.frame.label}: {height}x{width} {found}{took}")
                 if window and not window.show(result.path if result.frame.live else "detect.py", shown):
                     break
     finally:

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from utils.cli import CommandParser, advising, echo_options, number, options_from, run_command
-from utils.errors import MAX_IMAGE_SIDE_PX, UserError, limits_explained
+from utils.cli import CommandParser, echo_options, number, options_from, run_command, with_hint
+from utils.errors import MAX_IMAGE_SIDE_PX, UserError, explain_resource_errors
 from utils.files import ROOT, find_file, increment_path, run_folder, write_yaml
 from utils.log import LOGGER
 
@@ -97,13 +97,13 @@ def main(options: argparse.Namespace, callbacks: Any = None, given: set[str] | N
         The final `EvalResult`, or None where a callback stopped the run, and on other processes than the first.
     """
     from utils.train.callbacks import Callbacks
-    from utils.train.distributed import World, explained, joined
+    from utils.train.distributed import World, explained, process_group
     from utils.train.hyp import Hyp
     from utils.train.prepare import check_options
     from utils.train.resume import check_resume, resume_options
 
     processes = World.from_environment(options.local_rank)
-    with joined(processes) as world, explained(world, _not_begun), limits_explained(_sizes(options)):
+    with process_group(processes) as world, explained(world, _not_begun), explain_resource_errors(_sizes(options)):
         check_resume(options.resume)
         check_options(options, world)
         if options.resume:
@@ -139,7 +139,7 @@ def train(
     from utils.train.prepare import prepare_determinism
 
     world = world or ALONE
-    callbacks = callbacks if world.is_first else Callbacks()
+    callbacks = callbacks if world.is_main else Callbacks()
     with contextlib.ExitStack() as ends:
         ends.callback(callbacks.run, "teardown")
         callbacks.run("on_pretrain_routine_start")
@@ -153,13 +153,13 @@ def train(
         if options.deterministic:
             prepare_determinism(device)
         asked = options.batch_size
-        with world.first_speaks():
+        with world.rank_zero_logging():
             model, loaders = _prepare(hyp, options, device, checkpoint, world)
         if options.batch_size != asked:
             callbacks.run("on_params_update", {"batch_size": options.batch_size})
         callbacks.run("on_pretrain_routine_end")
         trainer = Trainer(model.to(device), hyp, options, loaders, device, callbacks, checkpoint, world)
-        with advising(trainer.how_to_resume), limits_explained(_sizes(options)), contextlib.closing(trainer):
+        with with_hint(trainer.how_to_resume), explain_resource_errors(_sizes(options)), contextlib.closing(trainer):
             result = trainer.train()
         if result is not None:
             LOGGER.info(fingerprint.summary(options.save_dir))
@@ -174,14 +174,14 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
     from models.load import build_for_training
     from utils.dataloaders.config import load_spec
     from utils.train import prepare as setup
-    from utils.train.resume import check_dataset, check_names, damage_told
+    from utils.train.resume import check_dataset, check_names, checkpoint_errors
 
-    with world.in_turn():  # the first may have to download
+    with world.rank_zero_first():  # the first may have to download
         spec = load_spec(options.data)
         options.data = setup.settled_data(options.data, spec)
         names = {0: "item"} if options.single_cls and spec.nc != 1 else spec.names
         if checkpoint:
-            with damage_told(options.resume):
+            with checkpoint_errors(options.resume):
                 check_names(checkpoint, names, options)
         model = build_for_training(options, names, hyp.anchors, checkpoint)
     if len(names) == 1 and hyp.label_smoothing:
@@ -191,18 +191,18 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
     if options.batch_size == -1:
         options.batch_size = setup.fitting_batch_size(model, options, device)
     tables = setup.load_tables(spec, options.single_cls, options.workers, world)
-    if world.is_first and not checkpoint:
-        setup.settle_weights(model, tables.train, hyp, options)
+    if world.is_main and not checkpoint:
+        setup.init_anchors_and_weights(model, tables.train, hyp, options)
     loaders = setup.build_loaders(tables, spec, model, hyp, options, world)
     if checkpoint:
-        if world.is_first:
-            with damage_told(options.resume):
+        if world.is_main:
+            with checkpoint_errors(options.resume):
                 check_dataset(checkpoint, loaders.dataset, options)
         return model, loaders
     folder = run_folder(options.project, options.name)
-    folder = increment_path(folder, exist_ok=options.exist_ok, mkdir=True) if world.is_first else folder
-    options.save_dir = world.text_of_first(str(folder))
-    if world.is_first:
+    folder = increment_path(folder, exist_ok=options.exist_ok, mkdir=True) if world.is_main else folder
+    options.save_dir = world.broadcast_str(str(folder))
+    if world.is_main:
         write_yaml(Path(options.save_dir) / "hyp.yaml", hyp.to_dict())
         write_yaml(Path(options.save_dir) / "opt.yaml", vars(options))
         if not options.noplots:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import CommandParser, echo_options, number, options_from, run_command
-from utils.errors import limits_explained
+from utils.errors import explain_resource_errors
 from utils.files import ROOT, run_folder
 
 if TYPE_CHECKING:
@@ -105,10 +105,10 @@ def run(
     Raises:
         UserError: an unknown option, or a mistake that it names.
     """
-    from models.inference.evaluation import Given, perform
+    from models.inference.evaluation import Overrides, run_validation
 
     parsed = options_from(build_parser(), {"data": data, "weights": weights, **options})
-    result = perform(parsed, Given(model, dataloader, save_dir, callbacks, compute_loss))
+    result = run_validation(parsed, Overrides(model, dataloader, save_dir, callbacks, compute_loss))
     return result.as_tuple(), result.maps, result.speed_ms
 
 
@@ -149,13 +149,13 @@ def save_one_json(predn: torch.Tensor, jdict: list[dict[str, Any]], path: Path, 
 
 def main(options: argparse.Namespace) -> EvalResult:
     """Validates as the parsed `options` say."""
-    from models.inference.evaluation import perform
+    from models.inference.evaluation import run_validation
 
     echo_options("val", options)
     run_folder(options.project, options.name)  # refused, if at all, before anything is opened
     sizes = {"--batch-size": options.batch_size, "--imgsz": options.imgsz, "--workers": options.workers}
-    with limits_explained(sizes):
-        return perform(options)
+    with explain_resource_errors(sizes):
+        return run_validation(options)
 
 
 if __name__ == "__main__":

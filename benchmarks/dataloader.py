@@ -69,17 +69,17 @@ def measure(folder: str, size: int, batch_size: int, repeats: int, albumentation
     from utils.dataloaders.dataset import DetectionDataset
     from utils.dataloaders.labels import scan_images
     from utils.dataloaders.paths import list_images
-    from utils.dataloaders.sampling import PartnerPlan
+    from utils.dataloaders.sampling import MosaicSampler
 
     paths = list_images([Path(folder)])
     table = scan_images(paths)
 
-    def fresh(plan: PartnerPlan | None = None) -> DetectionDataset:
+    def fresh(plan: MosaicSampler | None = None) -> DetectionDataset:
         dataset = DetectionDataset(table, size, augment=AugmentParams(**PARAMS), batch_size=batch_size, plan=plan)
         dataset.albumentations = dataset.albumentations and albumentations
         return dataset
 
-    windowed = PartnerPlan(len(table), batch_size, lanes=1, window=min(WINDOW, len(table)))
+    windowed = MosaicSampler(len(table), batch_size, lanes=1, window=min(WINDOW, len(table)))
     warm = fresh()
     epoch_ms(warm, 0)
     decode_four_ms(paths)  # brings the files into the system's memory

@@ -2,7 +2,7 @@
 
 Writes tiny JPEGs of varied content with label files, a few of them cut short, then measures in processes of their own:
 the first scan; the second start, from the label cache; and epochs of the training loader, with mosaics and without.
-A worker that makes mosaics keeps decoded images up to a bound (`PartnerPlan.recent_bytes`), so its memory grows to
+A worker that makes mosaics keeps decoded images up to a bound (`MosaicSampler.recent_bytes`), so its memory grows to
 that bound before it is flat; without mosaics it must be flat from the second epoch on. Needs Linux (see `usage.py`).
 
     python benchmarks/many_images.py --folder /dev/shm

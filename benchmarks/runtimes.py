@@ -154,13 +154,13 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from models.inference.evaluation import check_classes, make_loader, open_subject
+    from models.inference.evaluation import check_classes, make_loader, open_eval_model
     from utils.dataloaders.config import load_spec
     from utils.eval.evaluate import evaluate
 
     spec = load_spec(args.data, need=("val",))
     dtype = torch.bfloat16 if row.half else torch.float32
-    subject = open_subject(path, "cpu", dtype, dnn=row.dnn)
+    subject = open_eval_model(path, "cpu", dtype, dnn=row.dnn)
     check_classes(subject, spec)
     shape = args.imgsz if row.dynamic else (args.imgsz, args.imgsz)
     model = subject.build()

@@ -288,14 +288,14 @@ class _CallLimit(TorchFunctionMode):
 
 
 @contextmanager
-def outlining() -> Iterator[None]:
+def on_meta_device() -> Iterator[None]:
     """Lets layers be made and run without memory and work; torch's generators stay as they are."""
     with torch.device("meta"), _CallLimit():
         yield
 
 
 def run_hollow(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Calls a model that was made in `outlining`, on the CPU: each of its tensors stands for one number, repeated."""
+    """Calls a model made in `on_meta_device`, on the CPU: each of its tensors stands for one number, repeated."""
     tensors = chain(model.named_parameters(), model.named_buffers())
     with torch.device("cpu"):
         zero = torch.zeros(())

@@ -115,7 +115,7 @@ def rewrite(model: nn.Module) -> InferenceModel:
     _fold_loose_norms(trunk)
     ShapeProp(trunk).propagate(next(folded.parameters()).new_zeros(1, folded.yaml["ch"], _PROBE_PX, _PROBE_PX))
     _fold_shuffles(trunk)
-    _enlarge_late(trunk)
+    _move_pointwise_before_upsample(trunk)
     trunk.graph.eliminate_dead_code()
     trunk.delete_all_unused_submodules()
     recompile(trunk)
@@ -192,7 +192,7 @@ def _fold_shuffles(trunk: fx.GraphModule) -> None:
             trunk.graph.erase_node(node)
 
 
-def _enlarge_late(trunk: fx.GraphModule) -> None:
+def _move_pointwise_before_upsample(trunk: fx.GraphModule) -> None:
     """Moves 1x1 convolutions before the upsampling that they read, alone or joined with other maps.
 
     Both are linear and neither sees the other's axes, so that they commute: W cat(up(x), y) + b = up(W_x x) + (W_y y +

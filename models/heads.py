@@ -236,7 +236,7 @@ class NMSHead(_Float32):
         found = torch.cat((found[..., :4], found[..., 4:5] * kept, found[..., 5:]), dim=2)
         score, index = torch.topk(found[..., 4], min(self.suppression.max_det, self.candidates), dim=1)
         best = _picked(found, index) * (score > 0).float().unsqueeze(2) / self.unit
-        return _lengthened(best, self.suppression.max_det - self.candidates)
+        return _zero_pad(best, self.suppression.max_det - self.candidates)
 
     def _candidates(self, rows: Tensor) -> Tensor:
         """Turns rows (b, n, 5 + nc) into candidates (b, k, 6) [x1, y1, x2, y2 in px, score or 0, class], best first."""
@@ -247,7 +247,7 @@ class NMSHead(_Float32):
         passes = passes * (sides.amin(dim=2) >= MIN_SIDE_PX).float() * (sides.amax(dim=2) <= MAX_SIDE_PX).float()
         score = (score * passes).unsqueeze(2)
         if self.decoder.row_count is None:  # small images have fewer rows
-            rows, score = _lengthened(rows, self.candidates), _lengthened(score, self.candidates)
+            rows, score = _zero_pad(rows, self.candidates), _zero_pad(score, self.candidates)
         score, index = torch.topk(score[..., 0], self.candidates, dim=1)
         rows = _picked(rows, index)
         label = (rows[..., 5:] * rows[..., 4:5]).argmax(dim=2, keepdim=True).float()  # slow, so not of all rows
@@ -292,6 +292,6 @@ def _picked(table: Tensor, index: Tensor) -> Tensor:
     return torch.gather(table, 1, index.unsqueeze(2).expand(-1, -1, table.shape[2]))
 
 
-def _lengthened(table: Tensor, count: int) -> Tensor:
+def _zero_pad(table: Tensor, count: int) -> Tensor:
     """Returns (b, n, c) with `count` rows of zeros more at the end, where it is above zero."""
     return torch.cat((table, table.new_zeros(table.shape[0], count, table.shape[2])), dim=1) if count > 0 else table

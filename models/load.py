@@ -28,7 +28,7 @@ from utils.errors import UserError, did_you_mean
 from utils.files import ROOT, find_file
 from utils.log import LOGGER
 
-# Names that original files may contain, by what stands in for them (see `stand_in_for`).
+# Names that original files may contain, by what stands in for them (see `find_stub`).
 MODULE_NAMES = re.compile(r"(models\.(common|yolo|experimental)|torch\.nn\.modules\.\w+)\.\w+")
 PATH_NAMES = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")
 NUMPY_SCALAR = re.compile(r"numpy\.(core|_core)\.multiarray\.scalar")
@@ -105,10 +105,10 @@ CONVERSIONS: dict[tuple[str, str], dict[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
-class Holder:
+class PickleStub:
     """Stands in for a pickled object: keeps its attributes, does nothing. Subclasses carry the name it was saved by."""
 
-    def __new__(cls, *_: Any) -> Holder:
+    def __new__(cls, *_: Any) -> PickleStub:
         """Takes any arguments that the pickle holds; they are of no use."""
         return object.__new__(cls)
 
@@ -118,7 +118,7 @@ class Holder:
             self.__dict__.update(state)
 
 
-class NumpyName(Holder):
+class NumpyName(PickleStub):
     """Stands in for numpy's arrays, which nothing reads, and types, of which the first argument tells the kind."""
 
     def __new__(cls, *args: Any) -> NumpyName:
@@ -139,10 +139,10 @@ def path_text(*parts: str) -> str:
     return re.sub("^//", "/", "/".join(parts))
 
 
-def stand_in_for(name: str) -> Callable[..., Any] | None:
+def find_stub(name: str) -> Callable[..., Any] | None:
     """Returns what to make in place of the pickled class or function `name`; None for one that is not allowed."""
     if MODULE_NAMES.fullmatch(name):
-        return type(name.rpartition(".")[2], (Holder,), {"__module__": name.rpartition(".")[0]})
+        return type(name.rpartition(".")[2], (PickleStub,), {"__module__": name.rpartition(".")[0]})
     if PATH_NAMES.fullmatch(name):
         return path_text
     if NUMPY_SCALAR.fullmatch(name):
@@ -348,12 +348,12 @@ def read_weights(weights: str | Path, prefer_ema: bool = True) -> Weights:
 
 def _read_original(path: Path, foreign: ForeignPickle, prefer_ema: bool) -> Weights:
     """Reads an original YOLOv5 file, whose foreign classes and functions have been listed."""
-    stand_ins = {name: stand_in_for(name) for name in foreign.names}
+    stand_ins = {name: find_stub(name) for name in foreign.names}
     refused = [name for name, stand_in in stand_ins.items() if stand_in is None]
     if refused:
         raise ForeignPickle(path, refused) from foreign
     content = read_archive(path, stand_ins)
-    if isinstance(content, Holder):  # a bare module
+    if isinstance(content, PickleStub):  # a bare module
         content = {"model": content}
     model = isinstance(content, dict) and ((content.get("ema") if prefer_ema else None) or content.get("model"))
     detect = _last_layer(model)
@@ -365,7 +365,7 @@ def _read_original(path: Path, foreign: ForeignPickle, prefer_ema: bool) -> Weig
         raise UserError(f"{path}: the YOLOv5 model in it is incomplete ({error}).") from error
 
 
-def _last_layer(model: Any) -> Holder | None:
+def _last_layer(model: Any) -> PickleStub | None:
     """Returns the Detect layer of a pickled detector, None where there is none."""
     layers = _children(_children(model).get("model"))
     last = list(layers.values())[-1] if layers else None
@@ -374,11 +374,11 @@ def _last_layer(model: Any) -> Holder | None:
 
 def _children(holder: Any) -> dict[str, Any]:
     """Returns a pickled module's children by name."""
-    children = getattr(holder, "_modules", None) if isinstance(holder, Holder) else None
+    children = getattr(holder, "_modules", None) if isinstance(holder, PickleStub) else None
     return children if isinstance(children, dict) else {}
 
 
-def _collect(path: Path, content: Mapping[str, Any], model: Holder, detect: Holder) -> Weights:
+def _collect(path: Path, content: Mapping[str, Any], model: PickleStub, detect: PickleStub) -> Weights:
     """Gathers what a pickled detector says."""
     modules = dict(_walk(model))
     state_dict, unused = _state_dict(modules)
@@ -401,7 +401,7 @@ def _collect(path: Path, content: Mapping[str, Any], model: Holder, detect: Hold
     return Weights({**_plain(model.yaml), **own}, state_dict, _names(model, nc, path), nc, stride, "yolov5", meta, path)
 
 
-def _walk(holder: Holder, prefix: str = "", depth: int = 0, found: list[int] | None = None) -> Iterator[tuple]:
+def _walk(holder: PickleStub, prefix: str = "", depth: int = 0, found: list[int] | None = None) -> Iterator[tuple]:
     """Yields (dotted path, module) for a pickled module and all below it."""
     found = [0] if found is None else found
     found[0] += 1
@@ -409,11 +409,11 @@ def _walk(holder: Holder, prefix: str = "", depth: int = 0, found: list[int] | N
         raise ValueError("it has too many modules")
     yield prefix, holder
     for name, child in _children(holder).items():
-        if isinstance(child, Holder):
+        if isinstance(child, PickleStub):
             yield from _walk(child, f"{prefix}.{name}" if prefix else name, depth + 1, found)
 
 
-def _state_dict(modules: Mapping[str, Holder]) -> tuple[dict[str, Tensor], int]:
+def _state_dict(modules: Mapping[str, PickleStub]) -> tuple[dict[str, Tensor], int]:
     """Returns the tensors of the modules by key, and how many of convolutions that are never called were left out."""
     block, child = UNUSED_CHILD
     unused = tuple(
@@ -442,7 +442,7 @@ def _float(tensor: Tensor) -> Tensor:
     return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
 
 
-def _activation(modules: Mapping[str, Holder]) -> str | dict[str, str] | None:
+def _activation(modules: Mapping[str, PickleStub]) -> str | dict[str, str] | None:
     """Returns the `activation` key that a pickled model's blocks amount to; None when all have SiLU or none.
 
     Original model YAMLs do not say it: whoever trained with another one changed the program.
@@ -465,7 +465,7 @@ def _activation(modules: Mapping[str, Holder]) -> str | dict[str, str] | None:
     return {block: own.pop() for block, own in by_block.items()}
 
 
-def _names(model: Holder, nc: int, path: Path) -> dict[int, str]:
+def _names(model: PickleStub, nc: int, path: Path) -> dict[int, str]:
     """Returns the class names that a pickled model has as a list (to 6.1) or a dict (from 6.2)."""
     names = _plain(getattr(model, "names", None)) or {}
     pairs = names.items() if isinstance(names, dict) else enumerate(names)

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import common, config, experimental  # noqa: E402
-from models.config import Totals, check_map, gather, outlining, run_hollow, strides_of  # noqa: E402
+from models.config import Totals, check_map, gather, on_meta_device, run_hollow, strides_of  # noqa: E402
 from models.deploy import fold_model  # noqa: E402
 from utils.cli import ReportedError, run_command  # noqa: E402
 from utils.devices import select_device  # noqa: E402
@@ -165,7 +165,7 @@ def find_block(name: str) -> Block:
 
 
 def is_ours(row: Any) -> bool:
-    """Tells whether a row names a block of this program or of torch, which works without values (see `outlining`)."""
+    """Tells whether a row names a block of this program or of torch, which works on the meta device."""
     block = BLOCKS.get(row[2]) if isinstance(row, list) and len(row) > 2 and isinstance(row[2], str) else None
     return block is None or block.cls.__module__.split(".")[0] in ("models", "torch")
 
@@ -272,7 +272,7 @@ class Model(nn.Module):
             self.yaml["anchors"] = round(anchors)
         self.nc = self.yaml["nc"]
         if all(map(is_ours, (*self.yaml["backbone"], *self.yaml["head"]))):
-            with outlining():
+            with on_meta_device():
                 self._build(ch)
             self.model, self.save = parse_model(self.yaml, [ch], self.yaml_file)
         else:  # blocks that a program has registered may need values, and are no stranger's

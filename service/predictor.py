@@ -69,7 +69,7 @@ class Predictor:
     @property
     def lowest_conf(self) -> float:
         """The lowest confidence that boxes can have: above 0 where the model itself drops the others."""
-        return self.backend.metadata.nms.conf_thres if self.backend.chosen else 0.0
+        return self.backend.metadata.nms.conf_thres if self.backend.has_nms else 0.0
 
     def thresholds(self, conf: float | None, iou: float | None) -> Thresholds:
         """Returns a request's thresholds, the defaults in place of None.
@@ -77,7 +77,7 @@ class Predictor:
         Raises:
             UserError: the model chooses its boxes itself and is asked to choose otherwise.
         """
-        if self.backend.chosen:
+        if self.backend.has_nms:
             inside = self.backend.metadata.nms
             if iou is not None and iou != inside.iou_thres:
                 raise UserError(f"iou {iou:g}: the suppression is inside this model, with IoU {inside.iou_thres:g}")
@@ -104,7 +104,7 @@ class Predictor:
 
     def _choose(self, rows: Any, item: Prepared) -> np.ndarray:
         """Turns one picture's rows, (1, n, 5 + nc) or chosen (1, max_det, 6), into detections of the picture."""
-        if self.backend.chosen:
+        if self.backend.has_nms:
             found = _to_numpy(rows[0])
             found = found[found[:, 4] > max(item.thresholds.conf, 0)][: self.max_det]
         else:

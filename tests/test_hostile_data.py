@@ -1,6 +1,6 @@
 """YAMLs made to run something, to put files where they do harm or to fill the memory; run names that lead elsewhere.
 
-Each is refused in one line; a canary file shows that nothing ran. More of data set YAMLs is in utils/data/test_spec.py.
+Each is refused in one line; a canary file shows that nothing ran. More of them: utils/dataloaders/test_spec.py.
 """
 
 import io

@@ -24,7 +24,7 @@ from utils.checkpoint import load_checkpoint
 from utils.dataloaders.labels import load_labels, scan_chunk
 from utils.dataloaders.paths import list_images
 from utils.errors import UserError
-from utils.process import over_processes
+from utils.process import process_map
 from utils.train.callbacks import Callbacks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,7 +266,7 @@ def test_a_scan_after_one_that_was_ended_finds_all_labels(long_scan):
     source = long_scan.with_name("train.txt")
     source.write_text("".join(source.read_text().splitlines(keepends=True)[:6000]))
     images = list_images([source])
-    parts = over_processes(scan_chunk, [images[start : start + 1000] for start in range(0, len(images), 1000)], 2)
+    parts = process_map(scan_chunk, [images[start : start + 1000] for start in range(0, len(images), 1000)], 2)
     next(parts)
     started = time.monotonic()
     parts.close()

@@ -2,7 +2,7 @@
 
 Each kind of training has an undisturbed run of its own, without worker processes and caches; what a run may have
 differently without another result is set against it. Runs in another process and resumed ones are in test_train.py,
-several processes in test_train_ddp.py, batches without a training in utils/data/test_loader.py.
+several processes in test_train_ddp.py, batches without a training in utils/dataloaders/test_loader.py.
 """
 
 import os

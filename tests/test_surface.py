@@ -321,7 +321,7 @@ class Taken(Exception):
     ("script", "entry"),
     [
         ("train", "train.main"),
-        ("val", "models.inference.evaluation.perform"),
+        ("val", "models.inference.evaluation.run_validation"),
         ("detect", "detect.main"),
         ("export", "export.export"),
     ],

@@ -13,7 +13,7 @@ import torch
 
 import val
 from models.inference import evaluation as val_tasks
-from models.inference.evaluation import held_subject, make_loader
+from models.inference.evaluation import given_eval_model, make_loader
 from models.load import load_model
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.dataloaders.config import load_spec
@@ -79,7 +79,7 @@ def model(weights):
 def batches(model, data):
     """The batches of the five pictures at 128 px."""
     spec = load_spec(str(data), need=("val",))
-    return list(make_loader(held_subject(model), spec, SIDE_PX, workers=0))
+    return list(make_loader(given_eval_model(model), spec, SIDE_PX, workers=0))
 
 
 def images_of(batches):
@@ -249,12 +249,12 @@ def test_the_data_of_the_training_that_is_gone_is_named_and_asked_for(run, more_
 
 
 def test_a_study_refuses_a_model_of_one_size_before_it_begins(run, weights, calls, monkeypatch):
-    opened = val_tasks.open_subject
+    opened = val_tasks.open_eval_model
 
-    def open_subject(files, *options):
+    def open_eval_model(files, *options):
         return replace(opened([weights], *options), shape_hw=(64, 64) if files == ["fixed.pt"] else None)
 
-    monkeypatch.setattr(val_tasks, "open_subject", open_subject)
+    monkeypatch.setattr(val_tasks, "open_eval_model", open_eval_model)
     with pytest.raises(UserError, match=r"fixed\.pt takes one: export it with --dynamic"):
         run([weights, "fixed.pt"], task="study")
     assert not calls
@@ -400,7 +400,7 @@ def test_a_held_model_takes_a_data_set_by_its_content(run, weights, model, data)
 class Stubborn:
     """A predictor of no PyTorch kind that finds nothing."""
 
-    chosen = True
+    has_nms = True
 
     def preprocess(self, images):
         return images

@@ -92,7 +92,7 @@ def _open_streams() -> None:
 
 
 @contextlib.contextmanager
-def advising(advice: Callable[[], str]) -> Iterator[None]:
+def with_hint(advice: Callable[[], str]) -> Iterator[None]:
     """Adds `advice` to what ends the body, a mistake, Ctrl-C or SIGTERM, unless it is in there already."""
     try:
         yield

@@ -97,7 +97,7 @@ def check_image_size(imgsz: int | Sequence[int], stride: int, floor: int = 0) ->
     return rounded[0] if isinstance(imgsz, int) else rounded
 
 
-class Shortage(NamedTuple):
+class ResourceError(NamedTuple):
     """A way to run out of something.
 
     Attributes:
@@ -112,24 +112,24 @@ class Shortage(NamedTuple):
 
 
 # The first that fits holds.
-SHORTAGES = (
-    Shortage(
+RESOURCE_ERRORS = (
+    ResourceError(
         re.compile(r"Bus error|out of shared memory|unable to (open|write to|resize) (file|shared memory)|/dev/shm"),
         "out of shared memory, through which a loader's processes hand over their batches",
         "give it more (docker run --shm-size 8g), or use --workers 0",
     ),
-    Shortage(
+    ResourceError(
         re.compile(r"DataLoader worker.*(killed by signal|exited unexpectedly)|^BrokenProcessPool", re.DOTALL),
         "a worker process was killed, as systems do when memory runs out",
         "use fewer --workers and no --cache ram",
     ),
-    Shortage(re.compile(r"ancdata|Too many open files"), "too many files are open", "use fewer --workers"),
-    Shortage(
+    ResourceError(re.compile(r"ancdata|Too many open files"), "too many files are open", "use fewer --workers"),
+    ResourceError(
         re.compile(r"(CUDA|HIP|MPS|CUBLAS|CUDNN|cuDNN).*(out of memory|ALLOC_FAILED)|^(Cuda)?OutOfMemoryError"),
         "out of GPU memory",
         "stop other programs that use the GPU",
     ),
-    Shortage(
+    ResourceError(
         re.compile(r"MemoryError|DefaultCPUAllocator|bad_alloc|Insufficient memory|Cannot allocate memory"),
         "out of memory",
         "stop other programs",
@@ -143,14 +143,14 @@ DISK_ERRORS = {
 _AMOUNT = re.compile(r"[Tt]r(?:ied|ying) to allocate ([\d.]+ \w+)|[Uu]nable to allocate ([\d.]+ \w+)")
 
 
-def shortage(error: BaseException) -> Shortage | None:
+def shortage(error: BaseException) -> ResourceError | None:
     """Returns what has run out, or None where the error is of another kind."""
     words = f"{type(error).__name__}: {error}"
-    return next((kind for kind in SHORTAGES if kind.signs.search(words)), None)
+    return next((kind for kind in RESOURCE_ERRORS if kind.signs.search(words)), None)
 
 
 @contextlib.contextmanager
-def limits_explained(sizes: Mapping[str, Any]) -> Iterator[None]:
+def explain_resource_errors(sizes: Mapping[str, Any]) -> Iterator[None]:
     """Turns running out of something, inside, or a disk that fails, into a message.
 
     Args:
@@ -169,7 +169,7 @@ def limits_explained(sizes: Mapping[str, Any]) -> Iterator[None]:
         interrupt = _interrupt_before(error)
         if interrupt:  # what breaks while it is being answered, workers that a cluster ends too, is no news
             raise interrupt from error
-        message = in_words(error, sizes)
+        message = explain_error(error, sizes)
         if message is None:
             raise
         raise UserError(message) from error
@@ -184,8 +184,8 @@ def _interrupt_before(error: BaseException | None) -> KeyboardInterrupt | None:
     return None
 
 
-def in_words(error: Exception, sizes: Mapping[str, Any]) -> str | None:
-    """Returns what to tell of an error, or None where it is of another kind; see `limits_explained`."""
+def explain_error(error: Exception, sizes: Mapping[str, Any]) -> str | None:
+    """Returns what to tell of an error, or None where it is of another kind; see `explain_resource_errors`."""
     kind = shortage(error)
     if kind:
         here = ", ".join(f"{name} {_shown(value)}" for name, value in sizes.items() if value is not None)

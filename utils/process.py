@@ -165,7 +165,7 @@ def sigterm_raised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Lets signals that raise wait until the body is done, where it would swallow what they raise.
 
     Forking does, for Python ignores exceptions in its preparations; and so does the end of torch's workers, in a
@@ -208,7 +208,7 @@ Part = TypeVar("Part")
 _over: Any = None  # in a worker: not 0 once the results are not wanted any more
 
 
-def over_processes(
+def process_map(
     task: Callable[[Iterable[str]], Part],
     chunks: Sequence[Sequence[str]],
     workers: int,
@@ -232,7 +232,7 @@ def over_processes(
     over = context.RawValue("b", 0)  # without a lock, which a process that is killed would keep
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(over,)) as pool:
         try:
-            with signals_held_back():  # it starts processes
+            with defer_signals():  # it starts processes
                 parts = [pool.submit(_do_while_wanted, task, chunk) for chunk in chunks][::-1]
             while parts:
                 yield parts.pop().result()

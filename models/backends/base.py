@@ -53,7 +53,7 @@ class Backend(ABC):
         return self.metadata.stride
 
     @property
-    def chosen(self) -> bool:
+    def has_nms(self) -> bool:
         """Whether `infer` returns detections that were chosen inside the model, not raw rows."""
         return self.metadata.nms is not None
 
@@ -71,7 +71,7 @@ class Backend(ABC):
             augment: look at every image in several sizes, mirrored too, and return the rows of all (`models.yolo`).
 
         Returns:
-            Rows (b, n, 5 + nc) [x, y, w, h in px, objectness, class probabilities]; where `chosen`, detections
+            Rows (b, n, 5 + nc) [x, y, w, h in px, objectness, class probabilities]; where `has_nms`, detections
             (b, max_det, 6) [x1, y1, x2, y2 in px, confidence, class], most confident first, filled up with zeros.
             Float32; the next call may write over them.
 

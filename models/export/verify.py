@@ -21,7 +21,7 @@ from models.backends import Backend, load_backend
 from models.backends.metadata import Suppression
 from models.export.formats import Tolerance
 from models.export.job import ExportJob
-from models.inference.evaluation import check_classes, image_shape, make_loader, open_subject
+from models.inference.evaluation import check_classes, image_shape, make_loader, open_eval_model
 from utils.boxes import box_iou, xywh2xyxy
 from utils.dataloaders.config import load_spec
 from utils.errors import UserError
@@ -121,10 +121,10 @@ def check_parity(job: ExportJob, path: Path, pictures: Sequence[np.ndarray], tol
         rows = run_checkpoint(job, images)
         output = np.asarray(torch.as_tensor(backend.predict(images)).float().cpu())
         parity.images += len(images)
-        if not backend.chosen:
+        if not backend.has_nms:
             _compare_rows(parity, rows, output, tolerance)
         if not parity.broken:
-            found = output if backend.chosen else non_max_suppression(output, **_limits(DEFAULT_NMS))
+            found = output if backend.has_nms else non_max_suppression(output, **_limits(DEFAULT_NMS))
             _compare_detections(parity, job, rows, found, min(tolerance.score, MAX_MARGIN))
     return parity
 
@@ -306,7 +306,7 @@ def compare_map(
         UserError: a file, the data set or the device is not there, or the classes are not the data set's.
     """
     spec = load_spec(data, need=("val",), download=False)
-    subjects = [open_subject(weights, device), open_subject(exported, device)]
+    subjects = [open_eval_model(weights, device), open_eval_model(exported, device)]
     for subject in subjects:
         check_classes(subject, spec)
     export = subjects[1]
@@ -324,7 +324,7 @@ def compare_map(
 class _Choosing:
     """A checkpoint as a predictor that chooses its detections as an export with NMS inside does."""
 
-    chosen = True
+    has_nms = True
 
     def __init__(self, backend: Backend, suppression: Suppression) -> None:
         self._backend, self._suppression = backend, suppression

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from models.backends.base import require
 from models.experimental import Ensemble
 from models.inference.multibackend import DetectMultiBackend, predict
-from models.inference.predictor import Limits, in_words
+from models.inference.predictor import Limits, class_summary
 from models.yolo import Model, profile_layers
 from utils.boxes import scale_boxes, xyxy2xywh
 from utils.devices import resolve_amp
@@ -199,7 +199,7 @@ class AutoShape(nn.Module):
 
     def _suppressed(self, output: Tensor) -> list[Tensor]:
         """Returns the detections (k, 6) of each image, in px of the model's input."""
-        if self.dmb and self.model.chosen:
+        if self.dmb and self.model.has_nms:
             limits = Limits(self.conf, self.iou, self.classes, self.agnostic, self.max_det)
             return [torch.from_numpy(limits.narrow(found)) for found in output]
         return non_max_suppression(
@@ -491,7 +491,7 @@ class Detections:
     def _line(self, number: int) -> str:
         """Returns `image 1/2: 720x1280 2 persons, 1 tie` of one picture."""
         height, width = self._given[number].shape[:2]
-        found = in_words(self.pred[number][:, 5].int().tolist(), self.names)
+        found = class_summary(self.pred[number][:, 5].int().tolist(), self.names)
         return f"image {number + 1}/{self.n}: {height}x{width} {found or '(no detections)'}"
 
     def _speed(self) -> str:

@@ -53,7 +53,7 @@ Shape = int | tuple[int, int]  # the long side of rectangles, or height and widt
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalModel:
     """A model to be evaluated, as far as its data depend on it.
 
     Attributes:
@@ -79,12 +79,12 @@ class Subject:
     build: Callable[[], Any]
 
 
-def open_subject(
+def open_eval_model(
     weights: str | Path | Sequence[str | Path],
     device: str = "",
     dtype: torch.dtype = torch.float32,
     dnn: bool = False,
-) -> Subject:
+) -> EvalModel:
     """Opens a checkpoint or an export; or several checkpoints, as one model.
 
     Args:
@@ -109,7 +109,7 @@ def open_subject(
     check_members(paths, [content.names for content in contents])
     first = contents[0]
     trained_px = (first.meta.get("opt") or {}).get("imgsz")
-    return Subject(
+    return EvalModel(
         paths[0],
         first.names,
         named=True,
@@ -122,7 +122,7 @@ def open_subject(
     )
 
 
-def held_subject(model: Any) -> Subject:
+def given_eval_model(model: Any) -> EvalModel:
     """Describes a model that is in memory already.
 
     Args:
@@ -131,7 +131,7 @@ def held_subject(model: Any) -> Subject:
     names = getattr(model, "names", {})
     stride = getattr(model, "stride", MIN_GRID_STRIDE)
     said = getattr(model, "metadata", None)  # of a runtime
-    return Subject(
+    return EvalModel(
         Path("model"),
         dict(names) if isinstance(names, Mapping) else dict(enumerate(names)),
         named=True,
@@ -154,7 +154,7 @@ def check_half(dtype: torch.dtype, device: torch.device) -> None:
         raise UserError(f"--half (float16) needs a CUDA GPU, this is {device.type}: use --bf16, or neither.")
 
 
-def _open_export(weights: str | Path, device: str, dtype: torch.dtype, dnn: bool) -> Subject:
+def _open_export(weights: str | Path, device: str, dtype: torch.dtype, dnn: bool) -> EvalModel:
     """Loads an exported model at once: only then is known what it takes."""
     if dtype in REDUCED and runtime_of(weights) != "openvino":
         raise UserError(
@@ -165,7 +165,7 @@ def _open_export(weights: str | Path, device: str, dtype: torch.dtype, dnn: bool
     said = backend.metadata
     if not backend.dynamic:
         backend.warm_up(*said.shape_hw)
-    return Subject(
+    return EvalModel(
         Path(weights),
         said.names,
         named=said.names != {number: f"class{number}" for number in range(len(said.names))},
@@ -190,7 +190,7 @@ def _build(contents: Sequence[Weights], paths: Sequence[Path], device: torch.dev
     return members[0] if len(members) == 1 else ensemble_of(paths, members)
 
 
-def image_shape(subject: Subject, imgsz: int | Sequence[int] | None) -> Shape:
+def image_shape(subject: EvalModel, imgsz: int | Sequence[int] | None) -> Shape:
     """Returns how images are to be brought to size: rectangles of a long side, or all padded to one height and width.
 
     Args:
@@ -219,7 +219,7 @@ def image_shape(subject: Subject, imgsz: int | Sequence[int] | None) -> Shape:
     return checked if isinstance(checked, int) else tuple(checked)
 
 
-def check_classes(subject: Subject, spec: DataSpec, single_cls: bool = False) -> None:
+def check_classes(subject: EvalModel, spec: DataSpec, single_cls: bool = False) -> None:
     """Makes sure that model and data set speak of the same classes.
 
     Raises:
@@ -244,7 +244,7 @@ def check_classes(subject: Subject, spec: DataSpec, single_cls: bool = False) ->
 
 
 def make_loader(
-    subject: Subject,
+    subject: EvalModel,
     spec: DataSpec,
     shape: Shape,
     *,
@@ -287,7 +287,7 @@ class TiledPredictor:
     Its `infer` does all the work, suppression included; so the times of an evaluation show it under inference.
     """
 
-    chosen = True
+    has_nms = True
 
     def __init__(
         self,
@@ -358,7 +358,7 @@ class TiledPredictor:
         """Returns for each view its detections (k, 6) in px of the letterboxed window."""
         images = np.stack([view.image for view in batch])
         output: Any = self._predictor.infer(self._predictor.preprocess(images))
-        if self._predictor.chosen:
+        if self._predictor.has_nms:
             return [rows[rows[:, 4] > self._conf_thres][: self._max_det] for rows in np.asarray(output)]
         if isinstance(output, np.ndarray):  # suppressing many candidates is faster by far in torch
             output = torch.from_numpy(np.require(output, requirements="W"))
@@ -413,7 +413,7 @@ PASSED_ON = "conf_thres iou_thres max_det single_cls verbose plots save_txt save
 
 
 @dataclass(frozen=True)
-class Given:
+class Overrides:
     """What a script made itself, in place of what the options name; None for what it leaves to them.
 
     Attributes:
@@ -430,10 +430,10 @@ class Given:
     compute_loss: Callable[..., Any] | None = None
 
 
-NOTHING = Given()
+NOTHING = Overrides()
 
 
-def perform(options: Namespace, given: Given = NOTHING) -> EvalResult:
+def run_validation(options: Namespace, given: Overrides = NOTHING) -> EvalResult:
     """Does the task that val.py's options name; returns the last evaluation's result.
 
     Raises:
@@ -456,10 +456,10 @@ def perform(options: Namespace, given: Given = NOTHING) -> EvalResult:
         return validate(options, _open(options, _files(options), precision(options)), given)
     if options.weights:
         raise UserError("val.run: give weights or a model, not both.")
-    return validate(options, held_subject(given.model), given)
+    return validate(options, given_eval_model(given.model), given)
 
 
-def validate(options: Namespace, subject: Subject, given: Given = NOTHING) -> EvalResult:
+def validate(options: Namespace, subject: EvalModel, given: Overrides = NOTHING) -> EvalResult:
     """Evaluates a model on a split of a data set, and writes what is asked for."""
     _check_combination(options, subject, given)
     _warn_of_inner_nms(subject, options)
@@ -534,7 +534,7 @@ def study(options: Namespace) -> EvalResult:
 
 
 def _results_by_size(
-    options: Namespace, file: str | Path, subject: Subject, sizes_px: Sequence[int]
+    options: Namespace, file: str | Path, subject: EvalModel, sizes_px: Sequence[int]
 ) -> list[EvalResult]:
     """Evaluates a model, built once, at each size."""
     built = replace(subject, build=partial(_same, subject.build()))
@@ -564,7 +564,7 @@ def precision(options: Namespace) -> torch.dtype:
     return torch.float16 if options.half else torch.bfloat16 if options.bf16 else torch.float32
 
 
-def training_data(subject: Subject) -> str:
+def training_data(subject: EvalModel) -> str:
     """Returns the data set YAML that a model was trained on.
 
     Raises:
@@ -584,15 +584,15 @@ def _files(options: Namespace) -> list[str | Path]:
     return ([weights] if isinstance(weights, (str, Path)) else list(weights)) if weights else [newest_weights(ROOT)]
 
 
-def _open(options: Namespace, files: Sequence[str | Path], dtype: torch.dtype) -> Subject:
+def _open(options: Namespace, files: Sequence[str | Path], dtype: torch.dtype) -> EvalModel:
     """Opens one model, or the ensemble of several."""
     files = weight_files(files)
     if options.augment and (options.dnn or runtime_of(files[0]) != "pytorch"):
         raise UserError(AUGMENT_NEEDS_CHECKPOINT)
-    return open_subject(files, options.device, dtype, options.dnn)
+    return open_eval_model(files, options.device, dtype, options.dnn)
 
 
-def _open_each(options: Namespace) -> list[tuple[str | Path, Subject]]:
+def _open_each(options: Namespace) -> list[tuple[str | Path, EvalModel]]:
     """Opens each model on its own, before the first is evaluated: checkpoints in float16 where the device has it."""
     opened = []
     for file in _files(options):
@@ -610,14 +610,14 @@ def _same(model: Any) -> Any:
     return model
 
 
-def _check_combination(options: Namespace, subject: Subject, given: Given) -> None:
+def _check_combination(options: Namespace, subject: EvalModel, given: Overrides) -> None:
     """Makes sure that options and what a script brings go together.
 
     Raises:
         UserError: they do not.
     """
     module = isinstance(given.model, nn.Module)
-    if options.save_hybrid and (options.tile or subject.nms or getattr(given.model, "chosen", False)):
+    if options.save_hybrid and (options.tile or subject.nms or getattr(given.model, "has_nms", False)):
         where = "--tile" if options.tile else f"NMS inside {subject.path}"
         raise UserError(f"--save-hybrid puts labels among the rows of whole pictures, which {where} does not leave.")
     if options.tile and given.loader is not None:
@@ -628,7 +628,7 @@ def _check_combination(options: Namespace, subject: Subject, given: Given) -> No
         raise UserError("--half and --bf16 are for files and PyTorch modules: this model computes as it was made.")
 
 
-def _warn_of_inner_nms(subject: Subject, options: Namespace) -> None:
+def _warn_of_inner_nms(subject: EvalModel, options: Namespace) -> None:
     """Says what NMS inside the model does to the figures."""
     inside = subject.nms
     if inside is None:
@@ -645,7 +645,7 @@ def _warn_of_inner_nms(subject: Subject, options: Namespace) -> None:
     )
 
 
-def _data(options: Namespace, subject: Subject, given: Given, split: str) -> DataSpec | None:
+def _data(options: Namespace, subject: EvalModel, given: Overrides, split: str) -> DataSpec | None:
     """Reads the data set's description; None where neither batches nor names are wanted of it."""
     if given.loader is not None and not options.data:
         if not subject.names:
@@ -658,7 +658,7 @@ def _data(options: Namespace, subject: Subject, given: Given, split: str) -> Dat
     return spec
 
 
-def _start_loader(options: Namespace, subject: Subject, spec: DataSpec, shape: Shape, split: str) -> DetectionLoader:
+def _start_loader(options: Namespace, subject: EvalModel, spec: DataSpec, shape: Shape, split: str) -> DetectionLoader:
     """Makes the loader of a split, or with `--tile` of its whole pictures, and lets it begin."""
     wanted = {"task": split, "workers": options.workers, "single_cls": options.single_cls, "need_labels": False}
     if options.tile:
@@ -679,7 +679,7 @@ def _device_of(model: nn.Module | Predictor) -> torch.device:
 
 @contextmanager
 def _predictor(
-    model: nn.Module | Predictor, device: torch.device, options: Namespace, subject: Subject, shape: Shape | None
+    model: nn.Module | Predictor, device: torch.device, options: Namespace, subject: EvalModel, shape: Shape | None
 ) -> Iterator[Predictor]:
     """Makes a model a predictor that looks at images as the options say."""
     with ExitStack() as stack:
@@ -702,7 +702,7 @@ def _is_coco(data: Any) -> bool:
     return isinstance(data, (str, Path)) and Path(data).name == "coco.yaml"
 
 
-def _run_folder(options: Namespace, given: Given, save_json: bool) -> Path | None:
+def _run_folder(options: Namespace, given: Overrides, save_json: bool) -> Path | None:
     """Makes the folder of the run; in a series only where something is to be written to it."""
     if given.save_dir is not None:
         folder = Path(given.save_dir)

@@ -73,7 +73,7 @@ class DetectMultiBackend(nn.Module):
         stride: what sides of images must be multiples of, px.
         fixed_hw: height and width of the only images that it takes, px; None where it takes any.
         batch_size: images at a time that it was made for; any other number will do as well.
-        chosen: whether it chooses detections itself (`export.py --nms`).
+        has_nms: whether it chooses detections itself (`export.py --nms`).
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class DetectMultiBackend(nn.Module):
         elif fp16:
             LOGGER.warning(f"WARNING: fp16 needs a CUDA device; computing in float32 on {place.type}.")
         self.names, self.stride = dict(self.model.names), grid_stride(self.model.stride)
-        self.fixed_hw, self.batch_size, self.chosen = None, 1, False
+        self.fixed_hw, self.batch_size, self.has_nms = None, 1, False
 
     def _load_export(self, weights: str | Path, device: str | torch.device | None, fp16: bool) -> None:
         """Loads an exported model on its runtime."""
@@ -141,7 +141,7 @@ class DetectMultiBackend(nn.Module):
         metadata = self.backend.metadata
         self.names, self.stride = dict(metadata.names), self.backend.stride
         self.fixed_hw = None if self.backend.dynamic else tuple(metadata.shape_hw)
-        self.batch_size, self.chosen = metadata.batch, self.backend.chosen
+        self.batch_size, self.has_nms = metadata.batch, self.backend.has_nms
 
     @property
     def device(self) -> torch.device:
@@ -175,7 +175,7 @@ class DetectMultiBackend(nn.Module):
             val: return the logits too.
 
         Returns:
-            Rows (b, n, 5 + nc) [x, y, w, h in px, objectness, class probabilities]; where `chosen`, detections
+            Rows (b, n, 5 + nc) [x, y, w, h in px, objectness, class probabilities]; where `has_nms`, detections
             (b, max_det, 6) [x1, y1, x2, y2 in px, confidence, class], filled up with zeros. Float32, on the image's
             device. With `val` a tuple of them and the logits of each level, which only checkpoints give, else [].
 

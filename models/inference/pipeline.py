@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models.backends import load_backend, runtime_of
-from models.inference.predictor import Detector, WindowBatch, in_words, shape_for
+from models.inference.predictor import Detector, WindowBatch, class_summary, shape_for
 from utils.cli import newest_weights
 from utils.dataloaders.config import load_spec
 from utils.errors import UserError
@@ -87,7 +87,7 @@ class Result(NamedTuple):
 
     def summary(self) -> str:
         """Returns `2 persons, 1 tie` in the order of the classes; empty for none."""
-        return in_words(self.classes.tolist(), self.names)
+        return class_summary(self.classes.tolist(), self.names)
 
 
 class Pipeline:
@@ -161,7 +161,7 @@ class Pipeline:
             if frame.image is None and frame.live:  # its source has said so
                 self.ended.append(f"{frame.path}: {frame.error}")
             elif frame.image is None:
-                self.damaged.append(f"{frame.where}: {frame.error}")
+                self.damaged.append(f"{frame.label}: {frame.error}")
                 LOGGER.warning(f"WARNING: {self.damaged[-1]}; skipped")
         good = [frame for frame in frames if frame.image is not None]
         if not good:
@@ -237,7 +237,7 @@ def _open_detector(options: Namespace) -> tuple[Detector, dict[int, str]]:
         raise UserError(f"--classes {unknown[0]}: the model has the classes 0 to {max(names)}.")
     limits = {name: getattr(options, name) for name in ("conf_thres", "iou_thres", "max_det", "classes", "augment")}
     if options.track:  # weak detections prolong tracks, as far as the model itself lets them through
-        weakest = max(WEAKEST, backend.metadata.nms.conf_thres) if backend.chosen else WEAKEST
+        weakest = max(WEAKEST, backend.metadata.nms.conf_thres) if backend.has_nms else WEAKEST
         limits["conf_thres"] = min(options.conf_thres, weakest)
     tiling = Tiling(options.tile, options.tile_overlap) if options.tile else None
     shape_hw = shape_for(backend, options.imgsz, DEFAULT_PX)

@@ -96,7 +96,7 @@ class Detector:
         self.last_s = dict.fromkeys(STAGES, 0.0)
         self._backend, self._shape_hw, self._augment, self._tiling = backend, shape_hw, augment, tiling
         self._limits = Limits(conf_thres, iou_thres, classes, agnostic, max_det)
-        if backend.chosen:
+        if backend.has_nms:
             _tell_what_is_fixed(self._limits, backend.metadata.nms)
         self._total_s, self._seen = dict.fromkeys(STAGES, 0.0), 0
         backend.warm_up(*shape_hw)
@@ -170,7 +170,7 @@ class Detector:
         rows = self._backend.infer(inputs, visualize and _per_picture(visualize, batch.pictures), self._augment)
         clock.append(self._now())
         limits = self._limits
-        found = [limits.narrow(one) for one in rows] if self._backend.chosen else limits.suppress(rows)
+        found = [limits.narrow(one) for one in rows] if self._backend.has_nms else limits.suppress(rows)
         clock.append(self._now())
         for stage, start, end in zip(STAGES, clock, clock[1:], strict=False):
             self.last_s[stage] += end - start
@@ -222,7 +222,7 @@ def _per_picture(hook: PictureHook, pictures: Sequence[int]) -> LayerHook:
     return show
 
 
-def in_words(classes: Sequence[int], names: Mapping[int, str]) -> str:
+def class_summary(classes: Sequence[int], names: Mapping[int, str]) -> str:
     """Returns `2 persons, 1 tie` for the classes that were found, in their order; empty for none."""
     counts = [(classes.count(class_id), class_name(names, class_id)) for class_id in sorted(set(classes))]
     return ", ".join(f"{count} {name}{'s' * (count > 1 and name.isascii())}" for count, name in counts)

@@ -15,7 +15,7 @@ from torch import nn
 
 from models import config, load, yolo
 from models.common import C3, Conv
-from models.load import Weights, load_model, model_from, read_weights, stand_in_for, transfer
+from models.load import Weights, find_stub, load_model, model_from, read_weights, transfer
 from models.yolo import BLOCKS, Model, register_block
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
@@ -341,10 +341,10 @@ def test_numpy_numbers_and_paths_are_read_as_plain_data(tmp_path):
     ],
 )
 def test_names_of_original_files_are_allowed_and_none_is_the_thing_itself(name):
-    stand_in = stand_in_for(name)
+    stand_in = find_stub(name)
     assert stand_in is not None
     assert stand_in.__module__.split(".")[0] == name.split(".")[0] or stand_in.__module__ == "models.load"
-    assert not isinstance(stand_in, type) or issubclass(stand_in, load.Holder)
+    assert not isinstance(stand_in, type) or issubclass(stand_in, load.PickleStub)
 
 
 @pytest.mark.parametrize(
@@ -357,14 +357,14 @@ def test_names_of_original_files_are_allowed_and_none_is_the_thing_itself(name):
     ],
 )
 def test_other_names_are_not(name):
-    assert stand_in_for(name) is None
+    assert find_stub(name) is None
 
 
 def test_of_all_that_a_process_has_loaded_these_modules_alone_are_allowed():
     """Whatever widens the list shows here, if anything that Python, torch or this program has falls under it."""
     loaded = [(name, module) for name, module in list(sys.modules.items()) if module is not None]
     names = {f"{name}.{item}" for name, module in loaded for item in list(vars(module))}
-    allowed = {name for name in names if stand_in_for(name) is not None}
+    allowed = {name for name in names if find_stub(name) is not None}
     modules = {name.rpartition(".")[0] for name in allowed}
     of_torch = {module for module in modules if module.startswith("torch.nn.modules.")}
     ours = {"models.common", "models.yolo", "models.experimental"}

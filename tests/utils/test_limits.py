@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.errors import UserError, limits_explained, memory_left
+from utils.errors import UserError, explain_resource_errors, memory_left
 
 SIZES = {"--batch-size": 16, "--imgsz": [640, 480], "--workers": 8}
 GPU = (
@@ -49,7 +49,7 @@ TOLD = {
 
 @pytest.mark.parametrize(("error", "message"), TOLD.values(), ids=TOLD)
 def test_shortages_are_told_in_one_line(error, message):
-    with pytest.raises(UserError, match=message) as told, limits_explained(SIZES):
+    with pytest.raises(UserError, match=message) as told, explain_resource_errors(SIZES):
         raise error
     assert "\n" not in str(told.value)
 
@@ -64,7 +64,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("error", [*OTHERS, UserError("out of memory"), KeyboardInterrupt("MemoryError")], ids=repr)
 def test_everything_else_keeps_its_form(error):
-    with pytest.raises(type(error)) as kept, limits_explained(SIZES):
+    with pytest.raises(type(error)) as kept, explain_resource_errors(SIZES):
         raise error
     assert kept.value is error
 
@@ -73,12 +73,12 @@ def test_numpy_really_running_out_is_told():
     with pytest.raises(
         UserError, match=r"out of memory \(8.00 EiB more were asked for\), with --imgsz 64\. Lower --imgsz"
     ):
-        with limits_explained({"--imgsz": 64, "--batch-size": None}):
+        with explain_resource_errors({"--imgsz": 64, "--batch-size": None}):
             np.empty((2**60 - 1,), np.float64)
 
 
 def test_an_interrupt_goes_before_what_breaks_while_it_is_answered():
-    with pytest.raises(KeyboardInterrupt, match="^first$"), limits_explained(SIZES):
+    with pytest.raises(KeyboardInterrupt, match="^first$"), explain_resource_errors(SIZES):
         try:
             raise KeyboardInterrupt("first")
         finally:

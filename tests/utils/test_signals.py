@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from utils.process import SigtermAnswer, Terminated, leave_signals_to_parent, signals_held_back, sigterm_raised
+from utils.process import SigtermAnswer, Terminated, defer_signals, leave_signals_to_parent, sigterm_raised
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import argparse, os, signal, sys, time
-from utils.cli import advising, run_command
+from utils.cli import with_hint, run_command
 def main(options):
-    with advising(lambda: "Resume with --resume."):
+    with with_hint(lambda: "Resume with --resume."):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
@@ -66,7 +66,7 @@ def test_held_back_signals_come_at_the_end_even_if_another_thread_gets_them(numb
     other = threading.Thread(target=stop.wait)
     other.start()
     try:
-        with sigterm_raised(), pytest.raises(raised), signals_held_back():
+        with sigterm_raised(), pytest.raises(raised), defer_signals():
             os.kill(os.getpid(), number)
             steps.append("done")
     finally:
@@ -79,7 +79,7 @@ def test_outside_the_main_thread_nothing_is_changed():
     seen = []
 
     def body():
-        with sigterm_raised(), signals_held_back():
+        with sigterm_raised(), defer_signals():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=body)

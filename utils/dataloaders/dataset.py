@@ -27,7 +27,7 @@ from utils.augmentations.warp import Objects, draw_warp, draw_warped, warp_objec
 from utils.boxes import clip_boxes, xywh2xyxy, xyxy2xywh
 from utils.dataloaders.images_cache import DiskImages, ImageFiles, ImageSource, Machine, RamImages, RecentImages
 from utils.dataloaders.labels import LabelTable
-from utils.dataloaders.sampling import PartnerPlan, SampleKey, Stream, epoch_order, keyed_generator
+from utils.dataloaders.sampling import MosaicSampler, SampleKey, Stream, epoch_order, keyed_generator
 from utils.errors import UserError
 from utils.images import PAD_COLOUR, letterbox
 
@@ -74,7 +74,7 @@ class DetectionDataset(Dataset):
         seed: int = 0,
         cache: str | None = None,
         machine: Machine | None = None,
-        plan: PartnerPlan | None = None,
+        plan: MosaicSampler | None = None,
         prefix: str = "",
     ) -> None:
         """Makes a data set of N images.
@@ -112,7 +112,7 @@ class DetectionDataset(Dataset):
         self.seed = seed
         self.image_weights: np.ndarray | None = None
         long_side = imgsz if isinstance(imgsz, int) else max(imgsz)
-        self.plan = plan or PartnerPlan.for_images(len(table), batch_size, long_side)
+        self.plan = plan or MosaicSampler.for_images(len(table), batch_size, long_side)
         self.images = make_source(table, imgsz, augment is not None, cache, prefix, machine)
         self.albumentations = augment is not None and albumentations_available(prefix)
         self._mosaic = augment is not None and not rect and augment.mosaic > 0
@@ -289,12 +289,12 @@ def make_source(
     if cache is None:
         return files
     if machine and machine.local_rank > 0:
-        return DiskImages(files) if cache == "disk" else RamImages(files, machine.told_by_first_here())
+        return DiskImages(files) if cache == "disk" else RamImages(files, machine.broadcast_str_local())
     cached = {"ram": RamImages, "disk": DiskImages}[cache](files)
     if isinstance(cached, RamImages) and machine and machine.local_size > 1:
         if not cached.address:
             raise UserError("--cache ram: only on Linux do several processes share one. Use --cache disk, or none.")
-        machine.told_by_first_here(cached.address)
+        machine.broadcast_str_local(cached.address)
     cached.fill(prefix)
     return cached
 

@@ -48,7 +48,7 @@ class Machine(Protocol):
     local_rank: int
     local_size: int
 
-    def told_by_first_here(self, text: str = "") -> str:
+    def broadcast_str_local(self, text: str = "") -> str:
         """Returns the text that the first of them hands in."""
         ...
 

@@ -29,7 +29,7 @@ from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries
 from utils.images import ImageError, check_image
 from utils.log import LOGGER, progress
-from utils.process import over_processes
+from utils.process import process_map
 
 
 class PathList(Sequence[str]):
@@ -436,7 +436,7 @@ def scan_images(
     tables, problems, counts = [], [], Counts()
     with progress(total=len(images), desc=desc, unit="img") as bar:
         scan = functools.partial(scan_chunk, kpt_shape=kpt_shape)
-        for part in over_processes(scan, chunks, workers if len(images) >= POOL_FROM else 0):
+        for part in process_map(scan, chunks, workers if len(images) >= POOL_FROM else 0):
             tables.append(_table_of(part))
             problems += part.problems
             counts = counts.plus(part.counts)

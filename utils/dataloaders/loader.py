@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from utils.dataloaders.dataset import DetectionDataset, Item, ShapeInfo
 from utils.dataloaders.images_cache import ImageFiles
 from utils.dataloaders.labels import LabelTable
-from utils.dataloaders.sampling import SampleKey, Share, Stream, keyed_generator
+from utils.dataloaders.sampling import SampleKey, Shard, Stream, keyed_generator
 from utils.errors import UserError
-from utils.process import leave_signals_to_parent, signals_held_back
+from utils.process import defer_signals, leave_signals_to_parent
 
 QUAD = 4
 QUAD_ENLARGE_PROBABILITY = 0.5
@@ -71,7 +71,7 @@ class EpochSampler(Sampler[SampleKey]):
 class ShareSampler(Sampler[list[SampleKey]]):
     """Cuts the keys of an epoch into batches and yields one process's part of each."""
 
-    def __init__(self, keys: EpochSampler, batch_size: int, share: Share, unit: int) -> None:
+    def __init__(self, keys: EpochSampler, batch_size: int, share: Shard, unit: int) -> None:
         """Takes the keys of all processes, the size of their common batches, and groups that stay together."""
         self.keys = keys
         self.batch_size = batch_size
@@ -202,13 +202,13 @@ class DetectionLoader:
     """Batches of a data set, epoch by epoch; its workers live on from one epoch to the next."""
 
     def __init__(
-        self, dataset: DetectionDataset, *, workers: int, shuffle: bool, quad: bool, share: Share | None = None
+        self, dataset: DetectionDataset, *, workers: int, shuffle: bool, quad: bool, share: Shard | None = None
     ) -> None:
         """See `create_loader`."""
         self.dataset = dataset
         self.workers = workers
         self.sampler = EpochSampler(dataset, shuffle)
-        self.batches = ShareSampler(self.sampler, dataset.batch_size, share or Share(), QUAD if quad else 1)
+        self.batches = ShareSampler(self.sampler, dataset.batch_size, share or Shard(), QUAD if quad else 1)
         self.collate = Collate(dataset.seed, quad)
         self._loader: DataLoader | None = None
         self._ahead: Iterator[Batch | Failure] | None = None  # of an iteration that was started but not entered yet
@@ -246,7 +246,7 @@ class DetectionLoader:
         if self._loader is None:
             self._loader = self._make_loader()
         if self._ahead is None:
-            with signals_held_back():  # it may start processes
+            with defer_signals():  # it may start processes
                 self._ahead = iter(self._loader)
         return self
 
@@ -263,7 +263,7 @@ class DetectionLoader:
 
     def drop_workers(self) -> None:
         """Ends the worker processes; another iteration starts new ones."""
-        with signals_held_back():
+        with defer_signals():
             self._loader = self._ahead = None
 
     close = drop_workers
@@ -290,7 +290,7 @@ def create_loader(
     shuffle: bool,
     seed: int | None = None,
     quad: bool = False,
-    share: Share | None = None,
+    share: Shard | None = None,
     neighbours: int = 1,
 ) -> DetectionLoader:
     """Makes the loader of a data set.
@@ -313,7 +313,7 @@ def create_loader(
         raise ValueError(f"batch size {batch_size}, but the data set was made for batches of {dataset.batch_size}")
     if seed is not None and seed != dataset.seed:
         raise ValueError(f"seed {seed}, but the data set was made with seed {dataset.seed}")
-    share = share or Share()
+    share = share or Shard()
     images = -(-batch_size // share.size)
     workers = min(max((os.cpu_count() or 1) // neighbours, 1), images if images > 1 else 0, workers)
     return DetectionLoader(dataset, workers=workers, shuffle=shuffle and not dataset.rect, quad=quad, share=share)

@@ -35,7 +35,7 @@ class SampleKey(NamedTuple):
     index: int
 
 
-class Part(NamedTuple):
+class BatchSlice(NamedTuple):
     """The places in a batch, `start` to `stop`, that one process computes."""
 
     start: int
@@ -43,13 +43,13 @@ class Part(NamedTuple):
     own: bool  # False for a stand-in: another process answers for these images
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """Which of the processes that share every batch a process is; alone by default."""
 
     rank: int = 0
     size: int = 1
 
-    def of(self, count: int, unit: int = 1) -> Part:
+    def of(self, count: int, unit: int = 1) -> BatchSlice:
         """Returns this process's part of a batch of `count` images, of which groups of `unit` stay together.
 
         Parts are as even as can be, the first ones the larger, and in the order of the processes. A process that is
@@ -63,7 +63,7 @@ class Share(NamedTuple):
         if not own:
             start = self.rank % units
             stop = start + 1
-        return Part(start * unit, min(stop * unit, count), own)
+        return BatchSlice(start * unit, min(stop * unit, count), own)
 
 
 def keyed_generator(stream: Stream, seed: int, *numbers: int) -> np.random.Generator:
@@ -89,7 +89,7 @@ def epoch_order(count: int, seed: int, epoch: int, weights: np.ndarray | None = 
 
 
 @dataclass(frozen=True)
-class PartnerPlan:
+class MosaicSampler:
     """Where the partners of a mosaic (and of mixup) come from.
 
     Drawn from the whole data set, three partners cost three decoded images. So they are drawn, uniformly and with
@@ -118,7 +118,7 @@ class PartnerPlan:
     window: int
 
     @classmethod
-    def for_images(cls, count: int, batch_size: int, imgsz: int) -> PartnerPlan:
+    def for_images(cls, count: int, batch_size: int, imgsz: int) -> MosaicSampler:
         """Chooses window and lanes for `count` images of long side `imgsz`; a matter of memory, not of the machine."""
         window = max(WINDOW_BYTES // (3 * imgsz * imgsz), MIN_WINDOW)
         share = count // max(window, batch_size)

@@ -22,7 +22,7 @@ from utils.dataloaders.dataset import DetectionDataset, Item, ShapeInfo
 from utils.dataloaders.labels import PathList, load_labels
 from utils.dataloaders.loader import DetectionLoader, create_loader
 from utils.dataloaders.paths import image_to_label_path
-from utils.dataloaders.sampling import SampleKey, Share
+from utils.dataloaders.sampling import SampleKey, Shard
 from utils.errors import UserError
 
 Shapes = tuple[tuple[int, int], tuple[tuple[float, float], tuple[float, float]]]
@@ -308,10 +308,10 @@ def create_dataloader(
     return DataAndLoader(TupleLoader(loader), dataset)
 
 
-def _share(rank: int) -> Share:
+def _share(rank: int) -> Shard:
     """Returns which part of every batch is this process's."""
     if rank == -1:
-        return Share()
+        return Shard()
     if not distributed.is_initialized():
         raise UserError(f"create_dataloader: rank={rank}, but torch.distributed.init_process_group was not called.")
-    return Share(distributed.get_rank(), distributed.get_world_size())
+    return Shard(distributed.get_rank(), distributed.get_world_size())

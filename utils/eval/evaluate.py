@@ -165,8 +165,8 @@ def evaluate(
     device = torch.device(device)
     running = ModulePredictor(model, device, settings.dtype) if isinstance(model, nn.Module) else None
     predictor = running or model
-    tally = _Tally(len(names), keep_records=settings.save_json or settings.coco_metrics)
-    clock, losses = Clock(predictor), torch.zeros(3, device=device)
+    tally = _MetricAccumulator(len(names), keep_records=settings.save_json or settings.coco_metrics)
+    clock, losses = StageTimer(predictor), torch.zeros(3, device=device)
     writer = LabelWriter(settings.save_dir / "labels", settings.save_conf) if settings.save_txt else None
     stems = OutputStems(_paths_of(loader) if writer else ())
     notify = callbacks.run if callbacks else _ignore
@@ -216,7 +216,7 @@ def _known_boxes(batch: Any) -> list[torch.Tensor]:
     return [batch.targets[batch.targets[:, 0] == image, 1:] * scale for image in range(len(batch.images))]
 
 
-def _detect(predictor: Predictor, batch: Any, settings: EvalOptions, clock: Clock) -> list[np.ndarray]:
+def _detect(predictor: Predictor, batch: Any, settings: EvalOptions, clock: StageTimer) -> list[np.ndarray]:
     """Runs the model and NMS on one batch.
 
     Args:
@@ -234,7 +234,7 @@ def _detect(predictor: Predictor, batch: Any, settings: EvalOptions, clock: Cloc
     clock.lap("pre")
     output = predictor.infer(inputs)
     clock.lap("inference")
-    if predictor.chosen:
+    if predictor.has_nms:
         found = [detections[detections[:, 4] > settings.conf_thres] for detections in np.asarray(output)]
     else:
         rows = _tensor(output)
@@ -283,7 +283,7 @@ def _native_records(batch: Any, found: Sequence[np.ndarray]) -> Iterator[ImageRe
         yield ImageRecord(path, tuple(image_hw), np.concatenate((boxes_xyxy, detections[:, 4:]), 1), labels)
 
 
-class _Tally:
+class _MetricAccumulator:
     """Adds up images: right and wrong detections, label classes, the confusion matrix, records if wanted."""
 
     def __init__(self, nc: int, keep_records: bool):
@@ -345,7 +345,7 @@ class _Pictures:
         self._count += 1
 
 
-def _result(tally: _Tally, losses: torch.Tensor, clock: Clock, settings: EvalOptions) -> EvalResult:
+def _result(tally: _MetricAccumulator, losses: torch.Tensor, clock: StageTimer, settings: EvalOptions) -> EvalResult:
     """Puts the figures together."""
     details = tally.average_precisions()
     measured = 1.0 if details.label_counts.sum() else np.nan
@@ -434,17 +434,17 @@ class Predictor(Protocol):
     """A model that is ready to run.
 
     Attributes:
-        chosen: whether `infer` returns detections that were chosen inside the model, not raw rows.
+        has_nms: whether `infer` returns detections that were chosen inside the model, not raw rows.
     """
 
-    chosen: bool
+    has_nms: bool
 
     def preprocess(self, images: np.ndarray) -> Any:
         """Turns letterboxed images, uint8 (b, 3, h, w) RGB, into the model's input."""
         ...
 
     def infer(self, inputs: Any) -> Array:
-        """Returns rows (b, n, 5 + nc), or where `chosen` detections (b, max_det, 6) filled up with zeros."""
+        """Returns rows (b, n, 5 + nc), or where `has_nms` detections (b, max_det, 6) filled up with zeros."""
         ...
 
     def synchronize(self) -> None:
@@ -462,7 +462,7 @@ class ModulePredictor:
             decoded rows alone.
     """
 
-    chosen = False
+    has_nms = False
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Takes a module that is on `device`; bfloat16 or float16 run it under autocast.
@@ -514,7 +514,7 @@ class ModulePredictor:
 class AugmentedPredictor:
     """A predictor that looks at every image in several sizes, mirrored too (`models.yolo`)."""
 
-    chosen = False
+    has_nms = False
 
     def __init__(self, predictor: Any) -> None:
         """Takes a checkpoint's runtime of `models.backends`, or a `ModulePredictor` of one."""
@@ -526,7 +526,7 @@ class AugmentedPredictor:
         return self._predictor.infer(inputs, augment=True)
 
 
-class Clock:
+class StageTimer:
     """Adds up the time of each stage, waiting for the device at the end of each."""
 
     def __init__(self, predictor: Predictor) -> None:

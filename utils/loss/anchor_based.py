@@ -1,7 +1,7 @@
 """The detection loss: box, objectness and class terms, and the class that weighs them.
 
-The terms are pure functions that return a sum and a count, so that means can be taken over several processes that
-share a batch (`Pool`). All is computed in float32, also under autocast, and the gradient is the same to the bit in
+The terms are pure functions that return a sum and a count, so that means can be taken over several processes that share
+a batch (`BatchReduction`). All is computed in float32, also under autocast, and the gradient is the same to the bit in
 every run on a CPU: rows are gathered by `index_select`, and a cell that several labels claim is settled explicitly.
 Matching is in `utils.loss.assigners`, and done on the CPU whatever the device: what the device is asked for has shapes
 that are known, so that nothing waits for it.
@@ -55,7 +55,7 @@ class SmoothedTargets(NamedTuple):
 class LossResult(NamedTuple):
     """What one batch costs and holds, over all processes that share it."""
 
-    total: Tensor  # () float32 with gradient: the sum of the items times the batch size; of a shared batch see `Pool`
+    total: Tensor  # () float32 with gradient: the items' sum times the batch size, or see `BatchReduction`
     items: Tensor  # (3,) float32, detached: box, objectness, class, each with its gain
     images: int
     labels: int
@@ -66,14 +66,14 @@ class LossResult(NamedTuple):
         return next((name for name, good in zip(TERMS, finite, strict=True) if not good), None)
 
 
-class Pool(NamedTuple):
+class BatchReduction(NamedTuple):
     """How several processes that each compute a part of a batch come to the figures of the whole.
 
     Each divides the sums of its own part by the counts of all, and takes its total times the number of processes: the
     average of their gradients, which is what DistributedDataParallel makes, is then the gradient of the whole batch.
     """
 
-    add_up: Callable[[Tensor], Tensor]  # adds (n,) float64 on the CPU up over the processes
+    all_reduce_sum: Callable[[Tensor], Tensor]  # adds (n,) float64 on the CPU up over the processes
     processes: int
     weight: float = 1.0  # 0 for a part that another process answers for
 
@@ -210,7 +210,7 @@ class DetectionLoss:
             self.reference_layer = pixels.index(_REFERENCE_STRIDE)
         self._smoothing = smooth_bce(hyp.label_smoothing)
 
-    def __call__(self, outputs: Sequence[Tensor], targets: Tensor, pool: Pool | None = None) -> LossResult:
+    def __call__(self, outputs: Sequence[Tensor], targets: Tensor, pool: BatchReduction | None = None) -> LossResult:
         """Returns the loss of a batch.
 
         Args:
@@ -296,12 +296,12 @@ class _Pooled(NamedTuple):
     labels: int
 
 
-def _pooled(layers: Sequence[LayerTerms], images: int, labels: int, pool: Pool) -> _Pooled:
+def _pooled(layers: Sequence[LayerTerms], images: int, labels: int, pool: BatchReduction) -> _Pooled:
     """Adds sums, counts, images and labels up over the processes, in one exchange."""
     means = [mean for layer in layers for mean in layer]
     totals = torch.stack([mean.total for mean in means]) * pool.weight
     counts = torch.tensor([*(mean.count for mean in means), images, labels], dtype=torch.float64) * pool.weight
-    summed = pool.add_up(torch.cat((totals.detach().double().cpu(), counts)))
+    summed = pool.all_reduce_sum(torch.cat((totals.detach().double().cpu(), counts)))
     summed_totals = summed[: len(means)].to(totals.dtype)  # stay on the CPU
     *summed_counts, images, labels = (int(count) for count in summed[len(means) :].tolist())
     own, whole = (

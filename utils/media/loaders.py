@@ -90,10 +90,10 @@ class LoadImages:
         with contextlib.closing(read_frames(self.files, self.vid_stride)) as frames:
             for frame in frames:
                 if frame.image is None:
-                    raise UserError(f"{frame.where}: {frame.error}")
+                    raise UserError(f"{frame.label}: {frame.error}")
                 self._follow(frame)
                 image = _for_model(frame.image, self.img_size, self.stride, self.auto)
-                yield frame.path, image, frame.image, self.cap, f"{frame.where}: "
+                yield frame.path, image, frame.image, self.cap, f"{frame.label}: "
 
     def _follow(self, frame: Frame) -> None:
         """Takes over what a frame says about itself and its file."""

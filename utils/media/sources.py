@@ -53,7 +53,7 @@ class Frame:
         return self.number > 0
 
     @property
-    def where(self) -> str:
+    def label(self) -> str:
         """Returns what stands before a message about this frame.
 
         `image 1/2 PATH`, `video 1/1 (12/300) PATH`, or a live input's number from 0.

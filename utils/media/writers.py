@@ -256,7 +256,7 @@ class ResultWriter:
         except UserError as error:
             if frame.live or not _is_of_one_file(error):
                 raise
-            self.failed[frame.path] = f"{frame.where}: {error}"
+            self.failed[frame.path] = f"{frame.label}: {error}"
             LOGGER.warning(f"WARNING: {self.failed[frame.path]} The others go on.")
         if time.monotonic() - self._kept_s >= KEEP_S:
             with _explained(self._folder / "predictions.csv"):

@@ -162,9 +162,6 @@ def main(opt: argparse.Namespace) -> None:
     (render_samples if opt.samples else render)(opt.folder)
 
 
-if __name__ == "__main__":
-    sys.exit(run_command(main, build_parser()))
-
 NAMES = ("circle", "square", "triangle", "star")
 SCALE = (0.06, 0.60)  # longer side of a shape's box / shorter side of the image
 VISIBLE = 0.6  # least part of a shape's area that others may leave in sight
@@ -404,3 +401,7 @@ def render_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
         boxes.append(patch.box_xyxy_px)
     classes = np.array([shape.class_id for shape in shapes], np.int64)
     return Scene(_camera(rng, canvas), classes, np.reshape(boxes, (-1, 4)), owner)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, build_parser()))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.cli import EXIT_INTERRUPTED, ReportedError
-from utils.dataloaders.sampling import Share
+from utils.dataloaders.sampling import Shard
 from utils.devices import current, select_devices
 from utils.errors import UserError
 from utils.log import LOGGER
@@ -89,14 +89,14 @@ class World:
         return cls(rank, size, own, here)
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process logs, writes and decides."""
         return self.rank == 0
 
     @property
-    def share(self) -> Share:
+    def share(self) -> Shard:
         """This process's part of every batch."""
-        return Share(self.rank, self.size)
+        return Shard(self.rank, self.size)
 
     @property
     def command(self) -> str:
@@ -106,13 +106,13 @@ class World:
         nodes = f" --nnodes {self.size // self.local_size}" if self.size > self.local_size else ""
         return f"python -m torch.distributed.run{nodes} --nproc_per_node {self.local_size} train.py"
 
-    def add_up(self, figures: Tensor) -> Tensor:
+    def all_reduce_sum(self, figures: Tensor) -> Tensor:
         """Returns the sum over all processes of (n,) float64 on the CPU, in the same order and so the same on all."""
         parts = [torch.empty_like(figures) for _ in range(self.size)]
         dist.all_gather(parts, figures)
         return torch.stack(parts).sum(dim=0)
 
-    def told_by_first(self, value: bool) -> bool:
+    def broadcast(self, value: bool) -> bool:
         """Returns what the first process hands in; the others wait for it."""
         if self.size == 1:
             return value
@@ -120,18 +120,18 @@ class World:
         dist.broadcast(decision, src=0)
         return bool(decision.item())
 
-    def text_of_first(self, text: str) -> str:
+    def broadcast_str(self, text: str) -> str:
         """Returns the text that the first process hands in; the others wait for it."""
         if self.size == 1:
             return text
         content = torch.tensor(list(os.fsencode(text)), dtype=torch.uint8)
         length = torch.tensor(len(content))
         dist.broadcast(length, src=0)
-        content = content if self.is_first else torch.empty(int(length), dtype=torch.uint8)
+        content = content if self.is_main else torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(content, src=0)
         return os.fsdecode(content.numpy().tobytes())
 
-    def told_by_first_here(self, text: str = "") -> str:
+    def broadcast_str_local(self, text: str = "") -> str:
         """Returns the text that the first process of this machine hands in, once in a run; the others wait for it."""
         if self.local_size == 1:
             return text
@@ -140,29 +140,29 @@ class World:
             self.store.set(key, text)
         return self.store.get(key).decode()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Waits for all."""
         if self.size > 1:
             dist.barrier()
 
     @contextlib.contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def rank_zero_first(self) -> Iterator[None]:
         """Lets the first process do something, then the first of every other machine, then the rest at once.
 
         So what is kept on disk is made once, and found by those that come later.
         """
-        turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for _ in range(turn):
-            self.wait()
+            self.barrier()
         yield
         for _ in range(turn, 2):
-            self.wait()
+            self.barrier()
 
     @contextlib.contextmanager
-    def first_speaks(self) -> Iterator[None]:
+    def rank_zero_logging(self) -> Iterator[None]:
         """Keeps what all processes find out alike from being told by each: others tell errors alone meanwhile."""
         before = LOGGER.level
-        if not self.is_first:
+        if not self.is_main:
             LOGGER.setLevel(logging.ERROR)
         try:
             yield
@@ -177,7 +177,7 @@ ALONE = World()
 
 
 @contextlib.contextmanager
-def joined(world: World) -> Iterator[World]:
+def process_group(world: World) -> Iterator[World]:
     """Connects the processes while something runs. When one fails, all end, and its message is shown once.
 
     Yields:
@@ -238,14 +238,14 @@ def _is_first_to_fail(world: World) -> bool:
     The store is the launcher's, or a part of the first process: when that is gone nobody can be asked, and when this is
     it, it stays a moment for those that fail alike.
     """
-    if not world.is_first and not _store_answers():
+    if not world.is_main and not _store_answers():
         return True
     try:
         failed = world.store.add(FAILURES, 1)
     except dist.DistError:  # it went at this moment
         return True
     until = time.monotonic() + STORE_TIMEOUT_S
-    hosts = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosts = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     while hosts and world.store.add(FAILURES, 0) < world.size and time.monotonic() < until:
         time.sleep(0.05)
     return failed == 1
@@ -378,7 +378,7 @@ def replicate(model: nn.Module, device: torch.device, world: World, sync_bn: boo
     """
     if world.size == 1:
         return model
-    world.wait()  # the first one may still look for anchors; gradients' connections have less patience
+    world.barrier()  # the first one may still look for anchors; gradients' connections have less patience
     if device.type != "cuda":
         return DistributedDataParallel(model)
     group = dist.new_group(backend="nccl", timeout=GRADIENTS_TIMEOUT)
@@ -387,7 +387,7 @@ def replicate(model: nn.Module, device: torch.device, world: World, sync_bn: boo
     return DistributedDataParallel(model, device_ids=[device.index], process_group=group)
 
 
-def exchanging(replica: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
+def no_sync_unless(replica: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
     """Surrounds a forward and backward pass; gradients that are only gathered are not exchanged (`wanted` False)."""
     if wanted or not isinstance(replica, DistributedDataParallel):
         return contextlib.nullcontext()

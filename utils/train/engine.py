@@ -32,10 +32,10 @@ from utils.files import remove_temporaries
 from utils.images import read_image
 from utils.log import LOGGER, colorstr, progress
 from utils.loggers.csv import ResultsCsv, epoch_values, open_tensorboard
-from utils.loss.anchor_based import TERMS, DetectionLoss, LossResult, Pool
-from utils.process import signals_held_back
+from utils.loss.anchor_based import TERMS, BatchReduction, DetectionLoss, LossResult
+from utils.process import defer_signals
 from utils.train.callbacks import Callbacks
-from utils.train.distributed import ALONE, World, exchanging, explained, replicate
+from utils.train.distributed import ALONE, World, explained, no_sync_unless, replicate
 from utils.train.ema import EarlyStopping, ModelEMA
 from utils.train.hyp import Hyp
 from utils.train.optim import (
@@ -47,7 +47,7 @@ from utils.train.optim import (
     scaled_weight_decay,
 )
 from utils.train.prepare import Loaders, checkpoint_header, deterministic_algorithms, rescaled
-from utils.train.resume import damage_told
+from utils.train.resume import checkpoint_errors
 
 SHOWN_IMAGES = 8
 
@@ -173,12 +173,12 @@ class Trainer:
         self.world = world
         self.save_dir = Path(options.save_dir)
         self.last, self.best = (self.save_dir / "weights" / f"{name}.pt" for name in ("last", "best"))
-        if world.is_first:
+        if world.is_main:
             self.last.parent.mkdir(parents=True, exist_ok=True)
             for folder in (self.save_dir, self.last.parent):
                 remove_temporaries(folder)
         self.model = model.to(memory_format=torch.channels_last)
-        self.ema = ModelEMA(self.model) if world.is_first else None
+        self.ema = ModelEMA(self.model) if world.is_main else None
         self.replica = replicate(self.model, device, world, options.sync_bn)
         detect = self.model.detect
         scaled = hyp.scaled(detect.nl, detect.nc, loaders.imgsz)
@@ -200,10 +200,10 @@ class Trainer:
         self.saved: tuple[Path, int] | None = None  # what to go on from, and its epoch
         self.complete = False  # whether that was the run's last
         if checkpoint:
-            with damage_told(options.resume):
+            with checkpoint_errors(options.resume):
                 self._restore(checkpoint)
             self.saved = Path(options.resume), self.epoch
-        self.records = Records(self.save_dir, self.epoch + 1, not options.noplots) if world.is_first else None
+        self.records = Records(self.save_dir, self.epoch + 1, not options.noplots) if world.is_main else None
 
     def train(self) -> EvalResult | None:
         """Trains to the last epoch or until the patience runs out; validates the best epoch's weights.
@@ -231,8 +231,8 @@ class Trainer:
                 self._after_epoch(self.epoch + 1, items)
             hours = (time.monotonic() - started) / 3600
             LOGGER.info(f"\n{self.epoch + 1 - first} epochs completed in {hours:.3f} hours.")
-            result = self._finish() if self.world.is_first else None
-            self.world.wait()
+            result = self._finish() if self.world.is_main else None
+            self.world.barrier()
             return result
 
     def how_to_resume(self) -> str:
@@ -245,7 +245,7 @@ class Trainer:
     def close(self) -> None:
         """Ends the loaders' processes and closes the event file."""
         self.loaders.train.close()
-        if self.world.is_first:
+        if self.world.is_main:
             self.loaders.val.close()
             self.records.close()
 
@@ -270,7 +270,7 @@ class Trainer:
                 row = (f"{epoch}/{epochs - 1}", self._memory(), *mean_items.tolist(), loss.labels, side)
                 bar.set_description_str(("%10s" * 2 + "%10.4g" * 5) % row, refresh=False)
                 bar.update(min(self.options.batch_size, len(loader.dataset) - index * self.options.batch_size))
-                if self.world.told_by_first(self.callbacks.stop_training):
+                if self.world.broadcast(self.callbacks.stop_training):
                     return None
         return mean_items
 
@@ -291,7 +291,7 @@ class Trainer:
             images = rescaled(images, self.loaders.imgsz, self.loaders.grid_stride, self.options.seed, iteration)
         self.gathered += 1
         steps = self.gathered >= settings.accumulate or source.index + 1 == len(self.loaders.train)
-        with exchanging(self.replica, wanted=steps):
+        with no_sync_unless(self.replica, wanted=steps):
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 outputs = self.replica(images)
             loss = self.loss(outputs, batch.targets, self._pool(source.index))
@@ -303,11 +303,11 @@ class Trainer:
         self._after_batch(batch, images, iteration)
         return loss, images.shape[-1]
 
-    def _pool(self, index: int) -> Pool | None:
+    def _pool(self, index: int) -> BatchReduction | None:
         """Returns how this process reckons batch `index` with the others; None where it is alone."""
         if self.world.size == 1:
             return None
-        return Pool(self.world.add_up, self.world.size, weight=float(self.loaders.train.owns(index)))
+        return BatchReduction(self.world.all_reduce_sum, self.world.size, weight=float(self.loaders.train.owns(index)))
 
     def _check_finite(self, loss: LossResult, source: BatchSource) -> None:
         """Stops a run whose loss is lost; the process on whose images it happened tells."""
@@ -335,7 +335,7 @@ class Trainer:
 
     def _after_batch(self, batch: Batch, images: Tensor, iteration: int) -> None:
         """Draws the first batches and runs the callers' hooks."""
-        if not self.world.is_first:
+        if not self.world.is_main:
             return
         self.records.add_batch(iteration, images, batch, self.ema.ema)
         arguments = (
@@ -371,14 +371,14 @@ class Trainer:
         if epoch + 1 < self.options.epochs and not self.options.image_weights:
             self.loaders.train.set_epoch(epoch + 1)
             self.loaders.train.start()
-        if self.world.is_first:
-            self._take_stock(epoch, items)
-        self.complete = self.world.told_by_first(self.complete)
+        if self.world.is_main:
+            self._validate_and_save(epoch, items)
+        self.complete = self.world.broadcast(self.complete)
         self.epoch = epoch
-        if self.world.told_by_first(self.saved == (self.last, epoch)):
+        if self.world.broadcast(self.saved == (self.last, epoch)):
             self.saved = self.last, epoch
 
-    def _take_stock(self, epoch: int, items: Tensor) -> None:
+    def _validate_and_save(self, epoch: int, items: Tensor) -> None:
         """Validates the EMA, records the figures, keeps the best and the last state, and looks at the patience."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         final = epoch + 1 == self.options.epochs
@@ -450,7 +450,7 @@ class Trainer:
             self.ema.load(checkpoint["ema"], checkpoint["updates"])
         load_optimizer_state(self.optimizer, self.model, checkpoint["optimizer"])
         before = checkpoint.get("precision", self.precision)  # those of an earlier version do not tell
-        if before != self.precision and self.world.is_first:
+        if before != self.precision and self.world.is_main:
             LOGGER.warning(
                 f"WARNING: the run was begun in {before} and goes on in {self.precision}, which --amp "
                 f"{self.options.amp} is on {self.device.type}: it will not end like one that was not interrupted"
@@ -474,7 +474,7 @@ class Trainer:
         periodic = period > 0 and epoch > 0 and epoch % period == 0
         copies = [self.best] * is_best + [self.last.with_name(f"epoch{epoch}.pt")] * periodic
         first = self.saved is None
-        with signals_held_back():  # whoever is stopped once last.pt is there is told so
+        with defer_signals():  # whoever is stopped once last.pt is there is told so
             save_checkpoint(self.last, self._state(epoch), copies)
             self.saved = self.last, epoch
         if first:

@@ -133,9 +133,9 @@ def load_tables(spec: DataSpec, single_cls: bool, workers: int, world: World = A
     Raises:
         UserError: no images, no labels, or labels that are wrong.
     """
-    with world.in_turn():
+    with world.rank_zero_first():
         train = load_labels(spec.train, spec, single_cls, workers, prefix="train: ")
-        val = load_labels(spec.val, spec, single_cls, workers, prefix="val: ") if world.is_first else None
+        val = load_labels(spec.val, spec, single_cls, workers, prefix="val: ") if world.is_main else None
     return Tables(train, val)
 
 
@@ -174,7 +174,7 @@ def build_loaders(
         world: the processes that share the batches; images are cached by the first of each machine, for all.
     """
     stride, side = grid_stride(model.stride), options.imgsz
-    with world.in_turn():
+    with world.rank_zero_first():
         train = DetectionDataset(
             tables.train,
             side,
@@ -191,11 +191,11 @@ def build_loaders(
     sharing = {"workers": options.workers, "neighbours": world.local_size}
     return Loaders(
         create_loader(train, options.batch_size, shuffle=True, quad=options.quad, share=world.share, **sharing),
-        _validation_loader(tables.val, side, stride, options, sharing) if world.is_first else None,
+        _validation_loader(tables.val, side, stride, options, sharing) if world.is_main else None,
         side,
         stride,
         final_keywords(spec),
-        dataset_record(spec, {"train": tables.train, "val": tables.val}) if world.is_first else {},
+        dataset_record(spec, {"train": tables.train, "val": tables.val}) if world.is_main else {},
     )
 
 
@@ -229,7 +229,7 @@ def final_keywords(spec: DataSpec) -> dict[str, Any]:
     return {"iou_thres": COCO_IOU_THRES, "annotations": annotations, **json}
 
 
-def settle_weights(model: nn.Module, table: LabelTable, hyp: Hyp, options: Namespace) -> None:
+def init_anchors_and_weights(model: nn.Module, table: LabelTable, hyp: Hyp, options: Namespace) -> None:
     """Fits the anchors to the labels unless told not to, and rounds the fresh weights to float16 as YOLOv5 does.
 
     The rounding lets what is trained and what is saved (float16) agree on the anchors.

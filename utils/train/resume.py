@@ -78,7 +78,7 @@ def load_resumable(path: Path) -> dict:
 
 
 @contextlib.contextmanager
-def damage_told(path: str | Path) -> Iterator[None]:
+def checkpoint_errors(path: str | Path) -> Iterator[None]:
     """Tells that a checkpoint's state cannot be taken over, where that raises something.
 
     Raises:

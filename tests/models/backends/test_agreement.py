@@ -40,7 +40,7 @@ def test_rows_are_the_checkpoints_for_one_image_and_for_three(exported, images, 
 def test_files_say_what_they_are(exported, form):
     backend = load_backend(exported(form), "cpu")
     assert (backend.names, backend.stride) == ({0: "ant", 1: "bee", 2: "fly"}, 32)
-    assert (backend.dynamic, backend.chosen, backend.metadata.shape_hw) == (False, False, (64, 96))
+    assert (backend.dynamic, backend.has_nms, backend.metadata.shape_hw) == (False, False, (64, 96))
     assert backend.metadata.data == "ants.yaml"
     assert backend.device
 
@@ -126,7 +126,7 @@ def test_suppression_inside_gives_what_it_gives_outside(exported, images, rows, 
     from utils.nms import non_max_suppression
 
     backend = load_backend(exported(form, nms=True), "cpu")
-    assert backend.chosen and backend.metadata.nms.conf_thres == 0.25
+    assert backend.has_nms and backend.metadata.nms.conf_thres == 0.25
     found = backend.predict(images)
     limits = backend.metadata.nms
     expected = non_max_suppression(rows, limits.conf_thres, limits.iou_thres, max_det=limits.max_det)

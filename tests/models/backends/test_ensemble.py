@@ -6,7 +6,7 @@ import torch
 
 from models.backends import load_backend
 from models.experimental import Ensemble
-from models.inference.evaluation import image_shape, open_subject
+from models.inference.evaluation import image_shape, open_eval_model
 from models.load import load_model, read_weights
 from models.yolo import Model
 from utils.checkpoint import save_checkpoint
@@ -50,13 +50,13 @@ def test_rows_of_the_members_stand_side_by_side(ensemble, weights, other, square
 
 
 def test_images_must_suit_the_largest_stride_and_classes_are_the_members(ensemble):
-    assert (ensemble.stride, ensemble.names, ensemble.dynamic, ensemble.chosen) == (64, NAMES, True, False)
+    assert (ensemble.stride, ensemble.names, ensemble.dynamic, ensemble.has_nms) == (64, NAMES, True, False)
     assert [member.stride for member in ensemble.members] == [32, 64]
 
 
 def test_validation_sizes_images_for_the_largest_stride_whichever_member_has_it(weights, other):
     for files in ([weights, other], [other, weights]):
-        subject = open_subject([str(file) for file in files], "cpu")
+        subject = open_eval_model([str(file) for file in files], "cpu")
         assert (subject.stride, image_shape(subject, 96)) == (64, 128)
 
 

@@ -153,7 +153,7 @@ def test_boxes_count_where_nothing_is_sure_enough_to_be_detected():
 class Silent:
     """An export with NMS inside that never finds anything."""
 
-    chosen = True
+    has_nms = True
 
     def predict(self, images):
         return np.zeros((len(images), 300, 6), np.float32)

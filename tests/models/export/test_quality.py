@@ -33,15 +33,15 @@ def data(tmp_path_factory, datasets_dir):
 def files(tmp_path_factory, golden_dir, data):
     """The COCO checkpoint and ONNX exports of it: of one shape, dynamic, and with NMS inside."""
     paths = {}
-    for kind in ("fixed", "dynamic", "chosen"):
+    for kind in ("fixed", "dynamic", "has_nms"):
         folder = tmp_path_factory.mktemp(kind)
         paths["checkpoint"] = shutil.copy(golden_dir / "yolov5n-v6-coco.pt", folder / "coco.pt")
-        options = {"imgsz": list(SHAPE_HW), "dynamic": kind == "dynamic", "nms": kind == "chosen", "data": str(data)}
+        options = {"imgsz": list(SHAPE_HW), "dynamic": kind == "dynamic", "nms": kind == "has_nms", "data": str(data)}
         (paths[kind],) = export.run(weights=[str(paths["checkpoint"])], include=["onnx"], **options)
     return paths
 
 
-@pytest.mark.parametrize("kind", ["fixed", "dynamic", "chosen"])
+@pytest.mark.parametrize("kind", ["fixed", "dynamic", "has_nms"])
 def test_a_float_export_loses_nothing_and_nothing_is_printed(files, data, kind, caplog):
     with caplog.at_level(logging.INFO, "yolov5"):
         found = compare_map(files["checkpoint"], files[kind], str(data), SHAPE_HW, "cpu")

@@ -11,12 +11,12 @@ import pytest
 import val
 from models.backends import Backend
 from models.inference.evaluation import (
-    Subject,
+    EvalModel,
     TiledPredictor,
     letterboxed_window,
     make_loader,
     make_tiled_loader,
-    open_subject,
+    open_eval_model,
 )
 from models.inference.predictor import Detector
 from utils.boxes import xywhn2xyxy
@@ -34,13 +34,13 @@ GRID, CELL_PX, SEEN_PX = 4, 320, 320  # the mosaic's pictures, and the size that
 class Golden(NamedTuple):
     """The golden checkpoint, opened and built."""
 
-    subject: Subject
+    subject: EvalModel
     backend: Backend
 
 
 @pytest.fixture(scope="module")
 def golden(golden_dir):
-    subject = open_subject(golden_dir / CHECKPOINT, "cpu")
+    subject = open_eval_model(golden_dir / CHECKPOINT, "cpu")
     return Golden(subject, subject.build())
 
 
@@ -152,7 +152,7 @@ def test_the_model_sees_the_pixels_that_plain_validation_shows_it(golden, few, s
 class Scripted:
     """A model that has chosen its detections: the same ones in every window, then zeros."""
 
-    chosen = True
+    has_nms = True
 
     def __init__(self, *rows):
         self.rows, self.seen = np.array([*rows, [0] * 6], np.float32), []
@@ -193,7 +193,7 @@ def test_one_class_is_suppressed_across_classes_and_the_number_of_detections_lim
 @pytest.mark.parametrize("shape", [(64, 96), 64])
 def test_raw_rows_are_suppressed_with_every_class_above_the_threshold(shape):
     class Raw(Scripted):
-        chosen = False
+        has_nms = False
 
         def infer(self, inputs):
             inputs = np.zeros((len(inputs), 1, 7), np.float32)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from utils.augmentations.pixels import AugmentParams
 from utils.boxes import xywh2xyxy
 from utils.dataloaders.dataset import DetectionDataset, rectangular_batches
-from utils.dataloaders.sampling import PartnerPlan, SampleKey
+from utils.dataloaders.sampling import MosaicSampler, SampleKey
 
 FULL = AugmentParams(
     hsv_h=0.015,
@@ -99,7 +99,7 @@ def test_items_are_the_same_with_every_cache_and_in_every_order(pictures, rect):
     def dataset(**kwargs):
         return DetectionDataset(pictures, 64, augment=FULL, batch_size=4, rect=rect, seed=3, **kwargs)
 
-    plan = PartnerPlan(21, 4, lanes=2, window=5)
+    plan = MosaicSampler(21, 4, lanes=2, window=5)
     expected = items_of(dataset(plan=plan))
     assert same_items(items_of(dataset(plan=plan, cache="ram")), expected)
     assert same_items(items_of(dataset(plan=plan, cache="disk")), expected)

@@ -155,7 +155,7 @@ class Neighbour:
     def __init__(self, local_rank: int, word: dict):
         self.local_rank, self.word = local_rank, word
 
-    def told_by_first_here(self, text: str = "") -> str:
+    def broadcast_str_local(self, text: str = "") -> str:
         if self.local_rank == 0:
             self.word["text"] = text
         return self.word["text"]

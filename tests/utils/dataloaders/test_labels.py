@@ -18,7 +18,7 @@ from utils.dataloaders.config import DataSpec, load_spec
 from utils.dataloaders.labels import PathList, load_labels, read_label_file, scan_images
 from utils.dataloaders.paths import autosplit, image_to_label_path, list_images
 from utils.errors import UserError
-from utils.process import over_processes
+from utils.process import process_map
 
 
 def make_image(path, width=32, height=24):
@@ -343,7 +343,7 @@ def test_processes_find_the_same_as_this_one(tmp_path, monkeypatch):
 def test_a_spawned_process_can_scan(tmp_path):
     images = list_images([make_set(tmp_path, ["0 0.5 0.5 0.1 0.1\n", None])])
     context = multiprocessing.get_context("spawn")  # what Windows and macOS use
-    (part,) = over_processes(labels_module.scan_chunk, [images], 2, context)
+    (part,) = process_map(labels_module.scan_chunk, [images], 2, context)
     assert part.counts == (1, 1, 0, 0, 2) and part.labels[0].rows[0, :3].tolist() == [0, 0.5, 0.5]
 
 

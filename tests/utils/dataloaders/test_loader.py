@@ -16,7 +16,7 @@ import torch
 from utils.augmentations.pixels import AugmentParams
 from utils.dataloaders.dataset import DetectionDataset, Item
 from utils.dataloaders.loader import DetectionLoader, create_loader, enlarge_item, join_items, quad_items, tile_items
-from utils.dataloaders.sampling import SampleKey, Share
+from utils.dataloaders.sampling import SampleKey, Shard
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -255,7 +255,7 @@ def test_the_shares_of_three_processes_are_what_one_would_see(pictures, switches
         return [(batch, loader.owns(index)) for index, batch in enumerate(loader)]
 
     whole = batches(None)
-    parts = [batches(Share(rank, 3)) for rank in range(3)]
+    parts = [batches(Shard(rank, 3)) for rank in range(3)]
     assert [len(part) for part in parts] == [len(whole)] * 3
     for index, (batch, owned) in enumerate(whole):
         own = [part[index][0] for part in parts if part[index][1]]
@@ -272,7 +272,7 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch, pictures):
 
     def workers(neighbours, size, batch_size=16):
         dataset = DetectionDataset(pictures, 64, augment=None, batch_size=batch_size)
-        share = Share(0, size)
+        share = Shard(0, size)
         return create_loader(dataset, batch_size, workers=8, shuffle=False, share=share, neighbours=neighbours).workers
 
     assert [workers(1, 1), workers(2, 2), workers(8, 8), workers(2, 8, 8)] == [6, 3, 1, 0]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.dataloaders.images_cache import RecentImages
-from utils.dataloaders.sampling import MAX_LANES, PartnerPlan, Share, Stream, epoch_order, keyed_generator
+from utils.dataloaders.sampling import MAX_LANES, MosaicSampler, Shard, Stream, epoch_order, keyed_generator
 
 
 def test_generators_depend_on_every_part_of_their_key():
@@ -33,7 +33,7 @@ def test_weights_set_how_often_an_image_comes():
 
 
 def test_small_sets_draw_partners_from_the_whole_epoch():
-    plan = PartnerPlan.for_images(205, 16, 320)
+    plan = MosaicSampler.for_images(205, 16, 320)
     assert (plan.lanes, plan.window) == (1, 205)
     drawn = plan.draw(100, 20_000, np.random.default_rng(0))
     counts = np.bincount(drawn, minlength=205)
@@ -42,13 +42,13 @@ def test_small_sets_draw_partners_from_the_whole_epoch():
 
 @pytest.mark.parametrize(("count", "lanes"), [(325, 1), (326, 2), (651, 2), (652, 4), (1304, 8), (118_287, 8)])
 def test_lanes_begin_where_two_windows_fit(count, lanes):
-    plan = PartnerPlan.for_images(count, 16, 640)
+    plan = MosaicSampler.for_images(count, 16, 640)
     assert plan.lanes == lanes and plan.window == (count if lanes == 1 else 163)
 
 
 @pytest.mark.parametrize("count", [2000, 2003, 2017])
 def test_partners_stay_in_the_lane_and_near(count):
-    plan = PartnerPlan(count, batch_size=16, lanes=8, window=64)
+    plan = MosaicSampler(count, batch_size=16, lanes=8, window=64)
     lanes_rows = {}  # positions of each lane, in order
     for position in range(count):
         lanes_rows.setdefault(position // 16 % 8, []).append(position)
@@ -76,7 +76,7 @@ class Decoder:
 @pytest.mark.parametrize("workers", [1, 2, 4, 8])
 def test_each_image_is_decoded_about_once_an_epoch(workers):
     count, batch_size, imgsz = 2000, 16, 640
-    plan = PartnerPlan.for_images(count, batch_size, imgsz)
+    plan = MosaicSampler.for_images(count, batch_size, imgsz)
     assert plan.lanes == MAX_LANES
     decoder = Decoder()
     for worker in range(workers):
@@ -89,14 +89,14 @@ def test_each_image_is_decoded_about_once_an_epoch(workers):
 
 
 def test_memory_for_decoded_images_is_bounded():
-    plan = PartnerPlan.for_images(118_287, 16, 1280)
+    plan = MosaicSampler.for_images(118_287, 16, 1280)
     totals = [workers * plan.recent_bytes(workers, 1280) for workers in (1, 2, 3, 5, 8, 12)]
     assert max(totals) <= 1536 * 2**20
 
 
 @given(count=st.integers(1, 70), size=st.integers(1, 9), unit=st.sampled_from([1, 4]))
 def test_shares_of_a_batch_cover_it_once_evenly_and_in_whole_groups(count, size, unit):
-    parts = [Share(rank, size).of(count, unit) for rank in range(size)]
+    parts = [Shard(rank, size).of(count, unit) for rank in range(size)]
     own = [part for part in parts if part.own]
     assert [place for part in own for place in range(part.start, part.stop)] == list(range(count))
     assert all(part.start % unit == 0 for part in parts)
@@ -108,8 +108,8 @@ def test_shares_of_a_batch_cover_it_once_evenly_and_in_whole_groups(count, size,
 
 
 def test_shares_by_hand():
-    assert [tuple(Share(rank, 2).of(16)) for rank in range(2)] == [(0, 8, True), (8, 16, True)]
-    assert [tuple(Share(rank, 2).of(5)) for rank in range(2)] == [(0, 3, True), (3, 5, True)]
-    assert [tuple(Share(rank, 3).of(2)) for rank in range(3)] == [(0, 1, True), (1, 2, True), (0, 1, False)]
-    assert [tuple(Share(rank, 2).of(6, unit=4)) for rank in range(2)] == [(0, 4, True), (4, 6, True)]
-    assert tuple(Share().of(7)) == (0, 7, True)
+    assert [tuple(Shard(rank, 2).of(16)) for rank in range(2)] == [(0, 8, True), (8, 16, True)]
+    assert [tuple(Shard(rank, 2).of(5)) for rank in range(2)] == [(0, 3, True), (3, 5, True)]
+    assert [tuple(Shard(rank, 3).of(2)) for rank in range(3)] == [(0, 1, True), (1, 2, True), (0, 1, False)]
+    assert [tuple(Shard(rank, 2).of(6, unit=4)) for rank in range(2)] == [(0, 4, True), (4, 6, True)]
+    assert tuple(Shard().of(7)) == (0, 7, True)

@@ -342,7 +342,7 @@ class Runtime:
     """A predictor that is no PyTorch module: answers NumPy arrays, and counts what it is asked."""
 
     def __init__(self, rows, chosen=False):
-        self.rows, self.chosen, self.images, self.waited = np.float32([rows]), chosen, None, 0
+        self.rows, self.has_nms, self.images, self.waited = np.float32([rows]), chosen, None, 0
         self.rows.flags.writeable = False
 
     def preprocess(self, images):

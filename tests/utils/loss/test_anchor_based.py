@@ -15,9 +15,9 @@ from utils.boxes import bbox_iou
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.loss.anchor_based import (
+    BatchReduction,
     DetectionLoss,
     Mean,
-    Pool,
     bce_sum,
     box_term,
     class_term,
@@ -268,7 +268,9 @@ def test_parts_of_a_batch_add_up_to_the_whole(hyp, labels):
     def run(number):
         start, stop, weight = parts[number]
         mine = targets[(targets[:, 0] >= start) & (targets[:, 0] < stop)] - torch.tensor([start, 0, 0, 0, 0, 0])
-        return sharing[number]([leaf[start:stop] for leaf in leaves], mine, Pool(exchange, len(parts), weight))
+        return sharing[number](
+            [leaf[start:stop] for leaf in leaves], mine, BatchReduction(exchange, len(parts), weight)
+        )
 
     with torch.no_grad():  # also keeps the balance
         for number in range(len(parts)):
@@ -290,8 +292,8 @@ def test_a_part_that_is_not_finite_shows_in_the_items_of_all_and_in_its_own_tota
     outputs, targets = scene()
     broken = [torch.full_like(output, math.nan) for output in outputs]
     loss, exchange = DetectionLoss(hyp, ANCHORS, STRIDES, nc=4), Exchange()
-    loss(broken, targets, Pool(exchange, 2))
-    result = loss(outputs, targets, Pool(exchange, 2))
+    loss(broken, targets, BatchReduction(exchange, 2))
+    result = loss(outputs, targets, BatchReduction(exchange, 2))
     assert result.bad_term() == "box" and torch.isfinite(result.total)
 
 

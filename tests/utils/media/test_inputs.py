@@ -146,7 +146,7 @@ def test_camera_is_opened_by_its_number_even_where_a_file_has_that_name(cameras,
     source = open_source("1", vid_stride=4)
     assert isinstance(source, LiveSource)
     assert source.inputs == ["1"]
-    assert [(frame.image[0, 0, 0], frame.where) for frame in read_all(source)] == [(101, "0"), (105, "0"), (109, "0")]
+    assert [(frame.image[0, 0, 0], frame.label) for frame in read_all(source)] == [(101, "0"), (105, "0"), (109, "0")]
 
 
 @pytest.mark.parametrize("suffix", ["txt", "streams"])
@@ -156,8 +156,8 @@ def test_list_of_live_inputs_is_read_side_by_side(cameras, tmp_path, suffix):
     source = open_source(path)
     frames = read_all(source)
     assert source.inputs == ["0", "1"]
-    assert [frame.image[0, 0, 0] for frame in frames if frame.where == "0"] == [*range(1, 11)]
-    assert [frame.image[0, 0, 0] for frame in frames if frame.where == "1"] == [*range(101, 111)]
+    assert [frame.image[0, 0, 0] for frame in frames if frame.label == "0"] == [*range(1, 11)]
+    assert [frame.image[0, 0, 0] for frame in frames if frame.label == "1"] == [*range(101, 111)]
     assert {frame.file_count for frame in frames} == {2}
 
 
@@ -234,7 +234,7 @@ def test_video_served_without_a_suffix_is_read_as_a_stream_to_its_end(server, nu
     source = open_source(f"{server.address}/live", vid_stride)
     frames = read_all(source)
     assert [numbered.read(frame.image) for frame in frames] == [*range(1, FRAMES + 1, vid_stride)]
-    assert {(frame.fps, frame.live, frame.where) for frame in frames} == {(25.0, True, "0")}
+    assert {(frame.fps, frame.live, frame.label) for frame in frames} == {(25.0, True, "0")}
     assert source.report()[0].startswith(f"http_127_0_0_1_{server.server_port}_live: {len(frames)} frames received")
     assert "ended" not in source.report()[0]
 

@@ -186,7 +186,7 @@ def test_damaged_images_arrive_with_the_reason_and_the_others_whole(tmp_path):
     for name, reason in (("cut.jpg", "truncated"), ("empty.png", "empty"), ("text.jpg", ""), ("strip.png", "3000x1")):
         assert reason in frames[name].error != ""
         assert frames[name].image is None
-    assert frames["cut.jpg"].where.startswith("image 1/5 ")
+    assert frames["cut.jpg"].label.startswith("image 1/5 ")
 
 
 def test_links_to_nothing_and_to_themselves_are_reported_like_damaged_images(folder):
@@ -202,7 +202,7 @@ def test_video_frames_are_numbered_from_1_with_the_source_s_rate(tmp_path):
     frames = list(read_frames([str(path)]))
     assert [frame.number for frame in frames] == list(range(1, 8))
     assert {(frame.count, frame.fps, frame.image.shape) for frame in frames} == {(7, 12.5, (64, 96, 3))}
-    assert frames[2].where == f"video 1/1 (3/7) {path}"
+    assert frames[2].label == f"video 1/1 (3/7) {path}"
 
 
 def test_frames_say_when_their_video_shows_them(tmp_path):

@@ -97,7 +97,7 @@ def test_frames_say_that_they_are_live_and_count_from_1(opened):
     script = Script([7, 8, 9], frame_count=3)
     frames = [frame for (frame,) in opened(script)]
     assert [frame.number for frame in frames] == [1, 2, 3]
-    assert {(frame.path, frame.where, frame.fps, frame.live, frame.is_video) for frame in frames} == {
+    assert {(frame.path, frame.label, frame.fps, frame.live, frame.is_video) for frame in frames} == {
         ("in0", "0", 12.5, True, True)
     }
 
@@ -213,7 +213,7 @@ def test_last_frame_of_an_input_that_is_given_up_says_why_and_comes_once(opened)
     source = opened(Script([1]), Script([*range(100, 130)], frame_count=30), patience=replace(IMPATIENT, give_up_s=0.1))
     frames = [frame for batch in source for frame in batch]
     (last,) = [frame for frame in frames if frame.image is None]
-    assert (last.path, last.where, last.live) == ("in0", "0", True)
+    assert (last.path, last.label, last.live) == ("in0", "0", True)
     assert last.error == "ended: it could not be opened again for 0.1 s"
     assert frames[-1] is last
     assert len(frames) == 1 + 30 + 1
@@ -237,7 +237,7 @@ def test_waits_between_attempts_double_up_to_the_longest(opened, monkeypatch):
 def test_one_input_that_ends_does_not_end_the_others(opened):
     source = opened(Script([1, 2], frame_count=2), Script([*range(100, 130)], frame_count=30))
     batches = list(source)
-    assert [frame.where for frame in batches[0]] in (["0", "1"], ["0"], ["1"])
+    assert [frame.label for frame in batches[0]] in (["0", "1"], ["0"], ["1"])
     assert [len({frame.path for frame in batch}) for batch in batches] == [len(batch) for batch in batches]
     assert [frame.number for batch in batches for frame in batch if frame.path == "in1"] == [*range(1, 31)]
     assert {frame.file_count for batch in batches for frame in batch} == {2}

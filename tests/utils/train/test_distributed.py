@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from utils.errors import UserError
 from utils.log import LOGGER
-from utils.train.distributed import ALONE, World, explained, joined
+from utils.train.distributed import ALONE, World, explained, process_group
 
 ROOT = Path(__file__).resolve().parents[3]
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -55,10 +55,10 @@ def test_commands_start_as_many_processes():
 
 
 def test_a_process_alone_connects_to_nobody():
-    with joined(ALONE), ALONE.in_turn():
+    with process_group(ALONE), ALONE.rank_zero_first():
         assert not dist.is_initialized()
-        assert ALONE.told_by_first(True) and not ALONE.told_by_first(False)
-        assert ALONE.text_of_first("runs/exp") == "runs/exp"
+        assert ALONE.broadcast(True) and not ALONE.broadcast(False)
+        assert ALONE.broadcast_str("runs/exp") == "runs/exp"
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,9 @@ def test_only_lost_connections_are_taken_for_lost_processes(error, told):
 
 def test_others_are_silent_while_all_find_out_the_same():
     LOGGER.setLevel(logging.WARNING)
-    with World(1, 2, 1, 2).first_speaks():
+    with World(1, 2, 1, 2).rank_zero_logging():
         assert LOGGER.level == logging.ERROR
-    with World(0, 2, 0, 2).first_speaks():
+    with World(0, 2, 0, 2).rank_zero_logging():
         assert LOGGER.level == logging.WARNING
     assert LOGGER.level == logging.WARNING
 
@@ -92,20 +92,20 @@ import os, sys, time
 import torch
 from utils.errors import UserError
 from utils.cli import ReportedError
-from utils.train.distributed import World, joined
+from utils.train.distributed import World, process_group
 
 log = open(sys.argv[1], "a", buffering=1)
-with joined(World.from_environment()) as world:
-    total = world.add_up(torch.tensor([1.0, world.rank], dtype=torch.float64)).tolist()
+with process_group(World.from_environment()) as world:
+    total = world.all_reduce_sum(torch.tensor([1.0, world.rank], dtype=torch.float64)).tolist()
     assert total == [3.0, 3.0], total
-    text = world.text_of_first("ordner/\u00e4" if world.is_first else "")
-    assert text == "ordner/\u00e4" and world.told_by_first(world.is_first) is True
-    with world.in_turn():
+    text = world.broadcast_str("ordner/\u00e4" if world.is_main else "")
+    assert text == "ordner/\u00e4" and world.broadcast(world.is_main) is True
+    with world.rank_zero_first():
         log.write(f"{world.rank} in\\n")
         time.sleep(0.1)
         log.write(f"{world.rank} out\\n")
 try:
-    with joined(World.from_environment()):
+    with process_group(World.from_environment()):
         raise UserError("all alike")
 except ReportedError:
     log.write("silent\\n")

@@ -10,7 +10,7 @@ from torch import nn
 from utils.errors import UserError
 from utils.log import LOGGER
 from utils.train import distributed as replica
-from utils.train.distributed import ALONE, World, check_sync_bn, exchanging, own_device, replicate
+from utils.train.distributed import ALONE, World, check_sync_bn, no_sync_unless, own_device, replicate
 
 
 @pytest.fixture
@@ -119,6 +119,6 @@ def test_sync_bn_replaces_batch_norm_and_keeps_its_parameters_and_names(monkeypa
 def test_a_process_alone_runs_the_model_itself():
     model = nn.Linear(1, 1)
     assert replicate(model, torch.device("cpu"), ALONE) is model
-    with exchanging(model, wanted=False):
+    with no_sync_unless(model, wanted=False):
         model(torch.ones(1, 1)).sum().backward()
     assert model.weight.grad.item() == 1
