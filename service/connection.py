@@ -30,8 +30,10 @@ class Connection(H11Protocol):
         """Begins to wait for a request, in the place of another connection where there are too many."""
         super().connection_made(transport)
         self._set_deadline()
-        waiting = [one for one in self.connections if one.waits and one is not self]
-        if len(self.connections) > MAX_CONNECTIONS and waiting:
+        # Many may come in one turn of the loop: one that was cut off is still listed, and must not be chosen again
+        there = [one for one in self.connections if not one.transport.is_closing()]
+        waiting = [one for one in there if one.waits and one is not self]
+        if len(there) > MAX_CONNECTIONS and waiting:
             min(waiting, key=lambda one: one._waits_since_s).transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:

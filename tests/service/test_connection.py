@@ -128,3 +128,20 @@ def test_answer_that_nobody_reads_does_not_stay_and_one_that_is_read_slowly_does
             await stalled.readexactly(SIZE)
 
     play(scene)
+
+
+def test_where_many_come_at_once_each_takes_another_s_place(play, monkeypatch):
+    """All are accepted in one turn of the server's loop, before it hears of any end."""
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 60.0)
+
+    async def scene(connect):
+        clients = await asyncio.gather(*(connect() for _ in range(12)))
+        ends = [asyncio.ensure_future(seconds_until_closed(reader)) for reader, _ in clients]
+        done, pending = await asyncio.wait(ends, timeout=5)
+        assert len(done) == 8 and len(pending) == 4
+        for end in pending:
+            end.cancel()
+        for _, writer in clients:
+            writer.close()
+
+    play(scene)
