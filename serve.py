@@ -81,12 +81,14 @@ def build_app(options: argparse.Namespace, hosts: TrustedHosts) -> FastAPI:
     """Loads the model and makes the application around it."""
     from models.backends import load_backend
     from service.app import Batching, create_app
-    from service.predictor import Predictor, Thresholds
+    from service.predictor import Predictor
     from service.uploads import Limits
+    from utils.nms import NMSConfig
 
     weights = options.weights or str(newest_weights(ROOT))
     backend = load_backend(weights, options.device, options.half)
-    predictor = Predictor(backend, options.imgsz, Thresholds(options.conf_thres, options.iou_thres), options.max_det)
+    nms = NMSConfig(options.conf_thres, options.iou_thres, options.max_det)
+    predictor = Predictor(backend, options.imgsz, nms)
     batch_size = options.batch_size if backend.dynamic else min(options.batch_size, backend.metadata.batch)
     if batch_size < options.batch_size:
         LOGGER.info(f"the model was exported for batches of {batch_size}: larger ones would gain nothing")

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.backends.metadata import Suppression
-from utils.nms import MAX_SIDE_PX, MIN_SIDE_PX
+from utils.nms import MAX_SIDE_PX, MIN_SIDE_PX, NMSConfig
 
 MIN_CANDIDATES = 1024  # candidates per image that enter the suppression inside a model, at least
 SUPPRESSION_ROUNDS = 16
@@ -22,7 +21,7 @@ SUPPRESSION_ROUNDS = 16
 def head_for(
     detect: nn.Module,
     shape_hw: Sequence[int] | None = None,
-    nms: Suppression | None = None,
+    nms: NMSConfig | None = None,
     topk_per_class: int | None = None,
     normalised: bool = False,
 ) -> nn.Module:
@@ -202,7 +201,7 @@ class NMSHead(_Float32):
     def __init__(
         self,
         decoder: Decoder,
-        suppression: Suppression,
+        suppression: NMSConfig,
         topk_per_class: int | None = None,
         normalised: bool = False,
     ):

@@ -27,9 +27,10 @@ from service.guard import HEADERS, Guard
 from service.hosts import TrustedHosts
 from service.metrics import CONTENT_TYPE, Metrics
 from service.page import build_page
-from service.predictor import Predictor, Prepared, Thresholds
+from service.predictor import Predictor, Prepared
 from service.uploads import FIELD, Limits, Upload, check_upload, decode_upload
 from utils.errors import UserError
+from utils.nms import NMSConfig
 from utils.plots.boxes import PALETTE, draw_detections
 
 YOLOV5_ROUTE, ROUTE = "/v1/object-detection/yolov5s", "/v1/detect"
@@ -114,7 +115,7 @@ class Service:
         await self.batcher.close()
         self._pool.shutdown()
 
-    async def answer(self, request: Request, thresholds: Thresholds, annotated: bool) -> Response:
+    async def answer(self, request: Request, nms: NMSConfig, annotated: bool) -> Response:
         """Answers a request for detection; refuses it at once when too many are in progress.
 
         Raises:
@@ -127,7 +128,7 @@ class Service:
                 raise HTTPException(503, f"{self._active} requests are in progress: try again later", wait)
             self._active += 1
             try:
-                return await self._detect(upload, thresholds, annotated)
+                return await self._detect(upload, nms, annotated)
             finally:
                 self._active -= 1
         except HTTPException:
@@ -138,7 +139,7 @@ class Service:
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
 
-    async def _detect(self, upload: Upload, thresholds: Thresholds, annotated: bool) -> Response:
+    async def _detect(self, upload: Upload, nms: NMSConfig, annotated: bool) -> Response:
         """Reads an admitted request's image, detects, and writes the answer.
 
         Pixels are taken from the budget before they are decoded, and given back when only the letterboxed image is
@@ -154,7 +155,7 @@ class Service:
             waited_s = clock.elapsed_s
             clock.restart()
             with self.batcher.expected():
-                prepared, image = await self._in_pool(self._prepare, data, thresholds)
+                prepared, image = await self._in_pool(self._prepare, data, nms)
                 del data
                 clock.lap("decode")
                 queued = self.batcher.enqueue(prepared)
@@ -177,10 +178,10 @@ class Service:
         response.headers["Server-Timing"] = clock.header()
         return response
 
-    def _prepare(self, data: bytes, thresholds: Thresholds) -> tuple[Prepared, np.ndarray]:
+    def _prepare(self, data: bytes, nms: NMSConfig) -> tuple[Prepared, np.ndarray]:
         """Decodes an image; returns what the model is to see of it, and itself."""
         image = decode_upload(data)
-        return self.predictor.prepare(image, thresholds), image
+        return self.predictor.prepare(image, nms), image
 
     def _in_pool(self, function: Callable[..., Any], *arguments: Any) -> Coroutine[Any, Any, Any]:
         """Runs a function of pixels beside the event loop."""
@@ -279,10 +280,10 @@ def _add_detection(app: FastAPI, service: Service) -> None:
     async def detect(request: Request, conf: Share = None, iou: Share = None, annotated: bool = False) -> Response:
         """Takes an image; returns its detections as JSON, or with `annotated=1` the image with them as JPEG."""
         try:
-            thresholds = service.predictor.thresholds(conf, iou)
+            nms = service.predictor.thresholds(conf, iou)
         except UserError as error:
             raise HTTPException(422, str(error)) from error
-        return await service.answer(request, thresholds, annotated or _wants_picture(request))
+        return await service.answer(request, nms, annotated or _wants_picture(request))
 
 
 def _add_information(app: FastAPI, service: Service, model: str) -> None:
@@ -297,7 +298,7 @@ def _add_information(app: FastAPI, service: Service, model: str) -> None:
         "max_image_bytes": limits.image_bytes,
         "max_pixels": limits.pixels,
     }
-    shown = {"conf": predictor.defaults.conf, "lowestConf": predictor.lowest_conf, "palette": PALETTE}
+    shown = {"conf": predictor.defaults.conf_thres, "lowestConf": predictor.lowest_conf, "palette": PALETTE}
     page = build_page(model, {**shown, "device": about["device"], "maxBytes": limits.image_bytes, "route": ROUTE})
 
     @app.head("/health", include_in_schema=False)

@@ -7,6 +7,7 @@ Gives for each image what `models.inference.predictor.Detector` gives for it alo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import cv2
@@ -16,17 +17,10 @@ from models.backends.base import Backend
 from utils.boxes import scale_boxes
 from utils.errors import UserError, check_image_size
 from utils.images import letterbox
-from utils.nms import non_max_suppression
+from utils.nms import NMSConfig
 from utils.plots.boxes import class_name
 
 DEFAULT_SIDE = 640  # px, where neither the options nor the model's file say
-
-
-class Thresholds(NamedTuple):
-    """What decides which boxes are kept."""
-
-    conf: float
-    iou: float
 
 
 class Prepared(NamedTuple):
@@ -34,7 +28,7 @@ class Prepared(NamedTuple):
 
     inputs: np.ndarray  # letterboxed, uint8 (3, h, w) RGB
     picture_hw: tuple[int, int]
-    thresholds: Thresholds
+    nms: NMSConfig
     ratio_pad: tuple[tuple[float, float], tuple[float, float]] | None = None  # as `scale_boxes` takes it
 
 
@@ -44,25 +38,21 @@ class Predictor:
     Attributes:
         backend: the model.
         shape_hw: height and width that pictures are scaled to.
-        defaults: thresholds where a request names none.
-        max_det: most detections in a picture.
+        defaults: how detections are chosen where a request does not say.
     """
 
-    def __init__(
-        self, backend: Backend, imgsz: Sequence[int] | None, defaults: Thresholds, max_det: int = 1000
-    ) -> None:
+    def __init__(self, backend: Backend, imgsz: Sequence[int] | None, defaults: NMSConfig) -> None:
         """Takes a model and warms it up.
 
         Args:
             backend: the model.
             imgsz: one side, or height and width, in px; None takes the size that the model was exported for.
-            defaults: thresholds where a request names none.
-            max_det: most detections in a picture.
+            defaults: how detections are chosen where a request does not say.
 
         Raises:
             UserError: a size that the model does not take, or a threshold below the one inside it.
         """
-        self.backend, self.defaults, self.max_det = backend, defaults, max_det
+        self.backend, self.defaults = backend, defaults
         self.shape_hw = _shape_for(backend, imgsz)
         backend.warm_up(*self.shape_hw)
 
@@ -71,7 +61,7 @@ class Predictor:
         """The lowest confidence that boxes can have: above 0 where the model itself drops the others."""
         return self.backend.metadata.nms.conf_thres if self.backend.has_nms else 0.0
 
-    def thresholds(self, conf: float | None, iou: float | None) -> Thresholds:
+    def thresholds(self, conf: float | None, iou: float | None) -> NMSConfig:
         """Returns a request's thresholds, the defaults in place of None.
 
         Raises:
@@ -83,13 +73,14 @@ class Predictor:
                 raise UserError(f"iou {iou:g}: the suppression is inside this model, with IoU {inside.iou_thres:g}")
             if conf is not None and conf < inside.conf_thres:
                 raise UserError(f"conf {conf:g}: this model itself drops boxes below {inside.conf_thres:g}")
-        return Thresholds(self.defaults.conf if conf is None else conf, self.defaults.iou if iou is None else iou)
+        wished = {"conf_thres": conf, "iou_thres": iou}
+        return replace(self.defaults, **{name: value for name, value in wished.items() if value is not None})
 
-    def prepare(self, image: np.ndarray, thresholds: Thresholds) -> Prepared:
+    def prepare(self, image: np.ndarray, nms: NMSConfig) -> Prepared:
         """Letterboxes a picture, uint8 (h, w, 3) BGR."""
         boxed = letterbox(image, self.shape_hw, auto=self.backend.dynamic, stride=self.backend.stride)
         inputs = cv2.cvtColor(boxed.image, cv2.COLOR_BGR2RGB).transpose(2, 0, 1)
-        return Prepared(inputs, image.shape[:2], thresholds, boxed.ratio_pad(image.shape))
+        return Prepared(inputs, image.shape[:2], nms, boxed.ratio_pad(image.shape))
 
     def detect(self, batch: Sequence[Prepared]) -> list[np.ndarray]:
         """Detects in pictures that were letterboxed to one shape.
@@ -104,12 +95,8 @@ class Predictor:
 
     def _choose(self, rows: Any, item: Prepared) -> np.ndarray:
         """Turns one picture's rows, (1, n, 5 + nc) or chosen (1, max_det, 6), into detections of the picture."""
-        if self.backend.has_nms:
-            found = _to_numpy(rows[0])
-            found = found[found[:, 4] > max(item.thresholds.conf, 0)][: self.max_det]
-        else:
-            found = _to_numpy(non_max_suppression(rows, *item.thresholds, max_det=self.max_det)[0])
-        found = np.array(found, np.float32)
+        found = item.nms.narrow(rows[0]) if self.backend.has_nms else item.nms.suppress(rows)[0]
+        found = np.array(_to_numpy(found), np.float32)
         padded_hw = item.inputs.shape[1:]
         found[:, :4] = scale_boxes(padded_hw, found[:, :4], item.picture_hw, item.ratio_pad).round()
         return found

@@ -8,6 +8,7 @@ image (`utils.boxes.scale_boxes`), test-time augmentation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,39 @@ MIN_SIDE_PX = 2  # boxes with a side outside these limits are dropped
 MAX_SIDE_PX = 7680
 MAX_CANDIDATES = 30_000  # per image, of highest score, enter the suppression
 CHUNK = 512  # candidates that are suppressed at a time
+
+
+@dataclass(frozen=True)
+class NMSConfig:
+    """How detections are chosen among a model's predictions; the fields are arguments of `non_max_suppression`.
+
+    Attributes:
+        conf_thres: confidences must exceed it.
+        iou_thres: boxes of one class that overlap a more confident one by more than this are dropped.
+        max_det: maximum detections per image.
+        agnostic: boxes suppress each other whatever their classes.
+        classes: class numbers to keep; None keeps all.
+        multi_label: every class above the threshold makes a detection, not only a box's best.
+    """
+
+    conf_thres: float = 0.25
+    iou_thres: float = 0.45
+    max_det: int = 300
+    agnostic: bool = False
+    classes: Sequence[int] | None = None
+    multi_label: bool = False
+
+    def suppress(self, prediction: Array, labels: Sequence[Array] = ()) -> list[Array]:
+        """Returns the detections (k, 6) of each image among rows (b, n, 5 + nc); see `non_max_suppression`."""
+        return non_max_suppression(prediction, labels=labels, **vars(self))
+
+    def narrow(self, detections: Array) -> Array:
+        """Returns those of an image's detections (m, 6), chosen inside a model and filled up with zeros, that pass."""
+        xp = _library(detections)
+        wanted = detections[:, 4] > self.conf_thres
+        if self.classes is not None:
+            wanted &= _is_one_of(xp, xp.asarray(detections[:, 5], dtype=xp.int64), self.classes)
+        return detections[wanted][: self.max_det]
 
 
 def non_max_suppression(
@@ -72,20 +106,18 @@ def non_max_suppression(
     return results
 
 
-def suppress(detections: Array, iou_thres: float = 0.45, agnostic: bool = False, max_det: int = 300) -> Array:
-    """Suppresses boxes that were detected already, such as those of several views of one image.
+def suppress_again(detections: Array, nms: NMSConfig) -> Array:
+    """Suppresses what was detected already, in several windows of one image.
 
     Args:
         detections: (k, 6) [x1, y1, x2, y2, confidence, class] in any order.
-        iou_thres: boxes of one class that overlap a more confident one by more than this are dropped.
-        agnostic: boxes suppress each other whatever their classes.
-        max_det: at most this many are returned.
+        nms: its overlap, classes' agnosticism and number of detections hold.
 
     Returns:
         The rows (m, 6) that are kept, most confident first; equal ones stay in order.
     """
     order = _falling_order(_library(detections), detections[:, 4])
-    return _suppress(_library(detections), detections[order], iou_thres, agnostic, max_det)
+    return _suppress(_library(detections), detections[order], nms.iou_thres, nms.agnostic, nms.max_det)
 
 
 def _library(array: Array) -> Any:
@@ -143,13 +175,17 @@ def _candidates(xp: Any, rows: Array, conf_thres: float, multi_label: bool, clas
         row_index = xp.where(scores[xp.arange(len(rows), **_place(rows)), best] > conf_thres)[0]
         class_index = best[row_index]
     if classes is not None:
-        wanted = xp.isin(class_index, xp.asarray(list(classes), dtype=xp.int64, **_place(rows)))
+        wanted = _is_one_of(xp, class_index, classes)
         row_index, class_index = row_index[wanted], class_index[wanted]
     confidence = scores[row_index, class_index]
     order = _falling_order(xp, confidence)[:MAX_CANDIDATES]
     row_index = row_index[order]
     columns = (confidence[order][:, None], xp.asarray(class_index[order], dtype=xp.float32)[:, None])
     return xp.concatenate((xywh2xyxy(rows[:, :4])[row_index], *columns), 1)
+
+
+def _is_one_of(xp: Any, class_index: Array, classes: Sequence[int]) -> Array:
+    return xp.isin(class_index, xp.asarray(list(classes), dtype=xp.int64, **_place(class_index)))
 
 
 def _falling_order(xp: Any, values: Array) -> Array:

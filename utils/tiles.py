@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.errors import UserError
-from utils.nms import suppress
+from utils.nms import NMSConfig, suppress_again
 
 MIN_TILE_PX = 32
 MAX_OVERLAP = 0.9  # beyond, tiles are next to endless
@@ -80,9 +80,7 @@ def _starts(length: int, side: int, overlap: float) -> list[int]:
     return [step * (length - side) // max(steps, 1) for step in range(steps + 1)]
 
 
-def merge(
-    detections: Sequence[np.ndarray], windows_xyxy: np.ndarray, iou_thres: float, agnostic: bool, max_det: int
-) -> np.ndarray:
+def merge(detections: Sequence[np.ndarray], windows_xyxy: np.ndarray, nms: NMSConfig) -> np.ndarray:
     """Joins the detections of a picture's windows: each object once, and whole where some window shows it whole.
 
     First go the pieces: a box that ends at a border of its window which is no border of the picture may show a part
@@ -94,9 +92,7 @@ def merge(
     Args:
         detections: for each window (k, 6) [x1, y1, x2, y2 in px of the whole picture, confidence, class].
         windows_xyxy: (t, 4) the windows, px; together they cover the picture.
-        iou_thres: boxes of a class that overlap a more confident one by more are dropped.
-        agnostic: take all classes for one.
-        max_det: most detections that are returned.
+        nms: how the detections of one image are suppressed.
 
     Returns:
         (m, 6) of the same columns, float32, most confident first.
@@ -106,12 +102,12 @@ def merge(
     order = np.lexsort((*found[:, :4].T, found[:, 5], -found[:, 4]))  # ties are settled by the boxes themselves
     found, window_of = found[order], window_of[order]
     cut = _touches_inner_border(found[:, :4], windows_xyxy[window_of], windows_xyxy)
-    groups = np.zeros(len(found)) if agnostic else found[:, 5]
+    groups = np.zeros(len(found)) if nms.agnostic else found[:, 5]
     keep = np.ones(len(found), dtype=bool)
     for group in np.unique(groups[cut]):
         members = np.flatnonzero(groups == group)
         keep[members] = _is_no_piece(found[members], window_of[members], cut[members])
-    return suppress(found[keep], iou_thres, agnostic, max_det)
+    return suppress_again(found[keep], nms)
 
 
 def _touches_inner_border(boxes_xyxy: np.ndarray, own_xyxy: np.ndarray, windows_xyxy: np.ndarray) -> np.ndarray:

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.backends.metadata import Metadata, Suppression
+from models.backends.metadata import Metadata
 from utils.errors import UserError, did_you_mean
 from utils.files import native_path, read_yaml
 from utils.log import LOGGER
+from utils.nms import NMSConfig
 
 Array = Any  # np.ndarray or torch.Tensor
 LayerHook = Callable[[int, str, np.ndarray], None]  # (row of the model, block's name, output float32 (b, c, h, w))
@@ -318,7 +319,7 @@ def describe(texts: Mapping[str, str], graph: Graph, where: str | Path, boxes_no
                 f"not the {CHOSEN_COLUMNS} of a detector: export it without that."
             )
         # Whatever it finds is in its list, which no overlap has shortened
-        found = replace(found, nms=Suppression(0.0, 1.0, graph.rows or UNKNOWN_MAX_DET, agnostic=False))
+        found = replace(found, nms=NMSConfig(0.0, 1.0, graph.rows or UNKNOWN_MAX_DET, agnostic=False))
     if found is None or found.nms is None:
         _check_rows(graph, where)
         if "metadata" not in texts:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from utils.errors import UserError
+from utils.nms import NMSConfig
 
 PREPROCESSING = (
     "BGR to RGB; scaled to fit with bilinear interpolation, the rest filled with grey 114 (letterbox); "
@@ -23,17 +24,8 @@ LICENCE = "GPL-3.0"
 # What json and ast raise on damaged texts or such as are nested to exhaust them, and reading values of the wrong kind.
 PARSING_ERRORS = (AttributeError, LookupError, MemoryError, OverflowError, RecursionError, SyntaxError)
 PARSING_ERRORS += (TypeError, ValueError)
+NMS_TEXTS = ("conf_thres", "iou_thres", "max_det", "agnostic")  # what a file with `--nms` says of it
 PLAIN_TEXTS = ("stride", "names")  # texts that YOLOv5 itself writes and reads, beside ours
-
-
-@dataclass(frozen=True)
-class Suppression:
-    """How detections are chosen inside a model that was exported with `--nms`."""
-
-    conf_thres: float
-    iou_thres: float
-    max_det: int
-    agnostic: bool
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class Metadata:
     batch: int = 1
     dynamic: bool = False
     precision: str = "float32"
-    nms: Suppression | None = None
+    nms: NMSConfig | None = None
     boxes_normalised: bool = False
     task: str = "detect"
     licence: str = LICENCE
@@ -74,7 +66,9 @@ class Metadata:
 
     def texts(self) -> dict[str, str]:
         """Returns the texts that a file carries: `stride`, `names` (a Python dict, as YOLOv5 writes it), `metadata`."""
-        return {"stride": str(self.stride), "names": str(self.names), "metadata": json.dumps(asdict(self))}
+        said = asdict(self)
+        said["nms"] = self.nms and {name: getattr(self.nms, name) for name in NMS_TEXTS}
+        return {"stride": str(self.stride), "names": str(self.names), "metadata": json.dumps(said)}
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], where: str) -> Metadata | None:
@@ -108,5 +102,5 @@ def _from_plain(plain: Mapping[str, Any]) -> Metadata:
     height, width = known["shape_hw"]
     known["shape_hw"] = (int(height), int(width))
     if known.get("nms") is not None:
-        known["nms"] = Suppression(**known["nms"])
+        known["nms"] = NMSConfig(**{name: known["nms"][name] for name in NMS_TEXTS})
     return Metadata(**known)

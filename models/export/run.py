@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.backends.metadata import Metadata, Suppression
+from models.backends.metadata import Metadata
 from models.deploy import rewrite
 from models.export.formats import TOLERANCES, Format, complete_options, find_formats
 from models.export.job import ExportJob
@@ -34,6 +34,7 @@ from utils.devices import device_line, select_device
 from utils.errors import UserError, check_image_size, grid_stride
 from utils.files import ROOT
 from utils.log import LOGGER, colorstr
+from utils.nms import NMSConfig
 
 
 @dataclass
@@ -131,11 +132,11 @@ def make_jobs(
     return jobs
 
 
-def _suppression(options: argparse.Namespace) -> Suppression | None:
+def _suppression(options: argparse.Namespace) -> NMSConfig | None:
     """Returns how detections are to be chosen in the graph; None without --nms."""
     if not options.nms:
         return None
-    return Suppression(options.conf_thres, options.iou_thres, options.topk_all, options.agnostic_nms)
+    return NMSConfig(options.conf_thres, options.iou_thres, options.topk_all, options.agnostic_nms)
 
 
 def _precision(entry: Format, options: argparse.Namespace) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from models.backends import Backend, load_backend
-from models.backends.metadata import Suppression
 from models.export.formats import Tolerance
 from models.export.job import ExportJob
 from models.inference.evaluation import check_classes, image_shape, make_loader, open_eval_model
@@ -28,7 +27,7 @@ from utils.errors import UserError
 from utils.eval.evaluate import evaluate
 from utils.images import ImageError, letterbox, read_image
 from utils.log import LOGGER
-from utils.nms import non_max_suppression
+from utils.nms import NMSConfig
 
 PICTURES = 4  # taken from the data set as they are
 DARKNESS, TINY_PX = 0.15, 40
@@ -36,7 +35,7 @@ BATCH = 3
 SAME_IOU = 0.95
 BEST_ROWS = 100  # of each image, compared box by box however unsure they are: pictures may show none of the classes
 MAX_MARGIN = 0.1  # above the confidence threshold; less confident detections than that may be on one side only
-DEFAULT_NMS = Suppression(conf_thres=0.25, iou_thres=0.45, max_det=300, agnostic=False)
+DEFAULT_NMS = NMSConfig(conf_thres=0.25, iou_thres=0.45, max_det=300, agnostic=False)
 
 
 @dataclass
@@ -124,7 +123,7 @@ def check_parity(job: ExportJob, path: Path, pictures: Sequence[np.ndarray], tol
         if not backend.has_nms:
             _compare_rows(parity, rows, output, tolerance)
         if not parity.broken:
-            found = output if backend.has_nms else non_max_suppression(output, **_limits(DEFAULT_NMS))
+            found = output if backend.has_nms else DEFAULT_NMS.suppress(output)
             _compare_detections(parity, job, rows, found, min(tolerance.score, MAX_MARGIN))
     return parity
 
@@ -212,7 +211,7 @@ def _compare_detections(
         margin: detections whose confidence exceeds the threshold by less are not missed.
     """
     nms = job.metadata.nms or DEFAULT_NMS
-    expected = non_max_suppression(rows, **{**_limits(nms), "max_det": rows.shape[1]})
+    expected = replace(nms, max_det=rows.shape[1]).suppress(rows)
     for all_own, padded in zip(expected, output, strict=True):
         own = all_own[_rank_in_class(all_own[:, 5]) < job.options.topk_per_class] if job.metadata.nms else all_own
         own, found = own[: nms.max_det], padded[padded[:, 4] > 0]
@@ -235,11 +234,6 @@ def _match(parity: Parity, first: np.ndarray, second: np.ndarray) -> None:
 def _rank_in_class(classes: np.ndarray) -> np.ndarray:
     """Returns for each detection (k,), most confident first, how many of its class come before it."""
     return np.array([int((classes[:place] == number).sum()) for place, number in enumerate(classes)], dtype=int)
-
-
-def _limits(nms: Suppression) -> dict[str, float | int | bool]:
-    """Returns the arguments of `non_max_suppression`."""
-    return {name: getattr(nms, name) for name in ("conf_thres", "iou_thres", "max_det", "agnostic")}
 
 
 def _compare_maps(parity: Parity, job: ExportJob, path: Path, images: np.ndarray) -> None:
@@ -326,17 +320,14 @@ class _Choosing:
 
     has_nms = True
 
-    def __init__(self, backend: Backend, suppression: Suppression) -> None:
-        self._backend, self._suppression = backend, suppression
+    def __init__(self, backend: Backend, nms: NMSConfig) -> None:
+        self._backend, self._nms = backend, nms
         self.preprocess, self.synchronize = backend.preprocess, backend.synchronize
 
     def infer(self, inputs: Any) -> np.ndarray:
         """Returns detections (b, max_det, 6) [x1, y1, x2, y2 in px, confidence, class], filled up with zeros."""
-        how = self._suppression
-        found = non_max_suppression(
-            self._backend.infer(inputs), how.conf_thres, how.iou_thres, agnostic=how.agnostic, max_det=how.max_det
-        )
-        filled = np.zeros((len(found), how.max_det, 6), np.float32)
+        found = self._nms.suppress(self._backend.infer(inputs))
+        filled = np.zeros((len(found), self._nms.max_det, 6), np.float32)
         for place, detections in zip(filled, found, strict=True):
             place[: len(detections)] = detections.cpu().numpy()
         return filled

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from models.backends.base import require
 from models.experimental import Ensemble
 from models.inference.multibackend import DetectMultiBackend, predict
-from models.inference.predictor import Limits, class_summary
+from models.inference.predictor import class_summary
 from models.yolo import Model, profile_layers
 from utils.boxes import scale_boxes, xyxy2xywh
 from utils.devices import resolve_amp
@@ -39,7 +39,7 @@ from utils.files import increment_path
 from utils.images import SLACK, ImageError, decode_image, letterbox, read_image, to_8_bits
 from utils.log import LOGGER
 from utils.media.writers import OutputStems, folder_names
-from utils.nms import non_max_suppression
+from utils.nms import NMSConfig
 from utils.plots.boxes import class_name, crop_box, detection_labels, draw_detections, save_image
 
 COPIED = ("yaml", "nc", "hyp", "names", "stride")  # attributes of the model that the wrapper has too
@@ -199,12 +199,8 @@ class AutoShape(nn.Module):
 
     def _suppressed(self, output: Tensor) -> list[Tensor]:
         """Returns the detections (k, 6) of each image, in px of the model's input."""
-        if self.dmb and self.model.has_nms:
-            limits = Limits(self.conf, self.iou, self.classes, self.agnostic, self.max_det)
-            return [torch.from_numpy(limits.narrow(found)) for found in output]
-        return non_max_suppression(
-            output, self.conf, self.iou, self.classes, self.agnostic, self.multi_label, max_det=self.max_det
-        )
+        nms = NMSConfig(self.conf, self.iou, self.max_det, self.agnostic, self.classes, self.multi_label)
+        return [nms.narrow(found) for found in output] if self.dmb and self.model.has_nms else nms.suppress(output)
 
     def _now(self) -> float:
         """Returns the time in seconds once the device has done its work."""

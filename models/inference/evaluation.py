@@ -25,7 +25,6 @@ from torch import nn
 
 from models.backends import Backend, load_backend, runtime_of, weight_files
 from models.backends.base import AUGMENT_NEEDS_CHECKPOINT
-from models.backends.metadata import Suppression
 from models.backends.pytorch import PyTorchBackend, check_members, describe_model, ensemble_of
 from models.load import Weights, find_weights, model_from, read_weights
 from utils.boxes import scale_boxes
@@ -41,7 +40,7 @@ from utils.eval.evaluate import AugmentedPredictor, EvalResult, ModulePredictor,
 from utils.files import ROOT, atomic_write, increment_path, run_folder
 from utils.images import letterbox, resized_wh
 from utils.log import LOGGER, colorstr
-from utils.nms import non_max_suppression
+from utils.nms import NMSConfig
 from utils.plots.evaluation import plot_study
 from utils.tiles import Tiling, merge, windows
 
@@ -75,7 +74,7 @@ class EvalModel:
     shape_hw: tuple[int, int] | None
     data: str
     trained_px: int | None
-    nms: Suppression | None
+    nms: NMSConfig | None
     build: Callable[[], Any]
 
 
@@ -298,10 +297,7 @@ class TiledPredictor:
         *,
         pad: float = PAD_STRIDES,
         batch_size: int = 32,
-        conf_thres: float = 0.001,
-        iou_thres: float = 0.6,
-        max_det: int = 300,
-        agnostic: bool = False,
+        nms: NMSConfig,
     ) -> None:
         """Takes a model and how it is to be used.
 
@@ -312,15 +308,11 @@ class TiledPredictor:
             stride: what those sides must be multiples of.
             pad: border that windows get where `shape` is a long side, in strides.
             batch_size: most windows in one run of the model.
-            conf_thres: confidences must exceed it.
-            iou_thres: boxes of a class that overlap a more confident one by more are dropped.
-            max_det: most detections in a window, and in a picture.
-            agnostic: suppress across classes.
+            nms: how detections are chosen, in a window and in the image.
         """
         self._predictor, self._tiling = predictor, tiling
         self._shape, self._stride, self._pad = shape, stride, pad
-        self._batch_size, self._conf_thres, self._iou_thres = batch_size, conf_thres, iou_thres
-        self._max_det, self._agnostic = max_det, agnostic
+        self._batch_size, self._nms = batch_size, nms
 
     def preprocess(self, images: np.ndarray) -> list[View]:
         """Cuts one picture, uint8 (1, 3, h, w) RGB, into letterboxed windows."""
@@ -339,7 +331,7 @@ class TiledPredictor:
                 windows_xyxy.append(view.window_xyxy)
         if len(found) == 1:
             return found[0][None]
-        return merge(found, np.stack(windows_xyxy), self._iou_thres, self._agnostic, self._max_det)[None]
+        return merge(found, np.stack(windows_xyxy), self._nms)[None]
 
     def synchronize(self) -> None:
         """Waits for the device."""
@@ -359,13 +351,10 @@ class TiledPredictor:
         images = np.stack([view.image for view in batch])
         output: Any = self._predictor.infer(self._predictor.preprocess(images))
         if self._predictor.has_nms:
-            return [rows[rows[:, 4] > self._conf_thres][: self._max_det] for rows in np.asarray(output)]
+            return [self._nms.narrow(rows) for rows in np.asarray(output)]
         if isinstance(output, np.ndarray):  # suppressing many candidates is faster by far in torch
             output = torch.from_numpy(np.require(output, requirements="W"))
-        found = non_max_suppression(
-            output, self._conf_thres, self._iou_thres, None, self._agnostic, multi_label=True, max_det=self._max_det
-        )
-        return [detections.cpu().numpy() for detections in found]
+        return [detections.cpu().numpy() for detections in self._nms.suppress(output)]
 
 
 def letterboxed_window(
@@ -641,7 +630,7 @@ def _warn_of_inner_nms(subject: EvalModel, options: Namespace) -> None:
     LOGGER.warning(
         f"WARNING: NMS is inside {subject.path} (confidence above {inside.conf_thres}, IoU {inside.iou_thres}, at most "
         f"{inside.max_det} detections): mAP comes out lower than without it, and --iou-thres {options.iou_thres} and "
-        f"--max-det {options.max_det} change nothing"
+        f"--max-det above {inside.max_det} change nothing"
     )
 
 
@@ -690,10 +679,11 @@ def _predictor(
         if options.augment:
             model = AugmentedPredictor(model)
         if options.tile:
-            chosen = {name: getattr(options, name) for name in ("batch_size", "conf_thres", "iou_thres", "max_det")}
-            tiling = Tiling(options.tile, options.tile_overlap)
-            chosen.update(agnostic=options.single_cls, pad=_pad_of(options))
-            model = TiledPredictor(model, tiling, shape, subject.stride, **chosen)
+            nms = NMSConfig(
+                options.conf_thres, options.iou_thres, options.max_det, agnostic=options.single_cls, multi_label=True
+            )
+            chosen = {"pad": _pad_of(options), "batch_size": options.batch_size, "nms": nms}
+            model = TiledPredictor(model, Tiling(options.tile, options.tile_overlap), shape, subject.stride, **chosen)
         yield model
 
 

@@ -14,12 +14,11 @@ import cv2
 import numpy as np
 
 from models.backends.base import Array, Backend, LayerHook
-from models.backends.metadata import Suppression
 from utils.boxes import scale_boxes
 from utils.errors import UserError, check_image_size
 from utils.images import letterbox
 from utils.log import LOGGER
-from utils.nms import non_max_suppression
+from utils.nms import NMSConfig
 from utils.plots.boxes import class_name
 from utils.tiles import Tiling, merge, windows
 
@@ -28,28 +27,6 @@ MAX_BATCH = 16  # windows in one run of the model, whatever the picture's size
 
 RatioPad = tuple[tuple[float, float], tuple[float, float]]
 PictureHook = Callable[[int, int, str, np.ndarray], None]  # picture's number, layer's row, its block, maps (1, c, h, w)
-
-
-class Limits(NamedTuple):
-    """Which detections are kept; see `Detector`."""
-
-    conf_thres: float
-    iou_thres: float
-    classes: Sequence[int] | None
-    agnostic: bool
-    max_det: int
-
-    def suppress(self, rows: Array) -> list[Array]:
-        """Returns the detections (k, 6) among a model's rows (b, n, 5 + nc) for each image."""
-        return non_max_suppression(rows, **self._asdict())
-
-    def narrow(self, detections: Array) -> np.ndarray:
-        """Returns those of detections (m, 6), chosen inside a model and filled up with zeros, that are wanted."""
-        found = detections if isinstance(detections, np.ndarray) else detections.cpu().numpy()
-        wanted = found[:, 4] > self.conf_thres
-        if self.classes is not None:
-            wanted &= np.isin(found[:, 5], list(self.classes))
-        return found[wanted][: self.max_det]
 
 
 class WindowBatch(NamedTuple):
@@ -95,9 +72,9 @@ class Detector:
         """
         self.last_s = dict.fromkeys(STAGES, 0.0)
         self._backend, self._shape_hw, self._augment, self._tiling = backend, shape_hw, augment, tiling
-        self._limits = Limits(conf_thres, iou_thres, classes, agnostic, max_det)
+        self._nms = NMSConfig(conf_thres, iou_thres, max_det, agnostic, classes)
         if backend.has_nms:
-            _tell_what_is_fixed(self._limits, backend.metadata.nms)
+            _tell_what_is_fixed(self._nms, backend.metadata.nms)
         self._total_s, self._seen = dict.fromkeys(STAGES, 0.0), 0
         backend.warm_up(*shape_hw)
 
@@ -169,8 +146,7 @@ class Detector:
         clock.append(self._now())
         rows = self._backend.infer(inputs, visualize and _per_picture(visualize, batch.pictures), self._augment)
         clock.append(self._now())
-        limits = self._limits
-        found = [limits.narrow(one) for one in rows] if self._backend.has_nms else limits.suppress(rows)
+        found = [self._nms.narrow(one) for one in rows] if self._backend.has_nms else self._nms.suppress(rows)
         clock.append(self._now())
         for stage, start, end in zip(STAGES, clock, clock[1:], strict=False):
             self.last_s[stage] += end - start
@@ -185,8 +161,7 @@ class Detector:
         if len(found) == 1:
             (detections,) = found
         else:
-            limits = self._limits
-            detections = merge(found, np.stack(windows_xyxy), limits.iou_thres, limits.agnostic, limits.max_det)
+            detections = merge(found, np.stack(windows_xyxy), self._nms)
         detections[:, :4] = detections[:, :4].round()
         return detections
 
@@ -254,7 +229,7 @@ def shape_for(backend: Backend, imgsz: Sequence[int] | None, default_px: int) ->
     return only
 
 
-def _tell_what_is_fixed(limits: Limits, inside: Suppression) -> None:
+def _tell_what_is_fixed(limits: NMSConfig, inside: NMSConfig) -> None:
     """Says where a model that chooses detections itself cannot do as asked."""
     fixed = []
     if limits.conf_thres < inside.conf_thres:

@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.backends.metadata import Suppression
 from models.heads import SUPPRESSION_ROUNDS, Decoder, NMSHead, RawMaps, head_for
 from models.yolo import Detect
-from utils.nms import non_max_suppression
+from utils.nms import NMSConfig, non_max_suppression
 
 SHAPE_HW = (96, 64)
 STRIDES = (8, 16, 32)
-LOOSE = Suppression(conf_thres=0.25, iou_thres=0.45, max_det=20, agnostic=False)
+LOOSE = NMSConfig(conf_thres=0.25, iou_thres=0.45, max_det=20, agnostic=False)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ class GivenRows(nn.Module):
         return rows
 
 
-def choose(rows: torch.Tensor, suppression: Suppression, topk_per_class: int | None = None) -> torch.Tensor:
+def choose(rows: torch.Tensor, suppression: NMSConfig, topk_per_class: int | None = None) -> torch.Tensor:
     return NMSHead(GivenRows(rows.shape[1]), suppression, topk_per_class)(rows)
 
 
@@ -132,7 +131,7 @@ def random_rows(seed: int, count: int, classes: int, size_px: float = 640) -> to
 )
 def test_the_same_detections_as_outside(seed, count, classes, conf_thres, iou_thres, max_det, agnostic):
     rows = random_rows(seed, count, classes)
-    found = choose(rows, Suppression(conf_thres, iou_thres, max_det, agnostic))
+    found = choose(rows, NMSConfig(conf_thres, iou_thres, max_det, agnostic))
     assert found.shape == (2, max_det, 6)
     outside = non_max_suppression(rows, conf_thres, iou_thres, agnostic=agnostic, max_det=max_det)
     for inside, expected in zip(found, outside, strict=True):
@@ -142,7 +141,7 @@ def test_the_same_detections_as_outside(seed, count, classes, conf_thres, iou_th
 
 def test_more_candidates_than_enter_leave_out_the_least_confident_alone():
     rows = random_rows(0, 6000, 3, size_px=3000)
-    found = choose(rows, Suppression(0.001, 0.45, 300, False))
+    found = choose(rows, NMSConfig(0.001, 0.45, 300, False))
     outside = non_max_suppression(rows, 0.001, 0.45, max_det=300)
     for inside, expected in zip(found, outside, strict=True):
         kept = inside[inside[:, 4] > 0]
@@ -154,21 +153,21 @@ def test_more_candidates_than_enter_leave_out_the_least_confident_alone():
 def test_a_chain_of_boxes_keeps_every_other_one(length):
     """Each box, 3 px to the right of the one before, overlaps it by 7 / 13 and the one before that by 4 / 16."""
     rows = torch.tensor([[row(20 + 3 * place, 20, 10, 10, 0.9 - 0.01 * place) for place in range(length)]])
-    found = choose(rows, Suppression(0.1, 0.45, 100, False))[0]
+    found = choose(rows, NMSConfig(0.1, 0.45, 100, False))[0]
     assert found[found[:, 4] > 0, 0].tolist() == [15 + 3 * place for place in range(0, length, 2)]
 
 
 def test_a_crowd_on_one_object_leaves_one():
     rows = torch.tensor([[row(50, 50, 20, 20, 0.9 - 0.0005 * place) for place in range(500)]])
-    found = choose(rows, Suppression(0.1, 0.45, 100, False))[0]
+    found = choose(rows, NMSConfig(0.1, 0.45, 100, False))[0]
     assert (found[:, 4] > 0).sum() == 1
     torch.testing.assert_close(found[0], torch.tensor([40, 40, 60, 60, 0.9, 0]))
 
 
 def test_classes_suppress_each_other_only_where_that_is_asked_for():
     rows = torch.tensor([[row(50, 50, 20, 20, 0.9, 0), row(50, 50, 20, 20, 0.8, 1)]])
-    assert (choose(rows, Suppression(0.1, 0.45, 9, False))[0, :, 4] > 0).sum() == 2
-    assert (choose(rows, Suppression(0.1, 0.45, 9, True))[0, :, 4] > 0).sum() == 1
+    assert (choose(rows, NMSConfig(0.1, 0.45, 9, False))[0, :, 4] > 0).sum() == 2
+    assert (choose(rows, NMSConfig(0.1, 0.45, 9, True))[0, :, 4] > 0).sum() == 1
 
 
 @pytest.mark.parametrize("agnostic", [False, True])
@@ -176,7 +175,7 @@ def test_of_each_class_no_more_than_asked_for(agnostic):
     """Six boxes apart from each other, of class 0, 0, 1, 0, 1, 0 by falling confidence: two of each class stay."""
     labels = [0, 0, 1, 0, 1, 0]
     rows = torch.tensor([[row(60 * n + 40, 50, 20, 20, 0.9 - 0.1 * n, label) for n, label in enumerate(labels)]])
-    found = choose(rows, Suppression(0.1, 0.45, 9, agnostic), topk_per_class=2)[0]
+    found = choose(rows, NMSConfig(0.1, 0.45, 9, agnostic), topk_per_class=2)[0]
     assert found[found[:, 4] > 0, 0].tolist() == [30, 90, 150, 270]
 
 
@@ -184,10 +183,10 @@ def test_boxes_at_the_limits():
     """Sides from 2 to 7680 px count, and confidences above the threshold, not at it."""
     sides_px = [2, 1.99, 7680, 7681]
     rows = torch.tensor([[row(10_000 * n, 0, side, 50, 0.9 - 0.1 * n) for n, side in enumerate(sides_px)]])
-    found = choose(rows, Suppression(0.1, 0.45, 9, False))[0]
+    found = choose(rows, NMSConfig(0.1, 0.45, 9, False))[0]
     assert found[found[:, 4] > 0, 4].tolist() == pytest.approx([0.9, 0.7])
     rows = torch.tensor([[row(100, 100, 50, 50, 0.5), row(300, 100, 50, 50, 0.5001)]])
-    found = choose(rows, Suppression(0.5, 0.45, 9, False))[0]
+    found = choose(rows, NMSConfig(0.5, 0.45, 9, False))[0]
     assert found[found[:, 4] > 0, 0].tolist() == [275]
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from utils.nms import NMSConfig
+
 httpx = pytest.importorskip("httpx")
 LOCAL = "http://localhost"
 YOLOV5_ROUTE, ROUTE = "/v1/object-detection/yolov5s", "/v1/detect"
@@ -70,7 +72,7 @@ def test_nothing_of_a_picture_is_kept_once_it_was_answered(exported, encoded, an
     testclient = pytest.importorskip("starlette.testclient")
     from models.backends import load_backend
     from service.app import create_app
-    from service.predictor import Predictor, Thresholds
+    from service.predictor import Predictor
 
     references = []
 
@@ -80,7 +82,7 @@ def test_nothing_of_a_picture_is_kept_once_it_was_answered(exported, encoded, an
             references.extend((weakref.ref(image), weakref.ref(prepared.inputs)))
             return prepared
 
-    predictor = Noting(load_backend([str(exported)], "cpu"), [64], Thresholds(0.25, 0.45))
+    predictor = Noting(load_backend([str(exported)], "cpu"), [64], NMSConfig(0.25, 0.45, 1000))
     with testclient.TestClient(create_app(predictor, "tiny"), LOCAL) as client:
         for seed in range(6):
             assert post(client, encoded(seed), params={"annotated": annotated}).status_code == 200
@@ -96,7 +98,7 @@ def test_images_of_all_requests_share_a_budget_of_decoded_pixels(exported, encod
     testclient = pytest.importorskip("starlette.testclient")
     import service.app
     from models.backends import load_backend
-    from service.predictor import Predictor, Thresholds
+    from service.predictor import Predictor
 
     decoded, alive, peak = [], lambda: sum(reference() is not None for reference in decoded), [0]
     decode = service.app.decode_upload
@@ -115,7 +117,7 @@ def test_images_of_all_requests_share_a_budget_of_decoded_pixels(exported, encod
 
     monkeypatch.setattr(service.app, "decode_upload", noting)
     monkeypatch.setattr(service.app, "DECODED_PIXELS", 2 * 48 * 64)
-    predictor = Slow(load_backend([str(exported)], "cpu"), [64], Thresholds(0.25, 0.45))
+    predictor = Slow(load_backend([str(exported)], "cpu"), [64], NMSConfig(0.25, 0.45, 1000))
     app = service.app.create_app(predictor, "tiny", service.app.Limits(pixels=48 * 64))
     with testclient.TestClient(app, LOCAL) as client, ThreadPoolExecutor(10) as pool:
         params = {"annotated": annotated}
@@ -131,7 +133,7 @@ def test_health_is_told_while_the_model_and_the_queue_are_stuck(exported, encode
     testclient = pytest.importorskip("starlette.testclient")
     from models.backends import load_backend
     from service.app import Limits, create_app
-    from service.predictor import Predictor, Thresholds
+    from service.predictor import Predictor
 
     entered, free = threading.Event(), threading.Event()
 
@@ -141,7 +143,7 @@ def test_health_is_told_while_the_model_and_the_queue_are_stuck(exported, encode
             assert free.wait(20)
             return super().detect(batch)
 
-    predictor = Stuck(load_backend([str(exported)], "cpu"), [64], Thresholds(0.25, 0.45))
+    predictor = Stuck(load_backend([str(exported)], "cpu"), [64], NMSConfig(0.25, 0.45, 1000))
     with testclient.TestClient(create_app(predictor, "tiny", Limits(requests=2)), LOCAL) as client:
         with ThreadPoolExecutor(2) as pool:
             try:
@@ -206,13 +208,13 @@ def test_an_error_of_the_program_is_answered_without_its_words_and_with_the_head
     from models.backends import load_backend
     from service.app import create_app
     from service.guard import HEADERS
-    from service.predictor import Predictor, Thresholds
+    from service.predictor import Predictor
 
     class Broken(Predictor):
         def records(self, detections):
             raise RuntimeError("/home/somebody/secret")
 
-    predictor = Broken(load_backend([str(exported)], "cpu"), [64], Thresholds(0.25, 0.45))
+    predictor = Broken(load_backend([str(exported)], "cpu"), [64], NMSConfig(0.25, 0.45, 1000))
     with testclient.TestClient(create_app(predictor, "tiny"), LOCAL, raise_server_exceptions=False) as client:
         answer = post(client, encoded(1))
         assert client.get("/health").status_code == 200

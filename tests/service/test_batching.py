@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from service.batching import Batcher, InferenceError
-from service.predictor import Prepared, Thresholds
+from service.predictor import Prepared
+from utils.nms import NMSConfig
 
 LIMIT_S = 20
 
@@ -33,7 +34,7 @@ class Model:
 
 
 def prepared(value, width=32):
-    return Prepared(np.full((3, 32, width), value, np.uint8), (32, width), Thresholds(0.25, 0.45))
+    return Prepared(np.full((3, 32, width), value, np.uint8), (32, width), NMSConfig(0.25, 0.45, 1000))
 
 
 def play(scene, batch_size=4, wait_s=0.01):

@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 
 from models.backends.base import ArrayBackend
-from models.backends.metadata import Metadata, Suppression
-from service.predictor import Predictor, Thresholds
+from models.backends.metadata import Metadata
+from service.predictor import Predictor
 from utils.errors import UserError
+from utils.nms import NMSConfig
 
-DEFAULTS = Thresholds(0.25, 0.45)
+DEFAULTS = NMSConfig(0.25, 0.45, 1000)
 
 
 class ChoosingBackend(ArrayBackend):
     """Stands in for a fixed export with suppression inside: three boxes, then zeros."""
 
     def __init__(self):
-        inside = Suppression(conf_thres=0.2, iou_thres=0.5, max_det=4, agnostic=False)
+        inside = NMSConfig(conf_thres=0.2, iou_thres=0.5, max_det=4)
         self.metadata = Metadata({0: "cat"}, 32, (64, 96), nms=inside)
         self.dynamic, self.device, self.batch = False, "here", None
 
@@ -35,10 +36,10 @@ def test_batch_gives_what_the_detector_finds_in_each_picture(exported, picture, 
     predictor = Predictor(backend, None, DEFAULTS)
     sizes = [(64, 96), (40, 96), (64, 20), (100, 100)] if fixed else [(64, 96), (128, 192), (33, 48), (64, 95)]
     pictures = [picture(seed, *size) for seed, size in enumerate(sizes)]
-    thresholds = [Thresholds(conf, iou) for conf, iou in ((0.1, 0.45), (0.25, 0.9), (0.3, 0.2), (0.2, 0.45))]
+    thresholds = [NMSConfig(conf, iou, 1000) for conf, iou in ((0.1, 0.45), (0.25, 0.9), (0.3, 0.2), (0.2, 0.45))]
     batch = [predictor.prepare(image, wanted) for image, wanted in zip(pictures, thresholds, strict=True)]
     for image, wanted, found in zip(pictures, thresholds, predictor.detect(batch), strict=True):
-        alone = Detector(backend, (64, 96), wanted.conf, wanted.iou)
+        alone = Detector(backend, (64, 96), wanted.conf_thres, wanted.iou_thres)
         expected = alone.detect(image)
         assert len(found) == len(expected) > 0
         assert np.allclose(found, expected, atol=(1, 1, 1, 1, 1e-4, 0))

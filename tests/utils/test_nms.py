@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from utils.boxes import scale_boxes
 from utils.errors import UserError
 from utils.images import letterbox, read_image
-from utils.nms import MAX_SIDE_PX, non_max_suppression, suppress
+from utils.nms import MAX_SIDE_PX, NMSConfig, non_max_suppression, suppress_again
 
 
 def rows(*values, nc=2):
@@ -221,5 +221,6 @@ def test_detections_are_suppressed_as_they_were_when_they_were_rows():
     for agnostic in (False, True):
         (expected,) = non_max_suppression(prediction, 0.1, 0.4, agnostic=agnostic, max_det=50)
         shuffled = everything[generator.permutation(len(everything))]
-        for found in (suppress(shuffled, 0.4, agnostic, 50), suppress(torch.from_numpy(shuffled), 0.4, agnostic, 50)):
+        for rows in (shuffled, torch.from_numpy(shuffled)):
+            found = suppress_again(rows, NMSConfig(iou_thres=0.4, max_det=50, agnostic=agnostic))
             np.testing.assert_array_equal(found, expected)

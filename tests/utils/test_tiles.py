@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from utils.boxes import box_iou
 from utils.errors import UserError
-from utils.nms import suppress
+from utils.nms import NMSConfig, suppress_again
 from utils.tiles import Tiling, merge, windows
 
 # Two tiles of 640 px that share 280 px, and the whole picture.
@@ -20,7 +20,7 @@ LEFT, RIGHT, WHOLE = range(3)
 def merged(*found, iou_thres=0.45, agnostic=False, max_det=300, windows_xyxy=WIDE):
     """Detections of a wide picture from (window, x1, y1, x2, y2, confidence, class) rows, as lists."""
     rows = [np.array([row[1:] for row in found if row[0] == window], np.float32) for window in range(len(windows_xyxy))]
-    found = merge([row.reshape(-1, 6) for row in rows], windows_xyxy, iou_thres, agnostic, max_det)
+    found = merge([row.reshape(-1, 6) for row in rows], windows_xyxy, NMSConfig(0, iou_thres, max_det, agnostic))
     return found.astype(np.float64).round(4).tolist()
 
 
@@ -125,7 +125,7 @@ def test_the_same_object_in_several_windows_is_told_once_by_the_surest():
 
 
 def test_windows_without_detections_are_none():
-    empty = merge([np.zeros((0, 6), np.float32)] * 3, WIDE, 0.45, False, 300)
+    empty = merge([np.zeros((0, 6), np.float32)] * 3, WIDE, NMSConfig())
     assert empty.shape == (0, 6) and empty.dtype == np.float32
 
 
@@ -148,10 +148,11 @@ def random_scene(seed):
 @given(st.integers(0, 10_000), st.booleans(), st.randoms(use_true_random=False))
 def test_the_order_of_windows_and_detections_does_not_matter(seed, agnostic, shuffler):
     found, places = random_scene(seed)
-    once = merge(found, places, 0.5, agnostic, 30)
+    nms = NMSConfig(iou_thres=0.5, max_det=30, agnostic=agnostic)
+    once = merge(found, places, nms)
     order = list(range(len(places)))
     shuffler.shuffle(order)
-    again = merge([found[index][::-1] for index in order], places[order], 0.5, agnostic, 30)
+    again = merge([found[index][::-1] for index in order], places[order], nms)
     np.testing.assert_array_equal(once, again)
 
 
@@ -159,7 +160,7 @@ def test_the_order_of_windows_and_detections_does_not_matter(seed, agnostic, shu
 @given(st.integers(0, 10_000))
 def test_what_is_kept_was_found_and_overlaps_nothing_else_of_its_class(seed):
     found, places = random_scene(seed)
-    kept = merge(found, places, 0.5, False, 300)
+    kept = merge(found, places, NMSConfig(iou_thres=0.5))
     everything = {tuple(row) for rows in found for row in rows.tolist()}
     assert set(map(tuple, kept.tolist())) <= everything
     assert (np.diff(kept[:, 4]) <= 0).all()
@@ -168,4 +169,5 @@ def test_what_is_kept_was_found_and_overlaps_nothing_else_of_its_class(seed):
     # In one window nothing is cut: only suppression is left.
     one = np.concatenate(found)
     ordered = one[np.lexsort((*one[:, :4].T, one[:, 5], -one[:, 4]))]
-    np.testing.assert_array_equal(merge([one], places[-1:], 0.5, False, 300), suppress(ordered, 0.5, False, 300))
+    nms = NMSConfig(iou_thres=0.5)
+    np.testing.assert_array_equal(merge([one], places[-1:], nms), suppress_again(ordered, nms))

@@ -36,7 +36,7 @@ from utils.eval.metrics import IOU_THRESHOLDS, APResult, average_precisions, fit
 from utils.eval.report import HEADER, speed_line, table_rows
 from utils.log import LOGGER, progress
 from utils.media.writers import LabelWriter, OutputStems
-from utils.nms import non_max_suppression
+from utils.nms import NMSConfig
 from utils.plots.evaluation import load_libraries, plot_evaluation
 
 DRAWN_BATCHES = 3
@@ -228,6 +228,7 @@ def _detect(predictor: Predictor, batch: Any, settings: EvalOptions, clock: Stag
     Returns:
         For each image its detections (k, 6) in pixels of the padded image.
     """
+    nms = NMSConfig(settings.conf_thres, settings.iou_thres, settings.max_det, settings.single_cls, multi_label=True)
     known = _known_boxes(batch) if settings.save_hybrid else []
     clock.start(batch.images.shape)
     inputs = predictor.preprocess(batch.images.numpy())
@@ -235,18 +236,10 @@ def _detect(predictor: Predictor, batch: Any, settings: EvalOptions, clock: Stag
     output = predictor.infer(inputs)
     clock.lap("inference")
     if predictor.has_nms:
-        found = [detections[detections[:, 4] > settings.conf_thres] for detections in np.asarray(output)]
+        found = [nms.narrow(detections) for detections in np.asarray(output)]
     else:
         rows = _tensor(output)
-        found = non_max_suppression(
-            rows,
-            settings.conf_thres,
-            settings.iou_thres,
-            agnostic=settings.single_cls,
-            multi_label=True,
-            labels=[boxes.to(rows.device) for boxes in known],
-            max_det=settings.max_det,
-        )
+        found = nms.suppress(rows, [boxes.to(rows.device) for boxes in known])
         found = [detections.cpu().numpy() for detections in found]
     clock.lap("nms")
     if settings.single_cls:

@@ -12,11 +12,11 @@ from torch import nn
 from models.backends import load_backend
 from models.backends.base import Graph, before_tensorflow, describe
 from models.backends.coreml import CoreMlBackend
-from models.backends.metadata import Suppression
 from models.backends.tflite import _floats, _quantised
 from models.inference.predictor import Detector
 from utils.errors import UserError
 from utils.files import write_yaml
+from utils.nms import NMSConfig
 
 
 class Raw(nn.Module):
@@ -74,7 +74,7 @@ TWO = {"names": "{0: 'drone', 1: 'bird'}", "stride": "32"}
 def test_a_model_that_chooses_its_boxes_itself_is_known_by_what_it_says(names):
     """1 x 300 x 6, as YOLOv10 and YOLO26 give it: of one class it looks like raw rows."""
     found = described(300, **names, end2end="True")
-    assert found.nms == Suppression(0.0, 1.0, 300, agnostic=False)
+    assert found.nms == NMSConfig(0.0, 1.0, 300, agnostic=False)
     assert described(300, height=None, width=None, **names, end2end="True").dynamic
     with pytest.raises(UserError, match=r"chooses boxes itself .* has 38 columns"):
         described(300, columns=38, **names, end2end="True")

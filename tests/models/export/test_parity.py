@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import export
-from models.backends.metadata import Suppression
 from models.deploy import rewrite
 from models.export import verify as tested
 from models.export.formats import TOLERANCES, Tolerance, complete_options, find_formats
@@ -20,6 +19,7 @@ from models.export.torchscript import export as write_torchscript
 from models.export.verify import Parity, check_parity, model_inputs, sample_pictures
 from utils.errors import UserError
 from utils.images import read_image
+from utils.nms import NMSConfig
 
 EXACT = TOLERANCES["float32"]
 BOX = [10, 10, 50, 50]
@@ -76,7 +76,7 @@ def test_swapped_classes_are_found_out(published, pictures, tmp_path):
 
 
 def test_detections_at_the_threshold_are_not_missed():
-    job = argparse.Namespace(metadata=argparse.Namespace(nms=Suppression(0.25, 0.45, 10, False)))
+    job = argparse.Namespace(metadata=argparse.Namespace(nms=NMSConfig(0.25, 0.45, 10, False)))
     job.options = argparse.Namespace(topk_per_class=10)
     rows = np.array([[[30, 30, 40, 40, 0.9, 1.0], [200, 200, 40, 40, 0.2505, 1.0]]], np.float32)
     one = np.array([[*BOX, 0.9, 0], [0] * 6], np.float32)
@@ -89,7 +89,7 @@ def test_detections_at_the_threshold_are_not_missed():
 
 def test_limits_on_numbers_of_detections_hold_for_the_checkpoint_too():
     """Three boxes of class 0 and one of class 1; two of a class and three in all are kept: 0.9, 0.8 and 0.6."""
-    job = argparse.Namespace(metadata=argparse.Namespace(nms=Suppression(0.25, 0.45, 3, False)))
+    job = argparse.Namespace(metadata=argparse.Namespace(nms=NMSConfig(0.25, 0.45, 3, False)))
     job.options = argparse.Namespace(topk_per_class=2)
     centres = [50, 150, 250, 350]
     classes = [[1, 0], [1, 0], [1, 0], [0, 1]]
@@ -165,7 +165,7 @@ def test_an_export_that_finds_nothing_fails_also_where_nothing_is_to_be_found(
 ):
     monkeypatch.setattr(tested, "load_backend", lambda *_: Silent())
     job, path = published
-    job = replace(job, metadata=replace(job.metadata, nms=Suppression(conf_thres, 0.45, 300, False)))
+    job = replace(job, metadata=replace(job.metadata, nms=NMSConfig(conf_thres, 0.45, 300, False)))
     found = check_parity(job, path, pictures[:1], EXACT)
     (problem,) = found.problems(EXACT)
     assert ("no counterpart" if missed else "nothing was compared") in problem

@@ -8,10 +8,11 @@ import pytest
 import detect
 import models.inference.pipeline
 from models.backends.base import ArrayBackend
-from models.backends.metadata import Metadata, Suppression
+from models.backends.metadata import Metadata
 from models.inference.pipeline import open_pipeline
 from utils.cli import options_from
 from utils.media.sources import Frame
+from utils.nms import NMSConfig
 
 pytest.importorskip("trackers")
 
@@ -89,7 +90,7 @@ def test_threshold_says_what_begins_a_track(play):
 def test_threshold_inside_a_model_is_told_where_the_user_s_own_is_lower(play, caplog, conf_thres, inside, said):
     caplog.set_level("INFO", "yolov5")
     rows = [[14, 20, 26, 40, 0.8, 0], [40, 20, 52, 40, 0.02, 0]]
-    nms = Suppression(inside, 0.45, 1000, agnostic=False)
+    nms = NMSConfig(inside, 0.45, 1000, agnostic=False)
     results = play([rows] * 3, nms, track=True, conf_thres=conf_thres)
     assert [result.confidences.tolist() for result in results] == [pytest.approx([0.8])] * 3
     assert ("--conf-thres at least 0.25" in caplog.text) is said

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from models.backends.base import ArrayBackend
-from models.backends.metadata import Metadata, Suppression
+from models.backends.metadata import Metadata
 from models.inference.predictor import MAX_BATCH, Detector, shape_for
 from utils.errors import UserError
+from utils.nms import NMSConfig
 from utils.tiles import Tiling
 
 
@@ -27,7 +28,7 @@ class Fixed(ArrayBackend):
         return self.answer
 
 
-INSIDE = Suppression(conf_thres=0.25, iou_thres=0.45, max_det=4, agnostic=False)
+INSIDE = NMSConfig(conf_thres=0.25, iou_thres=0.45, max_det=4, agnostic=False)
 CHOSEN = [[10, 10, 30, 30, 0.9, 1], [40, 10, 60, 30, 0.5, 0], [70, 10, 90, 30, 0.3, 1], [0, 0, 0, 0, 0, 0]]
 
 

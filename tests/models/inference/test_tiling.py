@@ -25,9 +25,11 @@ from utils.eval.evaluate import evaluate
 from utils.eval.metrics import match_detections
 from utils.files import read_yaml, write_yaml
 from utils.images import read_image
+from utils.nms import NMSConfig
 from utils.tiles import Tiling, windows
 
 CHECKPOINT = "yolov5n-v6-coco.pt"
+VALIDATION = NMSConfig(0.001, 0.6, multi_label=True)
 GRID, CELL_PX, SEEN_PX = 4, 320, 320  # the mosaic's pictures, and the size that the model sees
 
 
@@ -129,7 +131,7 @@ def test_a_tile_larger_than_every_picture_gives_plain_validation_s_figures(golde
     spec = load_spec(few)
     plain_loader = make_loader(subject, spec, shape, batch_size=1, workers=0)
     plain = evaluate(backend, plain_loader, names=spec.names, quiet=True)
-    predictor = TiledPredictor(backend, Tiling(2000), shape, subject.stride)
+    predictor = TiledPredictor(backend, Tiling(2000), shape, subject.stride, nms=VALIDATION)
     tiled = evaluate(predictor, make_tiled_loader(spec, workers=0), names=spec.names, quiet=True)
     assert plain.map > 0.1
     np.testing.assert_allclose(tiled.as_tuple(), plain.as_tuple(), atol=1e-9)
@@ -172,7 +174,7 @@ class Scripted:
 def test_windows_are_run_in_batches_of_one_shape_and_bounded_size_and_shifted_to_their_place():
     # Tiles of 64 px at 0, 50 and 100 px; the model sees them at twice their size.
     model = Scripted([40, 20, 80, 60, 0.9, 1], [100, 20, 110, 60, 0.05, 1])
-    tiled = TiledPredictor(model, Tiling(64, 0.2), (128, 128), 32, batch_size=3, conf_thres=0.1)
+    tiled = TiledPredictor(model, Tiling(64, 0.2), (128, 128), 32, batch_size=3, nms=NMSConfig(0.1))
     (found,) = tiled.infer(tiled.preprocess(np.zeros((1, 3, 64, 164), np.uint8)))
     assert model.seen == [(3, 3, 128, 128), (1, 3, 128, 128)]
     # The whole picture is scaled to 128 x 50 px with 39 px of grey above: rows 20 to 60 are its upper 21 px.
@@ -185,7 +187,7 @@ def test_one_class_is_suppressed_across_classes_and_the_number_of_detections_lim
     model = Scripted([10, 10, 50, 50, 0.9, 1], [11, 10, 51, 50, 0.8, 0], [70, 10, 90, 50, 0.7, 0])
     picture = np.zeros((1, 3, 64, 160), np.uint8)
     for agnostic, max_det, classes in ((False, 300, {0, 1}), (True, 2, {1}), (False, 1, {1})):
-        tiled = TiledPredictor(model, Tiling(64, 0.2), 64, 32, agnostic=agnostic, max_det=max_det)
+        tiled = TiledPredictor(model, Tiling(64, 0.2), 64, 32, nms=NMSConfig(0.001, 0.6, max_det, agnostic))
         (found,) = tiled.infer(tiled.preprocess(picture))
         assert set(found[:, 5].tolist()) == classes and len(found) <= max_det
 
@@ -201,7 +203,7 @@ def test_raw_rows_are_suppressed_with_every_class_above_the_threshold(shape):
             inputs.flags.writeable = False  # as some runtimes give it
             return inputs
 
-    tiled = TiledPredictor(Raw(), Tiling(64), shape, 32)
+    tiled = TiledPredictor(Raw(), Tiling(64), shape, 32, nms=VALIDATION)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (found,) = tiled.infer(tiled.preprocess(np.zeros((1, 3, 64, 64), np.uint8)))
