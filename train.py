@@ -96,7 +96,7 @@ def main(options: argparse.Namespace, callbacks: Any = None, given: set[str] | N
     Returns:
         The final `EvalResult`, or None where a callback stopped the run, and on other processes than the first.
     """
-    from utils.train.callbacks import Callbacks
+    from utils.callbacks import Callbacks
     from utils.train.distributed import World, explained, process_group
     from utils.train.hyp import Hyp
     from utils.train.prepare import check_options
@@ -127,13 +127,13 @@ def train(
     Args:
         hyp: `utils.train.hyp.Hyp`, unscaled.
         options: the parsed options; `save_dir` is added to them.
-        callbacks: `utils.train.callbacks.Callbacks`, called in the first process alone.
+        callbacks: `utils.callbacks.Callbacks`, called in the first process alone.
         checkpoint: of the run to be resumed.
         world: `utils.train.distributed.World`, connected; None for this process alone.
     """
+    from utils.callbacks import Callbacks
     from utils.devices import device_line, prepare_cpu_memory, resolve_amp
     from utils.train import fingerprint
-    from utils.train.callbacks import Callbacks
     from utils.train.distributed import ALONE, check_sync_bn, own_device
     from utils.train.engine import Trainer
     from utils.train.prepare import prepare_determinism
@@ -158,7 +158,7 @@ def train(
         if options.batch_size != asked:
             callbacks.run("on_params_update", {"batch_size": options.batch_size})
         callbacks.run("on_pretrain_routine_end")
-        trainer = Trainer(model.to(device), hyp, options, loaders, device, callbacks, checkpoint, world)
+        trainer = Trainer(model, hyp, options, loaders, device, callbacks, checkpoint, world)
         with with_hint(trainer.how_to_resume), explain_resource_errors(_sizes(options)), contextlib.closing(trainer):
             result = trainer.train()
         if result is not None:
@@ -183,7 +183,7 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
         if checkpoint:
             with checkpoint_errors(options.resume):
                 check_names(checkpoint, names, options)
-        model = build_for_training(options, names, hyp.anchors, checkpoint)
+        model = build_for_training(options, names, hyp.anchors, checkpoint).to(device)
     if len(names) == 1 and hyp.label_smoothing:
         LOGGER.warning("WARNING: --label-smoothing has no effect: one class (as of --single-cls) has no class loss")
     setup.freeze_layers(model, options.freeze)
@@ -191,9 +191,9 @@ def _prepare(hyp: Any, options: argparse.Namespace, device: Any, checkpoint: dic
     if options.batch_size == -1:
         options.batch_size = setup.fitting_batch_size(model, options, device)
     tables = setup.load_tables(spec, options.single_cls, options.workers, world)
-    if world.is_main and not checkpoint:
-        setup.init_anchors_and_weights(model, tables.train, hyp, options)
     loaders = setup.build_loaders(tables, spec, model, hyp, options, world)
+    if world.is_main and not checkpoint:
+        setup.init_anchors_and_weights(model, loaders.train.dataset, hyp, options)
     if checkpoint:
         if world.is_main:
             with checkpoint_errors(options.resume):

@@ -137,7 +137,7 @@ def run_part(options: argparse.Namespace, folder: Path) -> None:
 def train_epochs(options: argparse.Namespace, items: int, folder: Path) -> Watch:
     """Trains on the embedded data set; epochs are counted, worker processes' memory with the main one's."""
     import train
-    from utils.train.callbacks import Callbacks
+    from utils.callbacks import Callbacks
 
     watch, callbacks = Watch(items), Callbacks()
 

@@ -210,7 +210,7 @@ def test_nothing_of_a_picture_is_kept_once_its_result_was_used(options):
 def test_epochs_leave_nothing_behind(tiny_shapes, tmp_path):
     """Two epochs to warm up, then five, with worker processes, validation and checkpoints."""
     import train
-    from utils.train.callbacks import Callbacks
+    from utils.callbacks import Callbacks
 
     counts, callbacks = [], Callbacks()
     callbacks.register_action("on_fit_epoch_end", "count", lambda *_: counts.append(held()))

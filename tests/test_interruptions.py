@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 
 import train
+from utils.callbacks import Callbacks
 from utils.checkpoint import load_checkpoint
 from utils.dataloaders.labels import load_labels, scan_chunk
 from utils.dataloaders.paths import list_images
 from utils.errors import UserError
 from utils.process import process_map
-from utils.train.callbacks import Callbacks
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = """

@@ -11,14 +11,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train", "val", "detect", "export", "serve", "hubconf")
-PLAIN = ("archives", "checkpoint", "cli", "devices", "download", "errors", "files", "log", "process")
-GEOMETRY = ("boxes", "nms", "images", "tiles")
-ROOMS = ("augmentations", "dataloaders", "eval", "loggers", "loss", "media", "plots", "tools")
-# What scripts written for YOLOv5 import: on top of all, and for them alone
-YOLOV5_NAMES = (
-    *("activations", "autoanchor", "autobatch", "callbacks", "datasets", "downloads", "general", "metrics"),
-    "torch_utils",
+PLAIN = (
+    "archives",
+    "autobatch",
+    "callbacks",
+    "checkpoint",
+    "cli",
+    "devices",
+    "download",
+    "errors",
+    "files",
+    "log",
+    "process",
 )
+GEOMETRY = ("boxes", "nms", "images", "tiles")
+ROOMS = ("augmentations", "autoanchor", "dataloaders", "eval", "loggers", "loss", "media", "plots", "tools")
+# What scripts written for YOLOv5 import: on top of all, and for them alone
+YOLOV5_NAMES = (*("activations", "datasets", "downloads", "general", "metrics", "torch_utils"),)
 FLOOR_OF_ROOM = {
     **{f"utils.{name}": 0 for name in PLAIN},
     **{f"utils.{name}": 1 for name in GEOMETRY},

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 import train
+from utils.callbacks import Callbacks
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.train import engine
-from utils.train.callbacks import Callbacks
 from utils.train.resume import find_resumable
 
 EPOCHS, BATCHES = 4, 4

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import train
+from utils.callbacks import Callbacks
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
-from utils.train.callbacks import Callbacks
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--cfg", "yolov5n-slimneck.yaml", "--img", "64", "--batch-size", "8", "--amp", "off", "--device", "cpu"]

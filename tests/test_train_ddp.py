@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch import nn
 
 import train
+from utils.callbacks import Callbacks
 from utils.checkpoint import load_checkpoint
 from utils.cli import ReportedError
 from utils.dataloaders.labels import load_labels
 from utils.dataloaders.sampling import epoch_order
 from utils.errors import UserError
 from utils.loss.anchor_based import DetectionLoss
-from utils.train.callbacks import Callbacks
 
 ROOT = Path(__file__).resolve().parents[1]
 HYP = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"

@@ -15,12 +15,12 @@ import val
 from models.inference import evaluation as val_tasks
 from models.inference.evaluation import given_eval_model, make_loader
 from models.load import load_model
+from utils.callbacks import Callbacks
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.dataloaders.config import load_spec
 from utils.dataloaders.labels import load_labels
 from utils.errors import UserError
 from utils.files import read_yaml, write_yaml
-from utils.train.callbacks import Callbacks
 
 SIDE_PX = 128
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.callbacks import Callbacks
 from utils.checkpoint import load_checkpoint, save_checkpoint, strip_checkpoint
 from utils.cli import ReportedError
 from utils.dataloaders.loader import Batch
@@ -34,7 +35,6 @@ from utils.log import LOGGER, colorstr, progress
 from utils.loggers.csv import ResultsCsv, epoch_values, open_tensorboard
 from utils.loss.anchor_based import TERMS, BatchReduction, DetectionLoss, LossResult
 from utils.process import defer_signals
-from utils.train.callbacks import Callbacks
 from utils.train.distributed import ALONE, World, explained, no_sync_unless, replicate
 from utils.train.ema import EarlyStopping, ModelEMA
 from utils.train.hyp import Hyp

@@ -21,17 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.augmentations.pixels import AugmentParams
+from utils.autoanchor import check_anchors
+from utils.autobatch import autobatch
 from utils.dataloaders.config import SPLITS, DataSpec
 from utils.dataloaders.dataset import DetectionDataset
 from utils.dataloaders.labels import LabelTable, load_labels
 from utils.dataloaders.loader import QUAD, DetectionLoader, create_loader
-from utils.devices import resolve_amp
 from utils.download import file_name_of
 from utils.errors import UserError, check_image_size, grid_stride, round_up
 from utils.eval.coco import COCO80_TO_91, category_ids
 from utils.log import LOGGER
-from utils.train.anchors import check_anchors
-from utils.train.autobatch import choose_batch_size
 from utils.train.distributed import ALONE, World
 from utils.train.fingerprint import dataset_record, versions_here
 from utils.train.hyp import Hyp
@@ -153,10 +152,15 @@ def fitting_batch_size(model: nn.Module, options: Namespace, device: torch.devic
     Raises:
         UserError: no CUDA device, or not even one image fits.
     """
+    if device.type != "cuda":
+        raise UserError(
+            f"--batch-size -1 fills the memory of a CUDA GPU; this run computes on {device.type}. "
+            "Name a number, for example --batch-size 16."
+        )
     side = options.imgsz
     if options.multi_scale and not options.quad:
         side = largest_side(side, grid_stride(model.stride))
-    fitting = choose_batch_size(model, side, device, resolve_amp(options.amp, device))
+    fitting = autobatch(model, side, amp=options.amp)
     return max(fitting // QUAD * QUAD, QUAD) if options.quad else fitting
 
 
@@ -229,7 +233,7 @@ def final_keywords(spec: DataSpec) -> dict[str, Any]:
     return {"iou_thres": COCO_IOU_THRES, "annotations": annotations, **json}
 
 
-def init_anchors_and_weights(model: nn.Module, table: LabelTable, hyp: Hyp, options: Namespace) -> None:
+def init_anchors_and_weights(model: nn.Module, dataset: DetectionDataset, hyp: Hyp, options: Namespace) -> None:
     """Fits the anchors to the labels unless told not to, and rounds the fresh weights to float16 as YOLOv5 does.
 
     The rounding lets what is trained and what is saved (float16) agree on the anchors.
@@ -238,8 +242,7 @@ def init_anchors_and_weights(model: nn.Module, table: LabelTable, hyp: Hyp, opti
         UserError: `--noautoanchor` with a model whose YAML leaves the anchors to be found.
     """
     if not options.noautoanchor:
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([options.seed, 2])))
-        check_anchors(table, model.detect, hyp.anchor_t, options.imgsz, generator)
+        check_anchors(dataset, model, hyp.anchor_t, options.imgsz, options.seed)
     elif isinstance(model.yaml["anchors"], int):
         raise UserError("--noautoanchor: this model's YAML has no anchors of its own (`anchors: 3`). Leave it out.")
     model.half().float()

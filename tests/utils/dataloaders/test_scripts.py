@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from utils import autoanchor, autobatch, datasets
+from utils import datasets
 from utils.dataloaders.config import load_spec
 from utils.errors import UserError
 from utils.general import scale_coords, xywhn2xyxy
@@ -114,26 +114,3 @@ def test_orientation_of_pillow_images():
     image = Image.new("RGB", (40, 20))
     image.getexif()[0x0112] = 6
     assert datasets.exif_size(image) == (20, 40) and datasets.exif_transpose(image).size == (20, 40)
-
-
-def test_anchors_are_found_and_ordered(spec, tiny_shapes):
-    dataset = datasets.LoadImagesAndLabels(spec.train, 64)
-    found = autoanchor.kmean_anchors(dataset, n=9, img_size=64, gen=20)
-    assert found.shape == (9, 2) and (np.diff(found.prod(1)) >= 0).all()
-    assert np.array_equal(found, autoanchor.kmean_anchors(str(tiny_shapes), n=9, img_size=64, gen=20, verbose=False))
-
-
-def test_reversed_anchors_are_turned_round():
-    from models.yolo import Model
-
-    with torch.random.fork_rng(devices=[]):
-        model = Model("yolov5n.yaml", nc=4)
-    detect = model.model[-1]
-    right = detect.anchors.clone()
-    autoanchor.check_anchor_order(detect)
-    assert torch.equal(detect.anchors, right)
-    pixels = right * detect.stride.view(-1, 1, 1)
-    detect.anchors.copy_(pixels.flip(0) / detect.stride.view(-1, 1, 1))
-    autoanchor.check_anchor_order(detect)
-    assert torch.allclose(detect.anchors, right)
-    assert autobatch.check_train_batch_size(model, 64) == 16 and autobatch.autobatch(model, batch_size=4) == 4

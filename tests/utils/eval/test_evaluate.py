@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from utils.callbacks import Callbacks
 from utils.dataloaders.dataset import ShapeInfo
 from utils.dataloaders.loader import Batch
 from utils.errors import UserError
 from utils.eval.evaluate import AugmentedPredictor, EvalOptions, ModulePredictor, _tensor, evaluate
 from utils.eval.report import HEADER, speed_line
-from utils.train.callbacks import Callbacks
 
 NAMES = {0: "cat", 1: "dog"}
 

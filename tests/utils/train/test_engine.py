@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import train
+from utils.callbacks import HOOKS, Callbacks
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.dataloaders.loader import DetectionLoader
 from utils.errors import UserError
 from utils.files import ROOT, read_yaml, write_yaml
 from utils.train import engine
-from utils.train.callbacks import HOOKS, Callbacks
 from utils.train.hyp import Hyp
 
 FITNESS = (0.1, 0.9, 0.2, 0.3)  # of the epochs: the second is the best

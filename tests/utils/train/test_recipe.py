@@ -19,12 +19,12 @@ import torch
 
 import train
 from models.yolo import Model
+from utils.callbacks import Callbacks
 from utils.dataloaders.loader import Batch
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.loss.anchor_based import DetectionLoss
 from utils.train import engine
-from utils.train.callbacks import Callbacks
 from utils.train.hyp import Hyp
 
 MODEL = """

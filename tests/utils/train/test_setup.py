@@ -153,11 +153,11 @@ def test_options_that_do_not_go_together_are_refused(switches, processes, words)
 def test_a_measured_batch_is_by_fours_with_quad_and_of_the_largest_images(
     monkeypatch, found, quad, multi_scale, px, expected
 ):
-    def measured(model, imgsz, device, dtype):
-        assert (imgsz, dtype) == (px, torch.float16)
+    def measured(model, imgsz, amp):
+        assert (imgsz, amp) == (px, "auto")
         return found
 
-    monkeypatch.setattr(setup, "choose_batch_size", measured)
+    monkeypatch.setattr(setup, "autobatch", measured)
     options = Namespace(imgsz=96, quad=quad, multi_scale=multi_scale, amp="auto")
     assert setup.fitting_batch_size(Stub(), options, torch.device("cuda")) == expected
 

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 
+from utils.callbacks import HOOKS, Callbacks
 from utils.errors import UserError
-from utils.train.callbacks import HOOKS, Callbacks
 
 
 def test_functions_run_in_order_with_the_hooks_arguments():
@@ -22,17 +22,12 @@ def test_functions_run_in_order_with_the_hooks_arguments():
     assert seen == [((1, "last.pt"), {"epoch": 3}), ((2, "last.pt"), {"epoch": 3})]
 
 
-def test_registered_actions_are_listed_by_name():
+def test_actions_are_listed_by_name_and_belong_to_one_run():
     callbacks = Callbacks()
     callbacks.register_action("teardown", name="mine", callback=print)
     assert callbacks.get_registered_actions("teardown") == [("mine", print)]
     assert list(callbacks.get_registered_actions()) == list(HOOKS)
-
-
-def test_two_runs_do_not_share_hooks():
-    Callbacks().register_action("teardown", callback=print)
-    assert Callbacks().get_registered_actions("teardown") == []
-    assert Callbacks().stop_training is False
+    assert Callbacks().get_registered_actions("teardown") == [] and Callbacks().stop_training is False
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,11 @@ import torch
 from torch import nn
 
 from models.yolo import Model
+from utils.autobatch import autobatch, check_train_batch_size, choose, fit_to_memory, measure, train_step
 from utils.errors import UserError
-from utils.train.autobatch import Measured, Reading, choose, choose_batch_size, fit_to_memory, measure, train_step
-
-CPU = torch.device("cpu")
 
 
-class Meter:
+class Memory:
     """A memory of `free` bytes: a batch takes what its images hold, times `per_byte`, beside `fixed` bytes."""
 
     def __init__(self, free: int, fixed: int = 0, per_byte: float = 1.0):
@@ -36,8 +34,13 @@ class Meter:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return tensor
 
-    def release(self) -> None:
-        self.held = 0
+
+class AllSaved(Memory):
+    """Measures all that is kept for the gradients."""
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.held += tensor.nbytes
+        return tensor
 
 
 class Network(nn.Module):
@@ -67,96 +70,62 @@ WEIGHT_BYTES = (3 * 4 + 2 * 4) * 4
         ((110,), 2, 1000, 1),
         ((100, 100, 100, 100, 100), None, 1000, 16),  # no line: what is known to fit
         ((1, 2, 4, 8, 16), None, 1e9, 1024),
+        ((100, 115, 135, 170), None, 300, 21),  # by least squares: (300 - 93.478) / 9.739
     ],
 )
 def test_the_line_meets_the_budget(used, too_large, budget, expected):
-    readings = [Reading(images, value) for images, value in zip((1, 2, 4, 8, 16), used, strict=False)]
-    assert choose(Measured(readings, too_large), budget) == expected
+    assert choose(dict(zip((1, 2, 4, 8, 16), used, strict=False)), too_large, budget) == expected
 
 
-def test_readings_that_scatter_are_fitted_by_least_squares():
-    """Slope 11, intercept 88 for (1, 100), (2, 110), (4, 130), (5, 144): at 220, 12 images."""
-    readings = [Reading(1, 100), Reading(2, 110), Reading(4, 130), Reading(5, 144)]
-    mean_x, mean_y = 3, 121
-    slope = (2 * 21 + 1 * 11 + 1 * 9 + 2 * 23) / 10
-    assert slope == pytest.approx(10.8)
-    assert choose(Measured(readings, None), 220) == int((220 - (mean_y - slope * mean_x)) / slope) == 12
-
-
-def test_measuring_stops_at_the_first_size_that_runs_out_of_memory():
-    tried = []
-
+@pytest.mark.parametrize("words", ["cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "mat1 and mat2 cannot be multiplied"])
+def test_measuring_stops_where_memory_runs_out_and_other_errors_are_not_taken_for_that(words):
     class Plain:
         def peak_bytes(self, work):
             return work()
 
     def run_batch(images):
-        tried.append(images)
         if images > 4:
-            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+            raise RuntimeError(words)
         return 10 * images
 
-    measured = measure(run_batch, Plain())
-    assert tried == [1, 2, 4, 8]
-    assert measured == Measured([Reading(1, 10), Reading(2, 20), Reading(4, 40)], 8)
+    if "ALLOC" in words:
+        assert measure(run_batch, Plain()) == ({1: 10, 2: 20, 4: 40}, 8)
+    else:
+        with pytest.raises(RuntimeError, match="mat1"):
+            measure(run_batch, Plain())
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    class Plain:
-        def peak_bytes(self, work):
-            return work()
-
-    def run_batch(images):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    with pytest.raises(RuntimeError, match="mat1"):
-        measure(run_batch, Plain())
-
-
-def test_a_memory_of_a_hundred_images_takes_what_the_fraction_leaves():
-    """0.9 of 100 images less the three copies of the weights (240 bytes, so one image less) and the fixed 10."""
-    meter = Meter(100 * IMAGE_BYTES, fixed=10 * IMAGE_BYTES)
+@pytest.mark.parametrize(
+    ("images", "fixed", "options", "expected"),
+    [
+        (100, 10, {}, 79),  # 0.9 of 100, less the fixed 10, and the three copies of the weights: one image less
+        (100, 10, {"fraction": 0.5}, 39),
+        (100, 0, {"amp_dtype": torch.bfloat16}, 179),  # measured as it is trained: half the bytes, twice the images
+        (12, 1, {}, 9),  # 11 images fit, 16 do not
+        (2.5, 0, {}, 2),  # bounded by the 4 that ran out of memory, whatever the line says
+    ],
+)
+def test_a_memory_of_so_many_images_takes_what_the_fraction_leaves(images, fixed, options, expected):
     assert 0 < 3 * WEIGHT_BYTES < IMAGE_BYTES
-    assert fit_to_memory(Network(), 32, CPU, None, meter) == 79
-    assert fit_to_memory(Network(), 32, CPU, None, meter, fraction=0.5) == 39
-    assert meter.held == 0
-
-
-def test_mixed_precision_is_measured_as_it_is_trained():
-    """In bfloat16 the convolution keeps half the bytes: twice the images fit."""
-    meter = Meter(100 * IMAGE_BYTES)
-    assert fit_to_memory(Network(), 32, CPU, torch.bfloat16, meter) == 179
-
-
-class Saved(Meter):
-    """Measures all that is kept for the gradients."""
-
-    def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.held += tensor.nbytes
-        return tensor
+    memory = Memory(int(images * IMAGE_BYTES), fixed=fixed * IMAGE_BYTES)
+    assert fit_to_memory(Network(), 32, **{"amp_dtype": None, "memory": memory, **options}) == expected
 
 
 def test_a_detector_of_the_size_chosen_stays_within_the_budget():
-    model, meter = Model("yolov5n-slimneck.yaml", nc=2), Saved(10**9)
-    chosen = fit_to_memory(model, 64, CPU, None, meter)
+    model, memory = Model("yolov5n-slimneck.yaml", nc=2), AllSaved(10**9)
+    chosen = fit_to_memory(model, 64, None, memory)
 
     def taken(images: int) -> int:
-        return meter.peak_bytes(lambda: train_step(copy.deepcopy(model), (3, 64, 64), CPU, None, images))
+        return memory.peak_bytes(lambda: train_step(copy.deepcopy(model), 64, None, images))
 
     resident = 3 * sum(parameter.nbytes for parameter in model.parameters())
     assert 16 < chosen < 1024
-    assert taken(chosen) + resident <= 0.9 * meter.free < taken(chosen + 1) + resident
-
-
-def test_what_ran_out_of_memory_bounds_the_choice():
-    meter = Meter(12 * IMAGE_BYTES, fixed=1 * IMAGE_BYTES)  # 11 images fit, 16 do not
-    assert fit_to_memory(Network(), 32, CPU, None, meter) == 9
-    assert fit_to_memory(Network(), 32, CPU, None, Meter(int(2.5 * IMAGE_BYTES))) == 2
+    assert taken(chosen) + resident <= 0.9 * memory.free < taken(chosen + 1) + resident
 
 
 def test_a_gpu_too_small_for_one_image_is_told():
     with pytest.raises(UserError, match=r"--batch-size -1: not even one image of 32 px fits .* smaller --img-size"):
-        fit_to_memory(Network(), 32, CPU, None, Meter(IMAGE_BYTES // 2))
+        fit_to_memory(Network(), 32, None, Memory(IMAGE_BYTES // 2))
 
 
 def test_the_model_is_left_as_it_was():
@@ -164,16 +133,15 @@ def test_the_model_is_left_as_it_was():
     model(torch.rand(2, 3, 8, 8))[0].sum().backward()
     model.conv.weight.requires_grad_(False)
     before, gradient = copy.deepcopy(model.state_dict()), model.conv.weight.grad.clone()
-    fit_to_memory(model, 32, CPU, None, Meter(100 * IMAGE_BYTES))
+    fit_to_memory(model, 32, None, Memory(100 * IMAGE_BYTES))
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert torch.equal(model.conv.weight.grad, gradient) and not model.conv.weight.requires_grad
     assert not model.training and model.bn.num_batches_tracked == 0
 
 
-def test_on_a_cpu_the_user_is_asked_for_a_number():
-    with pytest.raises(UserError, match=r"CUDA GPU; this run computes on cpu. Name a number, .*--batch-size 16"):
-        choose_batch_size(Network(), 32, CPU, None)
+def test_on_a_cpu_a_number_is_given():
+    assert check_train_batch_size(Network(), 32) == 16 and autobatch(Network(), batch_size=4) == 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -181,7 +149,6 @@ def test_on_a_gpu_nothing_is_kept_and_the_generators_stand_still():
     device = torch.device("cuda", 0)
     model = Network().to(device)
     state, held = torch.cuda.get_rng_state(device), torch.cuda.memory_allocated(device)
-    small = choose_batch_size(model, 512, device, torch.float16, fraction=1e-3)
-    assert 1 <= small <= choose_batch_size(model, 512, device, torch.float16)
+    assert 1 <= autobatch(model, 512, fraction=1e-3) <= check_train_batch_size(model, 512)
     assert torch.cuda.memory_allocated(device) == held
     assert torch.equal(torch.cuda.get_rng_state(device), state)
