@@ -197,9 +197,9 @@ class WatchedSource:
         self.inputs, self.live, self.close, self.report = source.inputs, source.live, source.close, source.report
         self._source, self._watch = source, watch
 
-    def __iter__(self) -> Iterator[list[Frame]]:
+    def read(self) -> Iterator[list[Frame]]:
         """Yields what the source yields."""
-        for frames in self._source:
+        for frames in self._source.read():
             yield frames
             self._watch.passed(len(frames))
 

@@ -29,8 +29,7 @@ from utils.errors import UserError, check_image_size
 from utils.files import read_yaml
 from utils.images import ImageError, check_image, decode_image, image_info
 from utils.media.counting import Counter
-from utils.media.inputs import is_live, live_inputs
-from utils.media.sources import files_of_list, read_list
+from utils.media.sources import files_of_list, is_live, live_inputs, read_list
 from utils.tiles import Tiling, windows
 from utils.tools.convert import convert_coco, convert_visdrone, convert_voc
 from utils.train.hyp import Hyp

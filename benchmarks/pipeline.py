@@ -169,13 +169,13 @@ def infer_all(backend: Any, inputs: Sequence[Any]) -> None:
 def detect_all(detector: Any, paths: Sequence[str], names: dict[int, str]) -> None:
     """Reads, detects, draws and writes, as detect.py does: reading and writing in threads of their own."""
     from models.inference.pipeline import Pipeline
-    from utils.media.sources import FileSource
+    from utils.media.sources import LoadImages
     from utils.media.writers import OutputOptions, ResultWriter
     from utils.process import Background
 
     with tempfile.TemporaryDirectory() as folder, ResultWriter(Path(folder), paths, names, OutputOptions()) as writer:
         with Background(writer.write) as sink:
-            for result in Pipeline(FileSource(paths), detector, names):
+            for result in Pipeline(LoadImages(paths), detector, names):
                 sink.put(result.frame, result.detections)
 
 

@@ -17,7 +17,7 @@ from utils.dataloaders import labels as cache_module
 from utils.dataloaders.labels import LabelTable, cache_location, load_labels, scan_images
 from utils.dataloaders.paths import list_images
 from utils.errors import UserError
-from utils.media.inputs import open_source
+from utils.media.sources import open_source
 
 PNG = cv2.imencode(".png", np.full((32, 40, 3), 99, np.uint8))[1].tobytes()
 
@@ -230,7 +230,7 @@ def test_lists_are_read_and_what_they_name_in_vain_is_said(tmp_path, content, tr
         message = refusal(lambda: open_source(path))
         assert detection in message
         return
-    frames = [frame for (frame,) in open_source(path)]
+    frames = [frame for (frame,) in open_source(path).read()]
     assert [os.path.basename(frame.path) for frame in frames if not frame.error] == detection[0]
     failed = [frame for frame in frames if frame.error]
     assert len(failed) == len(detection[1]) and all(frame.path.endswith(detection[1][0]) for frame in failed)

@@ -21,7 +21,7 @@ import train
 import val
 from utils.dataloaders.labels import scan_images
 from utils.dataloaders.paths import list_images
-from utils.media.inputs import open_source
+from utils.media.sources import open_source
 
 QUICK = ["--img", "64", "--workers", "0", "--device", "cpu"]
 
@@ -154,7 +154,7 @@ def test_an_image_is_read_rightly_or_left_out_with_the_reason(tmp_path, name):
     path.write_bytes(kind.data)
     good.write_bytes(encoded("PNG"))
     table = scan_images(list_images([tmp_path]))
-    frames = {Path(frame.path).name: frame for (frame,) in open_source(tmp_path)}
+    frames = {Path(frame.path).name: frame for (frame,) in open_source(tmp_path).read()}
     assert str(good) in list(table.image_paths) and set(frames) == {"0.png", name}
     assert_shows(frames["0.png"].image, Kind(b""))
     assert table.counts == (0, 2 - bool(kind.scan), 0, bool(kind.scan), 2)
@@ -228,7 +228,7 @@ def test_links_that_lead_nowhere_are_named(tmp_path, target):
         f"{tmp_path / 'x.png'}: image left out: it cannot"
     )
     (tmp_path / "list.txt").write_text("./0.png\n./x.png\n")
-    frames = [frame for (frame,) in open_source(tmp_path / "list.txt")]
+    frames = [frame for (frame,) in open_source(tmp_path / "list.txt").read()]
     assert [bool(frame.error) for frame in frames] == [False, True]
 
 
@@ -238,4 +238,4 @@ def test_folders_named_like_images_are_searched_not_read(tmp_path):
         path.write_bytes(encoded("PNG"))
     table = scan_images(list_images([tmp_path]))
     assert len(table) == 2 and table.counts.corrupt == 0
-    assert [Path(frame.path).name for (frame,) in open_source(tmp_path)] == ["0.png"]
+    assert [Path(frame.path).name for (frame,) in open_source(tmp_path).read()] == ["0.png"]

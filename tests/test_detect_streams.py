@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -17,9 +16,9 @@ import pytest
 import detect
 from utils.cli import ReportedError
 from utils.errors import UserError
-from utils.media import inputs
-from utils.media.sources import read_frames
-from utils.media.streams import DEFAULT_PATIENCE, LiveSource
+from utils.media import sources
+from utils.media.sources import LoadStreams, read_frames
+from utils.media.streams import Patience
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,23 +29,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def camera_server(mjpeg_server, monkeypatch):
     """Starts servers whose plans begin when detection does; an input is given up after a second and a half."""
     servers = []
-    patience = replace(DEFAULT_PATIENCE, first_wait_s=0.01, longest_wait_s=0.05, give_up_s=1.5)
+    impatient = Patience(first_wait_s=0.01, longest_wait_s=0.05, give_up_s=1.5)
 
-    class Impatient(LiveSource):
-        def __init__(self, sources, vid_stride, _patience):
-            super().__init__(sources, vid_stride, patience)
+    class Impatient(LoadStreams):
+        def __init__(self, entries, vid_stride, patience):
+            super().__init__(entries, vid_stride=vid_stride, patience=impatient)
 
-        def __iter__(self):
+        def read(self):
             for server in servers:
                 server.go.set()
-            return super().__iter__()
+            return super().read()
 
     def start(plan):
         servers.append(mjpeg_server(plan))
         servers[-1].go.clear()
         return servers[-1]
 
-    monkeypatch.setattr(inputs, "LiveSource", Impatient)
+    monkeypatch.setattr(sources, "LoadStreams", Impatient)
     return start
 
 

@@ -142,14 +142,14 @@ def test_fifty_detections_leave_nothing_behind(options, tmp_path):
     """Reading, detecting, drawing and writing, ten pictures five times, after ten to warm up; damage included."""
     import detect
     from models.inference.pipeline import Pipeline, open_pipeline
-    from utils.media.sources import FileSource
+    from utils.media.sources import LoadImages
 
     opened = open_pipeline(options)
 
     def detect_ten(name: str) -> None:
         folder = tmp_path / name
         folder.mkdir()
-        pipeline = Pipeline(FileSource(opened.source.inputs), opened._detector, opened.names)
+        pipeline = Pipeline(LoadImages(opened.source.inputs), opened._detector, opened.names)
         detect.write_all(pipeline, folder, options)
         assert len(pipeline.damaged) == 1
         assert len(list(folder.glob("*.jpg"))) == 9

@@ -22,8 +22,7 @@ from utils.errors import UserError
 from utils.files import ROOT
 from utils.log import LOGGER
 from utils.media.counting import Counter, Counts
-from utils.media.inputs import open_source
-from utils.media.sources import Frame, Source
+from utils.media.sources import Frame, Source, open_source
 from utils.media.tracking import WEAKEST, Trackers, require_video
 from utils.process import ReadAhead
 from utils.tiles import Tiling
@@ -150,7 +149,7 @@ class Pipeline:
 
     def _prepare(self) -> Iterator[tuple[list[Frame], list[WindowBatch]]]:
         """Yields the source's frames as they come, and batches of those that have a picture."""
-        for frames in self.source:
+        for frames in self.source.read():
             yield frames, self._detector.prepare([frame.image for frame in frames if frame.image is not None])
 
     def _detect(

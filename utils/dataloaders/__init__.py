@@ -13,9 +13,8 @@ _HOMES = {
         *("InfiniteDataLoader", "LoadImagesAndLabels", "create_dataloader"),
         *("exif_size", "exif_transpose", "img2label_paths"),
     ),
-    "utils.media.loaders": (
-        *("IMG_FORMATS", "LoadImages", "LoadScreenshots", "LoadStreams", "LoadWebcam", "VID_FORMATS"),
-    ),
+    "utils.images": ("IMG_FORMATS", "VID_FORMATS"),
+    "utils.media.sources": ("LoadImages", "LoadScreenshots", "LoadStreams", "LoadWebcam"),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 
@@ -23,5 +22,6 @@ __all__ = sorted(name for names in _HOMES.values() for name in names)
 def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
-            return getattr(importlib.import_module(module), name)
+            value = getattr(importlib.import_module(module), name)
+            return sorted(value) if isinstance(value, frozenset) else value  # scripts join the formats as lists
     raise AttributeError(f"module 'utils.dataloaders' has no attribute '{name}'")

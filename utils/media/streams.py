@@ -2,9 +2,9 @@
 
 What is live keeps its newest frame alone, so that detection never falls behind; a recording that is served as a stream
 waits instead, and loses none. A frame is handed out once, as it came: nothing stands in for one that is missing. An
-input that falls silent is opened again and again, ever more seldom, for GIVE_UP_S seconds; one that ends before its
-time says so in a last frame, which has no picture. Not here: where a frame comes from (`utils.media.capture`), which
-inputs there are (`utils.media.inputs`).
+input that falls silent is opened again and again, ever more seldom, for `Patience.give_up_s`; one that ends before its
+time says so in a last frame, which has no image. Not here: where a frame comes from (`utils.media.capture`), which
+inputs there are (`utils.media.sources`).
 """
 
 from __future__ import annotations
@@ -18,29 +18,21 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.log import LOGGER
-from utils.media.capture import Capture, Timeouts
-from utils.media.sources import Frame
+from utils.media.capture import READ_TIMEOUT_S, Capture, Frame
 
-LATE_S = 1.0  # a live frame that waited longer than this for its turn counts as late
-GIVE_UP_S = 300.0  # an input that gave no frame for so long, though opened again and again, is given up
-FIRST_WAIT_S = 0.5  # before an input is opened again; doubled each time ...
-LONGEST_WAIT_S = 10.0  # ... up to this
 FAILED_GRABS = 3  # in a row: one may be a damaged packet, more mean that nothing comes any more
 WAKE_S = 0.5  # on Windows, Ctrl-C is noticed only between waits
-CLOSE_S = Timeouts().read_s + 1.0  # how long threads may take to end: waiting for a frame cannot be cut short
+CLOSE_S = READ_TIMEOUT_S + 1.0  # how long threads may take to end: waiting for a frame cannot be cut short
 
 
 @dataclass(frozen=True)
 class Patience:
     """How long silence and delay are put up with."""
 
-    first_wait_s: float = FIRST_WAIT_S
-    longest_wait_s: float = LONGEST_WAIT_S
-    give_up_s: float = GIVE_UP_S
-    late_s: float = LATE_S
-
-
-DEFAULT_PATIENCE = Patience()
+    first_wait_s: float = 0.5  # before an input is opened again; doubled each time ...
+    longest_wait_s: float = 10.0  # ... up to this
+    give_up_s: float = 300.0  # an input that gave no frame for so long, though opened again and again, is given up
+    late_s: float = 1.0  # a live frame that waited longer than this for its turn counts as late
 
 
 @dataclass(frozen=True)
@@ -76,37 +68,62 @@ class LiveSource:
 
     live = True
 
-    def __init__(self, inputs: Sequence[LiveInput], vid_stride: int = 1, patience: Patience = DEFAULT_PATIENCE) -> None:
+    def __init__(self, inputs: Sequence[LiveInput], vid_stride: int = 1, patience: Patience | None = None) -> None:
         """Opens all inputs and waits for the first frame of each; from then on they are read.
 
         Args:
             inputs: of distinct names.
             vid_stride: of every so many frames one is used, the first among them.
-            patience: how long silence and delay are put up with.
+            patience: how long silence and delay are put up with; None for the usual.
 
         Raises:
             UserError: one or more cannot be opened, or give no frame; nothing is left open then.
         """
         self.inputs = [source.name for source in inputs]
         self._changed, self._stopped = threading.Condition(), threading.Event()
-        self._readers = [_Reader(source, vid_stride, patience, self._changed, self._stopped) for source in inputs]
+        shared = (vid_stride, patience or Patience(), self._changed, self._stopped)
+        self._readers = [_Reader(source, *shared) for source in inputs]
         try:
             for reader in self._readers:
                 reader.start()
-            self._await_first_frames()
+            with self._changed:
+                self._wait_until(lambda: all(reader.opened or reader.ended for reader in self._readers))
+            errors = [reader.error for reader in self._readers if reader.error is not None]
+            for error in errors:
+                if not isinstance(error, UserError):
+                    raise error
+            if errors:
+                raise UserError("\n".join(map(str, errors)))
         except BaseException:
             self.close()
             raise
 
-    def __iter__(self) -> Iterator[list[Frame]]:
+    def read(self) -> Iterator[list[Frame]]:
         """Yields one frame of every input that has a new one, whenever one has; ends when all inputs have ended.
 
-        The last frame of one that ended before its time has an error and no picture.
+        The last frame of one that ended before its time has an error and no image.
         """
+        readers = self._readers
         with self._changed:
-            for reader in self._readers:
+            for reader in readers:
                 reader.begin()
-        while frames := self._take():
+        while True:
+            with self._changed:
+                self._wait_until(
+                    lambda: (
+                        self._stopped.is_set()
+                        or any(reader.has_news() for reader in readers)
+                        or all(reader.ended for reader in readers)
+                    )
+                )
+                for reader in readers:
+                    if reader.error is not None:
+                        raise reader.error
+                taken = [reader.take(number, len(readers)) for number, reader in enumerate(readers, start=1)]
+                self._changed.notify_all()  # recordings wait for their place to be free
+            frames = [frame for frame in taken if frame is not None]
+            if not frames:
+                return
             yield frames
 
     @property
@@ -135,34 +152,6 @@ class LiveSource:
             reader.join(max(0.0, deadline - time.monotonic()))
             if reader.is_alive():
                 LOGGER.warning(f"WARNING: {reader.source.name}: its driver does not answer, so it is left open")
-
-    def _await_first_frames(self) -> None:
-        """Waits until every input has given a frame or failed, and tells all failures."""
-        with self._changed:
-            self._wait_until(lambda: all(reader.opened or reader.ended for reader in self._readers))
-        errors = [reader.error for reader in self._readers if reader.error is not None]
-        unexpected = [error for error in errors if not isinstance(error, UserError)]
-        if unexpected:
-            raise unexpected[0]
-        if errors:
-            raise UserError("\n".join(map(str, errors)))
-
-    def _take(self) -> list[Frame]:
-        """Waits for new frames and takes them; none when all inputs have ended or the source was closed."""
-        with self._changed:
-            self._wait_until(self._has_news)
-            for reader in self._readers:
-                if reader.error is not None:
-                    raise reader.error
-            frames = [reader.take(number, len(self.inputs)) for number, reader in enumerate(self._readers, start=1)]
-            self._changed.notify_all()  # recordings wait for their place to be free
-        return [frame for frame in frames if frame is not None]
-
-    def _has_news(self) -> bool:
-        """Whether there is a frame, an error, or nothing more to come."""
-        if self._stopped.is_set() or all(reader.ended for reader in self._readers):
-            return True
-        return any(reader.has_news() for reader in self._readers)
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         """Waits for a condition that the readers bring about; `changed` is held, and is again afterwards."""
@@ -202,30 +191,27 @@ class _Reader(threading.Thread):
         if not self._is_recording:
             self.tally = Tally(received=int(self.image is not None))
 
-    def take(self, file_number: int, file_count: int) -> Frame | None:
-        """Hands out the frame that waits, if one does; where none does any more, the one that says why it ended."""
-        if self.image is None:
-            return self._farewell(file_number, file_count)
-        self.tally.used += 1
-        waited_s = time.monotonic() - self.time_s
-        self.tally.late += waited_s > self._patience.late_s and not self._is_recording
-        place = {"file_number": file_number, "file_count": file_count, "number": self.tally.used}
-        frame = Frame(self.source.name, image=self.image, fps=self.fps, live=True, time=self.time_s, **place)
-        self.image = None
-        return frame
-
-    def _farewell(self, file_number: int, file_count: int) -> Frame | None:
-        """Returns a frame without a picture, once, for an input that ended before its time."""
-        if not (self.ended and self.ending) or self._is_told:
-            return None
-        self._is_told = True
-        return Frame(self.source.name, file_number, file_count, error=self.ending, live=True, time=time.monotonic())
-
     def has_news(self) -> bool:
         """Whether a frame waits, or something went wrong that was not told yet."""
-        return (
-            self.image is not None or self.error is not None or bool(self.ended and self.ending and not self._is_told)
-        )
+        return self.image is not None or self.error is not None or self._has_farewell()
+
+    def _has_farewell(self) -> bool:
+        return bool(self.ended and self.ending and not self._is_told)
+
+    def take(self, file_number: int, file_count: int) -> Frame | None:
+        """Hands out the frame that waits, if one does; where none does any more, once one that says why it ended."""
+        place = {"file_number": file_number, "file_count": file_count, "live": True}
+        if self.image is not None:
+            self.tally.used += 1
+            waited_s = time.monotonic() - self.time_s
+            self.tally.late += waited_s > self._patience.late_s and not self._is_recording
+            image, self.image = self.image, None
+            number = self.tally.used
+            return Frame(self.source.name, image=image, number=number, fps=self.fps, time=self.time_s, **place)
+        if self._has_farewell():
+            self._is_told = True
+            return Frame(self.source.name, error=self.ending, time=time.monotonic(), **place)
+        return None
 
     def discard(self) -> None:
         """Drops the frame that waits, if one does."""
@@ -252,7 +238,7 @@ class _Reader(threading.Thread):
     def _keep_reading(self) -> str:
         """Opens the input again whenever it falls silent; returns why it ended before its time, if it did."""
         wait_s = 0.0
-        while not self._is_over():
+        while not (self._stopped.is_set() or 0 < self._frame_count <= self._position):  # all that was declared came
             if not self.source.reconnects:
                 return "it gives no frames any more"
             if self._lost_s is None:
@@ -271,10 +257,6 @@ class _Reader(threading.Thread):
                 return f"only {self._whole} of its {self._frame_count} frames come"
         return ""
 
-    def _is_over(self) -> bool:
-        """Whether a silence is the end: everything is stopped, or all frames that were declared have come."""
-        return self._stopped.is_set() or 0 < self._frame_count <= self._position
-
     def _read_session(self) -> None:
         """Opens the input and reads until nothing comes any more.
 
@@ -284,25 +266,23 @@ class _Reader(threading.Thread):
         capture = self.source.open()
         try:
             self._frame_count, self._is_recording = capture.frame_count, capture.is_recording
-            if self._is_recording and not self._pass_over_the_seen(capture):
-                return
+            if self._is_recording:  # goes on behind the last whole frame of a recording that broke off
+                self._position = self._whole
+                if not all(self._grab(capture) is not None for _ in range(self._position)):
+                    return
             while (damaged := self._grab(capture)) is not None:  # beyond the count too: it may be an estimate
                 time_s = self._position / capture.fps if self._is_recording else time.monotonic()
                 self._position += 1
                 wanted = (self._position - 1) % self._vid_stride == 0
                 image = capture.retrieve() if wanted else None
-                self._count_undecodable(damaged + (wanted and image is None))
+                with self._changed:
+                    self.tally.undecodable += damaged + (wanted and image is None)
                 if image is not None or not wanted:
                     self._whole = self._position
                 if image is not None:
                     self._deliver(image, capture.fps, time_s)
         finally:
             capture.release()
-
-    def _pass_over_the_seen(self, capture: Capture) -> bool:
-        """Goes to where a recording broke off, to behind its last whole frame; False if it does not come so far."""
-        self._position = self._whole
-        return all(self._grab(capture) is not None for _ in range(self._position))
 
     def _grab(self, capture: Capture) -> int | None:
         """Waits for the next frame; returns how many damaged ones came before it, None if none comes or it is over."""
@@ -312,11 +292,6 @@ class _Reader(threading.Thread):
             if capture.grab():
                 return damaged
         return None
-
-    def _count_undecodable(self, frames: int) -> None:
-        """Counts frames that came, but not as pictures."""
-        with self._changed:
-            self.tally.undecodable += frames
 
     def _deliver(self, image: np.ndarray, fps: float, time_s: float) -> None:
         """Puts a frame (h, w, 3) in the place of the one that waits; a recording waits until the place is free."""

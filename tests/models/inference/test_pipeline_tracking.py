@@ -39,7 +39,7 @@ class Film(list):
     """A source of these frames."""
 
     inputs, live = ["/in/a.mp4"], False
-    close, report = list.clear, list.copy
+    read, close, report = list.__iter__, list.clear, list.copy
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_hidden_files_and_folders_are_passed_over_and_said_once(tmp_path, said):
     assert list_images([top]) == [str(top / "a.jpg"), str(top / "deep" / "b.jpg")]
     assert said() == [f"{top}: 4 hidden files and folders are passed over, such as {top / '._a.jpg'}"]
     assert find_sources(top) == find_sources(top / "*") == [str(top / "a.jpg")]
-    assert said() == [f"{top}: 1 hidden files are passed over, such as {top / '._a.jpg'}"]
+    assert said() == [f"{top}: 1 hidden files are skipped, such as {top / '._a.jpg'}"]
     listing = tmp_path / "list.txt"
     listing.write_text(f"{top / 'a.jpg'}\n{top / '._a.jpg'}\n")
     assert list_images([listing]) == [str(top / "a.jpg")]

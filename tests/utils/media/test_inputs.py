@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,10 +12,9 @@ import numpy as np
 import pytest
 
 from utils.errors import UserError
-from utils.media import inputs
-from utils.media.inputs import is_live, live_inputs, open_source
-from utils.media.sources import FileSource
-from utils.media.streams import DEFAULT_PATIENCE, LiveSource
+from utils.media import sources
+from utils.media.sources import LoadImages, LoadStreams, is_live, live_inputs, open_source
+from utils.media.streams import Patience
 
 FRAMES = 40
 
@@ -65,7 +63,7 @@ def server(video):
 @pytest.fixture
 def cameras(monkeypatch):
     """Cameras 0 and 1, which show ten frames and then nothing more; others cannot be opened."""
-    monkeypatch.setattr(inputs, "open_camera", FakeCamera)
+    monkeypatch.setattr(sources, "open_camera", FakeCamera)
 
 
 class FakeCamera:
@@ -89,7 +87,7 @@ class FakeCamera:
 
 def read_all(source) -> list:
     try:
-        return [frame for frames in source for frame in frames]
+        return [frame for frames in source.read() for frame in frames]
     finally:
         source.close()
 
@@ -110,14 +108,14 @@ def test_live_inputs_are_told_by_their_form(source, live):
 
 
 def test_results_are_filed_under_distinct_names_without_secrets():
-    sources = [
+    named = [
         "0",
         "rtsp://user:secret@10.0.0.5:554/stream1?key=secret",
         "rtsp://10.0.0.5:554/stream1",
         "https://www.youtube.com/watch?v=Ab-1",
         "screen 1 0 0 64 48",
     ]
-    assert [source.name for source in live_inputs(sources)] == [
+    assert [source.name for source in live_inputs(named)] == [
         "0",
         "rtsp_10_0_0_5_554_stream1",
         "rtsp_10_0_0_5_554_stream1-2",
@@ -130,10 +128,10 @@ def test_files_are_read_as_ever_one_a_list(tmp_path, video):
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((4, 4, 3), np.uint8))
     (tmp_path / "b.jpg").write_text("no image")
     source = open_source(tmp_path)
-    assert isinstance(source, FileSource)
+    assert isinstance(source, LoadImages)
     assert source.live is False
     assert [Path(path).name for path in source.inputs] == ["a.png", "b.jpg"]
-    batches = list(source)
+    batches = list(source.read())
     assert [[bool(frame.error) for frame in frames] for frames in batches] == [[False], [True]]
     source.close()
     assert source.report() == []
@@ -144,7 +142,7 @@ def test_camera_is_opened_by_its_number_even_where_a_file_has_that_name(cameras,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "1").touch()
     source = open_source("1", vid_stride=4)
-    assert isinstance(source, LiveSource)
+    assert isinstance(source, LoadStreams)
     assert source.inputs == ["1"]
     assert [(frame.image[0, 0, 0], frame.label) for frame in read_all(source)] == [(101, "0"), (105, "0"), (109, "0")]
 
@@ -163,10 +161,10 @@ def test_list_of_live_inputs_is_read_side_by_side(cameras, tmp_path, suffix):
 
 @pytest.mark.parametrize(("seconds", "give_up_s"), [(20.0, 20.0), (0.0, math.inf)])
 def test_live_inputs_are_given_up_after_the_seconds_asked_for_or_never(tmp_path, monkeypatch, seconds, give_up_s):
-    monkeypatch.setattr(inputs, "LiveSource", lambda _inputs, _stride, patience: patience)
+    monkeypatch.setattr(sources, "LoadStreams", lambda _entries, vid_stride, patience: patience)
     (tmp_path / "list.txt").write_text("0\n1\n")
     for source in ("0", tmp_path / "list.txt"):
-        assert open_source(source, stream_timeout_s=seconds) == replace(DEFAULT_PATIENCE, give_up_s=give_up_s)
+        assert open_source(source, stream_timeout_s=seconds) == Patience(give_up_s=give_up_s)
 
 
 def test_list_of_files_may_name_addresses_of_files(tmp_path, monkeypatch, server, video):
@@ -196,7 +194,7 @@ def test_lists_that_cannot_be_read_are_refused(cameras, tmp_path, lines, message
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("ftp://host/a.mp4", "no address that can be read; such begin with rtsp://, rtmp://, http://, https://"),
+        ("ftp://host/a.mp4", "is not a URL that can be read: it must begin with rtsp://, rtmp://, http://, https://"),
         ("gone.mp4", "no file, folder, glob or list file"),
         ("gone.txt", "no file, folder, glob or list file"),
         ("9", "Failed to open camera 9"),
@@ -250,7 +248,7 @@ def test_video_that_breaks_off_again_and_again_gives_what_came_once_and_says_wha
 
 
 def test_youtube_page_is_read_through_the_address_that_it_leads_to(monkeypatch, server):
-    monkeypatch.setattr(inputs, "resolve_youtube", {"https://youtu.be/x": f"{server.address}/live"}.get)
+    monkeypatch.setattr(sources, "resolve_youtube", {"https://youtu.be/x": f"{server.address}/live"}.get)
     source = open_source("https://youtu.be/x")
     assert source.inputs == ["https_youtu_be_x"]
     assert len(read_all(source)) == FRAMES

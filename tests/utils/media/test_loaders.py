@@ -1,4 +1,4 @@
-"""What to detect in, by YOLOv5's loaders: files for real, live inputs from a source of the test's own."""
+"""YOLOv5's loaders as scripts use them: files for real, live inputs that a test plays."""
 
 import cv2
 import numpy as np
@@ -6,8 +6,8 @@ import pytest
 
 from utils import dataloaders, datasets
 from utils.errors import UserError
-from utils.media import loaders
-from utils.media.sources import Frame
+from utils.media.capture import Frame
+from utils.media.streams import LiveSource
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_formats_are_lists():
-    assert isinstance(datasets.IMG_FORMATS, list) and "jpg" in datasets.IMG_FORMATS and "mp4" in datasets.VID_FORMATS
+def test_formats_can_be_joined_as_in_yolov5_s_detect():
+    assert {"jpg", "mp4"} <= set(datasets.IMG_FORMATS + datasets.VID_FORMATS)
     assert datasets.LoadImages is dataloaders.LoadImages
 
 
@@ -49,76 +49,63 @@ def test_videos_come_with_their_capture(folder):
     assert len(list(datasets.LoadImages(folder / "a.mp4", vid_stride=2))) == 2
 
 
-def test_damaged_and_missing_files_are_told(folder):
-    (folder / "c.jpg").write_bytes(b"no picture")
+def test_damaged_missing_and_live_ones_are_told(folder):
+    (folder / "c.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"image 2/3 .*c\.jpg"):
         list(datasets.LoadImages(folder))
     with pytest.raises(UserError, match="nothing here"):
         datasets.LoadImages(folder / "nothing here")
+    with pytest.raises(UserError, match="LoadImages"):
+        datasets.LoadStreams(str(folder / "b.png"))
 
 
-class TwoCameras:
-    """A live source: the second camera skips a turn, the first one has a damaged frame."""
+@pytest.fixture
+def cameras(monkeypatch):
+    """Plays two cameras, or as many as are opened, of such sizes: the second skips a turn, the first has an error."""
 
-    live = True
-    inputs = ["left", "right"]
+    def play(*sizes: tuple[int, int]) -> None:
+        def images(*levels: int | None) -> list[Frame]:
+            frames = []
+            for number, level in enumerate(levels[: len(sizes)], start=1):
+                if level is not None:
+                    image = np.full((*sizes[number - 1], 3), level, np.uint8)
+                    image[:, 0] = 255
+                    frames.append(Frame(str(number), number, 2, image if level else None, number=1, live=True))
+            return frames
 
-    def __init__(self, sizes=((48, 64), (48, 64))):
-        self.sizes, self.closed = sizes, False
+        turns = [images(10, 20), images(30, None), images(0, 50), images(60, None)]
+        monkeypatch.setattr(LiveSource, "__init__", lambda self, inputs, *_: setattr(self, "inputs", inputs))
+        monkeypatch.setattr(LiveSource, "read", lambda self: iter(turns[: 4 if len(sizes) > 1 else 1]))
+        monkeypatch.setattr(LiveSource, "close", lambda self: turns.clear())
+        monkeypatch.setattr(LiveSource, "report", lambda self: ["left: 1 frame dropped"])
+        monkeypatch.setattr("utils.media.sources.live_inputs", list)
 
-    def __iter__(self):
-        yield [self.frame(0, 10), self.frame(1, 20)]
-        yield [self.frame(0, 30)]
-        yield [Frame("left", 1, 2, None, "cannot be decoded", 3, live=True), self.frame(1, 50)]
-        yield [self.frame(0, 60)]
-
-    def frame(self, number, level):
-        image = np.full((*self.sizes[number], 3), level, np.uint8)
-        image[:, 0] = 255
-        return Frame(self.inputs[number], number + 1, 2, image, number=1, live=True)
-
-    def close(self):
-        self.closed = True
-
-    def report(self):
-        return ["left: 1 frame dropped"]
+    return play
 
 
-def test_streams_come_as_batches_in_fixed_order(monkeypatch, caplog):
-    cameras = TwoCameras()
-    monkeypatch.setattr(loaders, "open_source", lambda source, vid_stride: cameras)
-    dataset = datasets.LoadStreams("streams.txt", img_size=64)
+def test_streams_come_as_batches_in_fixed_order(cameras, tmp_path, caplog):
+    cameras((48, 64), (48, 64))
+    (tmp_path / "streams.txt").write_text("0\n1\n")
+    dataset = datasets.LoadStreams(str(tmp_path / "streams.txt"), img_size=64)
     with caplog.at_level("INFO", "yolov5"):
         batches = list(dataset)
-    assert (len(dataset), dataset.mode, dataset.count, cameras.closed) == (2, "stream", 2, True)
+    assert (len(dataset), dataset.mode, dataset.count, list(dataset.read())) == (2, "stream", 2, [])
     names, images, originals, cap, s = batches[0]
-    assert (names, cap, s) == (["left", "right"], None, "") and images.shape == (2, 3, 64, 64)
+    assert (names, cap, s) == (["0", "1"], None, "") and images.shape == (2, 3, 64, 64)
     assert [[int(image[5, 5, 0]) for image in batch[2]] for batch in batches] == [[10, 20], [30, 50]]
     assert caplog.messages == ["left: 1 frame dropped"]
 
 
-def test_streams_of_different_shapes_are_padded_to_squares(monkeypatch):
-    monkeypatch.setattr(loaders, "open_source", lambda source, vid_stride: TwoCameras(((32, 64), (64, 32))))
-    images = next(iter(datasets.LoadStreams("streams.txt", img_size=64)))[1]
-    assert images.shape == (2, 3, 64, 64)
+def test_streams_of_different_shapes_are_padded_to_squares(cameras):
+    cameras((32, 64), (64, 32))
+    assert next(iter(datasets.LoadStreams(["0", "1"], img_size=64)))[1].shape == (2, 3, 64, 64)
 
 
-class OneCamera(TwoCameras):
-    inputs = ["0"]
-
-    def __iter__(self):
-        yield [self.frame(0, 10)]
-
-
-def test_webcam_is_mirrored(monkeypatch):
-    monkeypatch.setattr(loaders, "open_source", lambda source, vid_stride: OneCamera())
+def test_webcam_is_mirrored_and_the_screen_is_not(cameras):
+    cameras((48, 64))
     ((path, im, im0, cap, s),) = datasets.LoadWebcam("0", img_size=64)
     assert (path, cap, s) == ("webcam.jpg", None, "webcam 1: ") and im.shape == (3, 64, 64)
     assert im0[0, -1, 0] == 255 and im0[0, 0, 0] == 10
+    cameras((48, 64))
     ((path, im, im0, *_),) = dataloaders.LoadScreenshots("screen", img_size=64)
-    assert path == "0" and im0[0, 0, 0] == 255 and im.shape == (3, 64, 64)
-
-
-def test_files_are_not_streams(folder):
-    with pytest.raises(UserError, match="LoadImages"):
-        datasets.LoadStreams(str(folder / "b.png"))
+    assert path == "screen" and im0[0, 0, 0] == 255 and im.shape == (3, 64, 64)

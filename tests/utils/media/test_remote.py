@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from utils.errors import UserError
-from utils.media.inputs import is_file_address, is_youtube, name_of, resolve_youtube, without_secrets
+from utils.media.sources import is_file_address, is_youtube, name_of, resolve_youtube, without_secrets
 
 PAGE = "https://www.youtube.com/watch?v=abc"
 
@@ -107,7 +107,7 @@ def test_missing_library_is_told_with_how_to_get_it(monkeypatch):
 def test_the_library_takes_the_options_that_it_is_given():
     yt_dlp = pytest.importorskip("yt_dlp")
     assert issubclass(yt_dlp.utils.DownloadError, yt_dlp.utils.YoutubeDLError)
-    from utils.media.inputs import _YOUTUBE_FORMAT
+    from utils.media.sources import _YOUTUBE_FORMAT
 
     with yt_dlp.YoutubeDL({"quiet": True}) as reader:
         assert callable(reader.build_format_selector(_YOUTUBE_FORMAT))

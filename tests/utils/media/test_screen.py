@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from utils.errors import UserError
-from utils.media.capture import ScreenArea, ScreenCapture, is_screen, parse_screen
-from utils.media.inputs import open_source
+from utils.media.capture import ScreenCapture, is_screen, parse_screen
+from utils.media.sources import open_source
 
 MONITORS = [
     {"left": 0, "top": 0, "width": 300, "height": 100},
@@ -53,10 +53,10 @@ def display(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "area"),
     [
-        ("screen", ScreenArea(0, None)),
-        ("Screen 2", ScreenArea(2, None)),
-        ("screen 10 20 30 40", ScreenArea(0, (10, 20, 30, 40))),
-        ("screen 1 10 20 30 40", ScreenArea(1, (10, 20, 30, 40))),
+        ("screen", (0, ())),
+        ("Screen 2", (2, ())),
+        ("screen 10 20 30 40", (0, (10, 20, 30, 40))),
+        ("screen 1 10 20 30 40", (1, (10, 20, 30, 40))),
     ],
 )
 def test_numbers_are_a_monitor_a_region_or_both(source, area):
@@ -82,13 +82,13 @@ def test_what_is_no_number_makes_no_screen(source):
 @pytest.mark.parametrize(
     ("area", "corner", "shape"),
     [
-        (ScreenArea(), (0, 0), (100, 300, 3)),
-        (ScreenArea(2), (100, 20), (80, 200, 3)),
-        (ScreenArea(2, (5, 6, 70, 50)), (105, 26), (50, 70, 3)),
+        ((), (0, 0), (100, 300, 3)),
+        ((2,), (100, 20), (80, 200, 3)),
+        ((2, (5, 6, 70, 50)), (105, 26), (50, 70, 3)),
     ],
 )
 def test_region_is_counted_from_its_monitor_and_comes_as_bgr(display, area, corner, shape):
-    capture = ScreenCapture(area)
+    capture = ScreenCapture(*area)
     assert capture.grab()
     image = capture.retrieve()
     assert (image.shape, image.dtype, image.flags.c_contiguous) == (shape, np.uint8, True)
@@ -99,19 +99,19 @@ def test_region_is_counted_from_its_monitor_and_comes_as_bgr(display, area, corn
 @pytest.mark.parametrize(
     ("area", "message"),
     [
-        (ScreenArea(3), "there are 2 monitors, numbered from 1"),
-        (ScreenArea(1, (50, 0, 51, 10)), "does not lie within monitor 1, which is 100x100 px"),
-        (ScreenArea(1, (-1, 0, 5, 10)), "does not lie within"),
+        ((3,), "there are 2 monitors, numbered from 1"),
+        ((1, (50, 0, 51, 10)), "does not lie within monitor 1, which is 100x100 px"),
+        ((1, (-1, 0, 5, 10)), "does not lie within"),
     ],
 )
 def test_what_is_not_on_the_desktop_is_refused(display, area, message):
     with pytest.raises(UserError, match=message):
-        ScreenCapture(area)
+        ScreenCapture(*area)
 
 
 def test_screen_is_read_as_a_live_source_until_it_refuses(display):
     source = open_source("screen 2")
-    *frames, last = [frame for (frame,) in source]
+    *frames, last = [frame for (frame,) in source.read()]
     source.close()
     assert 1 <= len(frames) <= 3
     assert (last.error, last.image) == ("ended: it gives no frames any more", None)
@@ -145,7 +145,7 @@ def test_real_display_gives_pictures_of_the_size_asked_for(monkeypatch):
             with os.fdopen(reader) as numbers:  # written once the display is ready
                 monkeypatch.setenv("DISPLAY", f":{numbers.readline().strip()}")
             source = open_source("screen 0 16 8 200 100")
-            (frame,) = next(iter(source))
+            (frame,) = next(source.read())
             source.close()
             assert frame.image.shape == (100, 200, 3)
         finally:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from utils.errors import UserError
-from utils.media.capture import Timeouts, open_address, stream_fps
+from utils.media.capture import open_address, stream_fps
 from utils.media.streams import LiveInput, LiveSource, Patience
 
 IMPATIENT = Patience(first_wait_s=0.01, longest_wait_s=0.05, give_up_s=0.5)
@@ -82,7 +82,7 @@ def wait_until(condition) -> None:
 
 
 def values(source) -> list[int]:
-    return [int(frame.image[0, 0, 0]) for frames in source for frame in frames if frame.image is not None]
+    return [int(frame.image[0, 0, 0]) for frames in source.read() for frame in frames if frame.image is not None]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_rate_is_taken_modulo_100_and_30_where_there_is_none(declared, fps):
 
 def test_frames_say_that_they_are_live_and_count_from_1(opened):
     script = Script([7, 8, 9], frame_count=3)
-    frames = [frame for (frame,) in opened(script)]
+    frames = [frame for (frame,) in opened(script).read()]
     assert [frame.number for frame in frames] == [1, 2, 3]
     assert {(frame.path, frame.label, frame.fps, frame.live, frame.is_video) for frame in frames} == {
         ("in0", "0", 12.5, True, True)
@@ -106,20 +106,20 @@ def test_frames_say_when_they_arrived_or_where_in_their_recording_they_stand(ope
     camera = Script([1, PAUSE, 2])
     before = time.monotonic()
     source = opened(camera)
-    frames = iter(source)
+    frames = source.read()
     (first,) = next(frames)
     between = time.monotonic()
     camera.more.set()
     (second,) = next(frames)
     assert before <= first.time <= between <= second.time <= time.monotonic()
     recording = opened(Script([*range(6)], frame_count=6, fps=12.5), vid_stride=2)
-    assert [frame.time for (frame,) in recording] == pytest.approx([0, 0.16, 0.32])
+    assert [frame.time for (frame,) in recording.read()] == pytest.approx([0, 0.16, 0.32])
 
 
 def test_only_the_newest_frame_is_kept_and_the_others_are_counted(opened):
     script = Script([*range(10), PAUSE, *range(10, 15)])
     source = opened(script)
-    frames = iter(source)
+    frames = source.read()
     next(frames)
     script.more.set()
     wait_until(lambda: script.released)
@@ -137,7 +137,7 @@ def test_only_the_newest_frame_is_kept_and_the_others_are_counted(opened):
 def test_frames_that_pass_before_detection_begins_are_not_counted(opened):
     source = opened(Script([*range(5)]))
     wait_until(lambda: source.tallies[0].received == 5)
-    frames = iter(source)
+    frames = source.read()
     assert next(frames)[0].image[0, 0, 0] == 4
     tally = source.tallies[0]
     assert (tally.received, tally.used, tally.dropped) == (1, 1, 0)
@@ -211,7 +211,7 @@ def test_input_that_comes_back_goes_on_and_one_that_does_not_has_ended(opened, c
 
 def test_last_frame_of_an_input_that_is_given_up_says_why_and_comes_once(opened):
     source = opened(Script([1]), Script([*range(100, 130)], frame_count=30), patience=replace(IMPATIENT, give_up_s=0.1))
-    frames = [frame for batch in source for frame in batch]
+    frames = [frame for batch in source.read() for frame in batch]
     (last,) = [frame for frame in frames if frame.image is None]
     assert (last.path, last.label, last.live) == ("in0", "0", True)
     assert last.error == "ended: it could not be opened again for 0.1 s"
@@ -236,7 +236,7 @@ def test_waits_between_attempts_double_up_to_the_longest(opened, monkeypatch):
 
 def test_one_input_that_ends_does_not_end_the_others(opened):
     source = opened(Script([1, 2], frame_count=2), Script([*range(100, 130)], frame_count=30))
-    batches = list(source)
+    batches = list(source.read())
     assert [frame.label for frame in batches[0]] in (["0", "1"], ["0"], ["1"])
     assert [len({frame.path for frame in batch}) for batch in batches] == [len(batch) for batch in batches]
     assert [frame.number for batch in batches for frame in batch if frame.path == "in1"] == [*range(1, 31)]
@@ -270,7 +270,7 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_frames_are_read(opened):
 
 def test_closing_does_not_wait_for_the_next_attempt(opened):
     source = opened(Script([1]), patience=Patience(first_wait_s=3600))
-    frames = iter(source)
+    frames = source.read()
     next(frames)
     source.close()
     assert not stream_threads()
@@ -281,7 +281,7 @@ def test_closing_does_not_wait_for_the_next_attempt(opened):
 def test_interrupt_reaches_whoever_waits_for_a_frame(opened):
     script = Script([1, PAUSE, 2])
     source = opened(script)
-    frames = iter(source)
+    frames = source.read()
     next(frames)
     with pytest.raises(KeyboardInterrupt):
         threading.Timer(0.05, _thread.interrupt_main).start()
@@ -296,9 +296,8 @@ def served(mjpeg_server):
 
     def serve(*plans: list[str], patience: Patience = SERVED):
         servers = [mjpeg_server(plan) for plan in plans]
-        limits = Timeouts(open_s=2, read_s=0.5)
         inputs = [
-            LiveInput(f"camera{number}", functools.partial(open_address, server.address, server.address, limits))
+            LiveInput(f"camera{number}", functools.partial(open_address, *[server.address] * 2, open_s=2, read_s=0.5))
             for number, server in enumerate(servers)
         ]
         sources.append(LiveSource(inputs, 1, patience))
@@ -312,7 +311,7 @@ def served(mjpeg_server):
 
 def test_mjpeg_server_that_breaks_off_stalls_and_comes_back_gives_whole_new_frames_alone(served, numbered):
     source, (server,) = served(["cut", "refuse", "stall", "refuse", "refuse", "corrupt"])
-    *frames, last = [frame for (frame,) in source]
+    *frames, last = [frame for (frame,) in source.read()]
     numbers = [numbered.read(frame.image) for frame in frames]
     assert last.error.startswith("ended: it could not be opened again")
     assert numbers == sorted(set(numbers))
@@ -331,7 +330,7 @@ def test_mjpeg_server_that_breaks_off_stalls_and_comes_back_gives_whole_new_fram
 def test_two_servers_of_which_one_dies_are_read_side_by_side(served, numbered):
     source, servers = served(["end"], ["end", "end", "end"])
     numbers = {"camera0": [], "camera1": []}
-    for frames in source:
+    for frames in source.read():
         assert len({frame.path for frame in frames}) == len(frames) > 0
         for frame in frames:
             if not frame.error:
@@ -344,7 +343,7 @@ def test_two_servers_of_which_one_dies_are_read_side_by_side(served, numbered):
 
 def test_closing_a_stalled_stream_ends_its_thread(served):
     source, (server,) = served(["stall"], patience=Patience())
-    frames = iter(source)
+    frames = source.read()
     wait_until(lambda: len(server.sent[0]) == server.frames)
     next(frames)
     source.close()
