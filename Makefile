@@ -66,10 +66,10 @@ check: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow"
 
 campaigns: $(VENV)/.installed-dev
-	$(PY) benchmarks/fuzz.py --target all
-	$(PY) benchmarks/interruptions.py --count 200
-	$(PY) benchmarks/endurance.py
-	$(PY) benchmarks/many_images.py
+	$(PY) -m tests.campaigns.fuzz --target all
+	$(PY) -m tests.campaigns.interruptions --count 200
+	$(PY) -m tests.campaigns.endurance
+	$(PY) -m tests.campaigns.many_images
 
 clean:
 	rm -rf .venv .venv-onnx2tf $(DEMO) .pytest_cache .hypothesis .ruff_cache

@@ -211,13 +211,17 @@ def test_only_its_script_imports_the_service(module):
     assert not wrong, f"{module} imports {wrong}"
 
 
-CALLERS = ("hubconf", "benchmarks.endurance")  # they call scripts from Python, as users do
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if name not in CALLERS])
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "hubconf"])  # it is called from Python
 def test_nobody_imports_a_script(module):
     wrong = [item for item in ours(module) if item.module in SCRIPTS]
     assert not wrong, f"{module} imports {wrong}"
+
+
+def test_the_program_knows_neither_tests_nor_benchmarks():
+    for module, found in IMPORTS.items():
+        outside = ("tests",) if inside(module, ("benchmarks",)) else ("tests", "benchmarks")
+        wrong = [item for item in found if inside(item.module, outside)]
+        assert not wrong, f"{module} imports {wrong}"
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if FLOOR_OF_ROOM.get(room_of(name), 0) < 4])

@@ -3,7 +3,7 @@
 Each kind of training carries some state from epoch to epoch that could be forgotten. It is trained once; on the way
 its folder is copied at a moment after each epoch, as a kill at that moment would leave it, and each copy is resumed.
 What fitness and figures a model of a few layers has would hide much, so they are set for each epoch. Kills at random
-moments are in benchmarks/interruptions.py, signals to commands in test_train.py.
+moments are in tests/campaigns/interruptions.py, signals to commands in test_train.py.
 """
 
 import dataclasses

@@ -4,8 +4,8 @@ Every part runs in a process of its own and is sampled all along (`usage.py` say
 flat). Damaged pictures, refused requests and clients that leave are among the items, since errors leak most. Without
 --weights a small model is trained on the embedded data set first. Needs Linux.
 
-    python benchmarks/endurance.py                                   # all parts in full: about an hour on two cores
-    python benchmarks/endurance.py --scale 0.1 --parts video stream  # a tenth of two of them
+    python -m tests.campaigns.endurance  # all parts in full: about an hour on two cores
+    python -m tests.campaigns.endurance --scale 0.1 --parts video stream  # a tenth of two of them
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.usage import HEADING, UNITS, Watch, complaints, require_linux, row
+from tests.campaigns.usage import HEADING, UNITS, Watch, complaints, require_linux, row
 from utils.cli import ReportedError, number, run_command
 from utils.errors import UserError
 from utils.files import ROOT
@@ -58,7 +56,7 @@ class Part(NamedTuple):
 
 def build_parser() -> argparse.ArgumentParser:
     """Declares the options."""
-    parser = argparse.ArgumentParser("benchmarks/endurance.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("endurance", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="kinds of work; default: all")
     add("--scale", type=number(float, 0.001), default=1.0, help="share of the items of each part")
@@ -111,7 +109,7 @@ def run_script(arguments: list[str]) -> None:
 
 def run_apart(part: str, weights: str, options: argparse.Namespace) -> bool:
     """Runs a part in a process of its own, which prints its line; returns whether it was flat."""
-    line = [sys.executable, __file__, "--measure", part, "--weights", weights]
+    line = [sys.executable, "-m", "tests.campaigns.endurance", "--measure", part, "--weights", weights]
     line += ["--scale", str(options.scale), "--imgsz", str(options.imgsz)]
     return subprocess.run(line).returncode == 0
 

@@ -1,4 +1,4 @@
-"""What `benchmarks/fuzz.py` starts from: valid files of every kind, and the words of each format.
+"""What `fuzz.py` starts from: valid files of every kind, and the words of each format.
 
 The files are as small as they can be and made on the spot.
 """
@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from benchmarks.fuzz_mutators import NUMBERS, write_zip
+from tests.campaigns.fuzz_mutators import NUMBERS, write_zip
 from utils.dataloaders.labels import Counts, LabelTable, PathList, write_cache
 from utils.files import ROOT
 

@@ -5,8 +5,8 @@ or, where atheris cannot be imported, by blind changes to valid files. A finding
 or `ImageError`, a broken promise, more than a second or 500 MB for one input, or the end of the process. Findings of
 the same kind and place count as one; the first input of each is kept in --out.
 
-    python benchmarks/fuzz.py --target labels --count 200000 --seed 0
-    python benchmarks/fuzz.py --target all
+    python -m tests.campaigns.fuzz --target labels --count 200000 --seed 0
+    python -m tests.campaigns.fuzz --target all
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ try:
 except ImportError:  # Windows: memory is not watched there
     resource = None
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 
 TARGET_NAMES = ("labels", "yaml", "data", "model", "hyp", "checkpoint", "cache", "image", "archive", "coco", "voc")
 TARGET_NAMES += ("visdrone", "options", "lists")
@@ -150,7 +149,7 @@ def _forget_peak() -> int:
 
 
 def _place(error: BaseException) -> str:
-    """Returns file and line of the innermost frame of this repository outside benchmarks, or of all."""
+    """Returns file and line of the innermost frame of this repository or, where there is none, of all."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if frame.filename.startswith((f"{ROOT}/utils", f"{ROOT}/models"))]
     frame = (ours or frames)[-1]
@@ -173,7 +172,7 @@ def run_child(options: argparse.Namespace) -> None:
     """Runs one target until `--count` inputs have been tried; the parent reads what it leaves in `--child`."""
     atheris = _import_atheris()
     with atheris.instrument_imports(include=["utils", "models", "PIL"]) if atheris else contextlib.nullcontext():
-        from benchmarks.fuzz_targets import REFUSALS, TARGETS
+        from tests.campaigns.fuzz_targets import REFUSALS, TARGETS
 
         for module in TARGETS[options.target].modules:
             importlib.import_module(module)
@@ -253,10 +252,11 @@ def run_target(name: str, count: int, seed: int, out: Path) -> Outcome:
 
 
 def _start_child(name: str, count: int, seed: int, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--target", name, "--count", str(count), "--seed", str(seed)]
+    command = [sys.executable, "-m", "tests.campaigns.fuzz", "--target", name, "--count", str(count)]
+    command += ["--seed", str(seed), "--child", str(folder)]
     with open(folder / "log", "wb") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        return subprocess.Popen([*command, "--child", folder], stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def _watch(process: subprocess.Popen, state: State) -> str:

@@ -1,6 +1,6 @@
 """What ends a run before its time is told in words, with what is saved and how to go on; nothing half-written stays.
 
-Signals to whole commands are in test_train.py; benchmarks/interruptions.py does all of this at random moments.
+Signals to whole commands are in test_train.py; interruptions.py does all of this at random moments.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from utils.dataloaders.paths import list_images
 from utils.errors import UserError
 from utils.process import process_map
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = """
 nc: 4
 depth_multiple: 1.0

@@ -5,7 +5,7 @@ the first scan; the second start, from the label cache; and epochs of the traini
 A worker that makes mosaics keeps decoded images up to a bound (`MosaicSampler.recent_bytes`), so its memory grows to
 that bound before it is flat; without mosaics it must be flat from the second epoch on. Needs Linux (see `usage.py`).
 
-    python benchmarks/many_images.py --folder /dev/shm
+    python -m tests.campaigns.many_images --folder /dev/shm
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.usage import Usage, peak_resident_mb, require_linux, usage_of
+from tests.campaigns.usage import Usage, peak_resident_mb, require_linux, usage_of
 from utils.cli import ReportedError, number, run_command
 from utils.errors import UserError
 from utils.log import LOGGER
@@ -75,7 +73,7 @@ AIMS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Declares the options."""
-    parser = argparse.ArgumentParser("benchmarks/many_images.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("many_images", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--count", type=number(int, 100), default=100_000, help="images")
     add("--workers", type=number(int, 1), default=2, help="processes that scan, and that load")
@@ -142,7 +140,7 @@ def run_apart(stage: str, options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: it failed.
     """
-    line = [sys.executable, __file__, "--measure", stage, "--folder", options.folder]
+    line = [sys.executable, "-m", "tests.campaigns.many_images", "--measure", stage, "--folder", options.folder]
     line += ["--workers", str(options.workers), "--imgsz", str(options.imgsz), "--seed", str(options.seed)]
     last = ""
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120  # a run that takes longer hangs
 TRAINING = "Starting training"
 SIGNALS = {signal.SIGINT, signal.SIGTERM}

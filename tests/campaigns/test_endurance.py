@@ -1,6 +1,6 @@
 """Long work in short: what fifty detections and three epochs must not leave behind; and that a leak would be seen.
 
-The long runs are benchmarks/endurance.py and benchmarks/many_images.py. Here files, Python's objects and traced memory
+The long runs are endurance.py and many_images.py. Here files, Python's objects and traced memory
 are counted before and after; that memory which Python does not see is flat is theirs to show.
 """
 
@@ -21,10 +21,10 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks.usage import Sample, Usage, Watch, complaints, growth_of, usage_of
+from tests.campaigns.usage import Sample, Usage, Watch, complaints, growth_of, usage_of
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ON_LINUX = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux' /proc")
 IMGSZ = 64
 OBJECTS = 200  # that may come and go: caches of libraries, the interpreter's own
@@ -226,9 +226,9 @@ def test_epochs_leave_nothing_behind(tiny_shapes, tmp_path):
 # ------------------------------------------------------------------------------------------------------ the commands
 
 
-def run_benchmark(name: str, *options: object) -> str:
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def run_campaign(name: str, *options: object) -> str:
+    command = [sys.executable, "-m", f"tests.campaigns.{name}", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout
 
@@ -237,7 +237,7 @@ def run_benchmark(name: str, *options: object) -> str:
 @pytest.mark.slow
 def test_the_endurance_command_runs_a_part(weights):
     pytest.importorskip("trackers")
-    line = run_benchmark("endurance.py", "--measure", "stream", "--weights", weights, "--scale", 0.01, "--imgsz", IMGSZ)
+    line = run_campaign("endurance", "--measure", "stream", "--weights", weights, "--scale", 0.01, "--imgsz", IMGSZ)
     assert line.split()[:3] == ["stream", ".pt", "50"]
 
 
@@ -246,10 +246,10 @@ def test_the_endurance_command_runs_a_part(weights):
 def test_the_many_images_command_finds_what_is_cut_short(tmp_path):
     """The scan's figure must count every image, the damaged one among them."""
 
-    from benchmarks.many_images import write_images
+    from tests.campaigns.many_images import write_images
 
     assert write_images(tmp_path, 1000, seed=0) == 1
     for stage, expected in (("first scan", "scan_per_s"), ("second start", "start_s")):
-        figures = json.loads(run_benchmark("many_images.py", "--measure", stage, "--folder", tmp_path).splitlines()[-1])
+        figures = json.loads(run_campaign("many_images", "--measure", stage, "--folder", tmp_path).splitlines()[-1])
         assert figures[expected] > 0
         assert figures.get("corrupt", 1) == 1

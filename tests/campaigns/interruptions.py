@@ -6,7 +6,7 @@ ahead of them, and what was said is looked at; then the run is resumed, with ano
 equal that of an undisturbed run in every tensor (optimizer and EMA too), every row and every file name: no temporaries.
 Linux only; the runs are forked from this process, so that none has to import PyTorch.
 
-    python benchmarks/interruptions.py --count 200
+    python -m tests.campaigns.interruptions --count 200
 """
 
 from __future__ import annotations
@@ -29,22 +29,11 @@ from pathlib import Path
 import cv2
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.disturbances import (  # noqa: E402 - the path above comes first
-    KINDS,
-    PATIENCE_S,
-    TRAINING,
-    Kind,
-    Place,
-    Process,
-    small_disk,
-)
-from utils.checkpoint import load_checkpoint  # noqa: E402
-from utils.cli import ReportedError, run_command  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.tools.shapes import SPLITS, label_text, scene_of  # noqa: E402
+from tests.campaigns.disturbances import KINDS, PATIENCE_S, TRAINING, Kind, Place, Process, small_disk
+from utils.checkpoint import load_checkpoint
+from utils.cli import ReportedError, run_command
+from utils.errors import UserError
+from utils.tools.shapes import SPLITS, label_text, scene_of
 
 EPOCHS, IMAGES = 3, (12, 4)
 MODEL = """

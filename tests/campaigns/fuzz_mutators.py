@@ -1,4 +1,4 @@
-"""Changes to valid files for `benchmarks/fuzz.py`: text, bytes, and the parts inside containers.
+"""Changes to valid files for `fuzz.py`: text, bytes, and the parts inside containers.
 
 Blind changes rarely get past a checksum or an archive's directory, so zip members, PNG chunks and tar headers are
 changed inside and closed again with right checksums; one change in four is blind all the same. Every function takes

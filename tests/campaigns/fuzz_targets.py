@@ -1,4 +1,4 @@
-"""What `benchmarks/fuzz.py` feeds: every reader of files and option texts that people get from strangers.
+"""What `fuzz.py` feeds: every reader of files and option texts that people get from strangers.
 
 A target has valid seeds, words of its format, and a probe, which hands one input to the reader as the program does.
 The probe returns whether the reader accepted the input, lets its refusal (`UserError`, `ImageError`) through, and
@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks import fuzz_seeds as seeds
-from benchmarks.fuzz_mutators import NUMBERS, Mutator, mutate_archive, mutate_image, mutate_text, mutate_zip
+from tests.campaigns import fuzz_seeds as seeds
+from tests.campaigns.fuzz_mutators import NUMBERS, Mutator, mutate_archive, mutate_image, mutate_text, mutate_zip
 from utils.archives import list_members, unpack
 from utils.cli import number
 from utils.dataloaders import config as data_spec
