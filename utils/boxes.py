@@ -1,4 +1,4 @@
-"""Boxes: formats, scaling between images, overlap; segments to boxes.
+"""Boxes: formats, scaling between images, overlap; segments to boxes; and what is detected in an image.
 
 Every function takes NumPy arrays or torch tensors of shape (n, 4) and returns the same kind; torch is imported only
 when a tensor is handed in. `xyxy` is (x1, y1, x2, y2), `xywh` is (x centre, y centre, width, height); `norm` boxes
@@ -9,11 +9,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 Array = Any  # np.ndarray or torch.Tensor
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, most confident first.
+
+    Indexing with a slice, a mask or numbers gives some of them.
+
+    Attributes:
+        boxes_xyxy: corners (n, 4) in px of the image.
+        confidences: (n,).
+        classes: class numbers (n,), int64.
+        track_ids: numbers of the tracks (n,), int64, -1 for none (yet); None without tracking.
+    """
+
+    boxes_xyxy: np.ndarray
+    confidences: np.ndarray
+    classes: np.ndarray
+    track_ids: np.ndarray | None = None
+
+    @classmethod
+    def from_rows(cls, rows: Array) -> Detections:
+        """Takes rows (n, 6) [x1, y1, x2, y2, confidence, class], as NMS returns them, or (n, 7) with the track."""
+        rows = rows if isinstance(rows, np.ndarray) else rows.cpu().numpy()
+        numbers = rows[:, 5:].astype(np.int64)
+        return cls(rows[:, :4], rows[:, 4], numbers[:, 0], numbers[:, 1] if rows.shape[1] > 6 else None)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The same as an array (n, 6) [x1, y1, x2, y2, confidence, class], float32."""
+        return np.column_stack((self.boxes_xyxy, self.confidences, self.classes)).astype(np.float32, copy=False)
+
+    def rounded(self) -> Detections:
+        """Returns them with corners in whole px."""
+        return replace(self, boxes_xyxy=self.boxes_xyxy.round())
+
+    def __len__(self) -> int:
+        """Returns their number."""
+        return len(self.boxes_xyxy)
+
+    def __getitem__(self, index: Any) -> Detections:
+        """Returns those of a slice, a mask (n,) or numbers (m,)."""
+        tracks = None if self.track_ids is None else self.track_ids[index]
+        return Detections(self.boxes_xyxy[index], self.confidences[index], self.classes[index], tracks)
 
 
 def _stack(columns: Sequence[Array]) -> Array:

@@ -243,3 +243,16 @@ def test_numpy_boxes_and_images_need_no_torch():
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_detections_are_rows_taken_apart_and_some_of_them_are_detections_again():
+    rows = np.float32([[1.4, 2, 3.6, 4, 0.75, 1], [5, 6, 7, 8, 0.5, 0]])
+    for given in (rows, torch.from_numpy(rows)):
+        found = boxes.Detections.from_rows(given)
+        np.testing.assert_array_equal(found.rows, rows)
+        assert len(found) == 2 and found.classes.tolist() == [1, 0] and found.track_ids is None
+    assert found.rounded().boxes_xyxy[0].tolist() == [1, 2, 4, 4]
+    tracked = boxes.Detections.from_rows(np.column_stack((rows, [7, -1])))
+    for some in (tracked[:1], tracked[tracked.confidences > 0.6], tracked[[0]]):
+        assert (some.classes.tolist(), some.track_ids.tolist(), len(some.boxes_xyxy)) == ([1], [7], 1)
+    assert tracked[:0].rows.shape == (0, 6)
