@@ -183,12 +183,11 @@ def _open_window(asked: bool, live: bool) -> Window | None:
     return None if problem else Window()
 
 
-def _strip(weights: list[str]) -> None:
+def _strip(weights: Sequence[Path]) -> None:
     """Strips checkpoints of what only training needs, and says so."""
-    from models.load import find_weights
     from utils.checkpoint import strip_checkpoint
 
-    for path in map(find_weights, weights):
+    for path in weights:
         strip_checkpoint(path)
         LOGGER.info(f"Optimizer stripped from {path}, {path.stat().st_size / 1e6:.1f}MB")
 

@@ -14,13 +14,11 @@ import importlib.util
 import signal
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.hosts import LOCAL_HOSTS, TrustedHosts
-from utils.cli import CommandParser, echo_options, newest_weights, number, options_from, run_command
+from utils.cli import CommandParser, echo_options, find_weights, number, options_from, run_command
 from utils.errors import UserError
-from utils.files import ROOT
 from utils.log import LOGGER, colorstr
 
 if TYPE_CHECKING:
@@ -85,7 +83,7 @@ def build_app(options: argparse.Namespace, hosts: TrustedHosts) -> FastAPI:
     from service.uploads import Limits
     from utils.nms import NMSConfig
 
-    weights = options.weights or str(newest_weights(ROOT))
+    (weights,) = find_weights(options.weights)
     backend = load_backend(weights, options.device, options.half)
     nms = NMSConfig(options.conf_thres, options.iou_thres, options.max_det)
     predictor = Predictor(backend, options.imgsz, nms)
@@ -94,7 +92,7 @@ def build_app(options: argparse.Namespace, hosts: TrustedHosts) -> FastAPI:
         LOGGER.info(f"the model was exported for batches of {batch_size}: larger ones would gain nothing")
     limits = Limits(int(options.max_image_mb * 2**20), int(options.max_pixels), options.queue)
     batching = Batching(batch_size, options.batch_wait_ms / 1000)
-    return create_app(predictor, Path(weights).name, limits, batching, hosts)
+    return create_app(predictor, weights.name, limits, batching, hosts)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.backends.base import processor_name, thread_count
-from utils.cli import newest_weights, number, run_command
+from utils.cli import find_weights, number, run_command
 from utils.errors import UserError
 from utils.files import ROOT
 
@@ -87,7 +87,7 @@ def main(options: argparse.Namespace) -> None:
     if options.measure:
         print(json.dumps(asdict(measure(options.weights[0], options))))
         return
-    weights = options.weights or [str(newest_weights(ROOT))]
+    weights = [str(path) for path in find_weights(options.weights)]
     results: dict[tuple[str, str], Result] = {}
     with tempfile.TemporaryDirectory() as folder:
         sources = {"images": options.source, "video": str(make_video(options.source, Path(folder), options.pictures))}

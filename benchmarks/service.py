@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import newest_weights, number, run_command
+from utils.cli import find_weights, number, run_command
 from utils.errors import UserError
 from utils.files import ROOT
 
@@ -92,7 +92,7 @@ def running_server(options: argparse.Namespace, batch_size: int) -> Iterator[str
     Raises:
         UserError: it does not start; its own words are shown.
     """
-    weights = options.weights or str(newest_weights(ROOT))
+    weights = str(*find_weights(options.weights))
     command = [sys.executable, str(ROOT / "serve.py"), "--weights", weights, "--imgsz", str(options.imgsz)]
     command += ["--port", "0", "--batch-size", str(batch_size), "--queue", "1000", "--device", options.device]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

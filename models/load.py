@@ -7,7 +7,6 @@ are then collected by name. This file and `utils.checkpoint` are the only places
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from argparse import Namespace
@@ -23,9 +22,9 @@ from torch import Tensor
 from models.config import check_row, reason_of
 from models.yolo import BLOCKS, Model
 from utils.checkpoint import ForeignPickle, check_tensor, load_checkpoint, read_archive
-from utils.download import RELEASES, download_weights
-from utils.errors import UserError, did_you_mean
-from utils.files import ROOT, find_file
+from utils.cli import find_weights
+from utils.errors import UserError
+from utils.files import find_file
 from utils.log import LOGGER
 
 # Names that original files may contain, by what stands in for them (see `find_stub`).
@@ -290,28 +289,6 @@ def _parts_told(keys: Sequence[str], came: set[str], conversions: Mapping[str, A
     return ", ".join(took or ["nothing"]) + (f", not {', '.join(left)}" if took and left else "")
 
 
-def find_weights(weights: str | Path) -> Path:
-    """Returns the file that `weights` names; a released name that is no file is fetched, its hash checked.
-
-    Raises:
-        UserError: no such file (the nearest names beside it are shown), or it could not be fetched.
-    """
-    path = Path(weights)
-    if os.path.isfile(path):  # unlike Path's it is just False for a name too long
-        return path
-    if path.name in RELEASES:
-        return Path(download_weights(path))
-    folders = {path.parent, ROOT}
-    nearby = [str(found) for folder in folders if os.path.isdir(folder) for found in sorted(folder.glob("*.pt"))]
-    nearby += [str(found) for found in sorted((ROOT / "runs").glob("*/*/weights/*.pt"))]
-    nearby = [found for found in nearby if os.path.isfile(found)]
-    by_name = {Path(found).name: found for found in reversed(nearby)}
-    hint = did_you_mean(path.name, [*by_name, *RELEASES])
-    there = f" There are: {', '.join(nearby[:5])}." if nearby else ""
-    what = "is a folder" if os.path.isdir(path) else "no such file"
-    raise UserError(f"--weights {path}: {what}.{hint}{there}")
-
-
 def read_weights(weights: str | Path, prefer_ema: bool = True) -> Weights:
     """Reads a weights file: a checkpoint of ours, or an original YOLOv5 one through the allow-list.
 
@@ -323,7 +300,9 @@ def read_weights(weights: str | Path, prefer_ema: bool = True) -> Weights:
         UserError: missing, empty, text, cut short, legacy; holds classes that are not allowed (they are named); or is
             not a detector.
     """
-    path = find_weights(weights)
+    (path,) = find_weights(weights)
+    if path.is_dir():
+        raise UserError(f"--weights {path}: is a folder, a checkpoint (.pt) is expected here.")
     try:
         checkpoint = load_checkpoint(path)
     except ForeignPickle as foreign:

@@ -234,13 +234,14 @@ def mistakes(weights: Path, source: Path, tmp_path: Path) -> list[tuple[dict, st
     (tmp_path / "text.pt").write_text("no checkpoint")
     (tmp_path / "empty.pt").touch()
     (tmp_path / "file").touch()
+    (tmp_path / "best.onnx").touch()
     exported = tmp_path / "best.onnx"
     return [
         ({"source": str(source / "b.jgp")}, r"--source .*b\.jgp.*Did you mean 'b\.jpg'"),
         ({"weights": str(weights.with_name("tyni.pt"))}, r"tyni\.pt: no such file.*Did you mean 'tiny\.pt'"),
         ({"weights": str(tmp_path / "text.pt")}, r"text\.pt"),
         ({"weights": str(tmp_path / "empty.pt")}, r"empty\.pt"),
-        ({"weights": "model.h5"}, r"no runtime for files ending in '\.h5'"),
+        ({"weights": str(tmp_path / "file")}, r"no runtime for files ending in ''"),
         ({"weights": str(exported), "visualize": True}, r"--visualize is for checkpoints \(\.pt\); .* is an export"),
         ({"weights": str(exported), "update": True}, r"--update is for checkpoints \(\.pt\)"),
         ({"dnn": True}, r"--dnn runs ONNX files in OpenCV"),
@@ -271,7 +272,7 @@ def test_mistake_on_the_command_line_is_one_message_and_status_1(tmp_path):
 
 def test_newest_weights_are_the_default_and_their_absence_is_told(weights, source, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "yolov5")
-    monkeypatch.setattr("models.inference.pipeline.ROOT", tmp_path)
+    monkeypatch.setattr("utils.cli.ROOT", tmp_path)
     common = {"source": str(source / "b.jpg"), "project": str(tmp_path / "out"), **SIDE_OPTIONS}
     with pytest.raises(UserError, match="no --weights given and none trained yet.*run train.py first"):
         detect.run(**common)

@@ -187,8 +187,7 @@ def test_each_of_several_checkpoints_is_exported(weights, log):
 
 
 def test_without_weights_the_newest_run_is_taken(weights, tmp_path, monkeypatch, log):
-    monkeypatch.setattr(run, "ROOT", tmp_path)
-    monkeypatch.setattr(run, "_picture_sources", lambda data: [ROOT / "data" / "images"])
+    monkeypatch.setattr("utils.cli.ROOT", tmp_path)
     with pytest.raises(UserError, match="no --weights given and none trained yet"):
         export.run(include="yolov5")
     newest = tmp_path / "runs" / "train" / "exp" / "weights" / "best.pt"

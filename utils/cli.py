@@ -11,11 +11,12 @@ import numbers
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.errors import UserError, did_you_mean
+from utils.files import ROOT
 from utils.log import LOGGER, colorstr, setup_logging
 from utils.process import Terminated, sigterm_raised
 
@@ -201,13 +202,34 @@ def number(kind: type, minimum: float | None = None, maximum: float | None = Non
     return parse
 
 
-def newest_weights(root: Path) -> Path:
-    """Returns the newest `runs/train/*/weights/best.pt` below `root`, what val, detect and export use by default.
+def find_weights(weights: str | Path | Sequence[str | Path] | None = None) -> list[Path]:
+    """Returns the files and folders that `--weights` names; without any, the newest runs/train/*/weights/best.pt.
+
+    Weights that YOLOv5 publishes (`yolov5s.pt`) are fetched where there is no such file.
 
     Raises:
-        UserError: nothing has been trained yet.
+        UserError: nothing has been trained yet, no such file (the nearest names are shown), or it cannot be fetched.
     """
-    found = sorted((root / "runs" / "train").glob("*/weights/best.pt"), key=lambda path: path.stat().st_mtime)
+    names = [weights] if isinstance(weights, (str, Path)) else list(weights or ())
+    if any(map(str, names)):
+        return [_existing(Path(name)) for name in names if str(name)]
+    trained = ROOT / "runs" / "train"
+    found = list(trained.glob("*/weights/best.pt"))
     if not found:
-        raise UserError(f"no --weights given and none trained yet below {root / 'runs' / 'train'}: run train.py first.")
-    return found[-1]
+        raise UserError(f"no --weights given and none trained yet below {trained}: run train.py first.")
+    return [max(found, key=os.path.getmtime)]
+
+
+def _existing(path: Path) -> Path:
+    if os.path.isfile(path) or os.path.isdir(path):  # a pipe would be waited for; Path's own raise for names too long
+        return path
+    from utils.download import RELEASES, download_weights
+
+    if path.name in RELEASES:
+        return download_weights(path)
+    nearby = [str(path.parent / name) for name in os.listdir(path.parent)] if os.path.isdir(path.parent) else []
+    nearby += [str(file) for pattern in ("*.pt", "runs/*/*/weights/*.pt") for file in ROOT.glob(pattern)]
+    hint = did_you_mean(path.name, {*map(os.path.basename, nearby), *RELEASES})
+    alike = sorted({file for file in nearby if os.path.isfile(file) and Path(file).suffix == path.suffix})
+    there = f" There are: {', '.join(alike[:5])}." if alike else ""
+    raise UserError(f"--weights {path}: no such file or folder.{hint}{there}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from models.backends.base import ArrayBackend, Backend
 from models.backends.metadata import Metadata
+from utils.cli import find_weights
 from utils.errors import UserError
 
 __all__ = ["BACKENDS", "ArrayBackend", "Backend", "Metadata", "load_backend", "runtime_of", "weight_files"]
@@ -63,15 +64,13 @@ def load_backend(
     return module.load(file, device, half) if len(files) == 1 else module.load_ensemble(files, device, half)
 
 
-def weight_files(weights: str | Path | Sequence[str | Path]) -> list[str | Path]:
-    """Returns the files that `--weights` names.
+def weight_files(weights: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Returns the files that `--weights` names, of which several make an ensemble; see `utils.cli.find_weights`.
 
     Raises:
-        UserError: none, or several that are not all checkpoints.
+        UserError: a missing file, or several that are not all checkpoints.
     """
-    files = [weights] if isinstance(weights, (str, Path)) else list(weights)
-    if not files:
-        raise UserError("--weights names no file.")
+    files = find_weights(weights)
     if len(files) > 1:
         for file in files:
             if runtime_of(file) != ENSEMBLE_RUNTIME:

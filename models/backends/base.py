@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.backends.metadata import Metadata
-from utils.errors import UserError, did_you_mean
+from utils.errors import UserError
 from utils.files import native_path, read_yaml
 from utils.log import LOGGER
 from utils.nms import NMSConfig
@@ -189,21 +189,17 @@ class Graph(NamedTuple):
 
 
 def find_export(weights: str | Path) -> Path:
-    """Returns the file or folder of an exported model.
+    """Returns the path of an exported model.
 
     Raises:
-        UserError: there is none; the nearest names beside it are shown. Or a file in the folder is a link out of it.
+        UserError: it cannot be handed to native code, or a file in the folder is a link out of it.
     """
     path = Path(weights)
     if isinstance(native_path(path), bytes):
         raise UserError(f"--weights {path}: runtimes take no path that is not UTF-8: rename the file or its folder.")
-    if os.path.isfile(path):  # a pipe would be waited for; Path's own raise for names too long
-        return path
-    if os.path.isdir(path):
+    if path.is_dir():
         refuse_links(path, path.rglob("*"))
-        return path
-    nearby = os.listdir(path.parent) if os.path.isdir(path.parent) else []
-    raise UserError(f"--weights {path}: no such file or folder.{did_you_mean(path.name, nearby)}")
+    return path
 
 
 def refuse_links(folder: Path, files: Iterable[Path]) -> None:

@@ -26,8 +26,8 @@ from models.deploy import rewrite
 from models.export.formats import TOLERANCES, Format, complete_options, find_formats
 from models.export.job import ExportJob
 from models.export.verify import check_parity, run_checkpoint, sample_pictures
-from models.load import find_weights, model_from, read_weights
-from utils.cli import newest_weights
+from models.load import model_from, read_weights
+from utils.cli import find_weights
 from utils.dataloaders.config import load_spec
 from utils.dataloaders.paths import list_images
 from utils.devices import device_line, select_device
@@ -57,28 +57,20 @@ def export_all(options: argparse.Namespace) -> Report:
     start = time.perf_counter()
     formats = find_formats(options.include)
     options = complete_options(options, formats)
+    files = find_weights(options.weights)
+    for path in files:
+        if path.suffix != ".pt":
+            raise UserError(f"--weights {path}: exports start from a checkpoint, a file ending in .pt.")
     device = select_device(options.device)
     pictures = sample_pictures(list_images(_picture_sources(options.data)))
     LOGGER.info(device_line(device))
     report = Report()
-    for weights in options.weights or [newest_weights(ROOT)]:
-        jobs = make_jobs(find_checkpoint(weights), options, formats, device)
+    for weights in files:
+        jobs = make_jobs(weights, options, formats, device)
         for job in jobs:
             _export_one(job, pictures, report)
     _conclude(report, options, time.perf_counter() - start)
     return report
-
-
-def find_checkpoint(weights: str | Path) -> Path:
-    """Returns the checkpoint that `weights` names.
-
-    Raises:
-        UserError: no such file, or it is an export already.
-    """
-    path = find_weights(weights)
-    if path.suffix != ".pt":
-        raise UserError(f"--weights {path}: exports start from a checkpoint, a file ending in .pt.")
-    return path
 
 
 def make_jobs(

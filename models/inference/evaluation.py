@@ -26,9 +26,9 @@ from torch import nn
 from models.backends import Backend, load_backend, runtime_of, weight_files
 from models.backends.base import AUGMENT_NEEDS_CHECKPOINT
 from models.backends.pytorch import PyTorchBackend, check_members, describe_model, ensemble_of
-from models.load import Weights, find_weights, model_from, read_weights
+from models.load import Weights, model_from, read_weights
 from utils.boxes import scale_boxes
-from utils.cli import newest_weights
+from utils.cli import find_weights
 from utils.dataloaders.config import SPLITS, DataSpec, load_spec
 from utils.dataloaders.dataset import DetectionDataset, ShapeInfo, rectangular_batches
 from utils.dataloaders.labels import load_labels
@@ -37,7 +37,7 @@ from utils.devices import device_line, prepare_cpu_memory, select_device
 from utils.errors import MIN_GRID_STRIDE, UserError, check_image_size, grid_stride
 from utils.eval.coco import category_ids, require_coco_tools
 from utils.eval.evaluate import AugmentedPredictor, EvalResult, ModulePredictor, Predictor, evaluate
-from utils.files import ROOT, atomic_write, increment_path, run_folder
+from utils.files import atomic_write, increment_path, run_folder
 from utils.images import letterbox, resized_wh
 from utils.log import LOGGER, colorstr
 from utils.nms import NMSConfig
@@ -97,13 +97,12 @@ def open_eval_model(
         UserError: it cannot be loaded, the device or the precision is not for it, or the models of an ensemble do not
             have the same classes.
     """
-    files = weight_files(weights)
-    if dnn or runtime_of(files[0]) != "pytorch":
-        return _open_export(files[0], device, dtype, dnn)
+    paths = weight_files(weights)
+    if dnn or runtime_of(paths[0]) != "pytorch":
+        return _open_export(paths[0], device, dtype, dnn)
     chosen = select_device(device)
     prepare_cpu_memory(chosen)
     check_half(dtype, chosen)
-    paths = [find_weights(file) for file in files]
     contents = [read_weights(path) for path in paths]
     check_members(paths, [content.names for content in contents])
     first = contents[0]
@@ -442,7 +441,7 @@ def run_validation(options: Namespace, given: Overrides = NOTHING) -> EvalResult
     if options.conf_thres > SOUND_CONFIDENCE:
         LOGGER.warning(f"WARNING: --conf-thres {options.conf_thres} is above {SOUND_CONFIDENCE}: mAP comes out too low")
     if given.model is None:
-        return validate(options, _open(options, _files(options), precision(options)), given)
+        return validate(options, _open(options, options.weights, precision(options)), given)
     if options.weights:
         raise UserError("val.run: give weights or a model, not both.")
     return validate(options, given_eval_model(given.model), given)
@@ -567,15 +566,9 @@ def training_data(subject: EvalModel) -> str:
     return subject.data
 
 
-def _files(options: Namespace) -> list[str | Path]:
-    """Returns the files that `--weights` names, or the newest checkpoint."""
-    weights = options.weights
-    return ([weights] if isinstance(weights, (str, Path)) else list(weights)) if weights else [newest_weights(ROOT)]
-
-
-def _open(options: Namespace, files: Sequence[str | Path], dtype: torch.dtype) -> EvalModel:
+def _open(options: Namespace, weights: str | Path | Sequence[str | Path], dtype: torch.dtype) -> EvalModel:
     """Opens one model, or the ensemble of several."""
-    files = weight_files(files)
+    files = weight_files(weights)
     if options.augment and (options.dnn or runtime_of(files[0]) != "pytorch"):
         raise UserError(AUGMENT_NEEDS_CHECKPOINT)
     return open_eval_model(files, options.device, dtype, options.dnn)
@@ -584,7 +577,7 @@ def _open(options: Namespace, files: Sequence[str | Path], dtype: torch.dtype) -
 def _open_each(options: Namespace) -> list[tuple[str | Path, EvalModel]]:
     """Opens each model on its own, before the first is evaluated: checkpoints in float16 where the device has it."""
     opened = []
-    for file in _files(options):
+    for file in find_weights(options.weights):
         dtype = precision(options)
         if dtype == torch.float32 and not options.dnn and runtime_of(file) == "pytorch":
             able = select_device(options.device).type == "cuda"

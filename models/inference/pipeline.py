@@ -7,19 +7,17 @@ letterboxed ahead in a thread of their own; of live inputs always the newest fra
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
 
 from models.backends import load_backend, runtime_of
 from models.inference.predictor import Detector, WindowBatch, class_summary, shape_for
-from utils.cli import newest_weights
+from utils.cli import find_weights
 from utils.dataloaders.config import load_spec
 from utils.errors import UserError
-from utils.files import ROOT
 from utils.log import LOGGER
 from utils.media.counting import Counter, Counts
 from utils.media.sources import Frame, Source, open_source
@@ -195,18 +193,12 @@ def open_pipeline(options: Namespace) -> Pipeline:
         if options.track:
             require_video(source.inputs, source.live)
         trackers = Trackers(options.conf_thres, options.vid_stride) if options.track else None
-        options.weights = weights_list(options.weights)
+        options.weights = find_weights(options.weights)
         detector, names = _open_detector(options)
     except BaseException:
         source.close()
         raise
     return Pipeline(source, detector, names, trackers, counter, AHEAD_IN_TILES if options.tile else AHEAD)
-
-
-def weights_list(weights: str | Sequence[str]) -> list[str]:
-    """Returns the weights as a list; the newest trained ones where none are given."""
-    given = [weights] if isinstance(weights, (str, PathLike)) else list(weights)
-    return [str(path) for path in given if str(path)] or [str(newest_weights(ROOT))]
 
 
 def _check(options: Namespace) -> None:

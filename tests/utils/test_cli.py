@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.cli import echo_options, newest_weights, number, options_from
+from utils.cli import echo_options, find_weights, number, options_from
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,13 +191,43 @@ def test_other_numbers_are_refused_with_the_reason(capsys, kind, bounds, text, r
     assert stopped.value.code == 2 and f"argument --value: {reason}" in capsys.readouterr().err
 
 
-def test_the_newest_best_weights_are_found(tmp_path):
-    with pytest.raises(UserError, match="run train.py first"):
-        newest_weights(tmp_path)
+def test_without_weights_the_newest_best_ones_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.cli.ROOT", tmp_path)
+    for none in (None, "", [], [""]):
+        with pytest.raises(UserError, match="no --weights given and none trained yet.*run train.py first"):
+            find_weights(none)
     for age, name in enumerate(("exp3", "exp", "exp2")):
         weights = tmp_path / "runs" / "train" / name / "weights"
         weights.mkdir(parents=True)
         for file in ("best.pt", "last.pt"):
             (weights / file).touch()
             os.utime(weights / file, (1000 - age, 1000 - age))
-    assert newest_weights(tmp_path) == tmp_path / "runs" / "train" / "exp3" / "weights" / "best.pt"
+    assert find_weights() == [tmp_path / "runs" / "train" / "exp3" / "weights" / "best.pt"]
+
+
+def test_files_and_folders_are_weights_as_they_are(tmp_path):
+    (tmp_path / "a.pt").touch()
+    (tmp_path / "b_openvino_model").mkdir()
+    files = [tmp_path / "a.pt", tmp_path / "b_openvino_model"]
+    assert find_weights([str(files[0]), files[1]]) == files and find_weights(files[0]) == files[:1]
+
+
+def test_a_missing_weights_file_is_answered_with_the_names_that_are_there(tmp_path):
+    for name in ("bccd-best.pt", "best.onnx"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"bccd-bets.pt: no such .*Did you mean 'bccd-best.pt'.*There are: .*bccd-best"):
+        find_weights(tmp_path / "bccd-bets.pt")
+    with pytest.raises(UserError, match=r"bset.onnx: no such file or folder\. Did you mean 'best.onnx'"):
+        find_weights([tmp_path / "best.onnx", tmp_path / "bset.onnx"])
+
+
+def test_weights_that_yolov5_publishes_are_fetched_where_they_are_missing(tmp_path, monkeypatch):
+    def offline(name):
+        raise UserError(f"{name}: offline")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.download.download_weights", offline)
+    with pytest.raises(UserError, match="yolov5s.pt: offline"):
+        find_weights("yolov5s.pt")
+    Path("yolov5s.pt").touch()
+    assert find_weights("yolov5s.pt") == [Path("yolov5s.pt")]

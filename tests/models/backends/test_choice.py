@@ -36,18 +36,10 @@ def test_the_end_of_the_name_decides_else_what_occurs_in_it(name, runtime):
     assert runtime_of(name) == runtime
 
 
-def test_a_browsers_model_is_refused():
+def test_a_browsers_model_is_refused(tmp_path):
+    (tmp_path / "best_web_model").mkdir()
     with pytest.raises(UserError, match="run in a browser only"):
-        load_backend("best_web_model")
-
-
-@pytest.mark.parametrize(
-    "name", ["bset.onnx", "best.torchscript", "best_openvino_model", "best.tflite", "best_ncnn_model"]
-)
-def test_a_missing_file_is_told_with_what_is_near(tmp_path, name):
-    (tmp_path / "best.onnx").touch()
-    with pytest.raises(UserError, match=r"no such file or folder\.( Did you mean|$)"):
-        load_backend(tmp_path / name, "cpu")
+        load_backend(tmp_path / "best_web_model")
 
 
 @pytest.mark.parametrize("name", ["best_openvino_model", "best_ncnn_model"])
@@ -113,5 +105,8 @@ def test_choosing_loads_no_runtime():
 
 
 def test_a_path_that_is_not_utf_8_is_told_and_not_handed_to_native_code(tmp_path):
+    folder = tmp_path / "\udcd5"
+    folder.mkdir()
+    (folder / "best.onnx").touch()
     with pytest.raises(UserError, match="runtimes take no path that is not UTF-8: rename the file or its folder"):
-        load_backend(f"{tmp_path}/\udcd5/best.onnx", "cpu")
+        load_backend(folder / "best.onnx", "cpu")

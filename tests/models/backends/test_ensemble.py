@@ -94,10 +94,9 @@ def test_what_makes_no_ensemble_is_named(ensemble, weights, squares, tmp_path):
     fewer = checkpoint(tmp_path / "fewer.pt", "yolov5n.yaml", {0: "ant"})
     with pytest.raises(UserError, match=r"fewer\.pt have different classes \(3 and 1\)"):
         load_backend([weights, fewer], "cpu")
-    with pytest.raises(UserError, match=r"an ensemble of checkpoints \(\.pt\), and b\.onnx is none"):
-        load_backend([weights, "b.onnx"], "cpu")
-    with pytest.raises(UserError, match="names no file"):
-        load_backend([], "cpu")
+    (tmp_path / "b.onnx").touch()
+    with pytest.raises(UserError, match=r"an ensemble of checkpoints \(\.pt\), and .*b\.onnx is none"):
+        load_backend([weights, tmp_path / "b.onnx"], "cpu")
     with pytest.raises(UserError, match="--dnn"):
         load_backend([weights, weights], "cpu", dnn=True)
     with pytest.raises(UserError, match="--visualize shows the layers of one model"):

@@ -70,11 +70,12 @@ class ChannelsLast(ArrayBackend):
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.uint8])
-def test_a_runtime_gets_its_own_layout_and_type(checkpoint, tensor, rows, monkeypatch, kind):
+def test_a_runtime_gets_its_own_layout_and_type(checkpoint, tensor, rows, tmp_path, monkeypatch, kind):
     """Values between the steps of 8 bits are kept where the runtime takes them."""
     backend = ChannelsLast(checkpoint.model, kind)
     monkeypatch.setattr("models.inference.multibackend.load_backend", lambda *_: backend)
-    model = DetectMultiBackend("somewhere_saved_model")
+    (tmp_path / "some_saved_model").mkdir()
+    model = DetectMultiBackend(tmp_path / "some_saved_model")
     assert model.saved_model and np.abs(model(tensor).numpy() - rows).max() < 2e-3
     between = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0))
     model(between)

@@ -45,6 +45,7 @@ def test_half_without_cuda_is_said_and_computed_in_float32(golden_dir, caplog):
 
 
 def test_unknown_suffix_and_missing_file_are_refused(tmp_path):
+    (tmp_path / "model.h5").touch()
     with pytest.raises(UserError, match=r"no runtime for files ending in '\.h5'\. Known: .*\.pt"):
         load_backend(tmp_path / "model.h5")
     with pytest.raises(UserError, match=r"missing\.pt: no such file"):
