@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import struct
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -473,39 +472,43 @@ def _plain(value: Any) -> Any:
 
 
 def build_for_training(
-    options: Namespace,
+    cfg: str | Mapping[str, Any],
+    weights: str,
     names: Mapping[int, str],
-    anchors: int | None = None,
-    checkpoint: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    anchors: float | None = None,
+    source: str | Path = "",
 ) -> Model:
-    """Builds the architecture of `--cfg`, or of `--weights`, and takes over what weights fit; on the CPU, float32.
+    """Builds the architecture of `cfg`, or of `weights`, and takes over what weights fit; on the CPU, float32.
 
     Args:
-        options: `cfg`, `weights`, and the `seed` of the initial weights; no other generator is touched.
+        cfg: model YAML; empty for the weights' own; the content of one from a checkpoint of a run that is resumed,
+            whose weights are the trainer's business.
+        weights: weights file, or empty.
         names: the data's class names by number.
+        seed: of the initial weights; no other generator is touched.
         anchors: anchors per level, in place of the YAML's (the hyperparameter of that name).
-        checkpoint: of the run to be resumed: its architecture is built; its weights are the trainer's business.
+        source: the file that `cfg` as a mapping is from, for messages.
 
     Raises:
         UserError: a file is missing or unsound.
     """
-    weights = read_weights(options.weights) if options.weights and not checkpoint else None
-    if checkpoint:
-        cfg, holder, anchors = checkpoint["yaml"], options.resume, None
-    elif options.cfg:
-        cfg, holder = find_file(options.cfg, (".yaml", ".yml"), "--cfg"), None
-    else:
-        cfg, holder = weights.yaml, weights.path
+    resumed = isinstance(cfg, Mapping)
+    given = read_weights(weights) if weights else None
+    exclude = ("anchor",) if cfg or anchors else ()
+    if cfg and not resumed:
+        cfg = find_file(cfg, (".yaml", ".yml"), "--cfg")
+    elif not cfg:
+        cfg, source = given.yaml, given.path
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
+        torch.manual_seed(seed)
         try:
-            model = Model(cfg, nc=len(names), anchors=anchors, verbose=not checkpoint)
+            model = Model(cfg, nc=len(names), anchors=anchors, verbose=not resumed)
         except UserError as error:
-            if holder is None:
+            if not source:
                 raise
-            raise UserError(f"{holder}: {error}") from error
+            raise UserError(f"{source}: {error}") from error
     model.names = dict(names)
-    if weights:
-        exclude = ("anchor",) if options.cfg or anchors else ()
-        LOGGER.info(transfer(model, weights, exclude).told(options.weights))
+    if given:
+        LOGGER.info(transfer(model, given, exclude).told(weights))
     return model

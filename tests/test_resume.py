@@ -8,6 +8,7 @@ moments are in tests/campaigns/interruptions.py, signals to commands in test_tra
 
 import dataclasses
 import functools
+import os
 import re
 import shutil
 from pathlib import Path
@@ -22,7 +23,8 @@ from utils.callbacks import Callbacks
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.train import engine
-from utils.train.resume import find_resumable
+from utils.train.prepare import TrainConfig
+from utils.train.resume import check_dataset, find_resumable, resume_options
 
 EPOCHS, BATCHES = 4, 4
 FITNESS = (0.3, 0.5, 0.2, 0.4)  # of the epochs: the second is the best
@@ -50,14 +52,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def folder(tiny_shapes, tmp_path_factory) -> Path:
-    """Eight pictures to train on and two to validate with, a data set YAML and two models."""
+    """Eight images to train on and two to validate with, a data set YAML and two models."""
     root = tmp_path_factory.mktemp("eight")
     for split, count in (("train", 8), ("val", 2)):
         for kind in ("images", "labels"):
             (root / kind / split).mkdir(parents=True)
         for index in range(count):
-            picture = cv2.imread(str(tiny_shapes.parent / "images" / split / f"{index}.jpg"))
-            cv2.imwrite(str(root / "images" / split / f"{index}.png"), cv2.resize(picture, (96, 64 + 16 * index)))
+            image = cv2.imread(str(tiny_shapes.parent / "images" / split / f"{index}.jpg"))
+            cv2.imwrite(str(root / "images" / split / f"{index}.png"), cv2.resize(image, (96, 64 + 16 * index)))
             shutil.copy(tiny_shapes.parent / "labels" / split / f"{index}.txt", root / "labels" / split)
     (root / "data.yaml").write_text("path: .\ntrain: images/train\nval: images/val\nnames: [a, b, c, d]\n")
     (root / "tiny.yaml").write_text(MODEL)
@@ -193,24 +195,56 @@ def test_ended_and_resumed_in_every_epoch_the_end_is_the_same(folder, tmp_path):
 def test_an_empty_name_to_resume_starts_no_new_run(command, folder, tmp_path):
     """`--resume "$LAST"` of a variable that is not set; `--resume` alone means the newest run."""
     line = ["--cfg", folder / "tiny.yaml", "--data", folder / "data.yaml", "--project", tmp_path, "--img", 64]
-    for name in ("", " "):
-        outcome = command(train, *line, "--resume", name)
-        outcome.assert_refused("--resume", "empty", "weights/last.pt", "newest")
+    command(train, *line, "--resume", "").assert_refused("--resume", "empty", "weights/last.pt", "newest")
     with pytest.raises(UserError, match="name is empty"):
-        train.run(resume="")
-    with pytest.raises(UserError, match="name is empty"):
-        find_resumable("")
+        train.run(resume=" ")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_path_to_resume_may_be_a_path_object(tmp_path, monkeypatch):
-    """It was once taken for `--resume` alone, which goes on with the newest run instead."""
+    """It was once taken for `--resume` alone, which resumes the newest run instead."""
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no last\*\.pt below"):
+        find_resumable(True)
     for name in ("wanted", "newest"):
         (tmp_path / f"last-{name}.pt").touch()
     assert find_resumable(Path("last-wanted.pt")) == Path("last-wanted.pt")
     with pytest.raises(UserError, match=r"gone\.pt: no such file"):
         find_resumable(Path("gone.pt"))
+
+
+def checkpoint_at(path: Path, optimizer: dict | None, **options) -> Path:
+    path.parent.mkdir(parents=True)
+    needed = dict.fromkeys("model ema scaler schedule stopper generators hyp yaml".split(), {})
+    needed |= {"updates": 0, "epoch": 0, "best_fitness": 0.0}
+    save_checkpoint(path, {**needed, "optimizer": optimizer, "opt": options})
+    return path
+
+
+def test_resume_takes_the_newest_run_its_options_and_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes.yaml").touch()
+    same = {"data": str(tmp_path / "shapes.yaml"), "batch_size": 4, "imgsz": 64, "workers": 8}
+    for number, name in enumerate(("a", "b", "c")):
+        path = checkpoint_at(tmp_path / "runs" / name / "weights" / "last.pt", {"state": {}}, **same, epochs=number)
+        os.utime(path, (1000 + number % 2, 1000 + number % 2))  # b is the newest
+    defaults = vars(train.build_parser().parse_args([]))
+    config = TrainConfig(**{**defaults, "resume": True, "workers": 2})
+    resume_options(config, {"resume", "workers"}, defaults)
+    assert (config.epochs, config.batch_size) == (1, 4)
+    assert config.workers == 2  # given anew
+    assert (Path(config.resume), Path(config.save_dir)) == (Path("runs/b/weights/last.pt"), Path("runs/b"))
+
+
+def test_a_stripped_checkpoint_has_nothing_to_resume(tmp_path):
+    path = checkpoint_at(tmp_path / "run" / "last.pt", None, epochs=7)
+    with pytest.raises(UserError, match="finished 7 epochs, nothing to resume"):
+        train.run(resume=str(path))
+
+
+def test_of_a_checkpoint_without_a_record_of_its_data_it_is_said(caplog):
+    check_dataset({"data": "a.yaml"}, {}, "old.pt", "/now/b.yaml")
+    assert "old.pt is of an earlier version" in caplog.text and "whether /now/b.yaml has changed" in caplog.text
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The model that a training starts from: which architecture, which weights, and what is said of unsound files."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 
@@ -12,14 +10,10 @@ from utils.errors import UserError
 CATS = {0: "cat", 1: "dog", 2: "hen"}
 
 
-def options(cfg="", weights="", seed=0, resume=False) -> Namespace:
-    return Namespace(cfg=str(cfg), weights=str(weights), seed=seed, resume=resume)
-
-
 def test_the_seed_alone_decides_the_initial_weights():
     before = torch.get_rng_state()
     first, again, other = (
-        build_for_training(options("yolov5n-slimneck.yaml", seed=seed), CATS).state_dict() for seed in (3, 3, 4)
+        build_for_training("yolov5n-slimneck.yaml", "", CATS, seed).state_dict() for seed in (3, 3, 4)
     )
     assert all(torch.equal(tensor, again[key]) for key, tensor in first.items())
     assert not torch.equal(first["model.0.conv.weight"], other["model.0.conv.weight"])
@@ -28,7 +22,7 @@ def test_the_seed_alone_decides_the_initial_weights():
 
 def test_weights_give_the_architecture_and_what_fits_other_classes(weights):
     given = load_checkpoint(weights)
-    model = build_for_training(options(weights=weights), CATS)
+    model = build_for_training("", weights, CATS)
     state = model.state_dict()
     assert model.names == CATS and model.nc == 3
     alike = [key for key, tensor in given["model"].items() if state[key].shape == tensor.shape]
@@ -41,7 +35,7 @@ def test_anchors_are_the_yaml_s_or_to_be_fitted_not_the_weights_own(cfg, anchors
     content = load_checkpoint(weights)
     content["model"]["model.24.anchors"] = content["model"]["model.24.anchors"] * 2
     save_checkpoint(tmp_path / "other.pt", content)
-    model = build_for_training(options(cfg, tmp_path / "other.pt"), CATS, anchors)
+    model = build_for_training(cfg, tmp_path / "other.pt", CATS, anchors=anchors)
     assert not torch.equal(model.detect.anchors, content["model"]["model.24.anchors"])
 
 
@@ -50,9 +44,9 @@ def test_an_unsound_architecture_is_told_with_its_file(weights, tmp_path):
     content["yaml"]["depth_multiple"] = -1
     save_checkpoint(path := tmp_path / "bad.pt", content)
     with pytest.raises(UserError, match=f"^{path}: .*depth_multiple"):
-        build_for_training(options(weights=path), CATS)
+        build_for_training("", path, CATS)
     with pytest.raises(UserError, match="^runs/last.pt: .*depth_multiple"):
-        build_for_training(options(resume="runs/last.pt"), CATS, checkpoint=content)
+        build_for_training(content["yaml"], "", CATS, source="runs/last.pt")
     (tmp_path / "bad.yaml").write_text("depth_multiple: -1\n")
     with pytest.raises(UserError, match=r"^\S*bad.yaml: "):
-        build_for_training(options(tmp_path / "bad.yaml"), CATS)
+        build_for_training(tmp_path / "bad.yaml", "", CATS)

@@ -352,18 +352,6 @@ def own_device(name: str, world: World) -> torch.device:
     return current(devices[world.local_rank])
 
 
-def check_sync_bn(device: torch.device, world: World) -> None:
-    """Refuses `--sync-bn` where PyTorch cannot do it, and says when it has nothing to do.
-
-    Raises:
-        UserError: another device than CUDA.
-    """
-    if device.type != "cuda":
-        raise UserError(f"--sync-bn: PyTorch synchronises batch norm on CUDA GPUs, not on {device.type}. Leave it out.")
-    if world.size == 1:
-        LOGGER.warning(f"WARNING: --sync-bn: a single process has nobody to synchronise with ({world.command})")
-
-
 def replicate(model: nn.Module, device: torch.device, world: World, sync_bn: bool = False) -> nn.Module:
     """Returns what to run forward so that gradients are averaged over the processes; a process alone runs the model.
 

@@ -13,7 +13,6 @@ import copy
 import re
 import shlex
 import time
-from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +45,7 @@ from utils.train.optim import (
     optimizer_state_by_name,
     scaled_weight_decay,
 )
-from utils.train.prepare import Loaders, checkpoint_header, deterministic_algorithms, rescaled
+from utils.train.prepare import Loaders, TrainConfig, checkpoint_header, deterministic_algorithms, rescaled
 from utils.train.resume import checkpoint_errors
 
 SHOWN_IMAGES = 8
@@ -150,7 +149,7 @@ class Trainer:
         self,
         model: nn.Module,
         hyp: Hyp,
-        options: Namespace,
+        options: TrainConfig,
         loaders: Loaders,
         device: torch.device,
         callbacks: Callbacks,

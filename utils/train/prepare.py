@@ -1,8 +1,6 @@
-"""What a training run is made of, before it starts: sound options, labels, anchors, loaders.
+"""What a training run is made of, before it starts: sound options, loaders, anchors, the device made ready.
 
 Building the model itself is train.py's: nothing here knows `models`.
-
-`--multi-scale`: another image size for every batch.
 """
 
 from __future__ import annotations
@@ -10,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.augmentations.pixels import AugmentParams
-from utils.autoanchor import check_anchors
 from utils.autobatch import autobatch
 from utils.dataloaders.config import SPLITS, DataSpec
 from utils.dataloaders.dataset import DetectionDataset
-from utils.dataloaders.labels import LabelTable, load_labels
-from utils.dataloaders.loader import QUAD, DetectionLoader, create_loader
+from utils.dataloaders.labels import load_labels
+from utils.dataloaders.loader import QUAD, create_loader
+from utils.devices import resolve_amp
 from utils.download import file_name_of
-from utils.errors import UserError, check_image_size, grid_stride, round_up
+from utils.errors import UserError, round_up
 from utils.eval.coco import COCO80_TO_91, category_ids
 from utils.log import LOGGER
 from utils.train.distributed import ALONE, World
@@ -41,11 +39,50 @@ CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # those with which cuBLAS gives the same result every time
 
 
-class Tables(NamedTuple):
-    """The labels of both splits."""
+@dataclass
+class TrainConfig:
+    """The options of one run, by train.py's names, where each is described.
 
-    train: LabelTable
-    val: LabelTable | None  # of the first process alone, which validates
+    A resumed run takes over the interrupted one's (`utils.train.resume`). What depends on the model and its data is
+    settled once, in train.py: `data` becomes absolute, `imgsz` a multiple of the stride, `batch_size` of -1 what fits,
+    `save_dir` the run's folder.
+    """
+
+    weights: str
+    cfg: str
+    data: str | Mapping[str, Any]
+    hyp: str
+    epochs: int
+    batch_size: int  # over all processes
+    imgsz: int
+    rect: bool
+    resume: str | Path | bool
+    nosave: bool
+    noval: bool
+    noautoanchor: bool
+    noplots: bool
+    cache: str | None
+    image_weights: bool
+    device: str
+    multi_scale: bool
+    single_cls: bool
+    optimizer: str
+    amp: str
+    sync_bn: bool
+    workers: int
+    project: str
+    name: str
+    exist_ok: bool
+    quad: bool
+    cos_lr: bool
+    label_smoothing: float | None
+    patience: int
+    freeze: Sequence[int]
+    save_period: int
+    seed: int
+    deterministic: bool
+    local_rank: int
+    save_dir: str | None = None
 
 
 class Loaders(NamedTuple):
@@ -59,38 +96,41 @@ class Loaders(NamedTuple):
     dataset: dict[str, torch.Tensor]  # by which a checkpoint knows its data again; see `dataset_record`
 
 
-def check_options(options: Namespace, world: World = ALONE) -> None:
-    """Refuses combinations that no run can satisfy.
-
-    Raises:
-        UserError: no model is named, or options do not go with each other or with the number of processes.
-    """
-    batch_size, processes = options.batch_size, world.size
-    several = processes > 1
+def check_options(config: TrainConfig, processes: int = 1) -> None:
+    """Refuses options that no run can satisfy, or that do not go with each other or with the number of processes."""
+    batch_size, several = config.batch_size, processes > 1
     for refused, message in (
         (
-            not (options.cfg or options.weights or options.resume),
+            isinstance(config.resume, str) and not config.resume.strip(),  # as of a shell's variable that is not set
+            "--resume '': the name is empty. Give a run's weights/last.pt, or nothing for the newest run.",
+        ),
+        (
+            not (config.cfg or config.weights or config.resume),
             "neither --cfg nor --weights is given: name a model, for example --cfg yolov5s-slimneck.yaml.",
         ),
         (
-            options.weights and not options.weights.endswith(".pt"),
-            f"--weights {options.weights}: a checkpoint ending in .pt is expected here.",
+            config.weights and not config.weights.endswith(".pt"),
+            f"--weights {config.weights}: a checkpoint ending in .pt is expected here.",
         ),
         (
             batch_size == 0 or batch_size < -1,
             f"--batch-size {batch_size}: at least 1, or -1 for what the GPU's memory holds.",
         ),
         (
-            options.quad and batch_size > 0 and batch_size % QUAD,
+            config.quad and batch_size > 0 and batch_size % QUAD,
             f"--quad collates images by fours: --batch-size {batch_size} is not a multiple of 4.",
         ),
         (
-            options.rect and options.image_weights,
-            "--image-weights draws some images more often, and --rect keeps their order: leave one out.",
+            config.rect and config.image_weights,
+            "--image-weights samples some images more often, and --rect keeps their order: leave one out.",
         ),
         (
-            options.cache == "val" and options.noval,
+            config.cache == "val" and config.noval,
             "--cache val keeps the validation images, and --noval reads them only once: leave one out.",
+        ),
+        (
+            config.label_smoothing == 1,
+            "--label-smoothing 1 leaves nothing of a class: choose a number below 1.",
         ),
         (
             several and batch_size == -1,
@@ -101,7 +141,7 @@ def check_options(options: Namespace, world: World = ALONE) -> None:
             f"--batch-size {batch_size} is of all {processes} processes together: make it a multiple.",
         ),
         (
-            several and options.image_weights,
+            several and config.image_weights,
             "--image-weights works in a single process only: leave it out, or start without a launcher.",
         ),
     ):
@@ -109,13 +149,37 @@ def check_options(options: Namespace, world: World = ALONE) -> None:
             raise UserError(message)
 
 
-def settled_data(data: str | Mapping[str, Any], spec: DataSpec) -> str | dict[str, Any]:
-    """Returns what `--data` means from any working folder: an absolute path, or a dict of absolute paths.
+def prepare_device(config: TrainConfig, device: torch.device, processes: int = 1) -> None:
+    """Refuses options that PyTorch does not have on `device`; tells cuBLAS to be deterministic before its first use.
 
-    Args:
-        data: as given.
-        spec: what it was read to.
+    Raises:
+        UserError: `--amp`, `--batch-size -1`, `--sync-bn` or `--deterministic` is not to be had.
     """
+    resolve_amp(config.amp, device)
+    if config.batch_size == -1 and device.type != "cuda":
+        raise UserError(
+            f"--batch-size -1 fills the memory of a CUDA GPU; this run computes on {device.type}. "
+            "Name a number, for example --batch-size 16."
+        )
+    if config.sync_bn and device.type != "cuda":
+        raise UserError(f"--sync-bn: PyTorch synchronises batch norm on CUDA GPUs, not on {device.type}. Leave it out.")
+    if config.sync_bn and processes == 1:
+        LOGGER.warning("WARNING: --sync-bn has no effect: a single process has nobody to synchronise with")
+    if not config.deterministic:
+        return
+    if device.type == "cpu":
+        LOGGER.info("--deterministic: on the CPU training is so without it")
+    elif device.type != "cuda":
+        raise UserError(f"--deterministic: PyTorch has it for CUDA GPUs and CPUs, not for {device.type}. Leave it out.")
+    elif (setting := os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_WORKSPACES[0])) not in CUBLAS_WORKSPACES:
+        raise UserError(
+            f"--deterministic: the environment sets {CUBLAS_VARIABLE}={setting}, with which cuBLAS is not. Unset it, "
+            f"or set {' or '.join(CUBLAS_WORKSPACES)}."
+        )
+
+
+def absolute_data(data: str | Mapping[str, Any], spec: DataSpec) -> str | dict[str, Any]:
+    """Returns what `--data`, read as `spec`, means from any working folder: an absolute path, or a dict of such."""
     if isinstance(data, Mapping):
         splits = {split: [str(path) for path in getattr(spec, split)] for split in SPLITS if data.get(split)}
         return {**data, "path": str(spec.root), **splits}
@@ -124,103 +188,64 @@ def settled_data(data: str | Mapping[str, Any], spec: DataSpec) -> str | dict[st
     return str(spec.source)
 
 
-def load_tables(spec: DataSpec, single_cls: bool, workers: int, world: World = ALONE) -> Tables:
-    """Reads (or finds cached) the labels of both splits and checks their classes.
+def fitting_batch_size(model: nn.Module, config: TrainConfig, stride: int) -> int:
+    """Returns what `--batch-size -1` comes to: as many images as the GPU's memory holds, by fours with `--quad`.
 
-    Of several processes the first scans, and the others find what it kept.
+    With `--multi-scale` they are of the largest size; not with `--quad`, whose four images it makes one of that size.
+    """
+    side = config.imgsz
+    if config.multi_scale and not config.quad:  # the largest of `rescaled`
+        side = (side + side // 2 + stride - 1) // stride * stride
+    fitting = autobatch(model, side, amp=config.amp)
+    return max(fitting // QUAD * QUAD, QUAD) if config.quad else fitting
+
+
+def build_loaders(spec: DataSpec, stride: int, hyp: Hyp, config: TrainConfig, world: World = ALONE) -> Loaders:
+    """Makes the loaders: augmented squares (or rectangles with `--rect`), and rectangles for validation.
+
+    Of several processes the first scans the labels, and the others find what it kept; images are cached by the first
+    of each machine, for all.
 
     Raises:
         UserError: no images, no labels, or labels that are wrong.
     """
+    batch_size, sharing = config.batch_size, {"workers": config.workers, "neighbours": world.local_size}
     with world.rank_zero_first():
-        train = load_labels(spec.train, spec, single_cls, workers, prefix="train: ")
-        val = load_labels(spec.val, spec, single_cls, workers, prefix="val: ") if world.is_main else None
-    return Tables(train, val)
-
-
-def image_side(model: nn.Module, options: Namespace) -> int:
-    """Returns the image side that `--imgsz` comes to for this model, in pixels; says so where it is another one."""
-    stride = grid_stride(model.stride)
-    return check_image_size(options.imgsz, stride, floor=2 * stride)
-
-
-def fitting_batch_size(model: nn.Module, options: Namespace, device: torch.device) -> int:
-    """Returns what `--batch-size -1` comes to: as many images as the GPU's memory holds, by fours with `--quad`.
-
-    With `--multi-scale` they are of the largest size; not with `--quad`, whose four images it makes one of that size.
-
-    Raises:
-        UserError: no CUDA device, or not even one image fits.
-    """
-    if device.type != "cuda":
-        raise UserError(
-            f"--batch-size -1 fills the memory of a CUDA GPU; this run computes on {device.type}. "
-            "Name a number, for example --batch-size 16."
-        )
-    side = options.imgsz
-    if options.multi_scale and not options.quad:
-        side = largest_side(side, grid_stride(model.stride))
-    fitting = autobatch(model, side, amp=options.amp)
-    return max(fitting // QUAD * QUAD, QUAD) if options.quad else fitting
-
-
-def build_loaders(
-    tables: Tables, spec: DataSpec, model: nn.Module, hyp: Hyp, options: Namespace, world: World = ALONE
-) -> Loaders:
-    """Makes the loaders: augmented squares (or rectangles with `--rect`), and rectangles for validation.
-
-    Args:
-        tables: the labels.
-        spec: the data set they are of.
-        model: for its strides.
-        hyp: for its augmentation.
-        options: train.py's.
-        world: the processes that share the batches; images are cached by the first of each machine, for all.
-    """
-    stride, side = grid_stride(model.stride), options.imgsz
+        table = load_labels(spec.train, spec, config.single_cls, config.workers, prefix="train: ")
+        if world.is_main:
+            val_table = load_labels(spec.val, spec, config.single_cls, config.workers, prefix="val: ")
     with world.rank_zero_first():
-        train = DetectionDataset(
-            tables.train,
-            side,
+        dataset = DetectionDataset(
+            table,
+            config.imgsz,
             augment=AugmentParams.from_hyp(hyp),
-            rect=options.rect,
-            batch_size=options.batch_size,
+            rect=config.rect,
+            batch_size=batch_size,
             stride=stride,
-            seed=options.seed,
-            cache=options.cache if options.cache != "val" else None,
+            seed=config.seed,
+            cache=config.cache if config.cache != "val" else None,
             machine=world,
         )
-    if options.rect:
+    if config.rect:
         LOGGER.warning("WARNING: --rect keeps the images in the order of their shapes: no shuffling, no mosaic")
-    sharing = {"workers": options.workers, "neighbours": world.local_size}
-    return Loaders(
-        create_loader(train, options.batch_size, shuffle=True, quad=options.quad, share=world.share, **sharing),
-        _validation_loader(tables.val, side, stride, options, sharing) if world.is_main else None,
-        side,
-        stride,
-        final_keywords(spec),
-        dataset_record(spec, {"train": tables.train, "val": tables.val}) if world.is_main else {},
-    )
-
-
-def _validation_loader(
-    table: LabelTable, side: int, stride: int, options: Namespace, sharing: dict[str, int]
-) -> DetectionLoader:
-    """Makes the validation's loader: rectangles, in batches twice as large."""
-    batch_size = options.batch_size * 2
-    cache = "ram" if options.cache == "val" else options.cache
-    dataset = DetectionDataset(
-        table,
-        side,
+    train = create_loader(dataset, batch_size, shuffle=True, quad=config.quad, share=world.share, **sharing)
+    if not world.is_main:
+        return Loaders(train, None, config.imgsz, stride, {}, {})
+    cache = "ram" if config.cache == "val" else config.cache
+    val_dataset = DetectionDataset(
+        val_table,
+        config.imgsz,
         augment=None,
         rect=True,
-        batch_size=batch_size,
+        batch_size=2 * batch_size,
         stride=stride,
         pad=VAL_PAD,
-        seed=options.seed,
-        cache=None if options.noval else cache,
+        seed=config.seed,
+        cache=None if config.noval else cache,
     )
-    return create_loader(dataset, batch_size, shuffle=False, **sharing)
+    val = create_loader(val_dataset, 2 * batch_size, shuffle=False, **sharing)
+    record = dataset_record(spec, {"train": table, "val": val_table})
+    return Loaders(train, val, config.imgsz, stride, final_keywords(spec), record)
 
 
 def final_keywords(spec: DataSpec) -> dict[str, Any]:
@@ -231,21 +256,6 @@ def final_keywords(spec: DataSpec) -> dict[str, Any]:
     annotations = spec.root / "annotations" / "instances_val2017.json"
     json = {"save_json": True, "json_name": "best_predictions.json", "categories": categories}
     return {"iou_thres": COCO_IOU_THRES, "annotations": annotations, **json}
-
-
-def init_anchors_and_weights(model: nn.Module, dataset: DetectionDataset, hyp: Hyp, options: Namespace) -> None:
-    """Fits the anchors to the labels unless told not to, and rounds the fresh weights to float16 as YOLOv5 does.
-
-    The rounding lets what is trained and what is saved (float16) agree on the anchors.
-
-    Raises:
-        UserError: `--noautoanchor` with a model whose YAML leaves the anchors to be found.
-    """
-    if not options.noautoanchor:
-        check_anchors(dataset, model, hyp.anchor_t, options.imgsz, options.seed)
-    elif isinstance(model.yaml["anchors"], int):
-        raise UserError("--noautoanchor: this model's YAML has no anchors of its own (`anchors: 3`). Leave it out.")
-    model.half().float()
 
 
 def freeze_layers(model: nn.Module, freeze: Sequence[int]) -> None:
@@ -266,25 +276,6 @@ def freeze_layers(model: nn.Module, freeze: Sequence[int]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"--freeze {' '.join(map(str, freeze))} leaves nothing to train.")
-
-
-def prepare_determinism(device: torch.device) -> None:
-    """Answers `--deterministic`: a CPU needs it not, and cuBLAS must be told before it is first used.
-
-    Raises:
-        UserError: PyTorch cannot promise it on this device, or the environment tells cuBLAS otherwise.
-    """
-    if device.type == "cpu":
-        LOGGER.info("--deterministic: on the CPU training is so without it")
-        return
-    if device.type != "cuda":
-        raise UserError(f"--deterministic: PyTorch has it for CUDA GPUs and CPUs, not for {device.type}. Leave it out.")
-    setting = os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_WORKSPACES[0])
-    if setting not in CUBLAS_WORKSPACES:
-        raise UserError(
-            f"--deterministic: the environment sets {CUBLAS_VARIABLE}={setting}, with which cuBLAS is not. Unset it, "
-            f"or set {' or '.join(CUBLAS_WORKSPACES)}."
-        )
 
 
 @contextlib.contextmanager
@@ -310,7 +301,7 @@ def deterministic_algorithms(device: torch.device, asked: bool = False) -> Itera
         debugging.fill_uninitialized_memory = filled
 
 
-def checkpoint_header(model: nn.Module, hyp: Hyp, options: Namespace) -> dict[str, Any]:
+def checkpoint_header(model: nn.Module, hyp: Hyp, config: TrainConfig) -> dict[str, Any]:
     """Returns what a checkpoint says about its run beside the weights; see `utils.checkpoint` for the format."""
     return {
         "yaml": model.yaml,
@@ -318,16 +309,11 @@ def checkpoint_header(model: nn.Module, hyp: Hyp, options: Namespace) -> dict[st
         "nc": model.nc,
         "stride": [int(stride) for stride in model.stride],
         "hyp": hyp.to_dict(),
-        "opt": dict(vars(options)),
-        "data": options.data if isinstance(options.data, str) else None,
+        "opt": dict(vars(config)),
+        "data": config.data if isinstance(config.data, str) else None,
         "versions": versions_here(next(model.parameters()).device),
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
     }
-
-
-def largest_side(imgsz: int, stride: int) -> int:
-    """Returns the largest side that `rescaled` makes of a batch, in pixels."""
-    return (imgsz + imgsz // 2 + stride - 1) // stride * stride
 
 
 def rescaled(images: Tensor, imgsz: int, stride: int, seed: int, iteration: int) -> Tensor:
@@ -344,8 +330,7 @@ def rescaled(images: Tensor, imgsz: int, stride: int, seed: int, iteration: int)
     """
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1, iteration])))
     side = int(generator.integers(imgsz // 2, imgsz + imgsz // 2 + stride)) // stride * stride
-    side = max(side, 2 * stride)
-    factor = side / max(images.shape[2:])
+    factor = max(side, 2 * stride) / max(images.shape[2:])
     if factor == 1:
         return images
     shape = [round_up(length * factor, stride) for length in images.shape[2:]]

@@ -1,4 +1,4 @@
-"""Going on with an interrupted run: which checkpoint, with which options, and on the data that it was begun on.
+"""Resuming an interrupted run: which checkpoint, with which options, and on the data that it was begun on.
 
 The run's own options hold; a few that do not change its result may be given anew, and where its data was moved to. The
 checkpoint's state is taken over by `utils.train.engine.Trainer`.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.log import LOGGER, colorstr
 from utils.train.fingerprint import dataset_changes
+from utils.train.prepare import TrainConfig
 
 STATE_KINDS = {  # what a resumable checkpoint holds beside tensors
     **dict.fromkeys("model ema optimizer scaler schedule stopper generators opt hyp yaml".split(), dict),
@@ -27,17 +27,7 @@ STATE_KINDS = {  # what a resumable checkpoint holds beside tensors
     "best_fitness": (int, float),
 }
 NEEDED_OPTIONS = ("data", "epochs", "batch_size", "imgsz")  # without them another run would begin
-CHANGEABLE = ("cache", "data", "device", "local_rank", "noplots", "patience", "resume", "save_period", "workers")
-
-
-def check_resume(resume: str | Path | bool | None) -> None:
-    """Refuses `--resume` with an empty name, as of a shell's variable that is not set: no new run was meant by it.
-
-    Raises:
-        UserError: that.
-    """
-    if isinstance(resume, str) and not resume.strip():
-        raise UserError("--resume '': the name is empty. Give a run's weights/last.pt, or nothing for the newest run.")
+CHANGEABLE = {"cache", "data", "device", "local_rank", "noplots", "patience", "resume", "save_period", "workers"}
 
 
 def find_resumable(resume: str | Path | bool) -> Path:
@@ -46,19 +36,17 @@ def find_resumable(resume: str | Path | bool) -> Path:
     Raises:
         UserError: there is none.
     """
-    check_resume(resume)
     if not isinstance(resume, bool):
-        path = Path(resume)
-        if not os.path.isfile(path):  # unlike Path's it is just False for a name too long
+        if not os.path.isfile(resume):  # unlike Path's it is just False for a name too long
             raise UserError(f"--resume {resume}: no such file. Give a run's weights/last.pt.")
-        return path
+        return Path(resume)
     found = sorted(Path().glob("**/last*.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"--resume: no last*.pt below {Path().resolve()}. Give its path.")
     return found[-1]
 
 
-def load_resumable(path: Path) -> dict:
+def load_resumable(path: Path) -> dict[str, Any]:
     """Loads a checkpoint that still holds its optimizer.
 
     Raises:
@@ -79,11 +67,7 @@ def load_resumable(path: Path) -> dict:
 
 @contextlib.contextmanager
 def checkpoint_errors(path: str | Path) -> Iterator[None]:
-    """Tells that a checkpoint's state cannot be taken over, where that raises something.
-
-    Raises:
-        UserError: in place of what was raised.
-    """
+    """Makes a `UserError` of what is raised where a checkpoint's state cannot be taken over."""
     try:
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -91,11 +75,11 @@ def checkpoint_errors(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path}: the checkpoint does not fit or is damaged ({reason}). Resume another one.") from error
 
 
-def resume_options(options: Namespace, given: set[str], defaults: Mapping[str, Any]) -> dict:
-    """Finds the checkpoint that `options.resume` means and replaces the other options by that run's own.
+def resume_options(config: TrainConfig, given: set[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Finds the checkpoint that `config.resume` means and replaces the other options by that run's own.
 
     Args:
-        options: changed in place; `save_dir` is added.
+        config: changed in place.
         given: the options that the user named; those in CHANGEABLE stay as given.
         defaults: of all options, for those that the interrupted run did not know.
 
@@ -105,33 +89,35 @@ def resume_options(options: Namespace, given: set[str], defaults: Mapping[str, A
     Raises:
         UserError: no such checkpoint, a finished run, or an option that would make it another run.
     """
-    path = find_resumable(options.resume)
+    path = find_resumable(config.resume)
     checkpoint = load_resumable(path)
-    stored = {**defaults, **checkpoint["opt"]}
-    for name in sorted(given - set(CHANGEABLE)):
-        if getattr(options, name) != stored[name]:
+    stored = {name: checkpoint["opt"].get(name, default) for name, default in defaults.items()}
+    for name in sorted(given - CHANGEABLE):
+        if getattr(config, name) != stored[name]:
             raise UserError(
-                f"--resume: --{name.replace('_', '-')} {getattr(options, name)} differs from the interrupted run's "
+                f"--resume: --{name.replace('_', '-')} {getattr(config, name)} differs from the interrupted run's "
                 f"{stored[name]}. Leave it out, or start a new run with --weights {shlex.quote(str(path))}."
             )
-    kept = {name: getattr(options, name) for name in given & set(CHANGEABLE)}
-    if "data" not in kept and isinstance(stored["data"], str) and not os.path.isfile(stored["data"]):
+    for name in stored.keys() - (given & CHANGEABLE):
+        setattr(config, name, stored[name])
+    config.resume, config.save_dir = str(path), str(path.parent.parent)
+    if "data" not in given and isinstance(config.data, str) and not os.path.isfile(config.data):
         raise UserError(
-            f"--resume {path}: the interrupted run's data, {stored['data']}, is not there. Put it back, or say with "
+            f"--resume {path}: the interrupted run's data, {config.data}, is not there. Put it back, or say with "
             "--data where it is now."
         )
-    vars(options).update({**stored, **kept, "resume": str(path), "save_dir": str(path.parent.parent)})
     LOGGER.info(f"Resuming training from {colorstr(str(path), 'bold')}")
     return checkpoint
 
 
-def check_names(checkpoint: Mapping[str, Any], names: Mapping[int, str], options: Namespace) -> None:
-    """Refuses to go on where the data set's classes are not those that the interrupted run has learnt.
+def check_names(checkpoint: Mapping[str, Any], names: Mapping[int, str], resume: str, data: Any) -> None:
+    """Refuses to resume where the data set's classes are not those that the interrupted run has learnt.
 
     Args:
         checkpoint: of the run.
         names: of the classes, as the run would train them.
-        options: train.py's.
+        resume: the checkpoint's file.
+        data: the data set as it is named now.
 
     Raises:
         UserError: their names differ; says which.
@@ -145,37 +131,38 @@ def check_names(checkpoint: Mapping[str, Any], names: Mapping[int, str], options
     changes += [f"{names[label]} is new" for label in sorted(names.keys() - known.keys())]
     more = f", and {len(changes) - 5} more" if len(changes) > 5 else ""
     raise UserError(
-        f"--resume {options.resume}: was trained on {_told(checkpoint['data'])}, and {_told(options.data)} has other "
-        f"classes: {', '.join(changes[:5])}{more}. Put the names back, or start a new run with --weights "
-        f"{options.resume}."
+        f"--resume {resume}: was trained on {_data_name(checkpoint['data'])}, and {_data_name(data)} has other "
+        f"classes: {', '.join(changes[:5])}{more}. Put the names back, or start a new run with --weights {resume}."
     )
 
 
-def check_dataset(checkpoint: Mapping[str, Any], record: Mapping[str, Tensor], options: Namespace) -> None:
+def check_dataset(checkpoint: Mapping[str, Any], record: Mapping[str, Tensor], resume: str, data: Any) -> None:
     """Warns where the images or labels are not those that the interrupted run was begun on.
 
     Args:
         checkpoint: of the run.
         record: of the data as it is now; see `utils.train.fingerprint.dataset_record`.
-        options: train.py's.
+        resume: the checkpoint's file.
+        data: the data set as it is named now.
     """
     before = checkpoint.get("dataset")
     if not before:
         LOGGER.warning(
-            f"WARNING: {options.resume} is of an earlier version and does not tell its data: whether "
-            f"{_told(options.data)} has changed is not known"
+            f"WARNING: {resume} is of an earlier version and does not tell its data: whether {_data_name(data)} has "
+            "changed is not known"
         )
         return
     changes = dataset_changes(before, record)
     if changes:
-        records = before, record
-        was, now = (", ".join(f"{split}: {len(rows)} images" for split, rows in one.items()) for one in records)
+        was, now = (
+            ", ".join(f"{split}: {len(rows)} images" for split, rows in one.items()) for one in (before, record)
+        )
         LOGGER.warning(
-            f"WARNING: images have changed since the run was begun: {changes}. It was on {_told(checkpoint['data'])} "
-            f"({was}) and goes on with {_told(options.data)} ({now}): it will not end like one that was not interrupted"
+            f"WARNING: images have changed since the run was begun: {changes}. It was on "
+            f"{_data_name(checkpoint['data'])} ({was}) and goes on with {_data_name(data)} ({now}): it will not end "
+            "like one that was not interrupted"
         )
 
 
-def _told(data: Any) -> str:
-    """Returns what messages call a data set: its file, if it has one."""
+def _data_name(data: Any) -> str:
     return data if isinstance(data, str) else "the data set given as a dict"

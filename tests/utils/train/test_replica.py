@@ -10,7 +10,7 @@ from torch import nn
 from utils.errors import UserError
 from utils.log import LOGGER
 from utils.train import distributed as replica
-from utils.train.distributed import ALONE, World, check_sync_bn, no_sync_unless, own_device, replicate
+from utils.train.distributed import ALONE, World, no_sync_unless, own_device, replicate
 
 
 @pytest.fixture
@@ -76,16 +76,6 @@ def test_metal_is_for_one_process(monkeypatch):
     assert own_device("mps", ALONE).type == "mps"
     with pytest.raises(UserError, match="--device mps"):
         own_device("mps", World(0, 2, 0, 2))
-
-
-def test_batch_norm_is_synchronised_on_cuda_and_between_several(caplog):
-    LOGGER.propagate = True
-    with pytest.raises(UserError, match="--sync-bn: PyTorch synchronises batch norm on CUDA GPUs, not on cpu"):
-        check_sync_bn(torch.device("cpu"), World(0, 2, 0, 2))
-    check_sync_bn(torch.device("cuda"), World(0, 2, 0, 2))
-    assert not caplog.messages
-    check_sync_bn(torch.device("cuda"), ALONE)
-    assert "nobody to synchronise with" in caplog.text
 
 
 class Wrapped(nn.Module):
