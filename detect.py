@@ -162,7 +162,7 @@ def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, win
     finally:
         for line in pipeline.summary():
             LOGGER.info(line)
-    LOGGER.info(f"Results saved to {colorstr(str(folder), 'bold')}")
+    LOGGER.info(f"Results saved to {colorstr('bold', folder)}")
     if options.save_txt:
         LOGGER.info(f"{writer.labels_written} labels saved to {folder / 'labels'}")
     return list(writer.failed.values())

@@ -125,7 +125,7 @@ def process_batch(detections: torch.Tensor, labels: torch.Tensor, iouv: torch.Te
     """
     import torch
 
-    from utils.eval.metrics import match_detections
+    from utils.metrics import match_detections
 
     right = match_detections(*(tensor.detach().cpu().numpy() for tensor in (detections, labels, iouv)))
     return torch.from_numpy(right).to(iouv.device)

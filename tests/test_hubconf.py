@@ -136,11 +136,11 @@ def test_slim_models_have_no_released_weights():
 
 
 def test_says_when_weights_cannot_be_fetched(monkeypatch, tmp_path):
-    from utils import download
+    from utils import downloads
     from utils.errors import UserError
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(download.RELEASES, "yolov5x.pt", download.Release("http://127.0.0.1:9/yolov5x.pt", "0" * 64))
+    monkeypatch.setitem(downloads.RELEASES, "yolov5x.pt", downloads.Release("http://127.0.0.1:9/yolov5x.pt", "0" * 64))
     for classes in (80, 3):
         with pytest.raises(UserError, match="127.0.0.1 cannot be reached.*Offline") as told:
             hub("yolov5x", classes=classes)

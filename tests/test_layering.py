@@ -18,22 +18,21 @@ PLAIN = (
     "checkpoint",
     "cli",
     "devices",
-    "download",
+    "downloads",
     "errors",
     "files",
     "log",
     "process",
 )
 GEOMETRY = ("boxes", "nms", "images", "tiles")
-ROOMS = ("augmentations", "autoanchor", "dataloaders", "eval", "loggers", "loss", "media", "plots", "tools")
+ROOMS = ("augmentations", "autoanchor", "dataloaders", "eval", "loggers", "loss", "media", "metrics", "plots", "tools")
 # What scripts written for YOLOv5 import: on top of all, and for them alone
-YOLOV5_NAMES = (*("activations", "datasets", "downloads", "general", "metrics", "torch_utils"),)
+YOLOV5_NAMES = ("datasets", "general", "torch_utils")
 FLOOR_OF_ROOM = {
     **{f"utils.{name}": 0 for name in PLAIN},
     **{f"utils.{name}": 1 for name in GEOMETRY},
     **{f"utils.{name}": 2 for name in ROOMS},
     "utils.train": 3,
-    "utils.compat": 4,
     **{f"utils.{name}": 5 for name in YOLOV5_NAMES},
 }
 # Other people's scripts import these names from here; the module's `__getattr__` finds them where they are defined.

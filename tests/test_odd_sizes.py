@@ -22,11 +22,10 @@ from utils.dataloaders.dataset import DetectionDataset
 from utils.dataloaders.labels import LabelTable, load_labels, read_label_file
 from utils.dataloaders.loader import create_loader
 from utils.dataloaders.sampling import SampleKey
-from utils.eval.confusion import ConfusionMatrix
-from utils.eval.metrics import average_precisions, match_detections
 from utils.eval.report import table_rows
 from utils.files import ROOT
 from utils.loss.anchor_based import DetectionLoss
+from utils.metrics import ConfusionMatrix, ap_per_class, match_detections
 from utils.train.hyp import Hyp
 
 MAX_BYTES = 3 << 30
@@ -141,10 +140,10 @@ def test_ten_thousand_boxes_are_scored():
     detections = np.column_stack([found[:, 1:], np.linspace(0.9, 0.5, len(found)), found[:, 0]])
     right = match_detections(detections, labels)
     assert right.shape == (300, 10) and right.all()
-    figures = average_precisions(right, detections[:, 4], detections[:, 5], labels[:, 0])
+    figures = ap_per_class(right, detections[:, 4], detections[:, 5], labels[:, 0])
     assert (figures.label_counts == [5000, 5000]).all()
     confusion = ConfusionMatrix(2)
-    confusion.update(detections, labels)
+    confusion.process_batch(detections, labels)
     assert confusion.matrix.tolist() == [[300, 0, 0], [0, 0, 0], [4700, 5000, 0]]
 
 
@@ -292,11 +291,11 @@ def test_two_thousand_classes_are_counted():
     confusion, parts = ConfusionMatrix(CLASSES), []
     for label in labels:
         detections = np.array([[*label[1:], 0.9, (label[0] + 1) % CLASSES if label[0] % 2 else label[0]]])
-        confusion.update(detections, label[None])
+        confusion.process_batch(detections, label[None])
         parts.append((match_detections(detections, label[None]), detections[:, 4], detections[:, 5], label[:1]))
     assert confusion.matrix.shape == (CLASSES + 1, CLASSES + 1) and confusion.matrix.sum() == CLASSES
     assert np.trace(confusion.matrix) == CLASSES / 2 and confusion.matrix[2, 1] == 1
-    figures = average_precisions(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    figures = ap_per_class(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     rows = table_rows(figures, {number: f"class {number}" for number in range(CLASSES)}, CLASSES, per_class=True)
     assert len(rows) == CLASSES + 1 and rows[-1].split()[:4] == ["class", "1999", "2000", "1"]
 

@@ -1,8 +1,9 @@
-"""Boxes: formats, scaling between images, overlap; segments to boxes; and what is detected in an image.
+"""Boxes: formats, scaling between images, overlap; polygons; and what is detected in an image.
 
-Every function takes NumPy arrays or torch tensors of shape (n, 4) and returns the same kind; torch is imported only
-when a tensor is handed in. `xyxy` is (x1, y1, x2, y2), `xywh` is (x centre, y centre, width, height); `norm` boxes
-are fractions of the image's sides.
+Every function takes NumPy arrays or torch tensors and returns the same kind; torch is imported only when a tensor is
+handed in. Boxes are (n, 4), or one (4,); what stands behind the first four columns (a confidence, a class) is kept by
+the formats and by `clip_boxes` and `scale_boxes`. `xyxy` is (x1, y1, x2, y2), `xywh` is (x centre, y centre, width,
+height); an `n` behind it means fractions of the image's sides.
 """
 
 from __future__ import annotations
@@ -61,103 +62,107 @@ class Detections:
         return Detections(self.boxes_xyxy[index], self.confidences[index], self.classes[index], tracks)
 
 
-def _stack(columns: Sequence[Array]) -> Array:
-    """Stacks (n,) columns to (n, k), in the library that they come from."""
-    if isinstance(columns[0], np.ndarray):
-        return np.stack(columns, axis=-1)
+def _join(columns: Sequence[Array], boxes: Array) -> Array:
+    """Stacks a box's four new columns and appends those that `boxes` (..., 4 or more) has behind its first four."""
+    if isinstance(boxes, np.ndarray):
+        joined = np.stack(columns, axis=-1)
+        return joined if boxes.shape[-1] == 4 else np.concatenate((joined, boxes[..., 4:]), axis=-1)
     import torch
 
-    return torch.stack(tuple(columns), dim=-1)
+    joined = torch.stack(tuple(columns), dim=-1)
+    return joined if boxes.shape[-1] == 4 else torch.cat((joined, boxes[..., 4:]), dim=-1)
 
 
 def _clip(values: Array, low: float, high: float) -> Array:
-    """Limits values, in the library that they come from."""
     return np.clip(values, low, high) if isinstance(values, np.ndarray) else values.clamp(low, high)
 
 
-def xyxy2xywh(boxes_xyxy: Array) -> Array:
-    """Corners (n, 4) to centre and size (n, 4)."""
-    x1, y1, x2, y2 = (boxes_xyxy[..., column] for column in range(4))
-    return _stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])
+def xyxy2xywh(x: Array) -> Array:
+    """Corners to centre and size."""
+    x1, y1, x2, y2 = (x[..., column] for column in range(4))
+    return _join([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], x)
 
 
-def xywh2xyxy(boxes_xywh: Array) -> Array:
-    """Centre and size (n, 4) to corners (n, 4)."""
-    x, y, w, h = (boxes_xywh[..., column] for column in range(4))
-    return _stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
+def xywh2xyxy(x: Array) -> Array:
+    """Centre and size to corners."""
+    center_x, center_y, w, h = (x[..., column] for column in range(4))
+    return _join([center_x - w / 2, center_y - h / 2, center_x + w / 2, center_y + h / 2], x)
 
 
-def xywhn2xyxy(boxes_xywh_norm: Array, w: float, h: float, padw: float = 0, padh: float = 0) -> Array:
-    """Normalised centre boxes (n, 4) to corners (n, 4) in pixels of a w x h image that stands at (padw, padh)."""
-    boxes_xyxy_norm = xywh2xyxy(boxes_xywh_norm)
-    x1, y1, x2, y2 = (boxes_xyxy_norm[..., column] for column in range(4))
-    return _stack([x1 * w + padw, y1 * h + padh, x2 * w + padw, y2 * h + padh])
+def xywhn2xyxy(x: Array, w: float = 640, h: float = 640, padw: float = 0, padh: float = 0) -> Array:
+    """Normalised centre boxes to corners in pixels of a w x h image that stands at (padw, padh)."""
+    corners = xywh2xyxy(x)
+    x1, y1, x2, y2 = (corners[..., column] for column in range(4))
+    return _join([x1 * w + padw, y1 * h + padh, x2 * w + padw, y2 * h + padh], x)
 
 
-def xyxy2xywhn(boxes_xyxy_px: Array, w: float, h: float, clip: bool = False, eps: float = 0.0) -> Array:
-    """Corners (n, 4) in pixels to normalised centre boxes (n, 4); `clip` first limits them to the image less `eps`."""
-    if clip:
-        boxes_xyxy_px = clip_boxes(boxes_xyxy_px, (h - eps, w - eps))
-    boxes_xywh_px = xyxy2xywh(boxes_xyxy_px)
-    x, y, width, height = (boxes_xywh_px[..., column] for column in range(4))
-    return _stack([x / w, y / h, width / w, height / h])
+def xyxy2xywhn(x: Array, w: float = 640, h: float = 640, clip: bool = False, eps: float = 0.0) -> Array:
+    """Corners in pixels to normalised centre boxes; `clip` first limits them to the image less `eps`."""
+    centers = xyxy2xywh(clip_boxes(x, (h - eps, w - eps)) if clip else x)
+    center_x, center_y, width, height = (centers[..., column] for column in range(4))
+    return _join([center_x / w, center_y / h, width / w, height / h], x)
 
 
-def clip_boxes(boxes_xyxy_px: Array, shape_hw: Sequence[float]) -> Array:
-    """Returns corners (n, 4) limited to [0, width] x [0, height]."""
-    h, w = shape_hw[0], shape_hw[1]
-    limits = (w, h, w, h)
-    return _stack([_clip(boxes_xyxy_px[..., column], 0, limits[column]) for column in range(4)])
+def clip_boxes(boxes: Array, shape: Sequence[float]) -> Array:
+    """Returns corners limited to an image of (height, width): [0, width] x [0, height]."""
+    limits = (shape[1], shape[0], shape[1], shape[0])
+    return _join([_clip(boxes[..., column], 0, limits[column]) for column in range(4)], boxes)
 
 
 def scale_boxes(
-    padded_hw: Sequence[int],
-    boxes_xyxy_px: Array,
-    image_hw: Sequence[int],
+    img1_shape: Sequence[int],
+    boxes: Array,
+    img0_shape: Sequence[int],
     ratio_pad: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Array:
-    """Takes corners (n, 4) from a letterboxed image back to the image that it was made of, clipped to it.
+    """Takes corners from a letterboxed image back to the image that it was made of, clipped to it.
 
     Args:
-        padded_hw: (height, width) of the letterboxed image.
-        boxes_xyxy_px: corners in its pixels.
-        image_hw: (height, width) of the original.
+        img1_shape: (height, width) of the letterboxed image.
+        boxes: corners in its pixels.
+        img0_shape: (height, width) of the original.
         ratio_pad: ((ratio_h, ratio_w), (pad_w, pad_h)) where the letterbox's own are known; else worked out from the
             sizes. The ratios differ: sides are resized to whole pixels (YOLOv5 has the height's serve both axes).
     """
     if ratio_pad is None:
-        gain = min(padded_hw[0] / image_hw[0], padded_hw[1] / image_hw[1])
-        resized_h, resized_w = (max(round(side * gain), 1) for side in image_hw[:2])
-        ratio_h, ratio_w = resized_h / image_hw[0], resized_w / image_hw[1]
-        pad_w, pad_h = (padded_hw[1] - resized_w) / 2, (padded_hw[0] - resized_h) / 2
+        gain = min(img1_shape[0] / img0_shape[0], img1_shape[1] / img0_shape[1])
+        resized_h, resized_w = (max(round(side * gain), 1) for side in img0_shape[:2])
+        ratio_h, ratio_w = resized_h / img0_shape[0], resized_w / img0_shape[1]
+        pad_w, pad_h = (img1_shape[1] - resized_w) / 2, (img1_shape[0] - resized_h) / 2
     else:
         (ratio_h, ratio_w), (pad_w, pad_h) = ratio_pad
     pads, ratios = (pad_w, pad_h, pad_w, pad_h), (ratio_w, ratio_h, ratio_w, ratio_h)
-    unscaled = _stack([(boxes_xyxy_px[..., column] - pads[column]) / ratios[column] for column in range(4)])
-    return clip_boxes(unscaled, image_hw)
+    unscaled = _join([(boxes[..., column] - pads[column]) / ratios[column] for column in range(4)], boxes)
+    return clip_boxes(unscaled, img0_shape)
 
 
-def box_iou(first_xyxy: Array, second_xyxy: Array) -> Array:
+def box_iou(box1: Array, box2: Array) -> Array:
     """Returns the intersection over union (n, m) of every pair of (n, 4) and (m, 4) corners; 0 for empty boxes."""
-    top_left = _maximum(first_xyxy[:, None, :2], second_xyxy[None, :, :2])
-    bottom_right = _minimum(first_xyxy[:, None, 2:4], second_xyxy[None, :, 2:4])
+    top_left = _maximum(box1[:, None, :2], box2[None, :, :2])
+    bottom_right = _minimum(box1[:, None, 2:4], box2[None, :, 2:4])
     sides = _clip(bottom_right - top_left, 0, math.inf)
     inter = sides[..., 0] * sides[..., 1]
-    union = _areas(first_xyxy)[:, None] + _areas(second_xyxy)[None, :] - inter
+    union = _areas(box1)[:, None] + _areas(box2)[None, :] - inter
     return inter / _clip(union, 1e-12, math.inf)
 
 
-def bbox_ioa(box_xyxy: Array, boxes_xyxy: Array, eps: float = 1e-7) -> Array:
-    """Returns the share (n,) of each of `boxes_xyxy` (n, 4) that `box_xyxy` (4,) covers."""
-    top_left = _maximum(box_xyxy[None, :2], boxes_xyxy[:, :2])
-    bottom_right = _minimum(box_xyxy[None, 2:4], boxes_xyxy[:, 2:4])
+def wh_iou(wh1: Array, wh2: Array) -> Array:
+    """Returns the intersection over union (n, m) of sizes (n, 2) and (m, 2), laid on one corner."""
+    inter = _minimum(wh1[:, None], wh2[None]).prod(-1)
+    return inter / (wh1.prod(-1)[:, None] + wh2.prod(-1)[None] - inter)
+
+
+def bbox_ioa(box1: Array, box2: Array, eps: float = 1e-7) -> Array:
+    """Returns the share (n,) of each of the corners `box2` (n, 4) that `box1` (4,) covers."""
+    top_left = _maximum(box1[None, :2], box2[:, :2])
+    bottom_right = _minimum(box1[None, 2:4], box2[:, 2:4])
     sides = _clip(bottom_right - top_left, 0, math.inf)
-    return sides[..., 0] * sides[..., 1] / (_areas(boxes_xyxy) + eps)
+    return sides[..., 0] * sides[..., 1] / (_areas(box2) + eps)
 
 
 def bbox_iou(
-    first: Array,
-    second: Array,
+    box1: Array,
+    box2: Array,
     xywh: bool = True,
     GIoU: bool = False,
     DIoU: bool = False,
@@ -172,7 +177,7 @@ def bbox_iou(
     import torch
 
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = (
-        (xywh2xyxy(boxes) if xywh else boxes).unbind(-1) for boxes in (first, second)
+        (xywh2xyxy(boxes) if xywh else boxes).unbind(-1) for boxes in (box1, box2)
     )
     aw, ah, bw, bh = ax2 - ax1, ay2 - ay1 + eps, bx2 - bx1, by2 - by1 + eps
     inter = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0) * (
@@ -198,12 +203,10 @@ def bbox_iou(
 
 
 def _areas(boxes_xyxy: Array) -> Array:
-    """Areas (n,) of corners (n, 4)."""
     return (boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1])
 
 
 def _maximum(first: Array, second: Array) -> Array:
-    """Elementwise maximum, in the library that the arrays come from."""
     if isinstance(first, np.ndarray):
         return np.maximum(first, second)
     import torch
@@ -212,13 +215,15 @@ def _maximum(first: Array, second: Array) -> Array:
 
 
 def _minimum(first: Array, second: Array) -> Array:
-    """Elementwise minimum, in the library that the arrays come from."""
     return -_maximum(-first, -second)
 
 
-def resample_segment(points: np.ndarray, count: int = 1000) -> np.ndarray:
-    """Returns `count` points (count, 2) at equal steps of index along the closed polygon `points` (k, 2)."""
-    closed = np.concatenate([points, points[:1]], axis=0)
-    steps = np.linspace(0, len(closed) - 1, count)
-    columns = [np.interp(steps, np.arange(len(closed)), closed[:, axis]) for axis in range(2)]
-    return np.stack(columns, axis=-1).astype(np.float32)
+def resample_segments(segments: Sequence[np.ndarray], n: int = 1000) -> list[np.ndarray]:
+    """Returns polygons (k, 2) with n points (n, 2) each, at equal steps of index along the closed line."""
+    resampled = []
+    for points in segments:
+        closed = np.concatenate([points, points[:1]], axis=0)
+        steps = np.linspace(0, len(closed) - 1, n)
+        columns = [np.interp(steps, np.arange(len(closed)), closed[:, axis]) for axis in range(2)]
+        resampled.append(np.stack(columns, axis=-1).astype(np.float32))
+    return resampled

@@ -223,7 +223,7 @@ def find_weights(weights: str | Path | Sequence[str | Path] | None = None) -> li
 def _existing(path: Path) -> Path:
     if os.path.isfile(path) or os.path.isdir(path):  # a pipe would be waited for; Path's own raise for names too long
         return path
-    from utils.download import RELEASES, download_weights
+    from utils.downloads import RELEASES, download_weights
 
     if path.name in RELEASES:
         return download_weights(path)

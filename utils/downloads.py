@@ -1,8 +1,331 @@
-"""YOLOv5's `utils.downloads`: the names that scripts import from there."""
+"""Downloads: files over http(s), archives unpacked only after every member was checked, the released weights.
 
-from utils.compat.files import attempt_download, safe_download
+Nothing here is called unless a user asked for a download. Addresses of other kinds than http and https are refused, a
+hash is checked where one is known, and an interrupted or bad download leaves no file behind.
+"""
 
-__all__ = [
-    "attempt_download",
-    "safe_download",
-]
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from utils.archives import is_archive_name, unpack
+from utils.errors import UserError, did_you_mean
+from utils.files import atomic_write
+from utils.log import LOGGER, progress
+
+TIMEOUT_SECONDS = 10  # for connecting and for every read
+ATTEMPTS = 4  # an interrupted transfer goes on where it stopped
+BLOCK_BYTES = 1 << 20
+
+
+class Release(NamedTuple):
+    """A released file; `sha256` is of the whole file."""
+
+    url: str
+    sha256: str
+
+
+RELEASE_REPOSITORY = "ultralytics/yolov5"
+MIN_WEIGHTS_BYTES = 100_000  # less is a page about an error
+_V7 = "https://github.com/ultralytics/yolov5/releases/download/v7.0/"
+RELEASES = {  # COCO weights of the original project, release 7.0 (the architectures of 6.0 to 7.0 are the same)
+    name: Release(_V7 + name, sha256)
+    for name, sha256 in {
+        "yolov5n.pt": "4f180cf23ba0717ada0badd6c685026d73d48f184d00fc159c2641284b2ac0a3",
+        "yolov5s.pt": "8b3b748c1e592ddd8868022e8732fde20025197328490623cc16c6f24d0782ee",
+        "yolov5m.pt": "61d933360ba5a7733a36764996c800287d973889d875227f5beedd2473a97a56",
+        "yolov5l.pt": "2f603b7354c25454d1270663a14d8ddc1eea98e5eebc1d84ce0c6e3150fa155f",
+        "yolov5x.pt": "9f27a794fa0308e2606f90565164571d6f0a0ba18a3ce2e5e5d323b71c157859",
+        "yolov5n6.pt": "496c05a2b991da15acc6c4408c63da287f2513a46c6756618776d4dd71170781",
+        "yolov5s6.pt": "95bda9019ada63f37338308d0c81a66047a6fbaba061abaff271ba9334cf2a6f",
+        "yolov5m6.pt": "7afe7fa0f29a8351467200a2a5a33c7996d1155ed6636c7edd8ca70b14951c64",
+        "yolov5l6.pt": "b357b77f646b0190912985937c44e2923441369d5fda69ba86da2aa919212618",
+        "yolov5x6.pt": "257c991b216d625427dc4d9c7c76d6c6d93cf3732797538da34bdc02f97bfef0",
+    }.items()
+}
+
+
+def download_weights(name: str | Path) -> Path:
+    """Fetches released weights by name (`yolov5s.pt`, or `some/folder/yolov5s.pt` to put them there).
+
+    A file that is already there is returned as it is.
+
+    Raises:
+        UserError: not in the release list (the nearest names are shown), offline, or the hash does not agree.
+    """
+    target = Path(name)
+    if target.is_file():
+        return target
+    release = RELEASES.get(target.name)
+    if release is None:
+        raise UserError(
+            f"Weights '{name}': no such file, and not one of the released weights ({', '.join(RELEASES)})."
+            f"{did_you_mean(target.name, RELEASES)}"
+        )
+    return download_file(release.url, target, release.sha256)
+
+
+def attempt_download(file: str | Path, repo: str = RELEASE_REPOSITORY) -> str:
+    """Returns the path of weights: a file as it is; a URL or a released name (`yolov5s.pt`) is downloaded.
+
+    Raises:
+        UserError: no such file and no released one, offline, or another repository than YOLOv5's, whose files are not
+            known here.
+    """
+    text = str(file).strip().replace("'", "")
+    if Path(text).exists():
+        return text
+    if text.startswith(("http://", "https://")):
+        target = Path(file_name_of(text))
+        if not target.is_file():
+            safe_download(target, text, min_bytes=MIN_WEIGHTS_BYTES)
+        return str(target)
+    if repo != RELEASE_REPOSITORY:
+        raise UserError(f"{text}: releases of {repo} are not known here; give the file's URL instead.")
+    return str(download_weights(text))
+
+
+def safe_download(
+    file: str | Path, url: str, url2: str | None = None, min_bytes: float = 1, error_msg: str = ""
+) -> None:
+    """Downloads a file from one address, or from a second when the first fails or gives less than `min_bytes`.
+
+    Raises:
+        UserError: both failed; ends in `error_msg`. No file is left behind.
+    """
+    reasons = []
+    for address in (url, url2) if url2 else (url,):
+        try:
+            path = download_file(address, Path(file))
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        if path.stat().st_size >= min_bytes:
+            return
+        reasons.append(f"{address}: only {path.stat().st_size} bytes came, at least {min_bytes:g} were expected.")
+        path.unlink()
+    raise UserError(" ".join([*reasons, error_msg]).strip())
+
+
+def download_file(url: str, target: Path, sha256: str | None = None) -> Path:
+    """Fetches one file over http(s) to `target`, whose folder is made; the file appears only once it is whole.
+
+    Raises:
+        UserError: offline or not found; cut short; not enough disk; the hash does not agree.
+    """
+    check_url(url)
+    LOGGER.info(f"Downloading {url} to {target}...")
+    with _folder(target.parent), atomic_write(target) as temporary:
+        with open(temporary, "wb") as file:
+            _transfer(url, file, target)
+        if sha256 is not None:
+            _check_hash(temporary, url, sha256)
+    return target
+
+
+def fetch(
+    url: str,
+    folder: Path,
+    sha256: str | None = None,
+    name: str | None = None,
+    wanted: Callable[[str], bool] = bool,
+    overwrite: bool = True,
+) -> None:
+    """Fetches a file into `folder`; an archive is unpacked there and then removed.
+
+    Args:
+        url: http or https.
+        folder: made if need be.
+        sha256: of the file or archive, when known.
+        name: the file's name where the address does not end in it.
+        wanted: told a file's name, or that of each in an archive, says whether it may be put there.
+        overwrite: take the place of files of the same names.
+
+    Raises:
+        UserError: a file that is not wanted or in the way; see `download_file` and `utils.archives.unpack`.
+    """
+    name = name or file_name_of(url)
+    if not is_archive_name(name):
+        if not wanted(name):
+            raise UserError(f"{url}: is neither an archive nor a file of data.")
+        if not overwrite and os.path.lexists(folder / name):
+            raise UserError(f"{url}: {folder / name} is there already. Move it away.")
+        download_file(url, folder / name, sha256)
+        return
+    with _folder(folder), tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
+        unpack(download_file(url, Path(temporary) / name, sha256), folder, wanted, overwrite)
+
+
+def check_url(url: str) -> None:
+    """Refuses everything but a plain http or https address.
+
+    Raises:
+        UserError: naming the address.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"'{url}' is not an address: {error}.") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or any(character.isspace() for character in url):
+        raise UserError(f"'{url}' is not a download address: it must be one http:// or https:// address.")
+
+
+def file_name_of(url: str) -> str:
+    """Returns the file name that an address ends in, its query left out.
+
+    Raises:
+        UserError: it ends in none.
+    """
+    name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
+    if not name or name.startswith(".") or set(name) & set('\\:*?"<>|\0'):
+        raise UserError(f"'{url}' ends in no file name: give one with 'file:'.")
+    return name
+
+
+@contextlib.contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Makes a folder and its parents; removes them again if what is done in it fails and leaves them empty."""
+    folder = folder.absolute()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be made ({error.strerror}).") from error
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            with contextlib.suppress(OSError):  # not empty, or gone
+                path.rmdir()
+        raise
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Returns an opener that knows http and https alone: a redirection to anything else is an error."""
+    opener = urllib.request.OpenerDirector()
+    handlers = (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    )
+    for handler in handlers:
+        opener.add_handler(handler())
+    return opener
+
+
+def _transfer(url: str, file: BinaryIO, target: Path) -> None:
+    """Copies what `url` gives into `file`, going on after interruptions where it is still the same file.
+
+    Raises:
+        UserError: offline, refused, cut short, or larger than the free disk.
+    """
+    opener, reason, version = _opener(), "", ""
+    for _ in range(ATTEMPTS):
+        if not version:  # nobody could tell whether the rest belongs to what is there
+            file.seek(0)
+            file.truncate()
+        headers = {"User-Agent": "yolov5-slim"}
+        if file.tell():
+            headers |= {"Range": f"bytes={file.tell()}-", "If-Range": version}
+        response = _network(url, opener.open, urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
+        with response:
+            whole = response.status != http.client.PARTIAL_CONTENT
+            if not whole and not _continues(response, file.tell(), version):
+                reason, version = "the file was replaced meanwhile", ""
+                continue
+            if whole:
+                file.seek(0)
+                file.truncate()
+                version = _version(response)
+            length = response.headers.get("Content-Length")
+            total = file.tell() + int(length) if length and length.isdigit() else None
+            _check_space(target, (total or 0) - file.tell())
+            reason = _copy(response, file, total, target.name)
+        if not reason:
+            return
+    raise UserError(f"{url}: the download was cut short {ATTEMPTS} times ({reason}). Try again later.")
+
+
+def _version(response: http.client.HTTPResponse) -> str:
+    """Returns what tells a file from its successor of the same address; empty where the server does not say."""
+    tag = response.headers.get("ETag", "")
+    return tag if tag.startswith('"') else response.headers.get("Last-Modified", "")  # W/"..." need not be the same
+
+
+def _continues(response: http.client.HTTPResponse, position: int, version: str) -> bool:
+    """Says whether a part is of that version and begins at that byte; some servers overlook what they were asked."""
+    start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+    return _version(response) in ("", version) and start == str(position)
+
+
+def _copy(response: http.client.HTTPResponse, file: BinaryIO, total: int | None, name: str) -> str:
+    """Copies one response to the end of `file`; returns why it is not whole, or an empty string."""
+    with progress(total=total, desc=name, unit="B") as bar:
+        bar.update(file.tell())
+        while True:
+            try:
+                block = response.read(BLOCK_BYTES)
+            except (OSError, http.client.HTTPException) as error:
+                return str(error) or type(error).__name__
+            if not block:
+                break
+            file.write(block)
+            bar.update(len(block))
+    if total is not None and file.tell() != total:
+        return f"{file.tell()} of {total} bytes"
+    return ""
+
+
+def _network(url: str, action: Callable, *arguments, **options):
+    """Calls `action`, turning network errors into one clear line.
+
+    Raises:
+        UserError: the server does not answer, or answers with an error.
+    """
+    host = urllib.parse.urlsplit(url).hostname
+    try:
+        return action(*arguments, **options)
+    except urllib.error.HTTPError as error:
+        with error:
+            raise UserError(f"{url}: the server answered {error.code} {error.reason}.") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(
+            f"{url}: {host} cannot be reached ({reason}). Offline? Fetch the file elsewhere and put it in place."
+        ) from error
+
+
+def _check_space(target: Path, needed_bytes: int) -> None:
+    """Refuses to start a download that the disk cannot hold."""
+    free = shutil.disk_usage(target.parent).free
+    if needed_bytes > free:
+        raise UserError(f"{target}: {needed_bytes / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free.")
+
+
+def _check_hash(path: Path, url: str, sha256: str) -> None:
+    """Compares a file's SHA-256 with the known one."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    if digest.hexdigest() != sha256.lower():
+        size = os.path.getsize(path)
+        raise UserError(
+            f"{url}: what came ({size} bytes, SHA-256 {digest.hexdigest()}) is not the known file "
+            f"(SHA-256 {sha256.lower()}); it was thrown away."
+        )

@@ -1,6 +1,6 @@
 """Files: the repository's root, run folders, look-up by name, YAML in and out, writing that is all or nothing.
 
-Not here: downloads (`utils.download`), checkpoints (`utils.checkpoint`), images (`utils.images`).
+Not here: downloads (`utils.downloads`), checkpoints (`utils.checkpoint`), images (`utils.images`).
 """
 
 from __future__ import annotations

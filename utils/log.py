@@ -14,11 +14,16 @@ from typing import Any
 
 LOGGER = logging.getLogger("yolov5")
 
-_ANSI = {"blue": "\033[34m", "green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m", "bold": "\033[1m"}
-_ANSI_END = "\033[0m"
-# What a name from a file must not bring to a terminal: any control but lines, tabs and the styles above, and no text.
-_STYLES = "|".join(re.escape(code[1:]) for code in (*_ANSI.values(), _ANSI_END))
-_UNSAFE = re.compile(rf"\033(?!{_STYLES})|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\ud800-\udfff]")
+_COLORS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
+_STYLES = {
+    **{color: 30 + number for number, color in enumerate(_COLORS)},
+    **{f"bright_{color}": 90 + number for number, color in enumerate(_COLORS)},
+    **{"end": 0, "bold": 1, "underline": 4},
+}
+# What a name from a file must not bring to a terminal: any control but lines, tabs and these styles, and no text.
+_UNSAFE = re.compile(
+    rf"\033(?!\[({'|'.join(map(str, _STYLES.values()))})m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\ud800-\udfff]"
+)
 
 
 class _Formatter(logging.Formatter):
@@ -44,11 +49,16 @@ def setup_logging(rank: int | None = None) -> None:
     LOGGER.setLevel(logging.INFO if verbose else logging.WARNING)
 
 
-def colorstr(text: str, *styles: str) -> str:
-    """Returns `text` in ANSI `styles` (default blue and bold) when stderr is a terminal, else unchanged."""
+def colorstr(*input: str) -> str:
+    """Returns the last text in the styles before it, or in blue and bold: `colorstr("red", "underline", "text")`.
+
+    Where stderr is not a terminal, unchanged.
+    """
+    *styles, text = input
     if not on_terminal():
-        return text
-    return "".join(_ANSI[style] for style in styles or ("blue", "bold")) + text + _ANSI_END
+        return str(text)
+    codes = "".join(f"\033[{_STYLES[style]}m" for style in styles or ("blue", "bold"))
+    return f"{codes}{text}\033[0m"
 
 
 def on_terminal() -> bool:

@@ -237,7 +237,7 @@ def _conclude(report: Report, options: argparse.Namespace, seconds: float) -> No
     data = f" --data {shlex.quote(str(options.data))}" if options.data else ""
     LOGGER.info(
         f"\nExport complete ({seconds:.1f}s)\n"
-        f"Results saved to {colorstr(str(last.parent.resolve()), 'bold')}\n"
+        f"Results saved to {colorstr('bold', last.parent.resolve())}\n"
         f"Detect:   python detect.py --weights {weights}\n"
         f"Validate: python val.py --weights {weights}{data}"
     )

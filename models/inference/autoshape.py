@@ -33,7 +33,7 @@ from models.inference.predictor import class_summary
 from models.yolo import Model, profile_layers
 from utils.boxes import scale_boxes, xyxy2xywh
 from utils.devices import resolve_amp
-from utils.download import download_file
+from utils.downloads import download_file
 from utils.errors import UserError, grid_stride, printable, round_up
 from utils.files import increment_path
 from utils.images import SLACK, ImageError, decode_image, letterbox, read_image, to_8_bits

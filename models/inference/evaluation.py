@@ -481,7 +481,7 @@ def validate(options: Namespace, subject: EvalModel, given: Overrides = NOTHING)
             **{name: getattr(options, name) for name in PASSED_ON},
         )
     if folder is not None:
-        LOGGER.info(f"Results saved to {colorstr(str(folder), 'bold')}")
+        LOGGER.info(f"Results saved to {colorstr('bold', folder)}")
     return result
 
 

@@ -42,6 +42,22 @@ def test_formats_worked_by_hand():
     np.testing.assert_allclose(boxes.xyxy2xywhn(np.array([[25.0, 0, 75, 60]]), 100, 60), [[0.5, 0.5, 0.5, 1]])
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_what_stands_behind_a_box_is_kept(kind):
+    rows = kind([[10.0, 20, 30, 60, 0.9, 5], [0, 0, 8, 4, 0.5, 1]])
+    for change in (
+        boxes.xyxy2xywh,
+        boxes.xywh2xyxy,
+        lambda x: boxes.xywhn2xyxy(x, 2, 3),
+        lambda x: boxes.xyxy2xywhn(x, 2, 3, clip=True),
+        lambda x: boxes.clip_boxes(x, (30, 40)),
+        lambda x: boxes.scale_boxes((384, 640), x, (720, 1280)),
+    ):
+        changed = change(rows)
+        assert type(changed) is type(rows) and bool((changed[:, 4:] == rows[:, 4:]).all())
+        assert bool((changed[:, :4] == change(rows[:, :4])).all()) and bool((change(rows[0]) == changed[0]).all())
+
+
 def test_clipping_keeps_a_margin_when_asked():
     beyond = np.array([[-5.0, -5, 120, 70]])
     np.testing.assert_allclose(boxes.clip_boxes(beyond, (60, 100)), [[0, 0, 100, 60]])
@@ -169,6 +185,12 @@ def test_overlap_equals_torchvisions():
     torch.testing.assert_close(boxes.box_iou(first, second), torchvision.ops.box_iou(first, second))
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_sizes_are_laid_on_one_corner(kind):
+    overlap = boxes.wh_iou(kind([[2.0, 4.0]]), kind([[2.0, 4.0], [4.0, 2.0], [1.0, 1.0]]))
+    np.testing.assert_allclose(overlap, [[1, 4 / 12, 1 / 8]])
+
+
 def test_share_covered_worked_by_hand():
     existing = np.array([[5.0, 5, 15, 15], [0, 0, 10, 10], [2, 2, 4, 4], [20, 20, 30, 30], [-10, 0, 10, 20]])
     shares = boxes.bbox_ioa(np.array([0.0, 0, 10, 10]), existing)
@@ -224,10 +246,10 @@ def test_the_aspect_weight_of_ciou_is_a_constant_to_the_gradient():
 def test_a_polygon_is_resampled_along_its_closed_line():
     square = np.array([[0.0, 0], [4, 0], [4, 4], [0, 4]])
     expected = [[0, 0], [2, 0], [4, 0], [4, 2], [4, 4], [2, 4], [0, 4], [0, 2], [0, 0]]
-    resampled = boxes.resample_segment(square, 9)
+    (resampled,) = boxes.resample_segments([square], 9)
     np.testing.assert_allclose(resampled, expected)
     assert resampled.dtype == np.float32
-    many = boxes.resample_segment(square)
+    (many,) = boxes.resample_segments([square])
     assert many.shape == (1000, 2)
     np.testing.assert_allclose([many.min(axis=0), many.max(axis=0)], [[0, 0], [4, 4]], atol=0.01)
 
@@ -247,8 +269,8 @@ def test_numpy_boxes_and_images_need_no_torch():
 
 def test_detections_are_rows_taken_apart_and_some_of_them_are_detections_again():
     rows = np.float32([[1.4, 2, 3.6, 4, 0.75, 1], [5, 6, 7, 8, 0.5, 0]])
-    for given in (rows, torch.from_numpy(rows)):
-        found = boxes.Detections.from_rows(given)
+    for both in (rows, torch.from_numpy(rows)):
+        found = boxes.Detections.from_rows(both)
         np.testing.assert_array_equal(found.rows, rows)
         assert len(found) == 2 and found.classes.tolist() == [1, 0] and found.track_ids is None
     assert found.rounded().boxes_xyxy[0].tolist() == [1, 2, 4, 4]

@@ -1,18 +1,15 @@
 """The names that other people's scripts import are there with their parameters."""
 
-import ast
 import importlib
 import inspect
 import re
 
 import pytest
 
-from utils.compat.lookup import ON_DEMAND
 from utils.files import ROOT
 
 # module -> name -> parameters in YOLOv5 6.1's order; names alone have none, or are no functions
 SURFACE = {
-    "activations": "SiLU Hardswish Mish MemoryEfficientMish",
     "augmentations": """augment_hsv(im,hgain,sgain,vgain) hist_equalize(im,clahe,bgr) mixup(im,labels,im2,labels2)
         letterbox(im,new_shape,color,auto,scaleFill,scaleup,stride)
         random_perspective(im,targets,segments,degrees,translate,scale,shear,perspective,border)""",
@@ -22,42 +19,35 @@ SURFACE = {
     "callbacks": "Callbacks",
     "datasets": """IMG_FORMATS VID_FORMATS exif_size(img) exif_transpose(image) InfiniteDataLoader
         create_dataloader(path,imgsz,batch_size,stride,single_cls,hyp,augment,cache,pad,rect,rank,workers,image_weights,quad,prefix,shuffle)
-        LoadImages(path,img_size,stride,auto) LoadWebcam(pipe,img_size,stride)
+        LoadImages(path,img_size,stride,auto) LoadScreenshots LoadWebcam(pipe,img_size,stride) letterbox
         LoadStreams(sources,img_size,stride,auto) img2label_paths(img_paths) autosplit(path,weights,annotated_only)
         LoadImagesAndLabels(path,img_size,batch_size,augment,hyp,rect,image_weights,cache_images,single_cls,stride,pad,prefix)""",
     "downloads": "safe_download(file,url,url2,min_bytes,error_msg) attempt_download(file,repo)",
-    "general": """LOGGER ROOT DATASETS_DIR CONFIG_DIR NUM_THREADS Profile WorkingDirectory(new_dir) methods(instance)
-        print_args(name,opt) init_seeds(seed) intersect_dicts(da,db,exclude) get_latest_run(search_dir) is_kaggle
-        is_docker is_colab is_pip is_ascii(s) is_chinese(s) is_writeable(dir) emojis(str) file_size(path) check_online
-        check_python(minimum) check_version(current,minimum,name,pinned,hard,verbose)
-        check_requirements(requirements,exclude) check_img_size(imgsz,s,floor) check_imshow
-        check_suffix(file,suffix,msg) check_yaml(file,suffix) check_file(file,suffix)
-        check_dataset(data,autodownload) url2file(url) download(url,dir,unzip) make_divisible(x,divisor) clean_str(s)
+    "general": """LOGGER ROOT DATASETS_DIR cv2 Profile methods(instance) print_args(name,opt) init_seeds(seed)
+        intersect_dicts(da,db,exclude) get_latest_run(search_dir) check_requirements(requirements,exclude)
+        check_img_size(imgsz,s,floor) check_imshow check_suffix(file,suffix,msg) check_yaml(file,suffix)
+        check_file(file,suffix) check_dataset(data,autodownload) download(url,dir,unzip) make_divisible(x,divisor)
         one_cycle(y1,y2,steps) colorstr(input) labels_to_class_weights(labels,nc)
         labels_to_image_weights(labels,nc,class_weights) coco80_to_coco91_class xyxy2xywh(x) xywh2xyxy(x)
-        xywhn2xyxy(x,w,h,padw,padh) xyxy2xywhn(x,w,h,clip,eps) xyn2xy(x,w,h,padw,padh)
-        segment2box(segment,width,height) segments2boxes(segments) resample_segments(segments,n)
-        scale_coords(img1_shape,coords,img0_shape,ratio_pad) clip_coords
-        non_max_suppression(prediction,conf_thres,iou_thres,classes,agnostic,multi_label,labels,max_det)
-        strip_optimizer(f,s) increment_path(path,exist_ok,sep,mkdir) scale_boxes clip_boxes cv2""",
+        xywhn2xyxy(x,w,h,padw,padh) xyxy2xywhn(x,w,h,clip,eps) scale_coords(img1_shape,coords,img0_shape,ratio_pad)
+        clip_coords scale_boxes clip_boxes strip_optimizer(f,s) increment_path(path,exist_ok,sep,mkdir)
+        non_max_suppression(prediction,conf_thres,iou_thres,classes,agnostic,multi_label,labels,max_det)""",
     "loss": """smooth_BCE(eps) BCEBlurWithLogitsLoss(alpha) FocalLoss(loss_fcn,gamma,alpha)
         QFocalLoss(loss_fcn,gamma,alpha) ComputeLoss(model,autobalance)""",
     "metrics": """fitness(x) ap_per_class(tp,conf,pred_cls,target_cls,plot,save_dir,names) compute_ap(recall,precision)
-        ConfusionMatrix(nc,conf,iou_thres) bbox_iou(box1,box2,x1y1x2y2,GIoU,DIoU,CIoU,eps) box_iou bbox_ioa
-        wh_iou(wh1,wh2)""",
+        ConfusionMatrix(nc,conf,iou_thres) bbox_iou(box1,box2,x1y1x2y2,GIoU,DIoU,CIoU,eps) box_iou(box1,box2)
+        bbox_ioa(box1,box2,eps) wh_iou(wh1,wh2)""",
     "plots": """Colors colors Annotator(im,line_width,font_size,font,pil,example) output_to_target(output)
         feature_visualization(x,module_type,stage,n,save_dir)
         plot_images(images,targets,paths,fname,names,max_size,max_subplots) plot_labels(labels,names,save_dir)
         plot_results(file,dir) save_one_box(xyxy,im,file,gain,pad,square,BGR,save)""",
-    "torch_utils": """torch_distributed_zero_first(local_rank) date_modified(path) git_describe(path) device_count
-        select_device(device,batch_size,newline) time_sync is_parallel(model) de_parallel(model)
-        initialize_weights(model) sparsity(model) prune(model,amount) fuse_conv_and_bn(conv,bn)
-        model_info(model,verbose,img_size) scale_img(img,ratio,same_shape,gs) copy_attr(a,b,include,exclude)
-        EarlyStopping(patience) ModelEMA(model,decay,updates)""",
+    "torch_utils": """torch_distributed_zero_first(local_rank) select_device(device,batch_size,newline) time_sync
+        smart_inference_mode is_parallel(model) de_parallel(model) initialize_weights(model) fuse_conv_and_bn(conv,bn)
+        model_info(model,verbose,img_size) copy_attr(a,b,include,exclude) EarlyStopping(patience)
+        ModelEMA(model,decay,updates)""",
 }
 SURFACE["dataloaders"] = SURFACE["datasets"]
 MODULES = sorted(SURFACE)
-DOORS = sorted(set(MODULES) - {"autoanchor", "autobatch", "callbacks"})  # the others are rooms: the work is done there
 
 
 def entries(module):
@@ -77,27 +67,10 @@ def test_names_are_there_with_their_parameters(module):
             assert parameters[: len(wanted)] == wanted, f"utils.{module}.{name}{tuple(parameters)}"
 
 
-@pytest.mark.parametrize("module", [name for name in DOORS if (ROOT / "utils" / f"{name}.py").exists()])
-def test_modules_hold_no_logic(module):
-    body = ast.parse((ROOT / "utils" / f"{module}.py").read_text(encoding="utf-8")).body
-    for node in body[1:]:
-        targets = [ast.unparse(target) for target in node.targets] if isinstance(node, ast.Assign) else []
-        assert isinstance(node, (ast.Import, ast.ImportFrom)) or targets in (["__all__"], ["__getattr__"]), node.lineno
-    imported = importlib.import_module(f"utils.{module}")
-    assert all(hasattr(imported, name) for name in imported.__all__)
-
-
 def test_the_document_lists_what_is_there():
     text = (ROOT / "docs" / "imports.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (`utils\.\w+`(?:, `utils\.\w+`)*) \| (.*) \|$", text, re.M))
     documented = {}
     for modules, names in rows.items():
         documented |= dict.fromkeys(re.findall(r"utils\.(\w+)", modules), set(re.findall(r"`(\w+)`", names)))
-    there = {module: set(importlib.import_module(f"utils.{module}").__all__) for module in DOORS}
-    assert {module: names for module, names in documented.items() if module in DOORS} == there
-
-
-def test_what_is_made_on_demand_is_in_star_imports():
-    general = importlib.import_module("utils.general")
-    assert set(ON_DEMAND["utils.general"]) == {"LOGGER", "CONFIG_DIR"} < set(general.__all__)
-    assert general.LOGGER.handlers  # set up, since it was asked for
+    assert documented == {module: {name for name, _ in entries(module)} for module in MODULES}

@@ -30,7 +30,7 @@ def test_colours_appear_on_a_terminal_only(monkeypatch):
     assert colorstr("train: ") == "train: "
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert colorstr("train: ") == "\033[34m\033[1mtrain: \033[0m"
-    assert colorstr("bad", "red") == "\033[31mbad\033[0m"
+    assert colorstr("red", "bad") == "\033[31mbad\033[0m"
 
 
 def test_a_bar_is_silent_where_information_is(capsys):
@@ -56,6 +56,6 @@ def test_names_in_messages_cannot_steer_the_terminal(monkeypatch, capsys):
     monkeypatch.setattr("utils.log.on_terminal", lambda: True)
     setup_logging(rank=-1)
     name = "cat\x1b[2J\x1b]0;owned\x07\x9b8m\x1b[8m \udcd5\r"
-    LOGGER.info(f"{colorstr('bus.jpg', 'green')}: 2 {name}s\n\tnext line")
+    LOGGER.info(f"{colorstr('green', 'bus.jpg')}: 2 {name}s\n\tnext line")
     shown = "cat\ufffd[2J\ufffd]0;owned\ufffd\ufffd8m\ufffd[8m \ufffd\ufffd"
     assert capsys.readouterr().err == f"\x1b[32mbus.jpg\x1b[0m: 2 {shown}s\n\tnext line\n"

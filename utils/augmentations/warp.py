@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 
-from utils.boxes import clip_boxes, resample_segment
+from utils.boxes import clip_boxes, resample_segments
 
 SEGMENT_POINTS = 1000
 MIN_SIDE_PX = 2  # a warped box must be wider and higher than this
@@ -131,7 +131,7 @@ def warp_objects(objects: Objects, warp: Warp, output_wh: tuple[int, int]) -> Ob
 
 def _box_around_visible(polygon: np.ndarray, matrix: np.ndarray, output_wh: tuple[int, int]) -> np.ndarray:
     """Box (4,) around the warped polygon's (k, 2) points within the output; zeros where there are none."""
-    points, visible = warp_points(resample_segment(polygon, SEGMENT_POINTS), matrix)
+    points, visible = warp_points(resample_segments([polygon], SEGMENT_POINTS)[0], matrix)
     points = points[visible & (points >= 0).all(axis=1) & (points <= output_wh).all(axis=1)]
     return np.concatenate([points.min(axis=0), points.max(axis=0)]) if len(points) else np.zeros(4)
 

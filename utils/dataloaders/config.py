@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from utils.archives import list_members, unpack
 from utils.dataloaders.paths import image_to_label_path, native_separators
-from utils.download import check_url, download_file, fetch, file_name_of
+from utils.downloads import check_url, download_file, fetch, file_name_of
 from utils.errors import UNPRINTABLE, UserError, did_you_mean, shown
 from utils.files import ESCAPES_IN_QUOTES, ROOT, find_file, read_yaml
 from utils.images import IMG_FORMATS

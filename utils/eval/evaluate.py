@@ -31,11 +31,10 @@ from utils.eval.coco import (
     predictions,
     write_predictions,
 )
-from utils.eval.confusion import ConfusionMatrix
-from utils.eval.metrics import IOU_THRESHOLDS, APResult, average_precisions, fitness, match_detections
 from utils.eval.report import HEADER, speed_line, table_rows
 from utils.log import LOGGER, progress
 from utils.media.writers import LabelWriter, OutputStems
+from utils.metrics import IOU_THRESHOLDS, APResult, ConfusionMatrix, ap_per_class, fitness, match_detections
 from utils.nms import NMSConfig
 from utils.plots.evaluation import load_libraries, plot_evaluation
 
@@ -127,7 +126,7 @@ class EvalResult:
     @property
     def fitness(self) -> float:
         """The single figure by which checkpoints are compared."""
-        return fitness(self.map50, self.map)
+        return float(fitness(np.array([self.as_tuple()]))[0])
 
     def as_tuple(self) -> tuple[float, ...]:
         """(P, R, mAP50, mAP50-95, box loss, objectness loss, class loss)."""
@@ -294,7 +293,7 @@ class _MetricAccumulator:
         self._correct.append(match_detections(record.detections, record.labels))
         self._scores.append(record.detections[:, 4:6])
         self._label_classes.append(record.labels[:, 0])
-        self.confusion.update(record.detections, record.labels)
+        self.confusion.process_batch(record.detections, record.labels)
         self.alarmed += not len(record.labels) and bool((record.detections[:, 4] > self.confusion.conf).any())
         if self._keep_records:
             self.records.append(record)
@@ -302,7 +301,7 @@ class _MetricAccumulator:
     def average_precisions(self) -> APResult:
         scores = np.concatenate(self._scores)
         labels = np.concatenate(self._label_classes)
-        return average_precisions(np.concatenate(self._correct), scores[:, 0], scores[:, 1], labels)
+        return ap_per_class(np.concatenate(self._correct), scores[:, 0], scores[:, 1], labels)
 
 
 class _Pictures:

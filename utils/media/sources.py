@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 
 from utils.dataloaders.paths import UNREAD_FORMATS, is_hidden, suffix_of
-from utils.download import download_file, file_name_of
+from utils.downloads import download_file, file_name_of
 from utils.errors import UserError, did_you_mean
 from utils.files import native_path
 from utils.images import IMG_FORMATS, VID_FORMATS, letterbox

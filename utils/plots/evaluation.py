@@ -16,8 +16,6 @@ import cv2
 import numpy as np
 
 from utils.errors import printable
-from utils.eval.confusion import ConfusionMatrix
-from utils.eval.metrics import CURVE_AXIS, APResult
 from utils.files import atomic_write
 from utils.log import LOGGER
 
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from utils.metrics import APResult, ConfusionMatrix
 
 CURVE_SIZE_INCHES = (9, 6)
 CURVE_AREA = (0.07, 0.09, 0.63, 0.85)  # left, bottom, width, height: what is left holds the legend
@@ -96,8 +95,8 @@ def plot_curves(result: APResult, lettering: Lettering, folder: Path) -> list[Pa
     over_confidence = {"F1": result.f1_curve, "P": result.precision_curve, "R": result.recall_curve}
     titles = {"F1": "F1", "P": "Precision", "R": "Recall"}
     for key, curves in over_confidence.items():
-        average = curves.mean(0) if len(curves) else np.zeros_like(CURVE_AXIS)
-        mean = f"all classes {average.max():.2f} at {CURVE_AXIS[average.argmax()]:.3f}"
+        average = curves.mean(0) if len(curves) else np.zeros(curves.shape[1])
+        mean = f"all classes {average.max():.2f} at {average.argmax() / (len(average) - 1):.3f}"
         figure = _curve_figure(curves, labels, mean, ("Confidence", titles[key]), lettering.families)
         files.append(folder / f"{key}_curve.png")
         _save(figure, files[-1])
@@ -113,15 +112,16 @@ def _curve_figure(
 
     figure = Figure(figsize=CURVE_SIZE_INCHES)
     axes = figure.add_axes(CURVE_AREA)
+    axis = np.linspace(0, 1, curves.shape[1])
     named = len(labels) <= MAX_NAMED_CURVES
     palette = colormaps["tab10" if len(labels) <= 10 else "tab20"]
     for row, (curve, label) in enumerate(zip(curves, labels, strict=True)):
         if named:
-            axes.plot(CURVE_AXIS, curve, color=palette(row % palette.N), linewidth=1.2, label=label)
+            axes.plot(axis, curve, color=palette(row % palette.N), linewidth=1.2, label=label)
         else:
-            axes.plot(CURVE_AXIS, curve, color="0.75", linewidth=0.7, label="" if row else "single classes")
-    mean = curves.mean(0) if len(curves) else np.zeros_like(CURVE_AXIS)
-    axes.plot(CURVE_AXIS, mean, linewidth=3, color=MEAN_COLOR, alpha=0.85, label=mean_label)
+            axes.plot(axis, curve, color="0.75", linewidth=0.7, label="" if row else "single classes")
+    mean = curves.mean(0) if len(curves) else np.zeros_like(axis)
+    axes.plot(axis, mean, linewidth=3, color=MEAN_COLOR, alpha=0.85, label=mean_label)
     axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel=axis_names[0], ylabel=axis_names[1])
     axes.set_title(f"{axis_names[1]} over {axis_names[0].lower()}")
     axes.grid(alpha=0.25)

@@ -69,7 +69,7 @@ class ModelEMA:
 class EarlyStopping:
     """Ends a run whose fitness has not improved for `patience` epochs; 0 never ends it."""
 
-    def __init__(self, patience: int = 100) -> None:
+    def __init__(self, patience: int = 30) -> None:
         """Starts with no epoch seen."""
         self.patience = patience if patience > 0 else math.inf
         self.best_fitness = 0.0

@@ -489,7 +489,7 @@ class Trainer:
         LOGGER.info(
             f"Image sizes {loaders.imgsz} train, {loaders.imgsz} val, {self.precision}\n"
             f"Using {loaders.train.workers} dataloader workers\n"
-            f"Logging results to {colorstr(str(self.save_dir), 'bold')}\n"
+            f"Logging results to {colorstr('bold', self.save_dir)}\n"
             f"Starting training for {self.options.epochs} epochs..."
         )
 
@@ -508,7 +508,7 @@ class Trainer:
         self.records.finish(self.epoch)
         self._strip(self.last)
         self.callbacks.run("on_train_end", self.last, self.best, self.records.plots, self.epoch, result.as_tuple())
-        LOGGER.info(f"Results saved to {colorstr(str(self.save_dir), 'bold')}")
+        LOGGER.info(f"Results saved to {colorstr('bold', self.save_dir)}")
         return result
 
     def _strip(self, path: Path) -> None:

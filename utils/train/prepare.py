@@ -25,7 +25,7 @@ from utils.dataloaders.dataset import DetectionDataset
 from utils.dataloaders.labels import load_labels
 from utils.dataloaders.loader import QUAD, create_loader
 from utils.devices import resolve_amp
-from utils.download import file_name_of
+from utils.downloads import file_name_of
 from utils.errors import UserError, round_up
 from utils.eval.coco import COCO80_TO_91, category_ids
 from utils.log import LOGGER

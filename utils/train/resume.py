@@ -106,7 +106,7 @@ def resume_options(config: TrainConfig, given: set[str], defaults: Mapping[str, 
             f"--resume {path}: the interrupted run's data, {config.data}, is not there. Put it back, or say with "
             "--data where it is now."
         )
-    LOGGER.info(f"Resuming training from {colorstr(str(path), 'bold')}")
+    LOGGER.info(f"Resuming training from {colorstr('bold', path)}")
     return checkpoint
 
 

@@ -22,9 +22,9 @@ from models.inference.predictor import Detector
 from utils.boxes import xywhn2xyxy
 from utils.dataloaders.config import load_spec
 from utils.eval.evaluate import evaluate
-from utils.eval.metrics import match_detections
 from utils.files import read_yaml, write_yaml
 from utils.images import read_image
+from utils.metrics import match_detections
 from utils.nms import NMSConfig
 from utils.tiles import Tiling, windows
 

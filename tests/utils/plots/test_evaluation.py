@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.eval.confusion import ConfusionMatrix
-from utils.eval.metrics import average_precisions
 from utils.files import ROOT
+from utils.metrics import ConfusionMatrix, ap_per_class
 from utils.plots import evaluation as plots
 
 
@@ -18,7 +17,7 @@ def result(classes, detected):
     """An APResult with labels of `classes` and perfect detections of the classes `detected`."""
     detected = np.array(detected)
     correct, confidence = np.ones((len(detected), 10), bool), np.full(len(detected), 0.9)
-    return average_precisions(correct, confidence, detected, np.array(classes))
+    return ap_per_class(correct, confidence, detected, np.array(classes))
 
 
 @pytest.mark.parametrize("nc", [1, 3, 80])
@@ -120,9 +119,8 @@ def test_pyplot_stays_out_of_it(tmp_path):
         "import sys, numpy as np\n"
         "from pathlib import Path\n"
         "from utils.plots.evaluation import plot_evaluation\n"
-        "from utils.eval.confusion import ConfusionMatrix\n"
-        "from utils.eval.metrics import average_precisions\n"
-        "r = average_precisions(np.ones((1, 10), bool), np.ones(1), np.zeros(1), np.zeros(1))\n"
+        "from utils.metrics import ConfusionMatrix, ap_per_class\n"
+        "r = ap_per_class(np.ones((1, 10), bool), np.ones(1), np.zeros(1), np.zeros(1))\n"
         "assert 'matplotlib' not in sys.modules\n"
         f"plot_evaluation(r, ConfusionMatrix(1), {{0: 'a'}}, Path({str(tmp_path)!r}))\n"
         "assert not {'matplotlib.pyplot', 'torch', 'pandas', 'seaborn'} & set(sys.modules)\n"

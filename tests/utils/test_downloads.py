@@ -9,12 +9,21 @@ import threading
 import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
-from utils import archives, download
+from utils import archives, downloads, general
 from utils.archives import unpack
-from utils.download import RELEASES, Release, download_file, download_weights, fetch
+from utils.downloads import (
+    RELEASES,
+    Release,
+    attempt_download,
+    download_file,
+    download_weights,
+    fetch,
+    safe_download,
+)
 from utils.errors import UserError
 
 PAYLOAD = bytes(range(256)) * 4000
@@ -208,6 +217,26 @@ def test_released_weights_are_checked_against_the_list(server, tmp_path, monkeyp
         download_weights("yolo5m6.pt")
 
 
+def test_names_of_yolov5_download(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert attempt_download(f"{server.url}/weights.pt?auth=1") == "weights.pt"
+    assert attempt_download("weights.pt") == "weights.pt" and len(server.requests) == 1
+    safe_download("copy.pt", f"{server.url}/gone.bin", f"{server.url}/weights.pt", min_bytes=1e5)
+    assert Path("copy.pt").read_bytes() == PAYLOAD
+    with pytest.raises(UserError, match="only 1024000 bytes came.*Fetch it by hand"):
+        safe_download("bad.pt", f"{server.url}/x.bin", min_bytes=1e7, error_msg="Fetch it by hand.")
+    assert not Path("bad.pt").exists()
+    general.download([f"{server.url}/zip/data.zip", f"{server.url}/x.bin"], dir="there", threads=2)
+    assert everything_in(tmp_path / "there") == ["set", "set/a.txt", "set/b", "set/b/c.txt", "x.bin"]
+    general.download(f"{server.url}/zip/data.zip", unzip=False)
+    assert zipfile.is_zipfile("data.zip")
+    assert general.check_file(f"{server.url}/other.bin") == "other.bin"
+    with pytest.raises(UserError, match="releases of other/repo are not known"):
+        attempt_download("model.pt", repo="other/repo")
+    with pytest.raises(UserError, match="Did you mean 'yolov5s.pt'"):
+        attempt_download("yolo5s.pt")
+
+
 def test_the_release_list_is_complete():
     assert {name[6:-3] for name in RELEASES} == {f"{size}{p6}" for size in "nsmlx" for p6 in ("", "6")}
     assert all(url.endswith(f"/{name}") and len(sha256) == 64 for name, (url, sha256) in RELEASES.items())
@@ -366,7 +395,7 @@ def test_unpacking_merges_into_a_folder(tmp_path):
 
 def test_a_full_disk_is_told_before_it_is_full(server, tmp_path, monkeypatch):
     full = type("Usage", (), {"free": 10})()
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: full)
     with pytest.raises(UserError, match="GB are needed"):
         download_file(f"{server.url}/x.bin", tmp_path / "x.bin")
     (tmp_path / "x.zip").write_bytes(zip_bytes({"a.txt": b"a" * 100}))

@@ -1,1 +1,0 @@
-"""Data sets: their description, files, labels and cache, augmentation, loading."""
