@@ -65,8 +65,7 @@ def epoch_ms(dataset, epoch: int) -> tuple[float, float]:
 
 def measure(folder: str, size: int, batch_size: int, repeats: int, albumentations: bool) -> None:
     """Prints one data set's figures."""
-    from utils.augmentations.pixels import AugmentParams
-    from utils.dataloaders.dataset import DetectionDataset
+    from utils.dataloaders.dataset import LoadImagesAndLabels
     from utils.dataloaders.labels import scan_images
     from utils.dataloaders.paths import list_images
     from utils.dataloaders.sampling import MosaicSampler
@@ -74,8 +73,8 @@ def measure(folder: str, size: int, batch_size: int, repeats: int, albumentation
     paths = list_images([Path(folder)])
     table = scan_images(paths)
 
-    def fresh(plan: MosaicSampler | None = None) -> DetectionDataset:
-        dataset = DetectionDataset(table, size, augment=AugmentParams(**PARAMS), batch_size=batch_size, plan=plan)
+    def fresh(plan: MosaicSampler | None = None) -> LoadImagesAndLabels:
+        dataset = LoadImagesAndLabels(table, size, batch_size, augment=True, hyp=PARAMS, plan=plan)
         dataset.albumentations = dataset.albumentations and albumentations
         return dataset
 

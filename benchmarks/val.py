@@ -38,16 +38,10 @@ def parse_args() -> argparse.Namespace:
 def load_batches(args: argparse.Namespace, stride: int) -> list[Any]:
     """Returns val.py's image batches, float32 (b, 3, h, w) in 0 to 1, contiguous."""
     from utils.dataloaders.config import load_spec
-    from utils.dataloaders.dataset import DetectionDataset
-    from utils.dataloaders.labels import load_labels
-    from utils.dataloaders.loader import create_loader
+    from utils.dataloaders.loader import create_dataloader
 
     spec = load_spec(args.data, need=("val",))
-    table = load_labels(spec.val, spec)
-    dataset = DetectionDataset(
-        table, args.imgsz, augment=None, rect=True, batch_size=args.batch_size, stride=stride, pad=0.5
-    )
-    loader = create_loader(dataset, args.batch_size, workers=0, shuffle=False)
+    loader, _ = create_dataloader(spec.val, args.imgsz, args.batch_size, stride, pad=0.5, rect=True, workers=0)
     return [batch.images.float().div_(255) for batch in loader]
 
 

@@ -16,12 +16,10 @@ import detect
 import train
 import val
 from models.yolo import Model
-from utils.augmentations.pixels import AugmentParams
 from utils.boxes import scale_boxes, xywh2xyxy, xywhn2xyxy, xyxy2xywh
-from utils.dataloaders.dataset import DetectionDataset
+from utils.dataloaders.dataset import LoadImagesAndLabels
 from utils.dataloaders.labels import LabelTable, load_labels, read_label_file
-from utils.dataloaders.loader import create_loader
-from utils.dataloaders.sampling import SampleKey
+from utils.dataloaders.loader import create_dataloader
 from utils.eval.report import table_rows
 from utils.files import ROOT
 from utils.loss.anchor_based import DetectionLoss
@@ -113,18 +111,17 @@ def test_ten_thousand_boxes_are_read_and_none_is_lost(crowd_table):
     assert crowd_table.counts == (2, 0, 1, 0, 2) and not crowd_table.messages
 
 
-@pytest.mark.parametrize("augment", [None, AugmentParams()], ids=["validation", "training"])
+@pytest.mark.parametrize("augment", [False, True], ids=["validation", "training"])
 def test_ten_thousand_boxes_come_in_a_batch_where_they_belong(crowd_table, augment):
-    dataset = DetectionDataset(crowd_table, 640, augment=augment, batch_size=2)
-    (batch,) = create_loader(dataset, 2, workers=0, shuffle=False)
+    (batch,), _ = create_dataloader(crowd_table, 640, 2, 32, hyp={}, augment=augment, workers=0)
     assert batch.images.shape == (2, 3, 640, 640) and batch.targets[:, 0].unique().tolist() == [0]
     np.testing.assert_allclose(batch.targets[:, 1:], crowd(), atol=1e-5)
 
 
 def test_a_mosaic_of_crowded_pictures_trains(crowd_table):
     table = crowd_table.subset([0, 0, 0, 0])
-    dataset = DetectionDataset(table, 640, augment=AugmentParams.from_hyp(recipe()), batch_size=1)
-    images, targets, _, _ = next(iter(create_loader(dataset, 1, workers=0, shuffle=True)))
+    loader, _ = create_dataloader(table, 640, 1, 32, hyp=recipe(), augment=True, workers=0, shuffle=True)
+    images, targets, _, _ = next(iter(loader))
     assert len(targets) > 5000 and (targets[:, 2:] >= 0).all() and (targets[:, 2:] <= 1).all()
     loss, model = step(2, images, targets)
     assert torch.isfinite(loss.items).all() and loss.labels == len(targets)
@@ -223,20 +220,20 @@ def test_odd_sizes_are_taken_or_left_out_with_the_reason(odd_table, odd_set):
     assert {tuple(size) for size in odd_table.sizes_wh.tolist()} == {ODD[name][:2] for name in USED}
 
 
-@pytest.mark.parametrize("augment", [None, AugmentParams()], ids=["validation", "training"])
+@pytest.mark.parametrize("augment", [False, True], ids=["validation", "training"])
 @pytest.mark.parametrize("name", USED)
 def test_boxes_of_odd_sizes_frame_what_they_did(odd_table, name, augment):
     """The box lies around the white pixels of the small picture, and leads back to the label's own pixels."""
     names = [Path(path).name for path in odd_table.image_paths]
     table = odd_table.subset([names.index(name)])
-    item = DetectionDataset(table, 512, augment=augment, rect=augment is None)[SampleKey(0, 0, 0)]
+    item = LoadImagesAndLabels(table, 512, augment=augment, hyp={}, rect=not augment)[0]
     height, width = item.image.shape[1:]
     (box_xyxy,) = xywhn2xyxy(item.targets[:, 2:].numpy(), w=width, h=height)
     rows, columns = np.nonzero(item.image[0].numpy() > 128 + 60)
     seen_xyxy = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     assert np.abs(box_xyxy - seen_xyxy).max() <= 1.5
-    if augment is None:
-        odd, (image_hw, *ratio_pad) = ODD[name], item.shape
+    if not augment:
+        odd, (image_hw, ratio_pad) = ODD[name], item.shapes
         assert image_hw == (odd.height, odd.width)
         expected = xywhn2xyxy(table.labels(0)[:, 1:], w=odd.width, h=odd.height)
         back = scale_boxes((height, width), box_xyxy[None].copy(), image_hw, ratio_pad)

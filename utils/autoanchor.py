@@ -43,7 +43,7 @@ def check_anchors(dataset: Any, model: nn.Module, thr: float = 4.0, imgsz: int =
     """Fits new anchors into a model, in place, when its own suit the labels badly.
 
     Args:
-        dataset: training images and their labels (`DetectionDataset.table`).
+        dataset: training images and their labels (`LoadImagesAndLabels.table`).
         model: bare, or wrapped for several processes; its last layer has anchors (nl, na, 2) in cells, stride (nl,).
         thr: the side ratio up to which a label and an anchor match (hyperparameter `anchor_t`).
         imgsz: side of the training image, px.

@@ -390,6 +390,16 @@ def _is_cut_to_8_bits(opened: Image.Image) -> bool:
     return opened.format == "TIFF" and opened.mode[:1] != "I" and 16 in opened.tag_v2.get(_TIFF_DEPTHS_TAG, ())
 
 
+def exif_size(img: Image.Image) -> tuple[int, int]:
+    """Returns an image's width and height as it is seen, its EXIF orientation considered."""
+    return ImageOps.exif_transpose(img).size
+
+
+def exif_transpose(image: Image.Image) -> Image.Image:
+    """Returns an image turned as its EXIF orientation says."""
+    return ImageOps.exif_transpose(image)
+
+
 def resized_wh(size_wh: Sequence[int], new_shape: int | Sequence[int]) -> tuple[int, int]:
     """Returns (width, height) of an image scaled to fit a square of side `new_shape`, or (height, width); rounds up."""
     target_h, target_w = (new_shape, new_shape) if isinstance(new_shape, int) else new_shape
@@ -401,7 +411,7 @@ def letterbox_geometry(
     image_hw: Sequence[int],
     new_shape: int | Sequence[int] = 640,
     auto: bool = True,
-    scale_fill: bool = False,
+    scaleFill: bool = False,
     scaleup: bool = True,
     stride: int = 32,
 ) -> LetterboxGeometry:
@@ -411,7 +421,7 @@ def letterbox_geometry(
         image_hw: (height, width) of the image.
         new_shape: side of a square, or (height, width), in pixels.
         auto: pad to the smallest rectangle of stride multiples instead of to `new_shape`.
-        scale_fill: stretch to `new_shape` without padding (when not `auto`).
+        scaleFill: stretch to `new_shape` without padding (when not `auto`).
         scaleup: whether small images may be enlarged.
         stride: the model's largest stride.
     """
@@ -424,7 +434,7 @@ def letterbox_geometry(
     pad_w, pad_h = target_w - resized[0], target_h - resized[1]
     if auto:
         pad_w, pad_h = pad_w % stride, pad_h % stride
-    elif scale_fill:
+    elif scaleFill:
         resized, ratio = (target_w, target_h), (target_w / width, target_h / height)
         pad_w, pad_h = 0, 0
     half_w, half_h = pad_w / 2, pad_h / 2
@@ -433,18 +443,18 @@ def letterbox_geometry(
 
 
 def letterbox(
-    image: np.ndarray,
-    new_shape: int | Sequence[int] = 640,
+    im: np.ndarray,
+    new_shape: int | Sequence[int] = (640, 640),
     color: tuple[int, int, int] = PAD_COLOUR,
     auto: bool = True,
-    scale_fill: bool = False,
+    scaleFill: bool = False,
     scaleup: bool = True,
     stride: int = 32,
 ) -> Letterboxed:
     """Resizes an image (h, w, 3) to fit `new_shape` and pads it; see `letterbox_geometry` for the arguments."""
-    geometry = letterbox_geometry(image.shape, new_shape, auto, scale_fill, scaleup, stride)
-    if geometry.resized_wh != (image.shape[1], image.shape[0]):
-        image = cv2.resize(image, geometry.resized_wh, interpolation=cv2.INTER_LINEAR)
+    geometry = letterbox_geometry(im.shape, new_shape, auto, scaleFill, scaleup, int(stride))
+    if geometry.resized_wh != (im.shape[1], im.shape[0]):
+        im = cv2.resize(im, geometry.resized_wh, interpolation=cv2.INTER_LINEAR)
     if any(geometry.borders):
-        image = cv2.copyMakeBorder(image, *geometry.borders, cv2.BORDER_CONSTANT, value=color)
-    return Letterboxed(image, geometry.ratio, geometry.pad)
+        im = cv2.copyMakeBorder(im, *geometry.borders, cv2.BORDER_CONSTANT, value=color)
+    return Letterboxed(im, geometry.ratio, geometry.pad)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from utils import devices
-from utils.dataloaders.scripts import torch_distributed_zero_first
+from utils.dataloaders.loader import torch_distributed_zero_first
 from utils.log import LOGGER
 from utils.train import ema
 from utils.train.ema import EarlyStopping

@@ -30,9 +30,9 @@ from models.load import Weights, model_from, read_weights
 from utils.boxes import scale_boxes
 from utils.cli import find_weights
 from utils.dataloaders.config import SPLITS, DataSpec, load_spec
-from utils.dataloaders.dataset import DetectionDataset, ShapeInfo, rectangular_batches
+from utils.dataloaders.dataset import ShapeInfo, rectangular_batches
 from utils.dataloaders.labels import load_labels
-from utils.dataloaders.loader import DetectionLoader, create_loader, full_size_loader
+from utils.dataloaders.loader import DetectionLoader, create_dataloader, full_size_loader
 from utils.devices import device_line, prepare_cpu_memory, select_device
 from utils.errors import MIN_GRID_STRIDE, UserError, check_image_size, grid_stride
 from utils.eval.coco import category_ids, require_coco_tools
@@ -259,10 +259,7 @@ def make_loader(
     """
     table = load_labels(getattr(spec, task), spec, single_cls, workers, f"{task}: ", need_labels)
     rect = isinstance(shape, int)
-    dataset = DetectionDataset(
-        table, shape, augment=None, rect=rect, batch_size=batch_size, stride=subject.stride, pad=pad
-    )
-    return create_loader(dataset, batch_size, workers=workers, shuffle=False)
+    return create_dataloader(table, shape, batch_size, subject.stride, pad=pad, rect=rect, workers=workers)[0]
 
 
 class View(NamedTuple):
@@ -274,7 +271,7 @@ class View(NamedTuple):
 
     def in_picture(self, detections: np.ndarray) -> np.ndarray:
         """Takes detections (k, 6) from the letterboxed window's px to the picture's."""
-        original_hw, *ratio_pad = self.shape
+        original_hw, ratio_pad = self.shape
         boxes_xyxy = scale_boxes(self.image.shape[1:], detections[:, :4], original_hw, ratio_pad)
         return np.concatenate((boxes_xyxy + np.tile(self.window_xyxy[:2], 2), detections[:, 4:]), 1, dtype=np.float32)
 
@@ -382,7 +379,7 @@ def letterboxed_window(
     ratio_w, ratio_h = boxed.ratio
     ratio_hw = (cut.shape[0] * ratio_h / height, cut.shape[1] * ratio_w / width)
     image = np.ascontiguousarray(boxed.image.transpose(2, 0, 1))
-    return View(image, window_xyxy, ShapeInfo((height, width), ratio_hw, boxed.pad))
+    return View(image, window_xyxy, ShapeInfo((height, width), (ratio_hw, boxed.pad)))
 
 
 def make_tiled_loader(

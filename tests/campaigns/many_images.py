@@ -214,13 +214,11 @@ def epochs(options: argparse.Namespace) -> dict[str, Any]:
 
 def make_loader(table: Any, options: argparse.Namespace, mosaic: float) -> Any:
     """Makes the training loader with the default augmentations."""
-    from utils.augmentations.pixels import AugmentParams
-    from utils.dataloaders.dataset import DetectionDataset
-    from utils.dataloaders.loader import create_loader
+    from utils.dataloaders.loader import create_dataloader
 
-    augment = AugmentParams(hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, translate=0.1, scale=0.5, fliplr=0.5, mosaic=mosaic)
-    dataset = DetectionDataset(table, options.imgsz, augment=augment, batch_size=BATCH_SIZE, seed=options.seed)
-    return create_loader(dataset, BATCH_SIZE, workers=options.workers, shuffle=True)
+    hyp = {"hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4, "translate": 0.1, "scale": 0.5, "fliplr": 0.5, "mosaic": mosaic}
+    loading = {"workers": options.workers, "shuffle": True, "seed": options.seed}
+    return create_dataloader(table, options.imgsz, BATCH_SIZE, 32, hyp=hyp, augment=True, **loading)[0]
 
 
 def sampled_epoch(loader: Iterable[Any]) -> list[list[Usage]]:

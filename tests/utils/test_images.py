@@ -18,6 +18,8 @@ from utils.boxes import scale_boxes
 from utils.images import (
     ImageError,
     check_image,
+    exif_size,
+    exif_transpose,
     image_size,
     letterbox,
     letterbox_geometry,
@@ -85,6 +87,12 @@ def test_orientation_is_applied_once_as_pillow_applies_it(tmp_path, suffix, orie
     upright = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))[:, :, ::-1]
     assert upright.shape[:2] == ((64, 48) if orientation in (5, 6, 7, 8) else (48, 64))
     assert_reads_as(path, upright, tolerance=2 if suffix == "jpg" else 0)
+
+
+def test_orientation_of_pillow_images():
+    image = Image.new("RGB", (40, 20))
+    image.getexif()[0x0112] = 6
+    assert exif_size(image) == (20, 40) and exif_transpose(image).size == (20, 40)
 
 
 @pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
@@ -513,7 +521,7 @@ def test_odd_padding_puts_the_spare_pixel_below_and_to_the_right():
 
 
 def test_stretching_uses_a_ratio_for_each_axis():
-    boxed = letterbox(np.zeros((100, 200, 3), np.uint8), (320, 480), auto=False, scale_fill=True)
+    boxed = letterbox(np.zeros((100, 200, 3), np.uint8), (320, 480), auto=False, scaleFill=True)
     assert boxed.image.shape == (320, 480, 3) and boxed.ratio == (2.4, 3.2) and boxed.pad == (0, 0)
 
 

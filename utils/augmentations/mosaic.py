@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from utils.augmentations.warp import Objects, Warp, draw_warped, translation, warp_objects, warp_points
+from utils.augmentations.warp import draw_warped, translation, warp_labels, warp_points
 from utils.boxes import bbox_ioa
 from utils.images import PAD_COLOUR
 
@@ -21,18 +21,12 @@ MAX_COVERED = 0.30  # a pasted object may hide at most this share of another one
 _SUBPIXEL_BITS = 4
 
 
-class Sample(NamedTuple):
-    """An image and what is on it."""
+class Tile(NamedTuple):
+    """An image with its labels and its place on the canvas."""
 
     image: np.ndarray  # uint8 (h, w, 3) RGB
-    objects: Objects
-
-
-class Tile(NamedTuple):
-    """A sample with its place on the canvas."""
-
-    image: np.ndarray  # uint8 (h, w, 3)
-    objects: Objects  # in the tile's own pixels
+    labels: np.ndarray  # float32 (n, 5) [class, x1, y1, x2, y2] in its own pixels
+    segments: list[np.ndarray]  # n polygons (k, 2) float32, k = 0 where only the box is known; [] where none has one
     x: int  # its left edge on the canvas, px; may be negative
     y: int
 
@@ -88,29 +82,38 @@ def place_nine(sizes_hw: Sequence[tuple[int, int]], size: int, generator: np.ran
     return corners
 
 
-def compose(tiles: Sequence[Tile], warp: Warp, size: int, copy_paste: float, generator: np.random.Generator) -> Sample:
+def compose(
+    tiles: Sequence[Tile],
+    matrix: np.ndarray,
+    gain: float,
+    size: int,
+    copy_paste: float,
+    generator: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
     """Draws tiles of a 2 * size canvas through a warp.
 
     Args:
         tiles: in drawing order.
-        warp: canvas to output.
+        matrix: (3, 3), canvas to output.
+        gain: by how much it enlarges.
         size: side of the output, px.
         copy_paste: share of the objects with a polygon that are pasted, mirrored, onto the canvas's other half.
         generator: chooses those.
 
     Returns:
-        The image (size, size, 3), grey where no tile is, and its objects.
+        The image (size, size, 3), grey where no tile is, and its labels (n, 5).
     """
     side = 2 * size
     output = np.full((size, size, 4), PAD_COLOUR[0], dtype=np.uint8)  # OpenCV warps 4 bytes twice as fast as 3
     for tile in tiles:
-        _draw_tile(tile, warp.matrix, side, output)
-    objects = canvas_objects(tiles, side)
-    pasted = choose_pastes(objects, side, copy_paste, generator)
-    if pasted:
-        _draw_pastes(tiles, objects, pasted, warp.matrix, output)
-        objects = add_mirrored(objects, pasted, side)
-    return Sample(cv2.cvtColor(output, cv2.COLOR_RGBA2RGB), warp_objects(objects, warp, (size, size)))
+        _draw_tile(tile, matrix, side, output)
+    labels, segments = canvas_labels(tiles, side)
+    rows = choose_pastes(labels, segments, side, copy_paste, generator)
+    if rows:
+        _draw_pastes(tiles, segments, rows, matrix, output)
+        labels = np.concatenate([labels, mirrored_labels(labels[rows], side)])
+        segments += [_mirrored_polygon(segments[row], side) for row in rows]
+    return cv2.cvtColor(output, cv2.COLOR_RGBA2RGB), warp_labels(labels, segments, matrix, gain, (size, size))
 
 
 def _draw_tile(tile: Tile, matrix: np.ndarray, side: int, output: np.ndarray) -> None:
@@ -123,52 +126,48 @@ def _draw_tile(tile: Tile, matrix: np.ndarray, side: int, output: np.ndarray) ->
         draw_warped(cv2.cvtColor(shown, cv2.COLOR_RGB2RGBA), matrix @ translation(left, top), output)
 
 
-def canvas_objects(tiles: Sequence[Tile], side: int) -> Objects:
-    """Joins the tiles' objects, moved to their places on a canvas of `side` px and clipped to it."""
-    boxes = [tile.objects.boxes_xyxy_px + np.float32([tile.x, tile.y] * 2) for tile in tiles]
-    polygons: list[np.ndarray] = []
-    if any(tile.objects.polygons for tile in tiles):
-        for tile in tiles:
-            shift = np.float32([tile.x, tile.y])
-            own = tile.objects.polygons or [np.zeros((0, 2), np.float32)] * len(tile.objects.classes)
-            polygons.extend((polygon + shift).clip(0, side) for polygon in own)
-    return Objects(
-        np.concatenate([tile.objects.classes for tile in tiles]),
-        np.concatenate(boxes).clip(0, side),
-        polygons,
+def canvas_labels(tiles: Sequence[Tile], side: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Joins the tiles' labels and polygons, moved to their places on a canvas of `side` px and clipped to it."""
+    labels = np.concatenate([tile.labels for tile in tiles])
+    shifts = np.repeat(
+        np.float32([[tile.x, tile.y] * 2 for tile in tiles]), [len(tile.labels) for tile in tiles], axis=0
     )
+    labels[:, 1:] = (labels[:, 1:] + shifts).clip(0, side)
+    segments: list[np.ndarray] = []
+    if any(tile.segments for tile in tiles):
+        for tile in tiles:
+            own = tile.segments or [np.zeros((0, 2), np.float32)] * len(tile.labels)
+            segments += [(polygon + np.float32([tile.x, tile.y])).clip(0, side) for polygon in own]
+    return labels, segments
 
 
-def choose_pastes(objects: Objects, width: int, probability: float, generator: np.random.Generator) -> list[int]:
+def choose_pastes(
+    labels: np.ndarray, segments: Sequence[np.ndarray], width: int, probability: float, generator: np.random.Generator
+) -> list[int]:
     """Chooses the objects to paste mirrored about the middle of a canvas of `width` px.
 
     Of the objects with a polygon, round(probability * their number) are drawn without replacement; one is taken if
     something of it is on the canvas and its mirrored box hides less than 30 % of every box that is there by then.
 
     Returns:
-        Rows of `objects`.
+        Rows of `labels`.
     """
-    candidates = [row for row, polygon in enumerate(objects.polygons) if len(polygon)]
+    candidates = [row for row, polygon in enumerate(segments) if len(polygon)]
     number = round(probability * len(candidates))
-    boxes_xyxy, taken = objects.boxes_xyxy_px, []
+    present, taken = labels, []
     for row in generator.choice(candidates, number, replace=False) if number else ():
-        x1, y1, x2, y2 = objects.boxes_xyxy_px[row]
-        mirrored = np.float32([width - x2, y1, width - x1, y2])
-        if x2 > x1 and y2 > y1 and (bbox_ioa(mirrored, boxes_xyxy) < MAX_COVERED).all():
-            boxes_xyxy = np.concatenate([boxes_xyxy, mirrored[None]])
+        _, x1, y1, x2, y2 = labels[row]
+        mirrored = mirrored_labels(labels[row : row + 1], width)
+        if x2 > x1 and y2 > y1 and (bbox_ioa(mirrored[0, 1:], present[:, 1:]) < MAX_COVERED).all():
+            present = np.concatenate([present, mirrored])
             taken.append(int(row))
     return taken
 
 
-def add_mirrored(objects: Objects, rows: Sequence[int], width: int) -> Objects:
-    """Appends the mirror images of some objects on a canvas of `width` px."""
-    boxes = objects.boxes_xyxy_px[list(rows)]
-    mirrored = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
-    return Objects(
-        np.concatenate([objects.classes, objects.classes[list(rows)]]),
-        np.concatenate([objects.boxes_xyxy_px, mirrored]),
-        [*objects.polygons, *(_mirrored_polygon(objects.polygons[row], width) for row in rows)],
-    )
+def mirrored_labels(labels: np.ndarray, width: int) -> np.ndarray:
+    """Returns labels (n, 5) mirrored about the middle of a canvas of `width` px."""
+    classes, x1, y1, x2, y2 = labels.T
+    return np.stack([classes, width - x2, y1, width - x1, y2], axis=1)
 
 
 def _mirrored_polygon(polygon: np.ndarray, width: int) -> np.ndarray:
@@ -177,17 +176,17 @@ def _mirrored_polygon(polygon: np.ndarray, width: int) -> np.ndarray:
 
 
 def _draw_pastes(
-    tiles: Sequence[Tile], objects: Objects, rows: Sequence[int], matrix: np.ndarray, output: np.ndarray
+    tiles: Sequence[Tile], segments: Sequence[np.ndarray], rows: Sequence[int], matrix: np.ndarray, output: np.ndarray
 ) -> None:
     """Draws the mirror images of the objects in `rows`: each owner's tile once, through the masks of its objects."""
     side = 2 * len(output)
-    owners = np.repeat(np.arange(len(tiles)), [len(tile.objects.classes) for tile in tiles])
+    owners = np.repeat(np.arange(len(tiles)), [len(tile.labels) for tile in tiles])
     mirror = np.diag([-1.0, 1.0, 1.0])
     mirror[0, 2] = side - 1  # pixel i goes to side - 1 - i
     for owner in sorted({int(owners[row]) for row in rows}):
         mask = np.zeros(output.shape[:2], dtype=np.uint8)
         for row in rows:
-            points, visible = warp_points(_mirrored_polygon(objects.polygons[row], side), matrix)
+            points, visible = warp_points(_mirrored_polygon(segments[row], side), matrix)
             if owners[row] == owner and visible.all():
                 # boxes count from a pixel's edge, masks from its centre
                 fixed_point = np.round((points - 0.5) * 2**_SUBPIXEL_BITS).astype(np.int32)

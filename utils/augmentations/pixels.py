@@ -1,8 +1,8 @@
 """What training does to an image's pixels once its geometry is settled, and the hyperparameters of all augmentation.
 
-Covers: HSV, flips, mixup and the few transforms of Albumentations that run when it is installed. Geometry is in
-`utils.augmentations.warp`, mosaics are in `utils.augmentations.mosaic`. Images are uint8 (h, w, 3) RGB. Everything
-random comes from the generator that is handed in.
+Covers: HSV, flips, mixup, histograms, and the few transforms of Albumentations that run when it is installed. Geometry
+is in `utils.augmentations.warp`, mosaics are in `utils.augmentations.mosaic`. Everything random comes from the
+generator that is handed in; where none is, from a new one that nothing seeds.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ import importlib.metadata
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 
-from utils.augmentations.mosaic import Sample
-from utils.augmentations.warp import Objects
 from utils.log import LOGGER
 
 MIXUP_BETA = 32.0  # both parameters of the Beta distribution that the blend is drawn from
@@ -64,49 +62,56 @@ class AugmentParams:
         values = hyp if isinstance(hyp, Mapping) else vars(hyp)
         return cls(**{field.name: float(values[field.name]) for field in fields(cls) if field.name in values})
 
-
-class PixelDraws(NamedTuple):
-    """What was drawn for one image's pixels."""
-
-    hsv_gains: np.ndarray | None  # (3,), factors of hue, saturation and value
-    flip_ud: bool
-    flip_lr: bool
-    transforms: tuple[tuple[str, int], ...]  # Albumentations' transforms to apply, each with its seed
+    @property
+    def warp(self) -> tuple[float, float, float, float, float]:
+        """The ranges of a warp, in the order in which `random_perspective` takes them."""
+        return self.degrees, self.translate, self.scale, self.shear, self.perspective
 
 
-NO_DRAWS = PixelDraws(None, False, False, ())
-
-
-def draw_pixels(params: AugmentParams, generator: np.random.Generator, albumentations: bool) -> PixelDraws:
-    """Draws what is to happen to an image's pixels; Albumentations comes last, so that it alters no other draw."""
-    ranges = np.array([params.hsv_h, params.hsv_s, params.hsv_v])
-    gains = generator.uniform(-1, 1, 3) * ranges + 1 if ranges.any() else None
-    flip_ud, flip_lr = generator.random() < params.flipud, generator.random() < params.fliplr
-    transforms = ()
-    if albumentations:
-        chances = generator.random(len(ALBUMENTATIONS))
-        names = [name for (name, probability), u in zip(ALBUMENTATIONS, chances, strict=True) if u < probability]
-        transforms = tuple((name, int(generator.integers(2**31))) for name in names)
-    return PixelDraws(gains, flip_ud, flip_lr, transforms)
-
-
-def finish_pixels(image: np.ndarray, draws: PixelDraws) -> np.ndarray:
-    """Applies what was drawn to an image and takes its channels apart: Albumentations, then HSV, then flips.
-
-    Works strip by strip where it can: what is between two steps then stays in the processor's cache, which saves a
-    third of the time.
+def augment_pixels(
+    image: np.ndarray,
+    boxes_xywh_norm: np.ndarray,
+    params: AugmentParams,
+    generator: np.random.Generator,
+    albumentations: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Changes an image's pixels: Albumentations, then HSV, then flips; and takes its channels apart.
 
     Args:
         image: uint8 (h, w, 3) RGB; left as it is.
-        draws: from `draw_pixels`, or NO_DRAWS.
+        boxes_xywh_norm: (n, 4), of the image's sides.
+        params: hyperparameters.
+        generator: draws Albumentations' transforms last, so that they alter no other draw.
+        albumentations: whether they take part.
 
     Returns:
-        uint8 (3, h, w) RGB.
+        The image uint8 (3, h, w) RGB, and the boxes, mirrored with it.
     """
-    for name, seed in draws.transforms:
-        image = albumentations_transform(image, name, seed)
+    gains = draw_gains(params.hsv_h, params.hsv_s, params.hsv_v, generator)
+    flip_ud, flip_lr = generator.random() < params.flipud, generator.random() < params.fliplr
+    if albumentations:
+        chances = generator.random(len(ALBUMENTATIONS))
+        for (name, probability), chance in zip(ALBUMENTATIONS, chances, strict=True):
+            if chance < probability:
+                image = albumentations_transform(image, name, int(generator.integers(2**31)))
+    boxes = boxes_xywh_norm.copy()
+    if flip_ud:
+        boxes[:, 1] = 1 - boxes[:, 1]
+    if flip_lr:
+        boxes[:, 0] = 1 - boxes[:, 0]
+    return to_planes(image, gains, flip_ud, flip_lr), boxes
+
+
+def to_planes(
+    image: np.ndarray, hsv_gains: np.ndarray | None = None, flip_ud: bool = False, flip_lr: bool = False
+) -> np.ndarray:
+    """Returns an image (h, w, 3) RGB as (3, h, w), with its colours changed and mirrored if wanted.
+
+    Works strip by strip: what is between two steps then stays in the processor's cache, which saves a third of the
+    time.
+    """
     height, width = image.shape[:2]
-    tables = None if draws.hsv_gains is None else hsv_tables(draws.hsv_gains)
+    tables = None if hsv_gains is None else hsv_tables(hsv_gains)
     planes = np.empty((3, height, width), dtype=np.uint8)
     rows = max(STRIP_PIXELS // width, 1)
     for top in range(0, height, rows):
@@ -114,21 +119,30 @@ def finish_pixels(image: np.ndarray, draws: PixelDraws) -> np.ndarray:
         bottom = top + len(strip)
         if tables is not None:
             strip = change_hsv(strip, tables)
-        if draws.flip_ud or draws.flip_lr:
-            strip = cv2.flip(strip, _FLIP_CODES[draws.flip_ud, draws.flip_lr])
-        target = planes[:, height - bottom : height - top] if draws.flip_ud else planes[:, top:bottom]
+        if flip_ud or flip_lr:
+            strip = cv2.flip(strip, _FLIP_CODES[flip_ud, flip_lr])
+        target = planes[:, height - bottom : height - top] if flip_ud else planes[:, top:bottom]
         cv2.split(strip, list(target))  # writes into it
     return planes
 
 
-def flip_boxes(boxes_xywh_norm: np.ndarray, flip_ud: bool, flip_lr: bool) -> np.ndarray:
-    """Mirrors normalised boxes (n, 4) as `finish_pixels` mirrors the image."""
-    flipped = boxes_xywh_norm.copy()
-    if flip_ud:
-        flipped[:, 1] = 1 - flipped[:, 1]
-    if flip_lr:
-        flipped[:, 0] = 1 - flipped[:, 0]
-    return flipped
+def augment_hsv(
+    im: np.ndarray,
+    hgain: float = 0.5,
+    sgain: float = 0.5,
+    vgain: float = 0.5,
+    generator: np.random.Generator | None = None,
+) -> None:
+    """Changes hue, saturation and value of an image, uint8 (h, w, 3) BGR, by up to these shares, in place."""
+    gains = draw_gains(hgain, sgain, vgain, generator or np.random.default_rng())
+    if gains is not None:
+        im[:] = change_hsv(im[..., ::-1], hsv_tables(gains))[..., ::-1]
+
+
+def draw_gains(hgain: float, sgain: float, vgain: float, generator: np.random.Generator) -> np.ndarray | None:
+    """Draws the factors (3,) of hue, saturation and value; None where none may change."""
+    ranges = np.array([hgain, sgain, vgain])
+    return generator.uniform(-1, 1, 3) * ranges + 1 if ranges.any() else None
 
 
 def hsv_tables(gains: np.ndarray) -> np.ndarray:
@@ -144,16 +158,27 @@ def change_hsv(image: np.ndarray, tables: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(cv2.merge(changed), cv2.COLOR_HSV2RGB)
 
 
-def mixup(first: Sample, second: Sample, generator: np.random.Generator) -> Sample:
-    """Blends two samples of one size and joins their objects (Zhang et al. 2018, arXiv:1710.09412).
+def mixup(
+    im: np.ndarray,
+    labels: np.ndarray,
+    im2: np.ndarray,
+    labels2: np.ndarray,
+    generator: np.random.Generator | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Blends two images of one size and joins their labels (Zhang et al. 2018, arXiv:1710.09412).
 
     The share is drawn from Beta(32, 32); levels are rounded to the nearest.
     """
-    share = generator.beta(MIXUP_BETA, MIXUP_BETA)
-    blended = cv2.addWeighted(first.image, share, second.image, 1 - share, 0)
-    mine, other = first.objects, second.objects
-    classes = np.concatenate([mine.classes, other.classes])
-    return Sample(blended, Objects(classes, np.concatenate([mine.boxes_xyxy_px, other.boxes_xyxy_px]), []))
+    share = (generator or np.random.default_rng()).beta(MIXUP_BETA, MIXUP_BETA)
+    return cv2.addWeighted(im, share, im2, 1 - share, 0), np.concatenate([labels, labels2])
+
+
+def hist_equalize(im: np.ndarray, clahe: bool = True, bgr: bool = False) -> np.ndarray:
+    """Returns an image (RGB, or BGR with `bgr`) with its brightness spread out, by CLAHE or over the whole image."""
+    forth, back = (cv2.COLOR_BGR2YUV, cv2.COLOR_YUV2BGR) if bgr else (cv2.COLOR_RGB2YUV, cv2.COLOR_YUV2RGB)
+    luma, *chroma = cv2.split(cv2.cvtColor(im, forth))
+    spread = cv2.createCLAHE(2.0, (8, 8)).apply(luma) if clahe else cv2.equalizeHist(luma)
+    return cv2.cvtColor(cv2.merge([spread, *chroma]), back)
 
 
 def albumentations_available(prefix: str = "") -> bool:

@@ -1,50 +1,68 @@
-"""Random perspective: 3x3 matrices, what they do to boxes and polygons, and drawing an image through one.
+"""Random perspective: 3x3 matrices, what they do to labels and polygons, and drawing an image through one.
 
 Each warp is a small function that returns a matrix; their product is applied once, from the source image straight into
-the output. Coordinates are (x, y) in pixels. What is random comes from the generator that is handed in.
+the output. Coordinates are (x, y) in pixels; labels are float32 (n, 5) [class, x1, y1, x2, y2]. What is random comes
+from the generator that is handed in.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
 from utils.boxes import clip_boxes, resample_segments
+from utils.images import PAD_COLOUR
 
 SEGMENT_POINTS = 1000
 MIN_SIDE_PX = 2  # a warped box must be wider and higher than this
 MIN_AREA_SHARE = 0.10  # and keep more than this share of its area
 MIN_AREA_SHARE_SEGMENT = 0.01  # boxes around a warped polygon are tight, so less may be left of them
 MAX_ASPECT = 100
-MIN_DEPTH = 1e-3  # points nearer to the horizon, or behind it, are not in the picture
+MIN_DEPTH = 1e-3  # points nearer to the horizon, or behind it, are not in the image
 
 
-class Objects(NamedTuple):
-    """What is on an image of n objects; in its pixels."""
+def random_perspective(
+    im: np.ndarray,
+    targets: np.ndarray | Sequence = (),
+    segments: Sequence[np.ndarray] = (),
+    degrees: float = 10,
+    translate: float = 0.1,
+    scale: float = 0.1,
+    shear: float = 10,
+    perspective: float = 0.0,
+    border: tuple[int, int] = (0, 0),
+    generator: np.random.Generator | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Warps an image about its centre, with its labels; those of which too little is left are dropped.
 
-    classes: np.ndarray  # (n,) float32
-    boxes_xyxy_px: np.ndarray  # (n, 4) float32
-    polygons: list[np.ndarray]  # n arrays (k, 2) float32, k = 0 where only the box is known; [] where no object has one
+    Args:
+        im: uint8 (h, w, 3); left as it is.
+        targets: (n, 5) labels.
+        segments: n polygons (k, 2) px, k = 0 where only the box is known; or none at all.
+        degrees: largest rotation.
+        translate: largest shift, as a fraction of the sides.
+        scale: largest change of size, as a fraction.
+        shear: largest shear, in degrees.
+        perspective: largest tilt, per pixel.
+        border: (top and bottom, left and right) px by which the output is larger, or with a minus smaller.
+        generator: draws the warp; by default a new one that nothing seeds.
 
-
-class WarpRanges(Protocol):
-    """The hyperparameters that `draw_warp` reads."""
-
-    degrees: float
-    translate: float
-    scale: float
-    shear: float
-    perspective: float
-
-
-class Warp(NamedTuple):
-    """A drawn warp."""
-
-    matrix: np.ndarray  # (3, 3) float64, canvas pixels to output pixels
-    scale: float  # how much it enlarges
+    Returns:
+        The image, and the labels float32 (m, 5).
+    """
+    height, width = im.shape[:2]
+    output_wh = (width + 2 * border[1], height + 2 * border[0])
+    ranges = (degrees, translate, scale, shear, perspective)
+    matrix, gain = random_matrix((width, height), output_wh, *ranges, generator or np.random.default_rng())
+    labels = np.asarray(targets, dtype=np.float32).reshape(-1, 5)
+    if not np.array_equal(matrix, np.eye(3)) or output_wh != (width, height):
+        output = np.full((output_wh[1], output_wh[0], 3), PAD_COLOUR, dtype=np.uint8)
+        draw_warped(im, matrix, output)
+        im = output
+    return im, warp_labels(labels, segments, matrix, gain, output_wh)
 
 
 def translation(x: float, y: float) -> np.ndarray:
@@ -52,7 +70,7 @@ def translation(x: float, y: float) -> np.ndarray:
     return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]], dtype=np.float64)
 
 
-def perspective(x: float, y: float) -> np.ndarray:
+def tilting(x: float, y: float) -> np.ndarray:
     """Returns the matrix (3, 3) that divides by 1 + x * px + y * py."""
     return np.array([[1, 0, 0], [0, 1, 0], [x, y, 1]], dtype=np.float64)
 
@@ -63,33 +81,43 @@ def rotation(degrees: float, scale: float) -> np.ndarray:
     return np.array([[cosine, sine, 0], [-sine, cosine, 0], [0, 0, 1]], dtype=np.float64)
 
 
-def shear(x_degrees: float, y_degrees: float) -> np.ndarray:
+def shearing(x_degrees: float, y_degrees: float) -> np.ndarray:
     """Returns the matrix (3, 3) that shears along x and along y."""
     x_slope, y_slope = math.tan(math.radians(x_degrees)), math.tan(math.radians(y_degrees))
     return np.array([[1, x_slope, 0], [y_slope, 1, 0], [0, 0, 1]], dtype=np.float64)
 
 
-def draw_warp(
-    ranges: WarpRanges, canvas_wh: tuple[int, int], output_wh: tuple[int, int], generator: np.random.Generator
-) -> Warp:
+def random_matrix(
+    canvas_wh: tuple[int, int],
+    output_wh: tuple[int, int],
+    degrees: float,
+    translate: float,
+    scale: float,
+    shear: float,
+    perspective: float,
+    generator: np.random.Generator,
+) -> tuple[np.ndarray, float]:
     """Draws a warp of a canvas about its centre, into an output of its own size.
 
     Each parameter is uniform: perspective within +-p, angle and shears within +-degrees, scale within 1 +- scale, and
     the canvas's centre falls within 0.5 +- translate of the output's sides.
+
+    Returns:
+        The matrix (3, 3) float64, canvas pixels to output pixels, and by how much it enlarges.
     """
-    tilt_x, tilt_y = generator.uniform(-ranges.perspective, ranges.perspective, 2)
-    angle = generator.uniform(-ranges.degrees, ranges.degrees)
-    scale = generator.uniform(1 - ranges.scale, 1 + ranges.scale)
-    shear_x, shear_y = generator.uniform(-ranges.shear, ranges.shear, 2)
-    x_share, y_share = generator.uniform(0.5 - ranges.translate, 0.5 + ranges.translate, 2)
+    tilt_x, tilt_y = generator.uniform(-perspective, perspective, 2)
+    angle = generator.uniform(-degrees, degrees)
+    gain = generator.uniform(1 - scale, 1 + scale)
+    shear_x, shear_y = generator.uniform(-shear, shear, 2)
+    x_share, y_share = generator.uniform(0.5 - translate, 0.5 + translate, 2)
     matrix = (
         translation(x_share * output_wh[0], y_share * output_wh[1])
-        @ shear(shear_x, shear_y)
-        @ rotation(angle, scale)
-        @ perspective(tilt_x, tilt_y)
+        @ shearing(shear_x, shear_y)
+        @ rotation(angle, gain)
+        @ tilting(tilt_x, tilt_y)
         @ translation(-canvas_wh[0] / 2, -canvas_wh[1] / 2)
     )
-    return Warp(matrix, scale)
+    return matrix, gain
 
 
 def warp_points(points: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -104,36 +132,38 @@ def warp_points(points: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.
     return homogeneous[:, :2] / np.where(visible, depth, 1)[:, None], visible
 
 
-def warp_objects(objects: Objects, warp: Warp, output_wh: tuple[int, int]) -> Objects:
-    """Takes objects through a warp and keeps those of which enough is left in the output.
+def warp_labels(
+    labels: np.ndarray, segments: Sequence[np.ndarray], matrix: np.ndarray, gain: float, output_wh: tuple[int, int]
+) -> np.ndarray:
+    """Takes labels (n, 5) through a warp and keeps those of which enough is left in the output.
 
     A box becomes the box around its four warped corners; where an object has a polygon, the box around those of its
-    points (resampled to 1000) that fall into the output, which is tighter. Polygons are not returned.
+    points (resampled to 1000) that fall into the output, which is tighter.
+
+    Args:
+        labels: float32 (n, 5) in pixels of the canvas.
+        segments: n polygons (k, 2), k = 0 where only the box is known; or none at all.
+        matrix: (3, 3), canvas to output.
+        gain: by how much it enlarges.
+        output_wh: size of the output, px.
     """
-    count = len(objects.classes)
-    if not count:
-        return objects._replace(polygons=[])
-    width, height = output_wh
-    corners = objects.boxes_xyxy_px[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2)
-    points, visible = warp_points(corners, warp.matrix)
-    points = points.reshape(count, 4, 2)
+    if not len(labels):
+        return labels
+    boxes = labels[:, 1:]
+    points, visible = warp_points(boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2), matrix)
+    points = points.reshape(-1, 4, 2)
     warped = np.concatenate([points.min(axis=1), points.max(axis=1)], axis=1)
-    warped[~visible.reshape(count, 4).all(axis=1)] = 0
-    warped = clip_boxes(warped, (height, width))
-    min_share = np.full(count, MIN_AREA_SHARE)
-    for row, polygon in enumerate(objects.polygons):
+    warped[~visible.reshape(-1, 4).all(axis=1)] = 0
+    warped = clip_boxes(warped, output_wh[::-1])
+    min_share = np.full(len(labels), MIN_AREA_SHARE)
+    for row, polygon in enumerate(segments):
         if len(polygon):
-            warped[row] = _box_around_visible(polygon, warp.matrix, output_wh)
+            points, visible = warp_points(resample_segments([polygon], SEGMENT_POINTS)[0], matrix)
+            points = points[visible & (points >= 0).all(axis=1) & (points <= output_wh).all(axis=1)]
+            warped[row] = [*points.min(axis=0), *points.max(axis=0)] if len(points) else 0
             min_share[row] = MIN_AREA_SHARE_SEGMENT
-    keep = box_candidates(objects.boxes_xyxy_px * warp.scale, warped, min_share)
-    return Objects(objects.classes[keep], warped[keep].astype(np.float32), [])
-
-
-def _box_around_visible(polygon: np.ndarray, matrix: np.ndarray, output_wh: tuple[int, int]) -> np.ndarray:
-    """Box (4,) around the warped polygon's (k, 2) points within the output; zeros where there are none."""
-    points, visible = warp_points(resample_segments([polygon], SEGMENT_POINTS)[0], matrix)
-    points = points[visible & (points >= 0).all(axis=1) & (points <= output_wh).all(axis=1)]
-    return np.concatenate([points.min(axis=0), points.max(axis=0)]) if len(points) else np.zeros(4)
+    keep = box_candidates(boxes * gain, warped, min_share)
+    return np.concatenate([labels[keep, :1], warped[keep].astype(np.float32)], axis=1)
 
 
 def box_candidates(before_xyxy: np.ndarray, after_xyxy: np.ndarray, min_area_share: np.ndarray | float) -> np.ndarray:

@@ -7,13 +7,10 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "utils.augmentations": ("letterbox",),
-    "utils.dataloaders.paths": ("autosplit",),
-    "utils.dataloaders.scripts": (
-        *("InfiniteDataLoader", "LoadImagesAndLabels", "create_dataloader"),
-        *("exif_size", "exif_transpose", "img2label_paths"),
-    ),
-    "utils.images": ("IMG_FORMATS", "VID_FORMATS"),
+    "utils.images": ("IMG_FORMATS", "VID_FORMATS", "exif_size", "exif_transpose", "letterbox"),
+    "utils.dataloaders.paths": ("autosplit", "img2label_paths"),
+    "utils.dataloaders.dataset": ("LoadImagesAndLabels",),
+    "utils.dataloaders.loader": ("InfiniteDataLoader", "create_dataloader"),
     "utils.media.sources": ("LoadImages", "LoadScreenshots", "LoadStreams", "LoadWebcam"),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)

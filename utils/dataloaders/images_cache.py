@@ -60,10 +60,10 @@ class ImageFiles:
     pixels, as detection does.
     """
 
-    def __init__(self, table: LabelTable, imgsz: int | tuple[int, int], augment: bool) -> None:
+    def __init__(self, table: LabelTable, imgsz: int | tuple[int, int] | None, augment: bool) -> None:
         """Reads the images of `table` with their long sides at `imgsz` px, the training way if `augment`.
 
-        For evaluation `imgsz` may be (height, width) that the images are scaled to fit.
+        For evaluation `imgsz` may be (height, width) that the images are scaled to fit, or None for full size.
         """
         self.table = table
         self.imgsz = imgsz
@@ -75,7 +75,8 @@ class ImageFiles:
 
     def size_wh(self, index: int) -> tuple[int, int]:
         """Returns the (width, height) that `read` gives image `index`."""
-        return resized_wh(self.table.sizes_wh[index].tolist(), self.imgsz)
+        size_wh = tuple(self.table.sizes_wh[index].tolist())
+        return size_wh if self.imgsz is None else resized_wh(size_wh, self.imgsz)
 
     def read(self, index: int) -> np.ndarray:
         """Returns image `index`, uint8 (h, w, 3) RGB, read-only.

@@ -1,4 +1,4 @@
-"""Batches: worker processes, how items are joined (`--quad` included), and full-size images for tiled evaluation.
+"""Batches: `create_dataloader`, worker processes, and how items are joined (`--quad` included).
 
 A loader's batches depend on (seed, epoch) alone, whatever the number of workers; resuming at an epoch's beginning takes
 no more than `set_epoch`.
@@ -6,23 +6,24 @@ no more than `set_epoch`.
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from torch import distributed
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from utils.dataloaders.dataset import DetectionDataset, Item, ShapeInfo
-from utils.dataloaders.images_cache import ImageFiles
+from utils.dataloaders.dataset import Item, LoadImagesAndLabels, ShapeInfo
+from utils.dataloaders.images_cache import Machine
 from utils.dataloaders.labels import LabelTable
 from utils.dataloaders.sampling import SampleKey, Shard, Stream, keyed_generator
 from utils.errors import UserError
@@ -37,111 +38,61 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # uint8 (B, 3, H, W) RGB
     targets: torch.Tensor  # float32 (M, 6): image's number in the batch, class, x, y, w, h in 0 to 1
-    paths: list[str]
-    shapes: list[ShapeInfo | None]
+    paths: tuple[str, ...]
+    shapes: tuple[ShapeInfo | None, ...]
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A user's mistake found in a worker process; sent in place of a batch, since an exception would lose its form."""
+class BatchKeys(Sampler[list[SampleKey]]):
+    """Yields the keys of each batch of an epoch, shuffled or in the data set's order; of several processes, its part.
 
-    message: str
+    Attributes:
+        epoch: of the next iteration.
+    """
 
-
-class EpochSampler(Sampler[SampleKey]):
-    """Yields the keys of one epoch, shuffled or in the data set's order."""
-
-    def __init__(self, dataset: DetectionDataset, shuffle: bool) -> None:
-        """Starts at epoch 0."""
-        self.dataset = dataset
-        self.shuffle = shuffle
+    def __init__(self, dataset: LoadImagesAndLabels, shuffle: bool, shard: Shard, unit: int) -> None:
+        """Takes the data set, this process's place among those that share batches, and groups that stay together."""
+        self.dataset, self.shuffle, self.shard, self.unit = dataset, shuffle, shard, unit
         self.epoch = 0
 
     def __len__(self) -> int:
-        """Returns the number of keys in an epoch."""
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[SampleKey]:
-        """Yields the keys of `epoch` as it is now."""
-        order = self.dataset.order(self.epoch) if self.shuffle else np.arange(len(self.dataset))
-        for position, index in enumerate(order.tolist()):
-            yield SampleKey(self.epoch, position, index)
-
-
-class ShareSampler(Sampler[list[SampleKey]]):
-    """Cuts the keys of an epoch into batches and yields one process's part of each."""
-
-    def __init__(self, keys: EpochSampler, batch_size: int, share: Shard, unit: int) -> None:
-        """Takes the keys of all processes, the size of their common batches, and groups that stay together."""
-        self.keys = keys
-        self.batch_size = batch_size
-        self.share = share
-        self.unit = unit
-
-    def __len__(self) -> int:
         """Returns the number of batches; the last may be short."""
-        return -(-len(self.keys) // self.batch_size)
+        return -(-len(self.dataset) // self.dataset.batch_size)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        """Yields the keys of each batch."""
-        keys = iter(self.keys)
-        while batch := list(itertools.islice(keys, self.batch_size)):
-            part = self.share.of(len(batch), self.unit)
-            yield batch[part.start : part.stop]
+        """Yields the keys of `epoch` as it is now, not as it is when the first of them is asked for."""
+        return self._of(self.epoch)
+
+    def _of(self, epoch: int) -> Iterator[list[SampleKey]]:
+        order = self.dataset.order(epoch) if self.shuffle else np.arange(len(self.dataset))
+        for start in range(0, len(order), self.dataset.batch_size):
+            indices = order[start : start + self.dataset.batch_size].tolist()
+            part = self.shard.of(len(indices), self.unit)
+            yield [SampleKey(epoch, start + place, indices[place]) for place in range(part.start, part.stop)]
 
 
-class GuardedDataset(Dataset):
-    """Turns a user's mistakes into values that can leave a worker process."""
+class BatchMaker(Dataset):
+    """Makes whole batches. A user's mistake is returned: raised in a worker, it would arrive with its traceback."""
 
-    def __init__(self, dataset: DetectionDataset) -> None:
-        """Wraps `dataset`."""
-        self.dataset = dataset
+    def __init__(self, dataset: LoadImagesAndLabels, quad: bool) -> None:
+        """Takes the data set; `quad` makes one image, twice as large, of each four (`quad_items`)."""
+        self.dataset, self.quad = dataset, quad
 
-    def __len__(self) -> int:
-        """Returns the number of images."""
-        return len(self.dataset)
-
-    def __getitem__(self, key: SampleKey) -> Item:
-        """Returns the item of a key."""
-        return self.dataset[key]
-
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[Item] | Failure:
-        """Returns the items of a batch."""
+    def __getitem__(self, keys: Sequence[SampleKey]) -> Batch | UserError:
+        """Returns the batch of some keys."""
         try:
-            return [self.dataset[key] for key in keys]
+            items = [self.dataset[key] for key in keys]
         except UserError as error:
-            return Failure(str(error))
-
-
-@dataclass(frozen=True)
-class Collate:
-    """Joins items to a batch.
-
-    Attributes:
-        seed: the run's seed.
-        quad: make one image, twice as large, of each four; see `quad_items`.
-    """
-
-    seed: int
-    quad: bool = False
-
-    def __call__(self, items: list[Item] | Failure) -> Batch | Failure:
-        """Returns the batch; a failure passes."""
-        if isinstance(items, Failure):
-            return items
-        return join_items(quad_items(items, self.seed) if self.quad else items)
+            return error
+        return join_items(quad_items(items, keys, self.dataset.seed) if self.quad else items)
 
 
 def join_items(items: Sequence[Item]) -> Batch:
     """Stacks images, and joins targets with the image's number in column 0."""
-    targets = torch.cat([item.targets for item in items])
-    counts = torch.tensor([len(item.targets) for item in items])
-    targets[:, 0] = torch.repeat_interleave(torch.arange(len(items)), counts)
-    images = default_collate([item.image for item in items])  # into shared memory when in a worker
-    return Batch(images, targets, [item.path for item in items], [item.shape for item in items])
+    _, targets, paths, shapes = LoadImagesAndLabels.collate_fn(items)
+    return Batch(default_collate([item.image for item in items]), targets, paths, shapes)
 
 
-def quad_items(items: Sequence[Item], seed: int) -> list[Item]:
+def quad_items(items: Sequence[Item], keys: Sequence[SampleKey], seed: int) -> list[Item]:
     """Makes one item, twice as high and wide, of each four.
 
     One time in two it is the first of the four enlarged, else all four: the first two on the left, one above the
@@ -150,7 +101,7 @@ def quad_items(items: Sequence[Item], seed: int) -> list[Item]:
     joined = []
     for start in range(0, len(items), QUAD):
         group = items[start : start + QUAD]
-        generator = keyed_generator(Stream.QUAD, seed, group[0].key.epoch, group[0].key.position)
+        generator = keyed_generator(Stream.QUAD, seed, keys[start].epoch, keys[start].position)
         if generator.random() < QUAD_ENLARGE_PROBABILITY:
             joined.append(enlarge_item(group[0]))
         else:
@@ -161,7 +112,7 @@ def quad_items(items: Sequence[Item], seed: int) -> list[Item]:
 def enlarge_item(item: Item) -> Item:
     """Doubles an item's sides, bilinear."""
     enlarged = interpolate(item.image[None].float(), scale_factor=2.0, mode="bilinear", align_corners=False)[0]
-    return item._replace(image=enlarged.round().to(torch.uint8), shape=None)
+    return item._replace(image=enlarged.round().to(torch.uint8), shapes=None)
 
 
 def tile_items(items: Sequence[Item]) -> Item:
@@ -173,7 +124,11 @@ def tile_items(items: Sequence[Item]) -> Item:
         moved[:, 2:4] += torch.tensor([column, row])
         moved[:, 2:] *= 0.5
         targets.append(moved)
-    return items[0]._replace(image=torch.cat([left, right], dim=2), targets=torch.cat(targets), shape=None)
+    return items[0]._replace(image=torch.cat([left, right], dim=2), targets=torch.cat(targets), shapes=None)
+
+
+def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
+    return batch
 
 
 def _start_worker(worker_id: int) -> None:
@@ -190,45 +145,58 @@ def _tell_error(kind: type[BaseException], error: BaseException, traceback: Trac
         sys.__excepthook__(kind, error, traceback)
 
 
-def _received(batches: Iterator[Batch | Failure]) -> Iterator[Batch | Failure]:
-    """Yields what workers hand over; one that is killed meanwhile shows as a lost connection."""
-    try:
-        yield from batches
-    except (ConnectionError, EOFError, FileNotFoundError) as error:
-        raise RuntimeError("DataLoader worker exited unexpectedly while it handed over a batch") from error
-
-
 class DetectionLoader:
-    """Batches of a data set, epoch by epoch; its workers live on from one epoch to the next."""
+    """Batches of a data set, epoch by epoch; its workers live on from one epoch to the next.
+
+    Attributes:
+        dataset: what they are made of.
+        workers: its processes.
+        epoch: of the next iteration; each iteration counts on.
+    """
 
     def __init__(
-        self, dataset: DetectionDataset, *, workers: int, shuffle: bool, quad: bool, share: Shard | None = None
+        self,
+        dataset: LoadImagesAndLabels,
+        *,
+        workers: int,
+        shuffle: bool = False,
+        quad: bool = False,
+        shard: Shard | None = None,
     ) -> None:
-        """See `create_loader`."""
+        """See `create_dataloader`."""
         self.dataset = dataset
         self.workers = workers
-        self.sampler = EpochSampler(dataset, shuffle)
-        self.batches = ShareSampler(self.sampler, dataset.batch_size, share or Shard(), QUAD if quad else 1)
-        self.collate = Collate(dataset.seed, quad)
+        self.keys = BatchKeys(dataset, shuffle, shard or Shard(), QUAD if quad else 1)
+        self._quad = quad
         self._loader: DataLoader | None = None
-        self._ahead: Iterator[Batch | Failure] | None = None  # of an iteration that was started but not entered yet
-
-    @property
-    def batch_size(self) -> int:
-        """Items in a batch of all processes; with `quad` a batch's images are a quarter of them."""
-        return self.dataset.batch_size
+        self._ahead: Iterator[Batch | UserError] | None = None  # of `epoch`, started but not entered yet
 
     def __len__(self) -> int:
         """Returns the number of batches; the last may be short."""
-        return len(self.batches)
+        return len(self.keys)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next iteration is of."""
+        return self.keys.epoch
+
+    @property
+    def shuffle(self) -> bool:
+        """Whether each epoch has an order of its own."""
+        return self.keys.shuffle
+
+    @property
+    def sampler(self) -> DetectionLoader:
+        """What has `set_epoch`, as torch's distributed sampler: the loader itself."""
+        return self
 
     def owns(self, index: int) -> bool:
         """Tells whether this process answers for the images of batch `index`, or stands in on another's."""
-        count = min(self.batch_size, len(self.dataset) - index * self.batch_size)
-        return self.batches.share.of(count, self.batches.unit).own
+        size = self.dataset.batch_size
+        return self.keys.shard.of(min(size, len(self.dataset) - index * size), self.keys.unit).own
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches of the epoch that was set.
+        """Yields the batches of `epoch`; the next iteration is of the next one.
 
         Raises:
             UserError: an image is gone or was damaged since the labels were read.
@@ -236,143 +204,149 @@ class DetectionLoader:
         """
         self.start()
         batches, self._ahead = self._ahead, None
-        for batch in _received(batches):
-            if isinstance(batch, Failure):
-                raise UserError(batch.message)
-            yield batch
+        self.keys.epoch += 1
+        return self._received(batches)
 
     def start(self) -> DetectionLoader:
-        """Lets the workers begin with the epoch that was set, ahead of its iteration; returns the loader."""
-        if self._loader is None:
-            self._loader = self._make_loader()
-        if self._ahead is None:
-            with defer_signals():  # it may start processes
+        """Lets the workers begin with `epoch`, ahead of its iteration; returns the loader."""
+        with defer_signals():  # it may start processes
+            if self._loader is None:
+                self._loader = self._make_loader()
+            if self._ahead is None:
                 self._ahead = iter(self._loader)
         return self
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch the next iteration is of."""
-        if epoch != self.sampler.epoch:
+        if epoch != self.epoch:
             self._ahead = None
-        self.sampler.epoch = epoch
+        self.keys.epoch = epoch
 
     def set_image_weights(self, weights: np.ndarray) -> None:
         """Draws the coming epochs' images with replacement, by `weights` (N,); starts the workers anew."""
-        self.drop_workers()
+        self.close()
         self.dataset.set_image_weights(weights)
 
-    def drop_workers(self) -> None:
+    def close(self) -> None:
         """Ends the worker processes; another iteration starts new ones."""
         with defer_signals():
             self._loader = self._ahead = None
 
-    close = drop_workers
-
     def _make_loader(self) -> DataLoader:
         """Makes torch's loader. Its own generator serves worker seeds that nothing here reads."""
         return DataLoader(
-            GuardedDataset(self.dataset),
-            batch_sampler=self.batches,
+            BatchMaker(self.dataset, self._quad),
+            batch_size=None,  # an item is a batch
+            sampler=self.keys,
             num_workers=self.workers,
-            collate_fn=self.collate,
+            collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_initialized(),  # as where this process computes on a GPU, not where there is one
             worker_init_fn=_start_worker,
             generator=torch.Generator().manual_seed(self.dataset.seed),
             persistent_workers=self.workers > 0,
         )
 
+    @staticmethod
+    def _received(batches: Iterator[Batch | UserError]) -> Iterator[Batch]:
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # a worker was killed handing over a batch
+            raise RuntimeError("DataLoader worker exited unexpectedly while it handed over a batch") from error
 
-def create_loader(
-    dataset: DetectionDataset,
+
+@contextlib.contextmanager
+def torch_distributed_zero_first(local_rank: int) -> Iterator[None]:
+    """Lets the first process of a machine through the block before the others; alone (-1) it changes nothing."""
+    if local_rank not in (-1, 0):
+        distributed.barrier()
+    yield
+    if local_rank == 0:
+        distributed.barrier()
+
+
+def create_dataloader(
+    path: LabelTable | str | Path | Sequence[str | Path],
+    imgsz: int | tuple[int, int],
     batch_size: int,
-    *,
-    workers: int,
-    shuffle: bool,
-    seed: int | None = None,
+    stride: int,
+    single_cls: bool = False,
+    hyp: Mapping[str, float] | Any = None,
+    augment: bool = False,
+    cache: bool | str | None = False,
+    pad: float = 0.0,
+    rect: bool = False,
+    rank: int = -1,
+    workers: int = 8,
+    image_weights: bool = False,
     quad: bool = False,
-    share: Shard | None = None,
+    prefix: str = "",
+    shuffle: bool = False,
+    seed: int = 0,
+    *,
+    shard: Shard | None = None,
+    machine: Machine | None = None,
     neighbours: int = 1,
-) -> DetectionLoader:
-    """Makes the loader of a data set.
+) -> tuple[DetectionLoader, LoadImagesAndLabels]:
+    """Makes a data set and its loader.
 
     Args:
-        dataset: of N images.
-        batch_size: the data set's own, over all processes; more than N counts as N.
+        path, imgsz, batch_size, stride, single_cls, hyp, augment, cache, pad, rect, image_weights, prefix, seed,
+            machine: see `LoadImagesAndLabels`.
+        rank: this process among several that torch.distributed knows, -1 alone; `batch_size` is then each one's.
         workers: processes wanted; at most the machine's cores and the batch size are started, none for batches of 1.
-        shuffle: draw a new order each epoch; a data set with `rect` keeps its order.
-        seed: the data set's own, which is the default.
         quad: join each four images to one of twice the size (`--quad`); batches have a quarter of the images.
-        share: which part of every batch to load; all of it if None.
+        shuffle: draw a new order each epoch; with `rect` the order stays.
+        shard: in place of `rank`, which part of every batch of `batch_size` images is this process's.
         neighbours: how many processes with loaders of their own share the machine's cores.
 
     Raises:
-        ValueError: the batch size or the seed is not the data set's.
+        UserError: see `LoadImagesAndLabels`; or a rank before torch.distributed was started.
     """
-    batch_size = max(min(batch_size, len(dataset)), 1)
-    if batch_size != dataset.batch_size:
-        raise ValueError(f"batch size {batch_size}, but the data set was made for batches of {dataset.batch_size}")
-    if seed is not None and seed != dataset.seed:
-        raise ValueError(f"seed {seed}, but the data set was made with seed {dataset.seed}")
-    share = share or Shard()
-    images = -(-batch_size // share.size)
+    if rank != -1:
+        if not distributed.is_initialized():
+            raise UserError(f"create_dataloader: rank={rank}, but torch.distributed.init_process_group was not called.")
+        shard = Shard(distributed.get_rank(), distributed.get_world_size())
+        batch_size *= shard.size
+    shard = shard or Shard()
+    with torch_distributed_zero_first(rank):  # the first writes the label cache, the others read it
+        dataset = LoadImagesAndLabels(
+            path,
+            imgsz,
+            batch_size,
+            augment,
+            hyp,
+            rect,
+            image_weights,
+            cache,
+            single_cls,
+            stride,
+            pad,
+            prefix,
+            seed,
+            machine,
+        )
+    images = -(-dataset.batch_size // shard.size)
     workers = min(max((os.cpu_count() or 1) // neighbours, 1), images if images > 1 else 0, workers)
-    return DetectionLoader(dataset, workers=workers, shuffle=shuffle and not dataset.rect, quad=quad, share=share)
-
-
-class FullSizeFiles(ImageFiles):
-    """The image files themselves, decoded at each call, never resized."""
-
-    def __init__(self, table: LabelTable) -> None:
-        """Reads the images of `table`."""
-        super().__init__(table, int(table.sizes_wh.max(initial=1)), augment=False)
-
-    def size_wh(self, index: int) -> tuple[int, int]:
-        """Returns the (width, height) of image `index`."""
-        width, height = self.table.sizes_wh[index].tolist()
-        return width, height
-
-
-class FullSizeDataset(Dataset):
-    """Whole pictures with their boxes, in the table's order.
-
-    Attributes:
-        table: images and labels.
-        batch_size: 1, since pictures differ in size.
-        seed: of no effect, as nothing is random.
-    """
-
-    batch_size = 1
-    seed = 0
-
-    def __init__(self, table: LabelTable) -> None:
-        """Makes a data set of N images."""
-        self.table = table
-        self._files = FullSizeFiles(table)
-
-    def __len__(self) -> int:
-        """Returns N."""
-        return len(self.table)
-
-    def __getitem__(self, key: SampleKey) -> Item:
-        """Returns the item of a key.
-
-        Raises:
-            UserError: an image is gone or was damaged since the labels were read.
-        """
-        image = self._files.read(key.index)
-        labels = self.table.labels(key.index)
-        targets = np.concatenate((np.zeros((len(labels), 1), np.float32), labels), 1)
-        planes = np.ascontiguousarray(image.transpose(2, 0, 1))
-        shape = ShapeInfo(image.shape[:2], (1.0, 1.0), (0.0, 0.0))
-        return Item(torch.from_numpy(planes), torch.from_numpy(targets), self.table.image_paths[key.index], shape, key)
+    shuffle = (shuffle or image_weights) and not dataset.rect
+    return DetectionLoader(dataset, workers=workers, shuffle=shuffle, quad=quad, shard=shard), dataset
 
 
 def full_size_loader(table: LabelTable, workers: int) -> DetectionLoader:
-    """Makes a loader whose batches are single pictures (1, 3, h, w), each in its own size.
+    """Makes a loader whose batches are single images (1, 3, h, w), each in its own size, for tiled evaluation.
 
     Args:
         table: images and labels.
         workers: processes wanted; at most the machine's cores are started.
     """
-    workers = min(os.cpu_count() or 1, workers)
-    return DetectionLoader(FullSizeDataset(table), workers=workers, shuffle=False, quad=False)
+    return DetectionLoader(LoadImagesAndLabels(table, None, batch_size=1), workers=min(os.cpu_count() or 1, workers))
+
+
+class InfiniteDataLoader(DataLoader):
+    """torch's loader, whose workers live on from one epoch to the next."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the arguments of `torch.utils.data.DataLoader`."""
+        super().__init__(*args, **{"persistent_workers": kwargs.get("num_workers", 0) > 0, **kwargs})

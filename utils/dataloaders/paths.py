@@ -154,6 +154,11 @@ def image_to_label_path(path: str | Path, sep: str = os.sep) -> str:
     return f"{head}{sep}labels{sep}{tail}.txt" if marker else f"{stem}.txt"
 
 
+def img2label_paths(img_paths: Sequence[str]) -> list[str]:
+    """Returns the label file of each image."""
+    return [image_to_label_path(path) for path in img_paths]
+
+
 def autosplit(
     path: str | Path,
     weights: Sequence[float] = (0.9, 0.1, 0.0),

@@ -267,7 +267,7 @@ def _native_records(batch: Any, found: Sequence[np.ndarray]) -> Iterator[ImageRe
     targets = batch.targets.numpy()
     padded_hw = tuple(batch.images.shape[2:])
     for index, (path, shape, detections) in enumerate(zip(batch.paths, batch.shapes, found, strict=True)):
-        image_hw, *ratio_pad = shape
+        image_hw, ratio_pad = shape
         mine = targets[targets[:, 0] == index]
         labels_xyxy = xywhn2xyxy(mine[:, 2:6], w=padded_hw[1], h=padded_hw[0])
         labels = np.concatenate((mine[:, 1:2], scale_boxes(padded_hw, labels_xyxy, image_hw, ratio_pad)), 1)

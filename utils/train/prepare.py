@@ -18,12 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.augmentations.pixels import AugmentParams
 from utils.autobatch import autobatch
 from utils.dataloaders.config import SPLITS, DataSpec
-from utils.dataloaders.dataset import DetectionDataset
 from utils.dataloaders.labels import load_labels
-from utils.dataloaders.loader import QUAD, create_loader
+from utils.dataloaders.loader import QUAD, create_dataloader
 from utils.devices import resolve_amp
 from utils.downloads import file_name_of
 from utils.errors import UserError, round_up
@@ -209,41 +207,36 @@ def build_loaders(spec: DataSpec, stride: int, hyp: Hyp, config: TrainConfig, wo
     Raises:
         UserError: no images, no labels, or labels that are wrong.
     """
-    batch_size, sharing = config.batch_size, {"workers": config.workers, "neighbours": world.local_size}
+    batch_size = config.batch_size
+    loading = {"workers": config.workers, "neighbours": world.local_size, "seed": config.seed}
     with world.rank_zero_first():
         table = load_labels(spec.train, spec, config.single_cls, config.workers, prefix="train: ")
         if world.is_main:
             val_table = load_labels(spec.val, spec, config.single_cls, config.workers, prefix="val: ")
     with world.rank_zero_first():
-        dataset = DetectionDataset(
+        train, _ = create_dataloader(
             table,
             config.imgsz,
-            augment=AugmentParams.from_hyp(hyp),
-            rect=config.rect,
-            batch_size=batch_size,
-            stride=stride,
-            seed=config.seed,
+            batch_size,
+            stride,
+            hyp=hyp,
+            augment=True,
             cache=config.cache if config.cache != "val" else None,
+            rect=config.rect,
+            quad=config.quad,
+            shuffle=True,
+            shard=world.share,
             machine=world,
+            **loading,
         )
     if config.rect:
         LOGGER.warning("WARNING: --rect keeps the images in the order of their shapes: no shuffling, no mosaic")
-    train = create_loader(dataset, batch_size, shuffle=True, quad=config.quad, share=world.share, **sharing)
     if not world.is_main:
         return Loaders(train, None, config.imgsz, stride, {}, {})
-    cache = "ram" if config.cache == "val" else config.cache
-    val_dataset = DetectionDataset(
-        val_table,
-        config.imgsz,
-        augment=None,
-        rect=True,
-        batch_size=2 * batch_size,
-        stride=stride,
-        pad=VAL_PAD,
-        seed=config.seed,
-        cache=None if config.noval else cache,
+    cache = None if config.noval else "ram" if config.cache == "val" else config.cache
+    val, _ = create_dataloader(
+        val_table, config.imgsz, 2 * batch_size, stride, cache=cache, pad=VAL_PAD, rect=True, **loading
     )
-    val = create_loader(val_dataset, 2 * batch_size, shuffle=False, **sharing)
     record = dataset_record(spec, {"train": table, "val": val_table})
     return Loaders(train, val, config.imgsz, stride, final_keywords(spec), record)
 

@@ -1,4 +1,4 @@
-"""Augmented boxes: in the picture, corners in order, each with its own class, and round what they were drawn round.
+"""Augmented boxes: in the image, corners in order, each with its own class, and round what they were drawn round.
 
 Every object has a class of its own, so that one which got another's class, or another's place, is noticed.
 """
@@ -9,14 +9,12 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.augmentations import mixup as mixup_of_yolov5
 from utils.augmentations import pixels as augment
 from utils.augmentations import random_perspective
-from utils.augmentations.mosaic import Sample, Tile, compose, place_four, place_nine
-from utils.augmentations.pixels import AugmentParams, PixelDraws, finish_pixels, flip_boxes, mixup
-from utils.augmentations.warp import Objects, draw_warp
-from utils.dataloaders.dataset import DetectionDataset
-from utils.dataloaders.sampling import SampleKey
+from utils.augmentations.mosaic import Tile, compose, place_four, place_nine
+from utils.augmentations.pixels import AugmentParams, augment_pixels
+from utils.augmentations.warp import random_matrix
+from utils.dataloaders.dataset import LoadImagesAndLabels
 
 SIZE = 96
 seeds = st.integers(0, 2**31)
@@ -32,24 +30,22 @@ any_warp = st.builds(
 rigid_warp = st.builds(AugmentParams, degrees=st.floats(0, 180), translate=shares, scale=st.floats(0, 0.9))
 
 
-def some_objects(generator, width, height, first_class, polygons=False):
-    """Up to five objects within width x height px, of the classes `first_class` and following."""
-    count = int(generator.integers(0, 6))
-    corners = np.sort(generator.uniform(0, 1, (count, 2, 2)), axis=1) * [width, height]
-    boxes = corners.reshape(count, 4).astype(np.float32)
-    outlines = [np.float32([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]) for x1, y1, x2, y2 in boxes] if polygons else []
-    return Objects(np.arange(first_class, first_class + count, dtype=np.float32), boxes, outlines)
+def some_labels(generator, width, height, first_class):
+    """Labels (n, 5) of up to five objects within width x height px, of the classes `first_class` and following."""
+    corners = np.sort(generator.uniform(0, 1, (int(generator.integers(0, 6)), 2, 2)), axis=1) * [width, height]
+    return np.float32([[first_class + number, *box.ravel()] for number, box in enumerate(corners)]).reshape(-1, 5)
 
 
 def some_tiles(generator, place, polygons=False):
     """Tiles of a mosaic, each with objects of its own classes."""
     number = 4 if place is place_four else 9
     sizes_hw = [tuple(int(side) for side in generator.integers(SIZE // 3, SIZE + 1, 2)) for _ in range(number)]
-    corners = place(sizes_hw, SIZE, generator)
-    return [
-        Tile(np.zeros((h, w, 3), np.uint8), some_objects(generator, w, h, 10 * index, polygons), x, y)
-        for index, ((h, w), (x, y)) in enumerate(zip(sizes_hw, corners, strict=True))
-    ]
+    tiles = []
+    for index, ((h, w), (x, y)) in enumerate(zip(sizes_hw, place(sizes_hw, SIZE, generator), strict=True)):
+        labels = some_labels(generator, w, h, 10 * index)
+        outlines = [box[[0, 1, 2, 1, 2, 3, 0, 3]].reshape(4, 2) for box in labels[:, 1:]] if polygons else []
+        tiles.append(Tile(np.zeros((h, w, 3), np.uint8), labels, outlines, x, y))
+    return tiles
 
 
 def warped_box(box_xyxy, matrix, width, height):
@@ -67,11 +63,11 @@ def warped_box(box_xyxy, matrix, width, height):
 
 def check_each_is_where_it_belongs(kept, before, matrix, width, height, all_kept=False):
     """Compares what was kept with `before`, {class: box on the canvas}; `all_kept`: what stays whole stays."""
-    x1, y1, x2, y2 = kept.boxes_xyxy_px.T
+    _, x1, y1, x2, y2 = kept.T
     assert ((0 <= x1) & (x1 < x2) & (x2 <= width) & (0 <= y1) & (y1 < y2) & (y2 <= height)).all()
-    classes = kept.classes.tolist()
+    classes = kept[:, 0].tolist()
     assert len(set(classes)) == len(classes) and set(classes) <= set(before)
-    for class_id, box in zip(classes, kept.boxes_xyxy_px, strict=True):
+    for class_id, box in zip(classes, kept[:, 1:], strict=True):
         expected, _ = warped_box(before[class_id], matrix, width, height)
         np.testing.assert_allclose(box, expected, atol=1e-2)
     for class_id, box in before.items() if all_kept else ():
@@ -84,9 +80,9 @@ def check_each_is_where_it_belongs(kept, before, matrix, width, height, all_kept
 def on_canvas(tiles):
     """The boxes of all objects by class, on the canvas of a mosaic and clipped to it."""
     return {
-        class_id: (box + np.float32([tile.x, tile.y] * 2)).clip(0, 2 * SIZE)
+        class_id: (np.float32(box) + np.float32([tile.x, tile.y] * 2)).clip(0, 2 * SIZE)
         for tile in tiles
-        for class_id, box in zip(tile.objects.classes.tolist(), tile.objects.boxes_xyxy_px, strict=True)
+        for class_id, *box in tile.labels.tolist()
     }
 
 
@@ -95,22 +91,22 @@ def on_canvas(tiles):
 def test_objects_of_a_mosaic_keep_their_classes_and_places(seed, params, place):
     generator = np.random.default_rng(seed)
     tiles = some_tiles(generator, place)
-    warp = draw_warp(params, (2 * SIZE, 2 * SIZE), (SIZE, SIZE), generator)
-    kept = compose(tiles, warp, SIZE, 0.0, generator).objects
+    matrix, gain = random_matrix((2 * SIZE,) * 2, (SIZE,) * 2, *params.warp, generator)
+    _, kept = compose(tiles, matrix, gain, SIZE, 0.0, generator)
     rigid = params.shear == params.perspective == 0
-    check_each_is_where_it_belongs(kept, on_canvas(tiles), warp.matrix, SIZE, SIZE, all_kept=rigid)
+    check_each_is_where_it_belongs(kept, on_canvas(tiles), matrix, SIZE, SIZE, all_kept=rigid)
 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, params=any_warp, share=shares)
-def test_pasted_objects_lie_in_the_picture_too_and_are_of_their_originals_classes(seed, params, share):
+def test_pasted_objects_lie_in_the_image_too_and_are_of_their_originals_classes(seed, params, share):
     generator = np.random.default_rng(seed)
     tiles = some_tiles(generator, place_four, polygons=True)
-    warp = draw_warp(params, (2 * SIZE, 2 * SIZE), (SIZE, SIZE), generator)
-    kept = compose(tiles, warp, SIZE, share, generator).objects
-    x1, y1, x2, y2 = kept.boxes_xyxy_px.T
+    matrix, gain = random_matrix((2 * SIZE,) * 2, (SIZE,) * 2, *params.warp, generator)
+    _, kept = compose(tiles, matrix, gain, SIZE, share, generator)
+    _, x1, y1, x2, y2 = kept.T
     assert ((0 <= x1) & (x1 < x2) & (x2 <= SIZE) & (0 <= y1) & (y1 < y2) & (y2 <= SIZE)).all()
-    classes, counts = np.unique(kept.classes, return_counts=True)
+    classes, counts = np.unique(kept[:, 0], return_counts=True)
     assert set(classes.tolist()) <= set(on_canvas(tiles)) and (counts <= 2).all()
 
 
@@ -119,70 +115,50 @@ def test_pasted_objects_lie_in_the_picture_too_and_are_of_their_originals_classe
 def test_random_perspective_keeps_classes_and_places(seed, params, border):
     generator = np.random.default_rng(seed)
     width, height = (int(side) for side in generator.integers(60, 120, 2))
-    objects = some_objects(generator, width, height, 3)
-    labels = np.concatenate((objects.classes[:, None], objects.boxes_xyxy_px), 1)
-    ranges = {name: getattr(params, name) for name in ("degrees", "translate", "scale", "shear", "perspective")}
+    labels = some_labels(generator, width, height, 3)
     out_w, out_h = width + 2 * border[1], height + 2 * border[0]
-    image, kept = random_perspective(
-        np.zeros((height, width, 3), np.uint8), labels, **ranges, border=border, generator=np.random.default_rng(seed)
-    )
+    blank, keyed = np.zeros((height, width, 3), np.uint8), np.random.default_rng(seed)
+    image, kept = random_perspective(blank, labels, (), *params.warp, border=border, generator=keyed)
     assert image.shape == (out_h, out_w, 3)
-    warp = draw_warp(params, (width, height), (out_w, out_h), np.random.default_rng(seed))
-    before = dict(zip(objects.classes.tolist(), objects.boxes_xyxy_px, strict=True))
+    matrix, _ = random_matrix((width, height), (out_w, out_h), *params.warp, np.random.default_rng(seed))
+    before = {class_id: np.float32(box) for class_id, *box in labels.tolist()}
     rigid = params.shear == params.perspective == 0
-    check_each_is_where_it_belongs(
-        Objects(kept[:, 0], kept[:, 1:], []), before, warp.matrix, out_w, out_h, all_kept=rigid
-    )
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=seeds)
-def test_mixup_keeps_every_object_of_both_pictures(seed):
-    generator = np.random.default_rng(seed)
-    image = np.zeros((40, 60, 3), np.uint8)
-    first, second = (some_objects(generator, 60, 40, start) for start in (0, 10))
-    expected = np.concatenate((first.boxes_xyxy_px, second.boxes_xyxy_px))
-    classes = [*first.classes.tolist(), *second.classes.tolist()]
-    joined = mixup(Sample(image, first), Sample(image + 9, second), generator).objects
-    assert joined.classes.tolist() == classes and np.array_equal(joined.boxes_xyxy_px, expected)
-    rows = [np.concatenate((objects.classes[:, None], objects.boxes_xyxy_px), 1) for objects in (first, second)]
-    by_yolov5 = mixup_of_yolov5(image, rows[0], image, rows[1], generator=generator).labels
-    assert by_yolov5[:, 0].tolist() == classes and np.array_equal(by_yolov5[:, 1:], expected)
+    check_each_is_where_it_belongs(kept, before, matrix, out_w, out_h, all_kept=rigid)
 
 
 @st.composite
-def pictures_with_a_box(draw):
-    """A black picture with one white box, and the box as whole numbers xyxy."""
+def images_with_a_box(draw):
+    """A black image with one white box, and the box as whole numbers xyxy."""
     height, width = draw(st.integers(1, 50)), draw(st.integers(1, 50))
     x1, y1 = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
     x2, y2 = draw(st.integers(x1 + 1, width)), draw(st.integers(y1 + 1, height))
-    picture = np.zeros((height, width, 3), np.uint8)
-    picture[y1:y2, x1:x2] = 255
-    return picture, (x1, y1, x2, y2)
+    image = np.zeros((height, width, 3), np.uint8)
+    image[y1:y2, x1:x2] = 255
+    return image, (x1, y1, x2, y2)
 
 
 @settings(max_examples=60, deadline=None)
-@given(pictures_with_a_box(), st.booleans(), st.booleans())
+@given(images_with_a_box(), st.booleans(), st.booleans())
 def test_a_flipped_box_is_round_the_flipped_object(drawn, flip_ud, flip_lr):
-    picture, (x1, y1, x2, y2) = drawn
-    height, width = picture.shape[:2]
-    planes = finish_pixels(picture, PixelDraws(None, flip_ud, flip_lr, ()))
+    image, (x1, y1, x2, y2) = drawn
+    height, width = image.shape[:2]
+    box = np.array([[(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height]])
+    always = AugmentParams(flipud=float(flip_ud), fliplr=float(flip_lr))
+    planes, ((cx, cy, w, h),) = augment_pixels(image, box, always, np.random.default_rng(0))
     y, x = np.nonzero(planes[0])
-    box = [[(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height]]
-    ((cx, cy, w, h),) = flip_boxes(np.array(box), flip_ud, flip_lr)
     assert w > 0 and h > 0
     corners = [(cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height]
     np.testing.assert_allclose(corners, [x.min(), y.min(), x.max() + 1, y.max() + 1], atol=1e-9)
 
 
 @settings(max_examples=30, deadline=None)
-@given(pictures_with_a_box(), seeds, st.tuples(shares, shares, st.floats(0, 0.9)))
+@given(images_with_a_box(), seeds, st.tuples(shares, shares, st.floats(0, 0.9)))
 def test_changed_colours_stay_where_they_were(drawn, seed, ranges):
     """A pixel's new colour depends on its colour alone: the white box stays a box, of one colour, and black black."""
-    picture, (x1, y1, x2, y2) = drawn
+    image, (x1, y1, x2, y2) = drawn
     params = AugmentParams(hsv_h=ranges[0], hsv_s=ranges[1], hsv_v=ranges[2])
-    changed = finish_pixels(picture, augment.draw_pixels(params, np.random.default_rng(seed), albumentations=False))
-    inside = np.zeros(picture.shape[:2], bool)
+    changed, _ = augment_pixels(image, np.zeros((0, 4)), params, np.random.default_rng(seed))
+    inside = np.zeros(image.shape[:2], bool)
     inside[y1:y2, x1:x2] = True
     assert (changed[:, ~inside] == 0).all() and (changed[:, inside] == changed[:, y1, x1, None]).all()
     assert changed[:, y1, x1].min() > 20
@@ -196,12 +172,11 @@ def test_an_item_has_its_own_images_classes_whatever_happens_to_its_pixels(
     table = pictures.subset(np.arange(21))
     table.rows[:, 0] = np.arange(len(table.rows))  # no two labels of one class
     options = {name: getattr(params, name) for name in ("degrees", "translate", "scale", "shear", "perspective")}
-    key = SampleKey(0, index, index)
 
     def targets(albumentations=False, **pixels):
-        dataset = DetectionDataset(table, 64, augment=AugmentParams(**options, **pixels), seed=seed)
+        dataset = LoadImagesAndLabels(table, 64, augment=True, hyp={**options, **pixels}, seed=seed)
         dataset.albumentations = albumentations
-        return dataset[key].targets
+        return dataset[index].targets
 
     plain = targets()
     classes = plain[:, 1].tolist()

@@ -4,20 +4,12 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.augmentations.mosaic import (
-    Tile,
-    add_mirrored,
-    canvas_objects,
-    choose_pastes,
-    compose,
-    place_four,
-    place_nine,
-)
+from utils.augmentations.mosaic import Tile, canvas_labels, choose_pastes, compose, place_four, place_nine
 from utils.augmentations.pixels import AugmentParams
-from utils.augmentations.warp import Objects, Warp, draw_warp, translation
+from utils.augmentations.warp import random_matrix, translation
 
 SIZE = 160
-NOTHING = Objects(np.zeros(0, np.float32), np.zeros((0, 4), np.float32), [])
+NOTHING = np.zeros((0, 5), np.float32)
 
 
 class Fixed:
@@ -57,9 +49,16 @@ def seams_of(tiles, side):
 def tiles_of(place, sizes_hw, seed=3):
     corners = place(sizes_hw, SIZE, np.random.default_rng(seed))
     return [
-        Tile(smooth_image(number, h, w), NOTHING, x, y)
+        Tile(smooth_image(number, h, w), NOTHING, [], x, y)
         for number, ((h, w), (x, y)) in enumerate(zip(sizes_hw, corners, strict=True))
     ]
+
+
+def warped(tiles, seed, **ranges):
+    """A mosaic through a warp that is drawn: its pixels, and the warp's matrix."""
+    generator = np.random.default_rng(seed)
+    matrix, gain = random_matrix((2 * SIZE,) * 2, (SIZE,) * 2, *AugmentParams(**ranges).warp, generator)
+    return compose(tiles, matrix, gain, SIZE, 0.0, generator)[0], matrix
 
 
 FOUR = [(160, 120), (90, 160), (160, 160), (130, 160)]
@@ -102,14 +101,12 @@ def test_nine_tiles_follow_one_another_clockwise():
 def test_tiles_drawn_in_place_equal_a_painted_and_warped_canvas(place, sizes_hw, ranges):
     for seed in range(4):
         tiles = tiles_of(place, sizes_hw, seed)
-        generator = np.random.default_rng(seed)
-        warp = draw_warp(AugmentParams(**ranges), (2 * SIZE, 2 * SIZE), (SIZE, SIZE), generator)
-        image = compose(tiles, warp, SIZE, 0.0, generator).image.astype(int)
+        image, matrix = warped(tiles, seed, **ranges)
         canvas = painted_canvas(tiles, 2 * SIZE)
-        reference = cv2.warpPerspective(canvas, warp.matrix, (SIZE, SIZE), borderValue=(114, 114, 114)).astype(int)
-        difference = np.abs(image - reference).max(axis=2)
+        reference = cv2.warpPerspective(canvas, matrix, (SIZE, SIZE), borderValue=(114, 114, 114))
+        difference = np.abs(image.astype(int) - reference).max(axis=2)
         seams = seams_of(tiles, 2 * SIZE)
-        near_seam = cv2.warpPerspective(seams, warp.matrix, (SIZE, SIZE), borderValue=1)
+        near_seam = cv2.warpPerspective(seams, matrix, (SIZE, SIZE), borderValue=1)
         near_seam = cv2.dilate(near_seam, np.ones((3, 3), np.uint8)) > 0
         assert near_seam.mean() < 0.25
         assert difference[~near_seam].max() <= 5 and np.quantile(difference[~near_seam], 0.99) <= 1
@@ -119,65 +116,48 @@ def test_tiles_drawn_in_place_equal_a_painted_and_warped_canvas(place, sizes_hw,
 @pytest.mark.parametrize("degrees", [0.0, 30.0])
 def test_touching_tiles_leave_no_gap(degrees):
     white = np.full((SIZE, SIZE, 3), 255, np.uint8)
-    tiles = [Tile(white, NOTHING, x, y) for x, y in ((0, 0), (SIZE, 0), (0, SIZE), (SIZE, SIZE))]
+    tiles = [Tile(white, NOTHING, [], x, y) for x, y in ((0, 0), (SIZE, 0), (0, SIZE), (SIZE, SIZE))]
     for seed in range(10):
-        generator = np.random.default_rng(seed)
-        ranges = AugmentParams(degrees=degrees, scale=0.2, translate=0.1)
-        warp = draw_warp(ranges, (2 * SIZE, 2 * SIZE), (SIZE, SIZE), generator)
-        center = compose(tiles, warp, SIZE, 0.0, generator).image[40:-40, 40:-40]
-        assert (center == 255).all()
+        image, _ = warped(tiles, seed, degrees=degrees, scale=0.2, translate=0.1)
+        assert (image[40:-40, 40:-40] == 255).all()
 
 
 def test_without_ranges_the_middle_of_the_canvas_is_the_image():
     tiles = tiles_of(place_four, FOUR)
-    generator = np.random.default_rng(0)
-    warp = draw_warp(AugmentParams(), (2 * SIZE, 2 * SIZE), (SIZE, SIZE), generator)
-    image = compose(tiles, warp, SIZE, 0.0, generator).image
+    image, _ = warped(tiles, 0)
     half = SIZE // 2
     assert np.array_equal(image, painted_canvas(tiles, 2 * SIZE)[half:-half, half:-half])
 
 
-def test_objects_move_with_their_tiles_and_are_clipped_to_the_canvas():
+def test_labels_move_with_their_tiles_and_are_clipped_to_the_canvas():
     image = np.zeros((50, 100, 3), np.uint8)
     polygon = np.float32([[10, 10], [60, 10], [60, 40]])
-    first = Objects(np.float32([3]), np.float32([[10, 10, 60, 40]]), [polygon])
-    second = Objects(np.float32([5]), np.float32([[0, 0, 100, 50]]), [])
-    joined = canvas_objects([Tile(image, first, -20, 30), Tile(image, second, 150, 170)], 200)
-    assert joined.classes.tolist() == [3, 5]
-    assert joined.boxes_xyxy_px.tolist() == [[0, 40, 40, 70], [150, 170, 200, 200]]
-    assert joined.polygons[0].tolist() == [[0, 40], [40, 40], [40, 70]]
-    assert joined.polygons[1].shape == (0, 2)
-
-
-def square(x1, y1, x2, y2):
-    return np.float32([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
+    first, second = np.float32([[3, 10, 10, 60, 40]]), np.float32([[5, 0, 0, 100, 50]])
+    labels, segments = canvas_labels([Tile(image, first, [polygon], -20, 30), Tile(image, second, [], 150, 170)], 200)
+    assert labels.tolist() == [[3, 0, 40, 40, 70], [5, 150, 170, 200, 200]]
+    assert segments[0].tolist() == [[0, 40], [40, 40], [40, 70]] and segments[1].shape == (0, 2)
+    assert first.tolist() == [[3, 10, 10, 60, 40]]  # the data set's own are left
 
 
 def test_only_objects_whose_mirror_image_hides_little_are_pasted():
-    boxes = np.float32(
+    labels = np.float32(
         [
-            [10, 10, 50, 50],  # mirrored to 150..190: hides half of the next
-            [170, 10, 210, 50],  # mirrored to -10..30: hides half of the first
-            [20, 100, 60, 140],  # mirrored to 140..180: free
-            [0, 190, 0, 200],  # nothing of it is on the canvas
+            [0, 10, 10, 50, 50],  # mirrored to 150..190: hides half of the next
+            [1, 170, 10, 210, 50],  # mirrored to -10..30: hides half of the first
+            [2, 20, 100, 60, 140],  # mirrored to 140..180: free
+            [3, 0, 190, 0, 200],  # nothing of it is on the canvas
         ]
     )
-    polygons = [square(*box) for box in boxes]
-    objects = Objects(np.float32([0, 1, 2, 3]), boxes, polygons)
-    assert choose_pastes(objects, 200, 1.0, np.random.default_rng(0)) == [2]
-    assert choose_pastes(objects._replace(polygons=[]), 200, 1.0, np.random.default_rng(0)) == []
-    only_third = objects._replace(polygons=[polygons[0][:0]] * 2 + polygons[2:3] + [polygons[0][:0]])
-    assert choose_pastes(only_third, 200, 0.5, np.random.default_rng(0)) == []  # round(0.5 * 1) is 0
-    extended = add_mirrored(objects, [2], 200)
-    assert extended.classes.tolist() == [0, 1, 2, 3, 2]
-    assert extended.boxes_xyxy_px[4].tolist() == [140, 100, 180, 140]
-    assert extended.polygons[4].tolist() == [[180, 100], [140, 100], [140, 140], [180, 140]]
+    polygon, none = np.ones((4, 2), np.float32), np.zeros((0, 2), np.float32)
 
+    def chosen(labels, segments, width, probability):
+        return choose_pastes(labels, segments, width, probability, np.random.default_rng(0))
 
-def test_pasted_objects_do_not_hide_one_another():
-    boxes = np.float32([[10, 10, 50, 50], [12, 10, 52, 50]])
-    objects = Objects(np.float32([0, 1]), boxes, [square(*box) for box in boxes])
-    assert len(choose_pastes(objects, 400, 1.0, np.random.default_rng(0))) == 1
+    assert chosen(labels, [polygon] * 4, 200, 1.0) == [2]
+    assert chosen(labels, [], 200, 1.0) == []
+    assert chosen(labels, [none, none, polygon, none], 200, 0.5) == []  # round(0.5 * 1) is 0
+    beside = np.float32([[0, 10, 10, 50, 50], [1, 12, 10, 52, 50]])
+    assert len(chosen(beside, [polygon] * 2, 400, 1.0)) == 1  # pasted ones do not hide one another
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.8])
@@ -186,25 +166,23 @@ def test_copy_paste_equals_pasting_on_the_painted_canvas(scale):
     photo = smooth_image(1, SIZE, SIZE)
     triangle = np.float32([[70, 90], [150, 100], [110, 150]])
     cv2.fillPoly(photo, [triangle.astype(np.int32)], (250, 20, 20))
-    box = np.float32([[*triangle.min(axis=0), *triangle.max(axis=0)]])
-    tile = Tile(photo, Objects(np.float32([7]), box, [triangle]), 0, 60)
-    other = Tile(smooth_image(2, SIZE, SIZE), NOTHING, SIZE, 60)
-    warp = Warp(translation(SIZE / 2, SIZE / 2) @ np.diag([scale, scale, 1]) @ translation(-SIZE, -SIZE), scale)
+    labels = np.float32([[7, *triangle.min(axis=0), *triangle.max(axis=0)]])
+    tile, other = Tile(photo, labels, [triangle], 0, 60), Tile(smooth_image(2, SIZE, SIZE), NOTHING, [], SIZE, 60)
+    matrix = translation(SIZE / 2, SIZE / 2) @ np.diag([scale, scale, 1]) @ translation(-SIZE, -SIZE)
 
-    sample = compose([tile, other], warp, SIZE, 1.0, np.random.default_rng(0))
+    image, kept = compose([tile, other], matrix, scale, SIZE, 1.0, np.random.default_rng(0))
 
     canvas = painted_canvas([tile, other], side)
     mask = np.zeros((side, side), np.uint8)
     cv2.fillPoly(mask, [(triangle + [0, 60]).astype(np.int32)], 1)
     pasted = np.where(mask[:, ::-1, None] > 0, canvas[:, ::-1], canvas)
-    reference = cv2.warpPerspective(pasted, warp.matrix, (SIZE, SIZE), borderValue=(114, 114, 114))
-    difference = np.abs(sample.image.astype(int) - reference).max(axis=2)
+    reference = cv2.warpPerspective(pasted, matrix, (SIZE, SIZE), borderValue=(114, 114, 114))
+    difference = np.abs(image.astype(int) - reference).max(axis=2)
     assert (difference > 12).mean() < 0.02  # the polygon's outline, to a pixel
-    red = (sample.image[..., 0] > 200) & (sample.image[..., 1] < 60)
+    red = (image[..., 0] > 200) & (image[..., 1] < 60)
     x = np.nonzero(red.any(axis=0))[0]
     assert (x < SIZE / 2).any() and (x >= SIZE / 2).any()
 
-    assert sample.objects.classes.tolist() == [7, 7]
-    mirrored = sample.objects.boxes_xyxy_px[1]
+    assert kept[:, 0].tolist() == [7, 7]
     y_px, x_px = np.nonzero(red & (np.arange(SIZE) >= SIZE / 2))
-    assert np.abs(mirrored - [x_px.min(), y_px.min(), x_px.max() + 1, y_px.max() + 1]).max() <= 2.5
+    assert np.abs(kept[1, 1:] - [x_px.min(), y_px.min(), x_px.max() + 1, y_px.max() + 1]).max() <= 2.5

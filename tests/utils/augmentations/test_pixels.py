@@ -8,20 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utils.augmentations import augment_hsv, hist_equalize, mixup
 from utils.augmentations import pixels as augment
-from utils.augmentations.mosaic import Sample
 from utils.augmentations.pixels import (
-    NO_DRAWS,
     AugmentParams,
-    PixelDraws,
     albumentations_available,
     albumentations_transform,
-    draw_pixels,
-    finish_pixels,
-    flip_boxes,
-    mixup,
+    augment_pixels,
+    draw_gains,
+    to_planes,
 )
-from utils.augmentations.warp import Objects
 
 
 def random_image(height, width, seed=0):
@@ -42,15 +38,10 @@ def test_parameters_come_from_mappings_and_objects_and_ignore_other_keys():
     assert AugmentParams.from_hyp({"lr0": 0.01, "mosaic": 1, "hsv_h": 0.015}) == expected
 
 
-def test_no_draws_give_the_channels_apart():
-    image = random_image(13, 17)
-    assert np.array_equal(finish_pixels(image, NO_DRAWS), planes(image))
-
-
 def test_hsv_follows_the_definition_of_the_colour_space():
     image = random_image(20, 20)
     gains = np.array([1.01, 0.7, 1.2])
-    got = finish_pixels(image, PixelDraws(gains, False, False, ()))
+    got = to_planes(image, gains)
     for y in range(20):
         for x in range(20):
             hue, saturation, value = colorsys.rgb_to_hsv(*(image[y, x] / 255))
@@ -63,72 +54,80 @@ def test_hsv_follows_the_definition_of_the_colour_space():
 
 def test_gains_of_one_leave_colours_within_rounding():
     image = random_image(30, 30)
-    got = finish_pixels(image, PixelDraws(np.ones(3), False, False, ()))
+    got = to_planes(image, np.ones(3))
     assert np.abs(got.astype(int) - planes(image)).max() <= 5
 
 
 def test_strips_join_without_a_trace(monkeypatch):
     image = random_image(50, 41)
-    draws = PixelDraws(np.array([1.0, 1.3, 0.8]), True, True, ())
-    whole = finish_pixels(image, draws)
+    draws = np.array([1.0, 1.3, 0.8]), True, True
+    whole = to_planes(image, *draws)
     monkeypatch.setattr(augment, "STRIP_PIXELS", 7 * 41)
-    assert np.array_equal(finish_pixels(image, draws), whole)
+    assert np.array_equal(to_planes(image, *draws), whole)
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.booleans(), st.booleans(), st.integers(1, 40), st.integers(1, 40))
-def test_flips_are_their_own_inverse_and_mirror_as_arrays_do(flip_ud, flip_lr, height, width):
+def test_flips_mirror_as_arrays_do(flip_ud, flip_lr, height, width):
     image = random_image(height, width)
-    draws = PixelDraws(None, flip_ud, flip_lr, ())
-    flipped = finish_pixels(image, draws)
     expected = image[:: -1 if flip_ud else 1, :: -1 if flip_lr else 1]
-    assert np.array_equal(flipped, planes(expected))
-    assert np.array_equal(finish_pixels(np.ascontiguousarray(flipped.transpose(1, 2, 0)), draws), planes(image))
+    assert np.array_equal(to_planes(image, None, flip_ud, flip_lr), planes(expected))
 
 
-@given(st.booleans(), st.booleans())
-def test_boxes_flip_with_the_image(flip_ud, flip_lr):
-    boxes = np.float32([[0.25, 0.125, 0.5, 0.25], [0.5, 0.75, 0.25, 0.5]])
-    flipped = flip_boxes(boxes, flip_ud, flip_lr)
-    assert np.array_equal(flipped[:, 0], 1 - boxes[:, 0] if flip_lr else boxes[:, 0])
-    assert np.array_equal(flipped[:, 1], 1 - boxes[:, 1] if flip_ud else boxes[:, 1])
-    assert np.array_equal(flip_boxes(flipped, flip_ud, flip_lr), boxes)
+def test_hsv_changes_in_place_and_by_its_generator_and_reads_bgr():
+    """Blue in BGR has the hue 120 of 180; with saturation alone changed it stays blue."""
+    images = []
+    for _ in range(2):
+        im = np.full((4, 4, 3), (200, 20, 20), np.uint8)
+        assert augment_hsv(im, 0, 0.5, 0, generator=np.random.default_rng(0)) is None
+        images.append(im)
+    blue, green, red = images[0][0, 0].tolist()
+    assert np.array_equal(*images) and blue == 200 and green == red != 20
+    augment_hsv(im, 0, 0, 0)
+    assert np.array_equal(*images)
+
+
+def test_histogram_is_spread_out():
+    im = np.random.default_rng(0).integers(100, 120, (64, 64, 3), dtype=np.uint8)
+    for options in ({}, {"clahe": False}, {"bgr": True}):
+        spread = hist_equalize(im, **options)
+        assert spread.std() > 1.5 * im.std() and spread.shape == im.shape
 
 
 def test_draws_keep_to_their_probabilities():
-    params = AugmentParams(hsv_h=0.1, hsv_s=0.7, hsv_v=0.4, fliplr=0.5, flipud=0.1)
-    generator = np.random.default_rng(0)
-    draws = [draw_pixels(params, generator, albumentations=False) for _ in range(2000)]
-    gains = np.array([each.hsv_gains for each in draws])
+    generator, image = np.random.default_rng(0), np.uint8([[[1, 1, 1], [2, 2, 2]], [[3, 3, 3], [4, 4, 4]]])
+    gains = np.array([draw_gains(0.1, 0.7, 0.4, generator) for _ in range(2000)])
     assert np.allclose(gains.min(axis=0), [0.9, 0.3, 0.6], atol=0.01)
     assert np.allclose(gains.max(axis=0), [1.1, 1.7, 1.4], atol=0.01)
-    assert abs(np.mean([each.flip_lr for each in draws]) - 0.5) < 0.04
-    assert abs(np.mean([each.flip_ud for each in draws]) - 0.1) < 0.03
-    assert draw_pixels(AugmentParams(), generator, albumentations=False) == NO_DRAWS
+    params, box = AugmentParams(fliplr=0.5, flipud=0.1), np.float32([[0.25, 0.25, 0.5, 0.5]])
+    flips = {1: (), 2: ("lr",), 3: ("ud",), 4: ("ud", "lr")}  # by what comes to the upper left
+    seen = []
+    for _ in range(2000):
+        pixels, ((x, y, w, h),) = augment_pixels(image, box, params, generator)
+        seen.append(flips[pixels[0, 0, 0]])
+        assert (x, y, w, h) == (0.75 if "lr" in seen[-1] else 0.25, 0.75 if "ud" in seen[-1] else 0.25, 0.5, 0.5)
+    assert abs(np.mean(["lr" in each for each in seen]) - 0.5) < 0.04
+    assert abs(np.mean(["ud" in each for each in seen]) - 0.1) < 0.03
+    assert np.array_equal(augment_pixels(image, box, AugmentParams(), generator)[0], planes(image))
 
 
-def test_albumentations_alters_no_other_draw_and_is_rare():
-    params = AugmentParams(hsv_s=0.7, fliplr=0.5)
-    hits = 0
+def test_albumentations_alters_no_other_draw_and_is_rare(monkeypatch):
+    params, box, image, applied = AugmentParams(hsv_s=0.7, fliplr=0.5), np.zeros((0, 4)), random_image(2, 2), []
+    monkeypatch.setattr(augment, "albumentations_transform", lambda image, *name_seed: applied.append(1) or image)
     for seed in range(1000):
-        without = draw_pixels(params, np.random.default_rng(seed), albumentations=False)
-        with_it = draw_pixels(params, np.random.default_rng(seed), albumentations=True)
-        assert np.array_equal(without.hsv_gains, with_it.hsv_gains)
-        assert without[1:3] == with_it[1:3]
-        hits += len(with_it.transforms)
-    assert 20 <= hits <= 65  # 4 transforms of 1 %
+        without = augment_pixels(image, box, params, np.random.default_rng(seed))
+        with_it = augment_pixels(image, box, params, np.random.default_rng(seed), albumentations=True)
+        assert np.array_equal(without[0], with_it[0])
+    assert 20 <= len(applied) <= 65  # 4 transforms of 1 %
 
 
 def test_mixup_blends_and_joins():
-    first = Sample(np.full((8, 8, 3), 200, np.uint8), Objects(np.float32([1]), np.float32([[0, 0, 4, 4]]), []))
-    second = Sample(np.full((8, 8, 3), 100, np.uint8), Objects(np.float32([2]), np.float32([[2, 2, 8, 8]]), []))
+    first, second = np.full((8, 8, 3), 200, np.uint8), np.full((8, 8, 3), 100, np.uint8)
     shares = []
     for seed in range(300):
-        blended = mixup(first, second, np.random.default_rng(seed))
-        assert (blended.image == blended.image[0, 0]).all()
-        shares.append((blended.image[0, 0, 0] - 100) / 100)
-    assert blended.objects.classes.tolist() == [1, 2]
-    assert blended.objects.boxes_xyxy_px.tolist() == [[0, 0, 4, 4], [2, 2, 8, 8]]
+        blended, labels = mixup(first, np.ones((1, 5)), second, np.zeros((2, 5)), np.random.default_rng(seed))
+        assert (blended == blended[0, 0]).all() and labels[:, 0].tolist() == [1, 0, 0]
+        shares.append((blended[0, 0, 0] - 100) / 100)
     assert abs(np.mean(shares) - 0.5) < 0.02
     assert abs(np.std(shares) - np.sqrt(1 / (4 * 65))) < 0.01  # of Beta(32, 32)
 

@@ -1,31 +1,33 @@
-"""Random perspective: matrices, boxes, polygons, the filter, drawing."""
+"""Random perspective: matrices, labels, polygons, the filter, drawing."""
 
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from utils.augmentations import random_perspective
 from utils.augmentations.pixels import AugmentParams
 from utils.augmentations.warp import (
-    Objects,
-    Warp,
     box_candidates,
-    draw_warp,
     draw_warped,
-    perspective,
+    random_matrix,
     rotation,
-    shear,
+    shearing,
+    tilting,
     translation,
-    warp_objects,
+    warp_labels,
     warp_points,
 )
 
-IDENTITY = Warp(np.eye(3), 1.0)
+STILL = {"degrees": 0, "translate": 0, "scale": 0, "shear": 0}
 
 
-def objects_of(*boxes, polygons=()):
-    return Objects(np.arange(len(boxes), dtype=np.float32), np.float32(boxes).reshape(-1, 4), list(polygons))
+def warped(*boxes, polygons=(), matrix, output_wh):
+    """The classes (0, 1, ...) and boxes that are left of some boxes."""
+    labels = np.float32([[number, *box] for number, box in enumerate(boxes)])
+    kept = warp_labels(labels, polygons, matrix, 1.0, output_wh)
+    return kept[:, 0].tolist(), kept[:, 1:]
 
 
 def test_positive_angles_turn_counter_clockwise_as_opencv_does():
@@ -42,7 +44,7 @@ def test_points_go_through_the_matrices_from_right_to_left(xy, data):
         number(st.floats(*limits))
         for limits in ((-99, 99), (-99, 99), (-180, 180), (0.1, 2), (-40, 40), (-40, 40), (-0.001, 0.001))
     )
-    matrix = translation(dx, dy) @ shear(slope_x, slope_y) @ rotation(angle, scale) @ perspective(tilt, 0)
+    matrix = translation(dx, dy) @ shearing(slope_x, slope_y) @ rotation(angle, scale) @ tilting(tilt, 0)
     (point,), _ = warp_points(np.array([xy]), matrix)
     x, y = np.array(xy)
     a, radians = scale, np.radians(angle)
@@ -58,55 +60,45 @@ def test_points_go_through_the_matrices_from_right_to_left(xy, data):
 
 
 def test_what_is_drawn_keeps_to_its_ranges_and_fills_them():
-    ranges = AugmentParams(degrees=10, translate=0.1, scale=0.5, shear=5, perspective=0.0)
+    ranges = AugmentParams(degrees=10, translate=0.1, scale=0.5, shear=5).warp
     generator = np.random.default_rng(0)
-    warps = [draw_warp(ranges, (200, 100), (100, 50), generator) for _ in range(400)]
-    scales = np.array([warp.scale for warp in warps])
-    assert 0.5 <= scales.min() < 0.52 and 1.48 < scales.max() <= 1.5
-    centers = np.array([warp_points(np.array([[100.0, 50.0]]), warp.matrix)[0][0] for warp in warps])
+    matrices, gains = zip(*(random_matrix((200, 100), (100, 50), *ranges, generator) for _ in range(400)), strict=True)
+    assert 0.5 <= min(gains) < 0.52 and 1.48 < max(gains) <= 1.5
+    centers = np.array([warp_points(np.array([[100.0, 50.0]]), matrix)[0][0] for matrix in matrices])
     assert np.allclose([centers.min(axis=0), centers.max(axis=0)], [[40, 20], [60, 30]], atol=0.5)
 
 
-def test_without_ranges_nothing_changes():
-    warp = draw_warp(AugmentParams(), (64, 48), (64, 48), np.random.default_rng(0))
-    assert np.array_equal(warp.matrix, np.eye(3))
-    kept = warp_objects(objects_of([1, 2, 30, 40]), warp, (64, 48))
-    assert kept.boxes_xyxy_px.tolist() == [[1, 2, 30, 40]]
-    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
-    output = np.zeros_like(image)
-    draw_warped(image, warp.matrix, output)
-    assert np.array_equal(output, image)
+def test_perspective_without_ranges_moves_nothing():
+    im = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    labels = np.array([[2.0, 10, 10, 30, 30]])
+    same, kept = random_perspective(im, labels, **STILL)
+    assert np.array_equal(same, im) and np.allclose(kept, labels)
+    larger, kept = random_perspective(im, labels, **STILL, border=(5, 10))
+    assert larger.shape == (50, 80, 3) and np.allclose(kept, [[2, 20, 15, 40, 35]])
+    assert np.array_equal(larger[5:-5, 10:-10], im) and (larger[0] == 114).all()
+    assert random_perspective(im)[1].shape == (0, 5)
 
 
-def test_a_turned_box_is_the_box_around_its_corners():
-    warp = Warp(translation(100, 100) @ rotation(45, 1), 1.0)
-    kept = warp_objects(objects_of([-20, -20, 20, 20]), warp, (200, 200))
-    reach = 20 * np.sqrt(2)
-    assert np.allclose(kept.boxes_xyxy_px, [[100 - reach, 100 - reach, 100 + reach, 100 + reach]])
-
-
-def test_a_polygon_gives_the_tighter_box_beside_plain_boxes():
+def test_a_turned_box_is_the_box_around_its_corners_and_a_polygon_gives_a_tighter_one():
     diamond = np.float32([[0, -20], [20, 0], [0, 20], [-20, 0]])
-    warp = Warp(translation(100, 100) @ rotation(45, 1), 1.0)
-    both = objects_of([-20, -20, 20, 20], [-20, -20, 20, 20], polygons=[diamond, diamond[:0]])
-    kept = warp_objects(both, warp, (200, 200))
-    half = 20 / np.sqrt(2)
-    assert np.allclose(kept.boxes_xyxy_px[0], [100 - half, 100 - half, 100 + half, 100 + half], atol=0.1)
-    assert kept.boxes_xyxy_px[1, 0] < 100 - 28
+    matrix, square = translation(100, 100) @ rotation(45, 1), [-20, -20, 20, 20]
+    _, (tight, plain) = warped(square, square, polygons=[diamond, diamond[:0]], matrix=matrix, output_wh=(200, 200))
+    half, reach = 20 / np.sqrt(2), 20 * np.sqrt(2)
+    assert np.allclose(tight, [100 - half, 100 - half, 100 + half, 100 + half], atol=0.1)
+    assert np.allclose(plain, [100 - reach, 100 - reach, 100 + reach, 100 + reach])
 
 
 def test_points_of_a_polygon_outside_the_image_do_not_count():
     triangle = np.float32([[10, 10], [90, 10], [10, 90]])
-    kept = warp_objects(objects_of([10, 10, 90, 90], polygons=[triangle]), IDENTITY, (50, 100))
-    assert np.allclose(kept.boxes_xyxy_px, [[10, 10, 50, 90]], atol=0.2)
-    gone = warp_objects(objects_of([60, 10, 90, 90], polygons=[triangle + 60]), IDENTITY, (50, 100))
-    assert len(gone.classes) == 0
+    still = {"matrix": np.eye(3), "output_wh": (50, 100)}
+    _, boxes = warped([10, 10, 90, 90], polygons=[triangle], **still)
+    assert np.allclose(boxes, [[10, 10, 50, 90]], atol=0.2)
+    assert warped([60, 10, 90, 90], polygons=[triangle + 60], **still)[0] == []
 
 
 def test_what_lies_behind_the_horizon_is_dropped():
-    warp = Warp(perspective(-0.01, 0), 1.0)  # depth 0 at x = 100
-    kept = warp_objects(objects_of([10, 10, 40, 40], [90, 10, 120, 40], [150, 10, 180, 40]), warp, (300, 300))
-    assert kept.classes.tolist() == [0]
+    boxes = [10, 10, 40, 40], [90, 10, 120, 40], [150, 10, 180, 40]
+    assert warped(*boxes, matrix=tilting(-0.01, 0), output_wh=(300, 300))[0] == [0]  # depth 0 at x = 100
 
 
 def test_the_filter_by_hand():
@@ -122,25 +114,6 @@ def test_the_filter_by_hand():
     )
     assert box_candidates(before, after, 0.10).tolist() == [False, False, True, False, False]
     assert box_candidates(before, after, np.array([0.01] * 5)).tolist() == [False, True, True, False, False]
-
-
-boxes_in_canvas = st.lists(
-    st.tuples(*[st.floats(0, 200, width=32)] * 2, *[st.floats(0, 200, width=32)] * 2).map(
-        lambda c: (min(c[0], c[2]), min(c[1], c[3]), max(c[0], c[2]), max(c[1], c[3]))
-    ),
-    max_size=8,
-)
-
-
-@settings(deadline=None)
-@given(boxes_in_canvas, st.integers(0, 2**31))
-def test_warped_boxes_lie_in_the_image_and_have_an_area(boxes, seed):
-    ranges = AugmentParams(degrees=45, translate=0.3, scale=0.9, shear=20, perspective=0.001)
-    warp = draw_warp(ranges, (200, 200), (100, 80), np.random.default_rng(seed))
-    kept = warp_objects(objects_of(*boxes), warp, (100, 80))
-    x1, y1, x2, y2 = kept.boxes_xyxy_px.T
-    assert ((x1 >= 0) & (y1 >= 0) & (x2 <= 100) & (y2 <= 80) & (x2 - x1 > 2) & (y2 - y1 > 2)).all()
-    assert len(kept.classes) == len(kept.boxes_xyxy_px)
 
 
 @pytest.mark.parametrize("matrix", [rotation(0, 1), rotation(90, 1), np.diag([-1.0, 1, 1])])

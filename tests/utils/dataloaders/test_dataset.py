@@ -1,17 +1,20 @@
 """Items: letterboxed labels by hand, rectangular shapes, one item whatever is cached."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from utils.augmentations.pixels import AugmentParams
 from utils.boxes import xywh2xyxy
-from utils.dataloaders.dataset import DetectionDataset, rectangular_batches
+from utils.dataloaders.dataset import LoadImagesAndLabels, rectangular_batches
+from utils.dataloaders.loader import InfiniteDataLoader
 from utils.dataloaders.sampling import MosaicSampler, SampleKey
 
-FULL = AugmentParams(
+FULL = dict(
     hsv_h=0.015,
     hsv_s=0.7,
     hsv_v=0.4,
@@ -29,8 +32,16 @@ FULL = AugmentParams(
 )
 
 
+def training(table, img_size=64, hyp=FULL, **options):
+    return LoadImagesAndLabels(table, img_size, augment=True, hyp=hyp, **options)
+
+
+def keys_of(dataset, epoch=0):
+    return [SampleKey(epoch, position, int(index)) for position, index in enumerate(dataset.order(epoch))]
+
+
 def items_of(dataset, epoch=0):
-    return [dataset[SampleKey(epoch, position, int(index))] for position, index in enumerate(dataset.order(epoch))]
+    return [dataset[key] for key in keys_of(dataset, epoch)]
 
 
 def same_items(first, second):
@@ -56,22 +67,22 @@ def test_rectangular_batches_by_hand():
 
 
 def test_rect_orders_images_labels_and_shapes_alike(pictures):
-    dataset = DetectionDataset(pictures, 64, augment=None, rect=True, batch_size=4, pad=0.5)
+    dataset = LoadImagesAndLabels(pictures, 64, rect=True, batch_size=4, pad=0.5)
     ratios = dataset.table.sizes_wh[:, 1] / dataset.table.sizes_wh[:, 0]
     assert (np.diff(ratios) >= 0).all()
     for index in range(len(dataset)):
-        item = dataset[SampleKey(0, index, index)]
+        item = dataset[index]
         assert tuple(item.image.shape[1:]) == tuple(dataset.batch_shapes_hw[index // 4])
         source = list(pictures.image_paths).index(item.path)
         assert len(item.targets) == len(pictures.labels(source))
-        assert item.shape.original_hw == tuple(pictures.sizes_wh[source][::-1])
+        assert item.shapes.original_hw == tuple(pictures.sizes_wh[source][::-1])
 
 
 def test_an_evaluation_item_by_hand(pictures):
-    item = DetectionDataset(pictures, 64, augment=None)[SampleKey(0, 0, 0)]  # 128 x 96 becomes 64 x 48, 8 px above it
+    item = LoadImagesAndLabels(pictures, 64)[0]  # 128 x 96 becomes 64 x 48, 8 px above it
     assert item.image.shape == (3, 64, 64) and item.image.dtype == torch.uint8 and item.image.is_contiguous()
     assert (item.image[:, :8] == 114).all() and (item.image[:, 56:] == 114).all()
-    assert item.shape == ((96, 128), (0.5, 0.5), (0.0, 8.0))
+    assert item.shapes == ((96, 128), ((0.5, 0.5), (0.0, 8.0)))
     assert item.targets.dtype == torch.float32
     box = item.targets[0].tolist()
     assert box[:2] == [0, 0]
@@ -81,65 +92,58 @@ def test_an_evaluation_item_by_hand(pictures):
 def test_small_images_are_enlarged_and_boxes_stay_inside(pictures):
     table = pictures.subset([7])  # 40 x 30
     table.rows[0] = [1, 0.5, 0.5, 1, 1]
-    item = DetectionDataset(table, 64, augment=None)[SampleKey(0, 0, 0)]
-    assert item.shape == ((30, 40), (1.6, 1.6), (0.0, 8.0))
+    item = LoadImagesAndLabels(table, 64)[0]
+    assert item.shapes == ((30, 40), ((1.6, 1.6), (0.0, 8.0)))
     x, y, w, h = item.targets[0, 2:].tolist()
     assert x + w / 2 <= 1 and w == pytest.approx((64 - 1e-3) / 64) and h == pytest.approx(48 / 64)
 
 
 def test_training_without_ranges_is_the_letterboxed_image(pictures):
-    trained = DetectionDataset(pictures, 64, augment=AugmentParams())
+    trained = training(pictures, hyp={})
     trained.albumentations = False
-    image = trained[SampleKey(0, 0, 2)].image  # 64 x 64: neither resized nor padded
-    assert torch.equal(image, DetectionDataset(pictures, 64, augment=None)[SampleKey(0, 0, 2)].image)
+    assert torch.equal(trained[2].image, LoadImagesAndLabels(pictures, 64)[2].image)  # 64 x 64: nothing to resize
 
 
 @pytest.mark.parametrize("rect", [False, True])
 def test_items_are_the_same_with_every_cache_and_in_every_order(pictures, rect):
     def dataset(**kwargs):
-        return DetectionDataset(pictures, 64, augment=FULL, batch_size=4, rect=rect, seed=3, **kwargs)
+        return training(pictures, batch_size=4, rect=rect, seed=3, **kwargs)
 
     plan = MosaicSampler(21, 4, lanes=2, window=5)
     expected = items_of(dataset(plan=plan))
-    assert same_items(items_of(dataset(plan=plan, cache="ram")), expected)
-    assert same_items(items_of(dataset(plan=plan, cache="disk")), expected)
+    assert same_items(items_of(dataset(plan=plan, cache_images="ram")), expected)
+    assert same_items(items_of(dataset(plan=plan, cache_images="disk")), expected)
     backwards = dataset(plan=plan)
-    assert same_items([backwards[item.key] for item in reversed(expected)][::-1], expected)
-    other_epoch = [dataset()[item.key._replace(epoch=1)] for item in expected]
+    keys = keys_of(backwards)
+    assert same_items([backwards[key] for key in reversed(keys)][::-1], expected)
+    other_epoch = [dataset()[key._replace(epoch=1)] for key in keys]
     assert not any(torch.equal(a.image, b.image) for a, b in zip(expected, other_epoch, strict=True))
 
 
 def test_the_seed_decides_order_and_augmentation(pictures):
-    first, again, other = (DetectionDataset(pictures, 64, augment=FULL, batch_size=4, seed=seed) for seed in (3, 3, 4))
+    first, again, other = (training(pictures, batch_size=4, seed=seed) for seed in (3, 3, 4))
     assert first.order(0).tolist() == again.order(0).tolist() != other.order(0).tolist()
     items = items_of(first)
     assert same_items(items_of(again), items)
     other._order = (0, first.order(0))  # the same images at the same places
-    assert not any(torch.equal(other[item.key].image, item.image) for item in items)
+    assert not any(torch.equal(a.image, b.image) for a, b in zip(items_of(other), items, strict=True))
 
 
-def test_augmented_boxes_lie_inside_and_classes_are_known(pictures):
-    dataset = DetectionDataset(pictures, 64, augment=FULL, batch_size=4)
-    mosaics = 0
-    for epoch in range(6):
-        for item in items_of(dataset, epoch):
-            assert item.image.shape == (3, 64, 64)
-            mosaics += item.shape is None
-            _, classes, x, y, w, h = item.targets.numpy().T
-            assert set(classes) <= {0, 1, 2}
-            assert ((w > 0) & (h > 0)).all()
-            edges = np.stack([x - w / 2, 1 - x - w / 2, y - h / 2, 1 - y - h / 2])
-            assert (edges > -1e-5).all()
-    assert 0.7 < mosaics / (6 * 21) < 0.9
+def test_mosaics_come_as_often_as_asked_and_can_be_switched_off(pictures):
+    dataset = training(pictures, batch_size=4)
+    mosaics = [item.shapes is None for epoch in range(6) for item in items_of(dataset, epoch)]
+    assert 0.7 < np.mean(mosaics) < 0.9
+    dataset.mosaic = False
+    assert all(item.shapes is not None for item in items_of(dataset))
 
 
 def test_rect_takes_no_mosaics(pictures):
-    dataset = DetectionDataset(pictures, 64, augment=FULL, rect=True, batch_size=4)
-    assert all(item.shape is not None for item in items_of(dataset))
+    dataset = training(pictures, rect=True, batch_size=4)
+    assert all(item.shapes is not None for item in items_of(dataset))
 
 
 def test_global_generators_are_neither_read_nor_moved(pictures):
-    dataset = DetectionDataset(pictures, 64, augment=FULL)
+    dataset = training(pictures)
     np.random.seed(0)
     torch.manual_seed(0)
     before = np.random.get_state()[1].copy(), torch.random.get_rng_state()
@@ -151,41 +155,48 @@ def test_global_generators_are_neither_read_nor_moved(pictures):
 
 
 def test_image_weights_must_fit(pictures):
-    dataset = DetectionDataset(pictures, 64, augment=FULL)
+    dataset = training(pictures)
     for weights in (np.ones(3), -np.ones(21), np.full(21, np.nan)):
         with pytest.raises(ValueError, match="21 finite numbers"):
             dataset.set_image_weights(weights)
 
 
 def test_every_image_is_padded_to_a_given_height_and_width(pictures):
-    dataset = DetectionDataset(pictures, (64, 128), augment=None, batch_size=4)
-    items = [dataset[SampleKey(0, index, index)] for index in range(len(dataset))]
+    items = list(map(LoadImagesAndLabels(pictures, (64, 128), batch_size=4).__getitem__, range(len(pictures))))
     assert {tuple(item.image.shape) for item in items} == {(3, 64, 128)}
     assert [item.path for item in items] == list(pictures.image_paths)  # not sorted by shape
     wide, high, strip = items[0], items[1], items[3]  # 128 x 96, 96 x 128 and 200 x 50 px
-    assert wide.shape == ((96, 128), pytest.approx((64 / 96, 86 / 128)), (21.0, 0.0))  # 85.3 px rounds up to 86
-    assert high.shape == ((128, 96), (0.5, 0.5), (40.0, 0.0))
-    assert strip.shape == ((50, 200), (0.64, 0.64), (0.0, 16.0))
+    ratio_hw, pad_wh = wide.shapes.ratio_pad
+    assert ratio_hw == pytest.approx((64 / 96, 86 / 128)) and pad_wh == (21.0, 0.0)  # 85.3 px rounds up to 86
+    assert high.shapes == ((128, 96), ((0.5, 0.5), (40.0, 0.0)))
+    assert strip.shapes == ((50, 200), ((0.64, 0.64), (0.0, 16.0)))
     x, y, w, h = high.targets[0, 2:].tolist()
     assert (x, y, w, h) == pytest.approx((0.5, 0.5, 0.4 * 48 / 128, 0.6), abs=1e-6)
 
 
-def test_a_given_square_is_the_same_as_its_side(pictures):
-    by_side = DetectionDataset(pictures, 96, augment=None)
-    by_both = DetectionDataset(pictures, (96, 96), augment=None)
-    keys = [SampleKey(0, index, index) for index in range(len(pictures))]
-    assert same_items([by_side[key] for key in keys], [by_both[key] for key in keys])
-
-
-@pytest.mark.parametrize("options", [{"augment": None, "rect": True}, {"augment": FULL}])
+@pytest.mark.parametrize("options", [{"rect": True}, {"augment": True, "hyp": FULL}])
 def test_height_and_width_are_for_plain_evaluation_alone(pictures, options):
     with pytest.raises(ValueError, match="evaluation"):
-        DetectionDataset(pictures, (64, 128), **options)
+        LoadImagesAndLabels(pictures, (64, 128), **options)
+
+
+def test_items_by_index_serve_a_loader_of_torch(pictures):
+    dataset = LoadImagesAndLabels(str(Path(pictures.image_paths[0]).parent), 64, 4, single_cls=True)
+    image, targets, path, shapes = dataset[2]
+    assert image.shape == (3, 64, 64) and path == dataset.im_files[2] and shapes[0] == tuple(dataset.shapes[2][::-1])
+    assert all((rows[:, 0] == 0).all() for rows in dataset.labels) and len(dataset.segments[2]) == len(targets)
+    assert dataset.label_files[2] == path.replace("/images/", "/labels/").replace(".jpg", ".txt")
+    assert len(dataset.labels[:3]) == 3 and len(np.concatenate(dataset.labels)) == len(pictures.rows)
+    batches = list(DataLoader(dataset, 4, collate_fn=dataset.collate_fn))
+    assert len(batches) == 6 and batches[0][0].shape == (4, 3, 64, 64)
+    assert sorted(set(batches[0][1][:, 0].tolist())) == [0, 1, 2, 3]
+    infinite = InfiniteDataLoader(dataset, batch_size=8, collate_fn=dataset.collate_fn)
+    assert len(next(iter(infinite))[2]) == 8 and not infinite.persistent_workers
 
 
 shares = st.floats(0, 1)
 extreme_params = st.builds(
-    AugmentParams,
+    dict,
     hsv_h=shares,
     hsv_s=shares,
     hsv_v=shares,
@@ -201,8 +212,7 @@ extreme_params = st.builds(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(params=extreme_params, seed=st.integers(0, 2**31), index=st.integers(0, 20), rect=st.booleans())
 def test_augmented_boxes_stay_inside_the_picture_with_their_corners_in_order(pictures, params, seed, index, rect):
-    dataset = DetectionDataset(pictures, 64, augment=params, rect=rect, batch_size=4, seed=seed)
-    item = dataset[SampleKey(0, index, index)]
+    item = training(pictures, hyp=params, rect=rect, batch_size=4, seed=seed)[index]
     boxes = item.targets[:, 2:]
     corners = xywh2xyxy(boxes)
     assert torch.isfinite(item.targets).all() and (boxes[:, 2:] > 0).all()

@@ -13,20 +13,33 @@ import numpy as np
 import pytest
 import torch
 
-from utils.augmentations.pixels import AugmentParams
-from utils.dataloaders.dataset import DetectionDataset, Item
-from utils.dataloaders.loader import DetectionLoader, create_loader, enlarge_item, join_items, quad_items, tile_items
+from utils.dataloaders.dataset import Item, LoadImagesAndLabels
+from utils.dataloaders.loader import (
+    DetectionLoader,
+    create_dataloader,
+    enlarge_item,
+    full_size_loader,
+    join_items,
+    quad_items,
+    tile_items,
+)
 from utils.dataloaders.sampling import SampleKey, Shard
 from utils.errors import UserError
+from utils.images import read_image
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-PARAMS = AugmentParams(hsv_s=0.7, translate=0.1, scale=0.5, fliplr=0.5, mosaic=0.9, mixup=0.3, copy_paste=0.5)
+HYP = {"hsv_s": 0.7, "translate": 0.1, "scale": 0.5, "fliplr": 0.5, "mosaic": 0.9, "mixup": 0.3, "copy_paste": 0.5}
 
 
 def loader_of(table, workers=0, cache=None, quad=False, seed=0):
-    dataset = DetectionDataset(table, 64, augment=PARAMS, batch_size=4, cache=cache, seed=seed)
+    """A training loader, of more workers than the machine may have cores."""
+    dataset = LoadImagesAndLabels(table, 64, 4, augment=True, hyp=HYP, cache_images=cache, seed=seed)
     return DetectionLoader(dataset, workers=workers, shuffle=True, quad=quad)
+
+
+def plain_loader(table, batch_size=4, workers=0, **options):
+    return create_dataloader(table, 64, batch_size, 32, workers=workers, **options)[0]
 
 
 def epochs_of(loader, epochs):
@@ -65,6 +78,11 @@ def test_memory_is_pinned_where_the_process_computes_on_a_gpu(pictures, monkeypa
 def test_an_epoch_can_be_entered_at_once_and_left_early(pictures):
     loader = loader_of(pictures, workers=2)
     expected = epochs_of(loader, (0, 1, 2))
+    uncounted = loader_of(pictures)
+    assert same([list(uncounted), list(uncounted)], expected[:2])  # each iteration is of the next epoch
+    started = loader_of(pictures).start()
+    started.set_epoch(1)  # drops what was begun
+    assert same([list(started)], expected[1:2])
     assert same(epochs_of(loader_of(pictures, workers=2), (2,)), expected[2:])
     loader.set_epoch(0)
     next(iter(loader))  # the rest of this epoch stays unread
@@ -78,15 +96,13 @@ def test_spawned_workers_give_the_same_batches(pictures, tmp_path):
         textwrap.dedent(
             """
             import multiprocessing, sys
-            from utils.augmentations.pixels import AugmentParams
-            from utils.dataloaders.dataset import DetectionDataset
             from utils.dataloaders.labels import scan_images
-            from utils.dataloaders.loader import DetectionLoader
+            from utils.dataloaders.loader import create_dataloader
 
             def checksum(workers):
-                params = AugmentParams(mosaic=1.0, scale=0.5, hsv_s=0.5)
-                dataset = DetectionDataset(table, 64, augment=params, batch_size=4, cache="ram")
-                loader = DetectionLoader(dataset, workers=workers, shuffle=True, quad=False)
+                hyp = {"mosaic": 1.0, "scale": 0.5, "hsv_s": 0.5}
+                options = {"cache": "ram", "workers": workers, "shuffle": True}
+                loader, _ = create_dataloader(table, 64, 4, 32, hyp=hyp, augment=True, **options)
                 return [(int(b.images.long().sum()), float(b.targets.sum())) for b in loader]
 
             if __name__ == "__main__":
@@ -111,11 +127,9 @@ def test_targets_name_their_image(pictures):
         assert torch.equal(numbers, numbers.sort().values) and (numbers < len(batch.images)).all()
 
 
-def item(level, *boxes, position=0):
+def item(level, *boxes):
     targets = torch.tensor([[0, level, *box] for box in boxes]).float().reshape(-1, 6)
-    return Item(
-        torch.full((3, 2, 4), level, dtype=torch.uint8), targets, f"{level}.jpg", None, SampleKey(0, position, 0)
-    )
+    return Item(torch.full((3, 2, 4), level, dtype=torch.uint8), targets, f"{level}.jpg", None)
 
 
 def test_joined_targets_by_hand():
@@ -123,7 +137,7 @@ def test_joined_targets_by_hand():
     batch = join_items([first, second, third])
     assert batch.targets[:, 0].tolist() == [0, 2, 2]
     assert batch.targets[:, 1].tolist() == [10, 30, 30]
-    assert batch.paths == ["10.jpg", "20.jpg", "30.jpg"]
+    assert batch.paths == ("10.jpg", "20.jpg", "30.jpg")
     assert join_items([second]).targets.shape == (0, 6)
 
 
@@ -144,30 +158,26 @@ def test_enlarging_by_hand():
     assert torch.equal(enlarged.targets, small.targets)
 
 
+def quads(levels, seed=0, epoch=0, first=0):
+    keys = [SampleKey(epoch, first + place, 0) for place in range(len(levels))]
+    return [quad.image for quad in quad_items([item(level) for level in levels], keys, seed)]
+
+
 def test_quads_enlarge_half_of_the_time_and_fill_up_the_last_group():
-    kinds = []
-    for position in range(0, 800, 4):
-        (quad,) = quad_items([item(level, position=position) for level in (10, 20, 30, 40)], seed=0)
-        kinds.append(bool((quad.image == 10).all()))
+    kinds = [bool((image == 10).all()) for image in quads([10, 20, 30, 40] * 200)]
     assert abs(np.mean(kinds) - 0.5) < 0.12
-    tiled = {tuple(q.image[0, ::2, ::4].flatten().tolist()) for q in quad_items_of_two()}
-    assert tiled == {(10, 10, 10, 10), (10, 10, 20, 20)}  # enlarged, or 10 over 20 twice
+    last = {tuple(quads([10, 20], first=place)[0][0, ::2, ::4].flatten().tolist()) for place in range(20)}
+    assert last == {(10, 10, 10, 10), (10, 10, 20, 20)}  # enlarged, or 10 over 20 twice
 
 
 def test_seed_epoch_and_place_decide_which_quads_are_enlarged():
     """Each of the three alone gives another choice of 32, and the same three the same one."""
 
-    def enlarged(seed, epoch, first):
-        groups = [[item(level, position=first + 4 * group) for level in (10, 20, 30, 40)] for group in range(32)]
-        keyed = [[one._replace(key=one.key._replace(epoch=epoch)) for one in group] for group in groups]
-        return tuple(bool((quad_items(group, seed)[0].image == 10).all()) for group in keyed)
+    def enlarged(*keys):
+        return tuple(bool((image == 10).all()) for image in quads([10, 20, 30, 40] * 32, *keys))
 
     choices = [enlarged(0, 0, 0), enlarged(1, 0, 0), enlarged(0, 1, 0), enlarged(0, 0, 1000)]
     assert len(set(choices)) == 4 and enlarged(0, 0, 0) == choices[0]
-
-
-def quad_items_of_two():
-    return [quad_items([item(10, position=p), item(20, position=p)], seed=0)[0] for p in range(20)]
 
 
 def test_image_weights_reach_the_workers(pictures):
@@ -203,8 +213,7 @@ def test_signals_that_reach_workers_too_disturb_no_batch_and_raise_no_error(monk
     """Terminals send Ctrl-C, and clusters SIGTERM, to all processes; the main one alone answers."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background may have been made deaf
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    dataset = DetectionDataset(pictures, 64, augment=None, batch_size=2)
-    loader, paths = create_loader(dataset, 2, workers=2, shuffle=False), []
+    loader, paths = plain_loader(pictures, 2, workers=2), []
     before = set(multiprocessing.active_children())
     for batch in loader:
         paths += batch.paths
@@ -212,7 +221,7 @@ def test_signals_that_reach_workers_too_disturb_no_batch_and_raise_no_error(monk
         for worker in workers:
             os.kill(worker.pid, signal.SIGINT)
     assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
-    assert paths == list(pictures.image_paths)
+    assert paths == list(pictures.image_paths)  # unshuffled
     subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)  # not their parent's
     for worker in workers:
         worker.join(timeout=30)
@@ -223,34 +232,24 @@ def test_signals_that_reach_workers_too_disturb_no_batch_and_raise_no_error(monk
 def test_workers_and_batch_sizes_are_limited(monkeypatch, pictures):
     monkeypatch.setattr("os.cpu_count", lambda: 6)
 
-    def made(batch_size, workers):
-        dataset = DetectionDataset(pictures, 64, augment=None, batch_size=batch_size)
-        return create_loader(dataset, batch_size, workers=workers, shuffle=False)
+    def workers(batch_size, wanted, **options):
+        return plain_loader(pictures, batch_size, workers=wanted, **options).workers
 
-    assert [made(4, 8).workers, made(16, 8).workers, made(16, 3).workers, made(1, 8).workers] == [4, 6, 3, 0]
-    assert made(64, 0).batch_size == 21 and len(made(64, 0)) == 1 and len(made(4, 0)) == 6
-    dataset = DetectionDataset(pictures, 64, augment=None, batch_size=4)
-    with pytest.raises(ValueError, match="batch size 8"):
-        create_loader(dataset, 8, workers=0, shuffle=False)
-    with pytest.raises(ValueError, match="seed 1"):
-        create_loader(dataset, 4, workers=0, shuffle=False, seed=1)
-
-
-def test_unshuffled_batches_follow_the_data_set(pictures):
-    dataset = DetectionDataset(pictures, 64, augment=None, batch_size=4)
-    loader = create_loader(dataset, 4, workers=0, shuffle=False)
-    assert [path for batch in loader for path in batch.paths] == list(pictures.image_paths)
+    assert [workers(4, 8), workers(16, 8), workers(16, 3), workers(1, 8)] == [4, 6, 3, 0]
+    every = plain_loader(pictures, 64)
+    assert every.dataset.batch_size == 21 and len(every) == 1 and len(plain_loader(pictures)) == 6
+    processes = [(1, 1, 16), (2, 2, 16), (8, 8, 16), (2, 8, 8)]  # which share the machine's cores and each batch
+    shared = [workers(size, 8, shard=Shard(0, n), neighbours=neighbours) for neighbours, n, size in processes]
+    assert shared == [6, 3, 1, 0]
 
 
 @pytest.mark.parametrize("switches", [{}, {"quad": True}, {"rect": True}, {"cache": "ram", "workers": 2}], ids=str)
 def test_the_shares_of_three_processes_are_what_one_would_see(pictures, switches):
     """21 images by 8: the last batch has 5, which are shared 2, 2, 1; by fours they leave the third process none."""
-    loading = {"workers": switches.get("workers", 0), "quad": switches.get("quad", False), "shuffle": True}
 
-    def batches(share):
-        keywords = {"rect": switches.get("rect", False), "cache": switches.get("cache"), "batch_size": 8}
-        dataset = DetectionDataset(pictures, 64, augment=PARAMS, **keywords)
-        loader = create_loader(dataset, 8, share=share, **loading)
+    def batches(shard):
+        options = {"hyp": HYP, "augment": True, "shuffle": True, "shard": shard, **switches}
+        loader = plain_loader(pictures, 8, **options)
         loader.set_epoch(1)
         return [(batch, loader.owns(index)) for index, batch in enumerate(loader)]
 
@@ -261,24 +260,34 @@ def test_the_shares_of_three_processes_are_what_one_would_see(pictures, switches
         own = [part[index][0] for part in parts if part[index][1]]
         assert owned and torch.equal(torch.cat([part.images for part in own]), batch.images)
         assert torch.equal(torch.cat([part.targets[:, 1:] for part in own]), batch.targets[:, 1:])
-        assert [path for part in own for path in part.paths] == batch.paths
+        assert tuple(path for part in own for path in part.paths) == batch.paths
     stand_ins = [part[index][0] for part in parts for index in range(3) if not part[index][1]]
     assert len(stand_ins) == (3 if switches.get("quad") else 0)  # one of two groups, each of three batches
     assert all(len(part.images) == 1 for part in stand_ins)
 
 
-def test_processes_of_a_machine_share_its_cores(monkeypatch, pictures):
-    monkeypatch.setattr("os.cpu_count", lambda: 6)
+def test_ranks_of_torch_share_every_batch(pictures, monkeypatch):
+    """The halves of two processes, in their order, are what one process alone gets."""
+    whole = [batch.paths for batch in plain_loader(pictures, 8, shuffle=True)]
+    barriers, halves = [], []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: barriers.append(len(halves)))
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        halves.append([batch.paths for batch in plain_loader(pictures, 4, shuffle=True, rank=rank)])
+    assert [first + second for first, second in zip(*halves, strict=True)] == whole
+    assert barriers == [0, 1]  # the first opens it once it has read the labels, the second waits before
 
-    def workers(neighbours, size, batch_size=16):
-        dataset = DetectionDataset(pictures, 64, augment=None, batch_size=batch_size)
-        share = Shard(0, size)
-        return create_loader(dataset, batch_size, workers=8, shuffle=False, share=share, neighbours=neighbours).workers
 
-    assert [workers(1, 1), workers(2, 2), workers(8, 8), workers(2, 8, 8)] == [6, 3, 1, 0]
+def test_augmentation_needs_hyperparameters_and_ranks_a_group(pictures):
+    with pytest.raises(UserError, match="augment=True needs hyp"):
+        plain_loader(pictures, augment=True)
+    with pytest.raises(UserError, match="init_process_group"):
+        plain_loader(pictures, rank=0)
 
 
-class CollectableObjects(DetectionDataset):
+class CollectableObjects(LoadImagesAndLabels):
     """Puts the number of objects that the garbage collector of a worker looks at in place of the path."""
 
     def __getitem__(self, key: SampleKey) -> Item:
@@ -287,9 +296,19 @@ class CollectableObjects(DetectionDataset):
 
 def test_workers_collectors_leave_the_parents_objects_alone(pictures):
     """To collect is to write to every object, and to write to a shared page is to copy it: 40 MB for each worker."""
-    dataset = CollectableObjects(pictures, 64, augment=None, batch_size=4)
-    loader = create_loader(dataset, 4, workers=2, shuffle=False)
+    loader = DetectionLoader(CollectableObjects(pictures, 64, 4), workers=2)
     looked_at = [int(count) for batch in loader for count in batch.paths]
     loader.close()
     assert len(looked_at) == len(pictures)
     assert max(looked_at) < len(gc.get_objects()) / 10
+
+
+def test_full_size_images_come_alone_with_their_labels(pictures):
+    batches = list(full_size_loader(pictures, workers=0))
+    assert [tuple(batch.images.shape[:1:-1]) for batch in batches] == [tuple(size) for size in pictures.sizes_wh]
+    for index, batch in enumerate(batches):
+        rgb = read_image(batch.paths[0])[:, :, ::-1]
+        np.testing.assert_array_equal(batch.images[0], rgb.transpose(2, 0, 1))
+        assert batch.shapes == ((rgb.shape[:2], ((1.0, 1.0), (0.0, 0.0))),)
+        np.testing.assert_allclose(batch.targets[:, 1:], pictures.labels(index), atol=1e-6)
+    assert same([batches], [list(full_size_loader(pictures, workers=2))])

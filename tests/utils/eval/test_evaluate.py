@@ -40,7 +40,7 @@ def wide_batch(name="a"):
     Its label is a cat with corners (50, 20) to (150, 80), in padded pixels (34, 46) to (94, 82).
     """
     target = [0, 0, 64 / 128, 64 / 128, 60 / 128, 36 / 128]
-    shape = ShapeInfo((100, 200), (0.6, 0.6), (4.0, 34.0))
+    shape = ShapeInfo((100, 200), ((0.6, 0.6), (4.0, 34.0)))
     images = torch.full((1, 3, 128, 128), 51, dtype=torch.uint8)
     return Batch(images, torch.tensor([target]), [f"x/{name}.jpg"], [shape])
 
@@ -118,7 +118,7 @@ def test_boxes_of_a_long_strip_come_back_to_their_place(tmp_path):
     label_xyxy = np.array([2700, 20, 2940, 180])
     seen = label_xyxy * [640 / 3000, 43 / 200, 640 / 3000, 43 / 200] + [0, 10.5, 0, 10.5]
     seen_xywh = np.array([seen[0] + seen[2], seen[1] + seen[3], 2 * (seen[2] - seen[0]), 2 * (seen[3] - seen[1])]) / 2
-    shape = ShapeInfo((200, 3000), (43 / 200, 640 / 3000), (0.0, 10.5))
+    shape = ShapeInfo((200, 3000), ((43 / 200, 640 / 3000), (0.0, 10.5)))
     target = torch.tensor([[0, 0, *seen_xywh / [640, 64, 640, 64]]])
     batch = Batch(torch.zeros((1, 3, 64, 640), dtype=torch.uint8), target, ["x/strip.jpg"], [shape])
     model = Scripted([[[*seen_xywh, 0.9, 1, 0]]])

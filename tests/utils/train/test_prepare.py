@@ -252,10 +252,10 @@ def test_of_several_processes_the_first_alone_validates_and_all_share_batches(ti
     monkeypatch.setattr(dist, "barrier", lambda: None)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     first, second = (loaders_of(tiny_shapes, World(rank, 2, rank, 2)) for rank in range(2))
-    assert second.val is None and first.val.batch_size == 8  # all that there are
+    assert second.val is None and first.val.dataset.batch_size == 8  # all that there are
     assert len(first.train) == len(second.train) == 2
     assert first.train.workers == 2
-    batches = [list(loaders.train.batches) for loaders in (first, second)]
+    batches = [list(loaders.train.keys) for loaders in (first, second)]
     assert [[len(batch) for batch in own] for own in batches] == [[8, 4], [8, 4]]
     positions = [key.position for both in zip(*batches, strict=True) for own in both for key in own]
     assert positions == list(range(24))
