@@ -185,7 +185,7 @@ def ap_per_class(
         pr_curve=pr_curve,
     )
     if plot:
-        from utils.plots import as_mapping
+        from utils.plots.boxes import as_mapping
         from utils.plots.evaluation import drawable_names, plot_curves
 
         plot_curves(result, drawable_names(as_mapping(names)), Path(save_dir))
@@ -308,7 +308,7 @@ class ConfusionMatrix:
         Raises:
             UserError: counts instead of shares are asked for, or the file cannot be written.
         """
-        from utils.plots import as_mapping
+        from utils.plots.boxes import as_mapping
         from utils.plots.evaluation import drawable_names, plot_confusion
 
         if not normalize:

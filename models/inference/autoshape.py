@@ -40,7 +40,7 @@ from utils.images import SLACK, ImageError, decode_image, letterbox, read_image,
 from utils.log import LOGGER
 from utils.media.writers import OutputStems, folder_names
 from utils.nms import NMSConfig
-from utils.plots.boxes import class_name, crop_box, detection_labels, draw_detections, save_image
+from utils.plots.boxes import class_name, detection_labels, draw_detections, save_image, save_one_box
 
 COPIED = ("yaml", "nc", "hyp", "names", "stride")  # attributes of the model that the wrapper has too
 DEFAULT_PX = 640
@@ -520,7 +520,7 @@ class Detections:
         crops = []
         for image, file, rows, array in zip(self._given, self.files, self.pred, self._rows(), strict=True):
             for row, values, label in zip(rows, array, detection_labels(array, self.names), strict=True):
-                cut = np.ascontiguousarray(crop_box(image, values[:4])[..., ::-1])
+                cut = save_one_box(values[:4], image, save=False)
                 crops.append({"box": list(row[:4]), "conf": row[4], "cls": row[5], "label": label, "im": cut})
                 if folder:
                     class_id = int(values[5])

@@ -41,7 +41,7 @@ from utils.files import atomic_write, increment_path, run_folder
 from utils.images import letterbox, resized_wh
 from utils.log import LOGGER, colorstr
 from utils.nms import NMSConfig
-from utils.plots.evaluation import plot_study
+from utils.plots import plot_val_study
 from utils.tiles import Tiling, merge, windows
 
 DEFAULT_PX = 640
@@ -500,19 +500,18 @@ def study(options: Namespace) -> EvalResult:
         if subject.shape_hw:
             raise UserError(f"--task study goes through image sizes, and {file} takes one: export it with --dynamic.")
     data = [options.data or training_data(subject) for _, subject in opened]
-    tables, studies = [], {}
+    tables = []
     for (file, subject), source in zip(opened, data, strict=True):
         results = _results_by_size(changed(options, data=source, plots=False), file, subject, sizes_px)
         rows = np.array([(*result.as_tuple(), *result.speed_ms) for result in results])
         name = Path(source).stem if isinstance(source, (str, Path)) else "data"
         tables.append(_write_table(_unused(f"study_{name}_{Path(file).stem}", tables), rows))
-        studies[tables[-1].stem.removeprefix(f"study_{name}_")] = rows
     with atomic_write("study.zip") as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for table in tables:
             archive.write(table)
     written = [*map(str, tables), "study.zip"]
     if options.plots:
-        plot_study(studies, sizes_px, Path("study.png"))
+        plot_val_study(tables, x=sizes_px)
         written.append("study.png")
     LOGGER.info(f"Study saved to {', '.join(written)}")
     return results[-1]

@@ -24,7 +24,7 @@ from utils.dataloaders.config import load_spec
 from utils.devices import device_line, prepare_cpu_memory, select_device
 from utils.errors import UserError, grid_stride
 from utils.log import LOGGER
-from utils.plots.boxes import feature_grid, save_image
+from utils.plots.boxes import feature_visualization
 
 DEFAULT_SHAPE = (1, 3, 640, 640)
 
@@ -198,8 +198,7 @@ class DetectMultiBackend(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
 
         def show(layer: nn.Module, output: Tensor) -> None:
-            path = folder / f"stage{layer.i}_{layer.type.rpartition('.')[2]}_features.png"
-            save_image(path, feature_grid(output[0].detach().float().cpu().numpy()))
+            feature_visualization(output, layer.type, layer.i, save_dir=folder)
 
         return self.model(_as_input(self.model, images), visualize=show)
 

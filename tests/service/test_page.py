@@ -122,9 +122,9 @@ def test_boxes_are_drawn_where_they_were_found(open_page, expected, tmp_path):
         f"const x = {(best[0] + best[2]) / 2} * scale, y = Math.min({best[3]} * scale, c.height - 1);"
         "return [...c.getContext('2d').getImageData(x, y, 1, 1).data].slice(0, 3)"
     )
-    from utils.plots.boxes import color
+    from utils.plots.boxes import colors
 
-    assert np.allclose(page.run(script), color(int(best[5]), bgr=False), atol=60)
+    assert np.allclose(page.run(script), colors(best[5]), atol=60)
 
 
 def test_file_that_is_no_image_is_told_in_words(open_page, tmp_path):

@@ -40,7 +40,7 @@ SURFACE = {
     "plots": """Colors colors Annotator(im,line_width,font_size,font,pil,example) output_to_target(output)
         feature_visualization(x,module_type,stage,n,save_dir)
         plot_images(images,targets,paths,fname,names,max_size,max_subplots) plot_labels(labels,names,save_dir)
-        plot_results(file,dir) save_one_box(xyxy,im,file,gain,pad,square,BGR,save)""",
+        plot_results(file,dir) plot_val_study(file,dir,x) save_one_box(xyxy,im,file,gain,pad,square,BGR,save)""",
     "torch_utils": """torch_distributed_zero_first(local_rank) select_device(device,batch_size,newline) time_sync
         smart_inference_mode is_parallel(model) de_parallel(model) initialize_weights(model) fuse_conv_and_bn(conv,bn)
         model_info(model,verbose,img_size) copy_attr(a,b,include,exclude) EarlyStopping(patience)

@@ -329,11 +329,11 @@ class _Pictures:
     def add(self, batch: Any, found: Sequence[np.ndarray]) -> None:
         if self._count >= self._limit:
             return
-        from utils.plots.boxes import draw_batch
+        from utils.plots import output_to_target, plot_images
 
-        for content, boxes in (("labels", batch.targets), ("pred", list(found))):
+        for content, boxes in (("labels", batch.targets), ("pred", output_to_target(found))):
             file = self._folder / f"val_batch{self._count}_{content}.jpg"
-            self._pending.append(self._pool.submit(draw_batch, batch.images, boxes, batch.paths, self._names, file))
+            self._pending.append(self._pool.submit(plot_images, batch.images, boxes, batch.paths, file, self._names))
         self._count += 1
 
 

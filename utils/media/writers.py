@@ -36,7 +36,7 @@ from utils.log import LOGGER
 from utils.media.counting import Counts
 from utils.media.mp4 import Mp4Error, set_times
 from utils.media.sources import Frame, suffix_of
-from utils.plots.boxes import class_name, crop_box, draw_detections, feature_grid, save_image
+from utils.plots.boxes import class_name, draw_detections, feature_visualization, save_image, save_one_box
 
 CSV_COLUMNS = ("Image Name", "Prediction", "Confidence")
 TRACK_COLUMN = "Track"  # with tracking
@@ -54,7 +54,7 @@ _RESERVED_NAMES = frozenset({"con", "prn", "aux", "nul"} | _PORT_NAMES)  # by Wi
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Which results are written, and how pictures look."""
+    """Which results are written, and how images look."""
 
     save_images: bool = True  # annotated images and videos
     save_txt: bool = False
@@ -62,7 +62,7 @@ class OutputOptions:
     save_crop: bool = False
     save_csv: bool = False
     track: bool = False  # detections have the number of their track in a seventh column
-    line_width: int | None = None  # px; None suits the picture
+    line_width: int | None = None  # px; None suits the image
     hide_labels: bool = False
     hide_conf: bool = False
     vid_stride: int = 1
@@ -147,7 +147,8 @@ class LabelWriter:
         """
         self.folder, self.written = folder, 0
         self._save_conf = save_conf
-        _make_folder(folder)
+        with _explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, stem: str, detections: np.ndarray, shape_hw: Sequence[int]) -> None:
         """Writes one image's file, a line for each detection; see `label_lines`.
@@ -219,7 +220,9 @@ class ResultWriter:
         if self._options.save_txt:
             self._labels = LabelWriter(self._folder / "labels", self._options.save_conf)
         if self._options.save_csv:
-            self._table_file = _open_table(self._folder / "predictions.csv")
+            path = self._folder / "predictions.csv"
+            with _explained(path):
+                self._table_file = open(path, "w", newline="", encoding="utf-8")
             self._table = csv.writer(self._table_file)
             track, number = [TRACK_COLUMN] * self._options.track, [FRAME_COLUMN] * self._with_frames
             self._table.writerow((*CSV_COLUMNS, *track, *number))
@@ -229,16 +232,18 @@ class ResultWriter:
         """Ends all that is open, one after the other even if an end fails, and writes what was counted."""
         with ExitStack() as ends:
             for stem in list(self._recordings):
-                ends.callback(self._end_recording, stem)
-            ends.callback(self._close_table)
+                ends.callback(self._recordings.pop(stem).close)
+            if self._table_file is not None:
+                ends.enter_context(_explained(self._folder / "predictions.csv"))
+                ends.callback(self._table_file.close)
             ends.callback(self._keep_counts)
 
     def write(self, frame: Frame, detections: np.ndarray, counts: Counts | None = None) -> None:
         """Writes everything asked for about one frame.
 
         Args:
-            frame: with its picture, which is drawn into.
-            detections: (k, 6) [x1, y1, x2, y2 in whole px of the picture, confidence, class], most confident first, or
+            frame: with its image, which is drawn into.
+            detections: (k, 6) [x1, y1, x2, y2 in whole px of the image, confidence, class], most confident first, or
                 with tracking (k, 7): the last column is the number of the track, -1 for none.
             counts: what was counted in this input up to this frame.
 
@@ -249,12 +254,16 @@ class ResultWriter:
             return
         if not frame.live:
             for former in self._recordings.keys() - {self._stems[frame.path]}:
-                self._end_recording(former)
+                self._recordings.pop(former).close()
         try:
             with _explained(self._folder):
                 self._write(frame, detections, counts)
         except UserError as error:
-            if frame.live or not _is_of_one_file(error):
+            if isinstance(error.__cause__, OSError):
+                others_go_on = error.__cause__.errno in _OF_ONE_FILE  # not where the disk is full or gone
+            else:
+                others_go_on = not isinstance(error.__cause__, Mp4Error)
+            if frame.live or not others_go_on:
                 raise
             self.failed[frame.path] = f"{frame.label}: {error}"
             LOGGER.warning(f"WARNING: {self.failed[frame.path]} The others go on.")
@@ -263,7 +272,6 @@ class ResultWriter:
                 self._keep_tables()
 
     def _write(self, frame: Frame, detections: np.ndarray, counts: Counts | None) -> None:
-        """Does what `write` says."""
         stem = self._stems[frame.path]
         name = stem + Path(frame.path).suffix
         if counts is not None:
@@ -276,17 +284,21 @@ class ResultWriter:
         if self._options.save_crop:
             self._write_crops(frame, detections, stem)
         if self._options.save_images:
-            self._write_picture(frame, self._draw(np.ascontiguousarray(frame.image), detections, counts), stem)
+            self._write_image(frame, self._draw(np.ascontiguousarray(frame.image), detections, counts), stem)
 
     def drawn(self, frame: Frame, detections: np.ndarray, counts: Counts | None = None) -> np.ndarray:
-        """Returns the picture (h, w, 3) as `write` saves it, drawn into a copy; from any thread."""
+        """Returns the image (h, w, 3) as `write` saves it, drawn into a copy; from any thread."""
         return self._draw(frame.image.copy(), detections, counts)
 
+    def _draw(self, image: np.ndarray, detections: np.ndarray, counts: Counts | None) -> np.ndarray:
+        look = (self._options.line_width, self._options.hide_labels, self._options.hide_conf)
+        return draw_detections(image, detections, self._names, *look, counts)
+
     def write_features(self, frame: Frame, row: int, block: str, maps: np.ndarray) -> None:
-        """Writes what a layer makes of a frame: `STEM/stage<row>_<block>_features.png` and all its channels as `.npy`.
+        """Writes what a layer makes of a frame into the folder `STEM`, of a video's frames `STEM_<number>`.
 
         Args:
-            frame: the frame; a video's frames have folders of their own (`STEM_<number>`).
+            frame: the frame.
             row: the layer's row in the model.
             block: its block's name.
             maps: (1, c, h, w) its output.
@@ -296,13 +308,9 @@ class ResultWriter:
         """
         stem = self._stems[frame.path]
         folder = self._folder / (f"{stem}_{frame.number}" if frame.is_video else stem)
-        _make_folder(folder)
-        path = folder / f"stage{row}_{block}_features.png"
-        save_image(path, feature_grid(maps[0]))
-        try:
-            np.save(path.with_suffix(".npy"), maps)
-        except OSError as error:
-            raise UserError(f"{path.with_suffix('.npy')}: cannot be written ({error.strerror}).") from error
+        with _explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        feature_visualization(maps, block, row, save_dir=folder)
 
     def _write_rows(self, name: str, detections: np.ndarray, frame: Frame) -> None:
         """Adds the detections to the table, the least confident first, as in the label files."""
@@ -320,63 +328,46 @@ class ResultWriter:
             os.fsync(self._table_file.fileno())
         self._keep_counts()
 
-    def _close_table(self) -> None:
-        """Finishes the table of detections."""
-        if self._table_file is not None:
-            with _explained(self._folder / "predictions.csv"):
-                self._table_file.close()
-
     def _keep_counts(self) -> None:
         """Replaces the table of what was counted, if that has changed: a row for each class tracked in an input."""
         if self._counts == self._kept_counts:
             return
-        with atomic_write(self._folder / "counts.csv") as temporary, _open_table(temporary) as file:
-            table = csv.writer(file)
-            headings = next(iter(self._counts.values())).headings
-            table.writerow(("Input", "Class", *(heading.capitalize() for heading in headings)))
-            for name, counts in self._counts.items():
-                for class_id, *numbers in counts.tallies:
-                    table.writerow((printable(name), class_name(self._names, class_id), *numbers))
+        headings = next(iter(self._counts.values())).headings
+        rows = [("Input", "Class", *(heading.capitalize() for heading in headings))]
+        for name, counts in self._counts.items():
+            rows += [(printable(name), class_name(self._names, tally[0]), *tally[1:]) for tally in counts.tallies]
+        path = self._folder / "counts.csv"
+        with _explained(path), atomic_write(path) as temporary:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rows)
         self._kept_counts = dict(self._counts)
 
     def _write_crops(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
-        """Cuts the detections out of the picture: `crops/CLASS/STEM.jpg`, then `STEM2.jpg` and so on."""
+        """Cuts the detections out of the image: `crops/CLASS/STEM.jpg`, then `STEM2.jpg` and so on."""
         if not frame.live and not any(stem == former for former, _ in self._crop_numbers):
             self._crop_numbers.clear()
         for row in detections[::-1]:
             folder = self._folder / "crops" / self._crop_folders.get(int(row[5]), str(int(row[5])))
             folder.mkdir(parents=True, exist_ok=True)
-            save_image(folder / self._next_crop(stem, folder), crop_box(frame.image, row[:4]))
+            taken = True
+            while taken:  # by another input's crops
+                self._crop_numbers[stem, folder] += 1
+                number = self._crop_numbers[stem, folder]
+                digits = "" if number == 1 else str(number)
+                taken = any((stem + digits[:end]).casefold() in self._taken for end in range(1, len(digits) + 1))
+            save_image(folder / f"{stem}{digits}.jpg", save_one_box(row[:4], frame.image, BGR=True, save=False))
 
-    def _next_crop(self, stem: str, folder: Path) -> str:
-        """Returns `STEM.jpg`, `STEM2.jpg`, ...: the next that no other input's crop can be called."""
-        while True:
-            self._crop_numbers[stem, folder] += 1
-            number = self._crop_numbers[stem, folder]
-            digits = "" if number == 1 else str(number)
-            if not any((stem + digits[:end]).casefold() in self._taken for end in range(1, len(digits) + 1)):
-                return f"{stem}{digits}.jpg"
-
-    def _draw(self, image: np.ndarray, detections: np.ndarray, counts: Counts | None) -> np.ndarray:
-        """Draws the detections and what was counted into the picture (h, w, 3), contiguous; returns it."""
-        options = self._options
-        look = (options.line_width, options.hide_labels, options.hide_conf)
-        return draw_detections(image, detections, self._names, *look, counts)
-
-    def _write_picture(self, frame: Frame, image: np.ndarray, stem: str) -> None:
-        """Saves the drawn picture (h, w, 3), or adds it to its video."""
-        if frame.is_video:
-            self._recording_of(frame, stem).write(image, frame.time)
+    def _write_image(self, frame: Frame, image: np.ndarray, stem: str) -> None:
+        """Saves the drawn image (h, w, 3), or adds it to its video."""
+        if not frame.is_video:
+            suffix = Path(frame.path).suffix
+            suffix = suffix if cv2.haveImageWriter(printable(f"x{suffix}")) else ".jpg"
+            save_image(self._folder / f"{stem}{suffix}", image)
             return
-        suffix = Path(frame.path).suffix
-        save_image(self._folder / (stem + (suffix if cv2.haveImageWriter(printable(f"x{suffix}")) else ".jpg")), image)
-
-    def _recording_of(self, frame: Frame, stem: str) -> Recording:
-        """Returns what a frame is recorded in."""
         if stem not in self._recordings:
             piece_s = 60 * self._options.segment if self._options.segment else LIVE_PIECE_S if frame.live else math.inf
             self._recordings[stem] = Recording(self._pieces(stem), frame.fps / self._options.vid_stride, piece_s)
-        return self._recordings[stem]
+        self._recordings[stem].write(image, frame.time)
 
     def _pieces(self, stem: str) -> Iterator[Path]:
         """Yields `STEM.mp4`, `STEM_part2.mp4`, `STEM_part3.mp4`, ..., without what another input's video is called."""
@@ -384,13 +375,9 @@ class ResultWriter:
         names = (f"{stem}_part{number}" for number in itertools.count(2))
         yield from (self._folder / f"{name}.mp4" for name in names if name.casefold() not in self._taken)
 
-    def _end_recording(self, stem: str) -> None:
-        """Finishes a recording, so that it plays."""
-        self._recordings.pop(stem).close()
-
 
 class Recording:
-    """The annotated frames of a video or live input, in one mp4 file or in pieces, of which each plays.
+    """The annotated frames of a video or live input, in one mp4 file or in pieces that play once ended.
 
     A frame is shown from its own time to the next one's, so that a recording lasts as long as what it shows, whatever
     became of frames in between.
@@ -399,83 +386,54 @@ class Recording:
     def __init__(self, paths: Iterator[Path], fps: float, piece_s: float = math.inf) -> None:
         """Takes names for the pieces, the rate that the input declares, and how long a piece is."""
         self._paths, self._fps, self._piece_s = paths, fps, piece_s
-        self._file: VideoFile | None = None
-        self._ends_s = math.inf  # the piece
+        self._video: cv2.VideoWriter | None = None
+        self._path, self._size_wh, self._odd = Path(), (0, 0), (0, 0)  # of the piece
+        self._times_s, self._ends_s = array("d"), math.inf  # of its frames; when it ends
 
     def write(self, image: np.ndarray, time_s: float) -> None:
-        """Adds a picture (h, w, 3) BGR that is shown from a time on, into the next piece where it is time for that.
+        """Adds an image (h, w, 3) BGR that is shown from a time on, into the next piece where it is time for that.
+
+        One of another size than the first is resized, or it would be left out; odd sides get a row or column more.
 
         Raises:
             UserError: a piece cannot be written.
         """
         if time_s >= self._ends_s:
             self.close(self._ends_s)
-        if self._file is None:
-            self._file = VideoFile(next(self._paths), self._fps, (image.shape[1], image.shape[0]))
+        if self._video is None:
+            self._open(image.shape[1], image.shape[0])
             self._ends_s = time_s + self._piece_s
-        self._file.write(image, time_s)
-
-    def close(self, end_s: float | None = None) -> None:
-        """Finishes the last piece, which ends at a time, or when its last frame has been shown for a usual while.
-
-        Raises:
-            UserError: it is not whole.
-        """
-        file, self._file = self._file, None
-        if file is not None:  # else the next piece could not be opened
-            file.close(end_s)
-
-
-class VideoFile:
-    """An mp4 file being written frame by frame; it plays once it is closed."""
-
-    def __init__(self, path: Path, fps: float, size_wh: tuple[int, int]) -> None:
-        """Opens the file.
-
-        Raises:
-            UserError: OpenCV cannot write a video there.
-        """
-        self.path = path
-        self._size_wh, self._fps = size_wh, fps
-        self._odd = (size_wh[1] % 2, size_wh[0] % 2)  # a row, a column: the encoder leaves out what is one too many
-        self._times_s = array("d")
-        even_wh = (size_wh[0] + self._odd[1], size_wh[1] + self._odd[0])
-        self._writer = cv2.VideoWriter(native_path(path), cv2.VideoWriter_fourcc(*VIDEO_CODEC), fps, even_wh)
-        if not self._writer.isOpened():
-            raise UserError(f"{path}: OpenCV cannot write an mp4 video of {size_wh[0]}x{size_wh[1]} px there.")
-
-    def write(self, image: np.ndarray, time_s: float) -> None:
-        """Adds a picture (h, w, 3) BGR, shown from a time on that is later than the former's.
-
-        One of another size than the first is resized, or it would be left out; odd sides get a row or column more.
-        """
         if (image.shape[1], image.shape[0]) != self._size_wh:
             image = cv2.resize(image, self._size_wh)
         if any(self._odd):
             image = cv2.copyMakeBorder(image, 0, self._odd[0], 0, self._odd[1], cv2.BORDER_REPLICATE)
-        self._writer.write(image)
+        self._video.write(image)
         self._times_s.append(time_s)
 
+    def _open(self, width: int, height: int) -> None:
+        path, self._odd = next(self._paths), (height % 2, width % 2)  # the encoder leaves out what is one too many
+        even_wh = (width + self._odd[1], height + self._odd[0])
+        video = cv2.VideoWriter(native_path(path), cv2.VideoWriter_fourcc(*VIDEO_CODEC), self._fps, even_wh)
+        if not video.isOpened():
+            raise UserError(f"{path}: OpenCV cannot write an mp4 video of {width}x{height} px there.")
+        self._path, self._size_wh, self._video, self._times_s = path, (width, height), video, array("d")
+
     def close(self, end_s: float | None = None) -> None:
-        """Finishes the file; the last frame is shown until a time, or as long as the rate says.
+        """Ends the last piece, which is shown until a time, or for a usual while after its last frame.
 
         Raises:
             UserError: it is not whole; OpenCV reports no error of its own.
         """
-        self._writer.release()
+        if self._video is None:  # the next piece could not be opened
+            return
+        self._video.release()
+        self._video = None
         try:
-            set_times(self.path, self._times_s, self._times_s[-1] + 1 / self._fps if end_s is None else end_s)
+            set_times(self._path, self._times_s, self._times_s[-1] + 1 / self._fps if end_s is None else end_s)
         except Mp4Error as error:
-            raise UserError(f"{self.path}: the video could not be written: {error}. Is the disk full?") from error
+            raise UserError(f"{self._path}: the video could not be written: {error}. Is the disk full?") from error
         except OSError as error:
-            raise UserError(f"{self.path}: the video could not be written ({error.strerror}).") from error
-
-
-def _is_of_one_file(error: UserError) -> bool:
-    """Whether what could not be written for one file can be for others: not where the disk is full or gone."""
-    if isinstance(error.__cause__, OSError):
-        return error.__cause__.errno in _OF_ONE_FILE
-    return not isinstance(error.__cause__, Mp4Error)
+            raise UserError(f"{self._path}: the video could not be written ({error.strerror}).") from error
 
 
 @contextlib.contextmanager
@@ -485,17 +443,3 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be written ({error.strerror}).") from error
-
-
-def _make_folder(path: Path) -> None:
-    """Makes a folder, with the reason in words if that fails."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: the folder cannot be made ({error.strerror}).") from error
-
-
-def _open_table(path: Path) -> IO[str]:
-    """Opens a table for writing, with the reason in words if that fails."""
-    with _explained(path):
-        return open(path, "w", newline="", encoding="utf-8")

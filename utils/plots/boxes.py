@@ -1,8 +1,8 @@
-"""Boxes, text and counts drawn on images, crops, and mosaics of whole batches.
+"""Boxes, text and counts drawn on images, crops, feature maps, and mosaics of whole batches, by YOLOv5's names.
 
 Images are uint8 (h, w, 3) in BGR unless said otherwise. OpenCV's built-in font draws Latin, Greek, Cyrillic, Arabic,
 Chinese, Japanese and Korean; for other scripts the system's font folders are searched once. What no font has is drawn
-as `?` and named in a warning. Torch tensors are taken (`draw_batch`) without importing torch.
+as `?` and named in a warning. Torch tensors are taken without importing torch.
 """
 
 from __future__ import annotations
@@ -17,27 +17,58 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from utils.boxes import clip_boxes, xywh2xyxy, xywhn2xyxy, xyxy2xywh
+from utils.boxes import clip_boxes, xywh2xyxy, xyxy2xywh
 from utils.errors import UserError, printable
+from utils.files import increment_path
 
 if TYPE_CHECKING:
     from utils.media.counting import Counts
 
 
+LOGGER = logging.getLogger("yolov5")
 Array = Any  # np.ndarray or torch.Tensor
 Color = tuple[int, int, int]
+Names = Mapping[int, str] | Sequence[str]
 
 PALETTE = (
     "FF3838", "FF9D97", "FF701F", "FFB21D", "CFD231", "48F90A", "92CC17", "3DDB86", "1A9334", "00D4BB",
     "2C99A8", "00C2FF", "344593", "6473FF", "0018EC", "8438FF", "520085", "CB38FF", "FF95C8", "FF37C7",
 )  # fmt: skip
-BLACK, WHITE = (0, 0, 0), (255, 255, 255)
-GRAY = (160, 160, 160)  # of objects that have no track (yet)
+BLACK, WHITE, GREY = (0, 0, 0), (255, 255, 255), (128, 128, 128)
+NO_TRACK_COLOR = (160, 160, 160)  # of objects that have no track (yet)
 COUNTING_COLOR = (0, 235, 255)  # yellow, on a black rim: seen on any ground
 SMALLEST_FONT_PX = 9
 BATCH_CONF_THRES = 0.25  # predictions below it are not shown in mosaics
 TILE_NAME_LENGTH = 40
+
+
+class Colors:
+    """YOLOv5's palette of 20 colours: `colors(class_id, bgr=True)`.
+
+    Attributes:
+        palette: (r, g, b) of each.
+        n: how many there are.
+    """
+
+    def __init__(self) -> None:
+        """Reads the palette."""
+        self.palette = [self.hex2rgb(f"#{code}") for code in PALETTE]
+        self.n = len(self.palette)
+
+    def __call__(self, i: int, bgr: bool = False) -> Color:
+        """Returns a class's colour as (r, g, b) or (b, g, r)."""
+        rgb = self.palette[int(i) % self.n]
+        return rgb[::-1] if bgr else rgb
+
+    @staticmethod
+    def hex2rgb(h: str) -> Color:
+        """Returns (r, g, b) of `#rrggbb`."""
+        return tuple(int(h[at : at + 2], 16) for at in (1, 3, 5))
+
+
+colors = Colors()
 
 
 class Annotation(NamedTuple):
@@ -45,31 +76,134 @@ class Annotation(NamedTuple):
 
     box_xyxy: Sequence[float]  # px
     label: str  # empty for a bare box
-    color: Color  # BGR
+    color: Color  # in the image's own order of channels, as all colours here
+    text_color: Color | None = None  # None takes black or white, whichever reads better
 
 
-def color(class_id: int, bgr: bool = True) -> Color:
-    """Returns the class's colour of YOLOv5's palette of 20, as (b, g, r) or (r, g, b)."""
-    code = PALETTE[int(class_id) % len(PALETTE)]
-    r, g, b = (int(code[at : at + 2], 16) for at in (0, 2, 4))
-    return (b, g, r) if bgr else (r, g, b)
+class Annotator:
+    """Draws labelled boxes into an image, in place; colours are in the image's own order of channels.
+
+    Attributes:
+        im: the image, uint8 (h, w, 3).
+        lw: width of the lines, px.
+    """
+
+    def __init__(
+        self,
+        im: np.ndarray | Image.Image,
+        line_width: int | None = None,
+        font_size: float | None = None,
+        font: str = "",
+        pil: bool = False,
+        example: str = "",
+    ) -> None:
+        """Takes a contiguous array, or an image of Pillow's, which is copied.
+
+        Args:
+            im: the image.
+            line_width: px; None suits the image.
+            font_size: px; None suits the line width and the image.
+            font: names nothing here, as `pil` and `example`: text of any script finds its font by itself.
+            pil: see `font`.
+            example: see `font`.
+
+        Raises:
+            UserError: the array is not contiguous.
+        """
+        self.im = np.array(im) if isinstance(im, Image.Image) else im
+        if not self.im.flags.c_contiguous:
+            raise UserError("Annotator: the image is not contiguous; hand in np.ascontiguousarray(im).")
+        self.lw = int(line_width or default_line_width(self.im.shape))
+        self._font_px = None if font_size is None else max(round(font_size), SMALLEST_FONT_PX)
+
+    def box_label(self, box: Any, label: str = "", color: Color = GREY, txt_color: Color | None = None) -> None:
+        """Draws a box with a label above it, or where there is room.
+
+        Args:
+            box: (4,) xyxy px: numbers, an array or a tensor.
+            label: its text; empty for none.
+            color: of the box and of the label's ground.
+            txt_color: of the text; None takes black or white, whichever reads better.
+        """
+        self.annotate([Annotation(_numbers(box), label, _plain(color), txt_color and _plain(txt_color))])
+
+    def annotate(
+        self, annotations: Sequence[Annotation], keep_clear_xyxy: Sequence[Sequence[float]] = ()
+    ) -> np.ndarray:
+        """Draws first all boxes, then all labels, so that no line strikes text; returns the image.
+
+        Args:
+            annotations: what to draw, the most important first: it is drawn on top and its label has first choice of
+                the places around its box.
+            keep_clear_xyxy: areas in px that labels avoid.
+        """
+        for item in reversed(annotations):
+            x1, y1, x2, y2 = (round(float(value)) for value in item.box_xyxy)
+            cv2.rectangle(self.im, (x1, y1), (x2, y2), item.color, self.lw)
+        height, width = self.im.shape[:2]
+        font_px = self._font_px or max(min(6 * self.lw, height // 12), SMALLEST_FONT_PX + 1)
+        padding = max(font_px // 6, 2)
+        placed = np.array(keep_clear_xyxy, np.float32).reshape(-1, 4)
+        for item in filter(lambda item: item.label, annotations):
+            text, size = fit_text(item.label, width - 2 * padding, font_px, SMALLEST_FONT_PX)
+            label_wh = (min(text_width(text, size) + 2 * padding, width), math.ceil(LINE_HEIGHT * size))
+            x, y = _place_label(item.box_xyxy, label_wh, (height, width), self.lw, placed)
+            placed = np.concatenate([placed, [(x, y, x + label_wh[0], y + label_wh[1])]], dtype=np.float32)
+            cv2.rectangle(self.im, (x, y), (x + label_wh[0] - 1, y + label_wh[1] - 1), item.color, cv2.FILLED)
+            text_color = item.text_color or readable_on(item.color)
+            draw_text(self.im, text, x + padding, y + round(ASCENT * size), size, text_color)
+        return self.im
+
+    def rectangle(self, xy: Any, fill: Color | None = None, outline: Color | None = None, width: int = 1) -> None:
+        """Draws a rectangle (4,) xyxy px, filled and outlined with the colours given."""
+        x1, y1, x2, y2 = (round(value) for value in _numbers(xy))
+        if fill is not None:
+            cv2.rectangle(self.im, (x1, y1), (x2, y2), _plain(fill), cv2.FILLED)
+        if outline is not None:
+            cv2.rectangle(self.im, (x1, y1), (x2, y2), _plain(outline), width)
+
+    def text(self, xy: Sequence[float], text: str, txt_color: Color = WHITE) -> None:
+        """Writes a line of text with its upper left corner at (x, y) px."""
+        size_px = self._font_px or max(6 * self.lw, SMALLEST_FONT_PX)
+        draw_text(self.im, text, round(xy[0]), round(xy[1] + ASCENT * size_px), size_px, _plain(txt_color))
+
+    def result(self) -> np.ndarray:
+        """Returns the image."""
+        return self.im
 
 
-def text_color(ground_bgr: Color) -> Color:
+def _numbers(values: Any) -> list[float]:
+    """Returns numbers, single-element tensors among them, an array or a tensor as a flat list of floats."""
+    return values.reshape(-1).tolist() if hasattr(values, "shape") else [float(value) for value in values]
+
+
+def _plain(color: Sequence[float]) -> Color:
+    return tuple(int(level) for level in color)
+
+
+def default_line_width(shape_hw: Sequence[int]) -> int:
+    """Returns the line width in pixels that suits an image of (height, width)."""
+    return max(round((shape_hw[0] + shape_hw[1] + 3) / 2 * 0.003), 2)
+
+
+def readable_on(ground_bgr: Color) -> Color:
     """Returns black or white, whichever reads better on a colour (BGR; Rec. 601 luma)."""
     b, g, r = ground_bgr
     return BLACK if 0.114 * b + 0.587 * g + 0.299 * r > 140 else WHITE
 
 
-def class_name(names: Mapping[int, str] | Sequence[str], class_id: int) -> str:
+def class_name(names: Names, class_id: int) -> str:
     """Returns a class's name; its number where `names` has none."""
     known = class_id in names if isinstance(names, Mapping) else 0 <= class_id < len(names)
     return printable(names[class_id]) if known else str(class_id)
 
 
-def detection_labels(
-    detections: np.ndarray, names: Mapping[int, str] | Sequence[str], hide_conf: bool = False
-) -> list[str]:
+def as_mapping(names: Names) -> dict[int, str]:
+    """Returns class names, a list or a mapping, as {number: name}."""
+    return dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
+
+
+def detection_labels(detections: np.ndarray, names: Names, hide_conf: bool = False) -> list[str]:
     """Returns `name 0.87`, `name`, or `id:3 name 0.87` for detections (k, 6) or (k, 7), see `draw_detections`."""
     labels = []
     for row in np.asarray(detections):
@@ -78,51 +212,10 @@ def detection_labels(
     return labels
 
 
-def detection_color(row: Sequence[float]) -> Color:
-    """Returns the colour of a detection's class, or of its track where there are tracks: gray for none."""
-    if len(row) <= 6:
-        return color(int(row[5]))
-    return color(int(row[6])) if row[6] >= 0 else GRAY
-
-
-def default_line_width(shape_hw: Sequence[int]) -> int:
-    """Returns the line width in pixels that suits an image of (height, width)."""
-    return max(round((shape_hw[0] + shape_hw[1] + 3) / 2 * 0.003), 2)
-
-
-def annotate(
-    image: np.ndarray,
-    annotations: Sequence[Annotation],
-    line_width: int | None = None,
-    font_px: int | None = None,
-    keep_clear_xyxy: Sequence[Sequence[float]] = (),
-) -> np.ndarray:
-    """Draws labelled boxes into an image, in place: first all boxes, then all labels, so that no line strikes text.
-
-    Args:
-        image: uint8 (h, w, 3) BGR, contiguous.
-        annotations: what to draw, the most important first: it is drawn on top and its label has first choice of
-            the places around its box.
-        line_width: of the boxes, in pixels; None suits the image.
-        font_px: font size; None suits the line width and the image.
-        keep_clear_xyxy: areas in pixels that labels avoid.
-
-    Returns:
-        The same image.
-    """
-    line_width = line_width or default_line_width(image.shape)
-    font_px = font_px or max(min(6 * line_width, image.shape[0] // 12), SMALLEST_FONT_PX + 1)
-    for item in reversed(annotations):
-        x1, y1, x2, y2 = (round(float(value)) for value in item.box_xyxy)
-        cv2.rectangle(image, (x1, y1), (x2, y2), item.color, line_width)
-    _draw_labels(image, [item for item in annotations if item.label], line_width, font_px, keep_clear_xyxy)
-    return image
-
-
 def draw_detections(
     image: np.ndarray,
     detections: np.ndarray,
-    names: Mapping[int, str] | Sequence[str],
+    names: Names,
     line_width: int | None = None,
     hide_labels: bool = False,
     hide_conf: bool = False,
@@ -144,11 +237,12 @@ def draw_detections(
         The same image.
     """
     labels = [""] * len(detections) if hide_labels else detection_labels(detections, names, hide_conf)
-    items = [Annotation(row[:4], label, detection_color(row)) for row, label in zip(detections, labels, strict=True)]
-    if counts is None:
-        return annotate(image, items, line_width)
-    captions = _draw_counting(image, counts, names)
-    annotate(image, items, line_width, keep_clear_xyxy=[caption.box_xyxy for caption in captions])
+    items = []
+    for row, label in zip(detections, labels, strict=True):
+        number = int(row[-1])  # of the class, or of the track where there are tracks
+        items.append(Annotation(row[:4], label, colors(number, bgr=True) if number >= 0 else NO_TRACK_COLOR))
+    captions = [] if counts is None else _draw_counting(image, counts, names)
+    Annotator(image, line_width).annotate(items, [caption.box_xyxy for caption in captions])
     for caption in captions:
         caption.draw(image, WHITE)
     return image
@@ -190,33 +284,13 @@ def _draw_counting(image: np.ndarray, counts: Counts, names: Mapping[int, str] |
         tip = middle + inwards * 2 * font_px
         wings = [tip + (side * along * 0.5 - inwards * 0.7) * font_px for side in (-1, 1)]
         shapes += [np.array([middle, tip]), np.array([wings[0], tip, wings[1]])]
-        farthest = np.maximum([width - 2 * font_px, height - 2 * font_px], 0)  # that is still in the picture
+        farthest = np.maximum([width - 2 * font_px, height - 2 * font_px], 0)  # that is still in the image
         x, y = np.rint(tip + (inwards - 0.7) * font_px).clip(0, farthest).astype(int)
         captions.append(_Caption(counts.headings[0], x, y, font_px))
     for stroke_bgr, thickness in ((BLACK, stroke_px + 2), (COUNTING_COLOR, stroke_px)):
         for corners in [np.rint(shape).astype(np.int32) for shape in shapes]:
             cv2.polylines(image, [corners], counts.is_zone, stroke_bgr, thickness, cv2.LINE_AA)
     return captions
-
-
-def _draw_labels(
-    image: np.ndarray,
-    annotations: Sequence[Annotation],
-    line_width: int,
-    font_px: int,
-    keep_clear_xyxy: Sequence[Sequence[float]],
-) -> None:
-    """Draws each annotation's label on a ground of its colour, where it is inside the image and overlaps least."""
-    height, width = image.shape[:2]
-    padding = max(font_px // 6, 2)
-    placed = np.array(keep_clear_xyxy, np.float32).reshape(-1, 4)
-    for item in annotations:
-        text, size = fit_text(item.label, width - 2 * padding, font_px, SMALLEST_FONT_PX)
-        label_wh = (min(text_width(text, size) + 2 * padding, width), math.ceil(LINE_HEIGHT * size))
-        x, y = _place_label(item.box_xyxy, label_wh, (height, width), line_width, placed)
-        placed = np.concatenate([placed, [(x, y, x + label_wh[0], y + label_wh[1])]], dtype=np.float32)
-        cv2.rectangle(image, (x, y), (x + label_wh[0] - 1, y + label_wh[1] - 1), item.color, cv2.FILLED)
-        draw_text(image, text, x + padding, y + round(ASCENT * size), size, text_color(item.color))
 
 
 def _place_label(
@@ -252,16 +326,46 @@ def _place_label(
     return int(lefts[best]), int(clamped[best])
 
 
-def crop_box(
-    image: np.ndarray, box_xyxy: Sequence[float], gain: float = 1.02, pad: int = 10, square: bool = False
+def save_one_box(
+    xyxy: Any,
+    im: np.ndarray,
+    file: str | Path = "image.jpg",
+    gain: float = 1.02,
+    pad: int = 10,
+    square: bool = False,
+    BGR: bool = False,
+    save: bool = True,
 ) -> np.ndarray:
-    """Cuts a box (4,) in pixels out of an image, its sides times `gain` plus `pad` pixels, clipped to the image."""
-    box_xywh = xyxy2xywh(np.asarray(box_xyxy, np.float64)[None, :4])
+    """Cuts a box out of an image and saves it as JPEG; a file that is there is not overwritten but numbered.
+
+    Args:
+        xyxy: (4,) or (1, 4) px: numbers, an array or a tensor.
+        im: (h, w, 3).
+        file: where to save; its folder is made, its suffix becomes `.jpg`.
+        gain: the sides are multiplied by it ...
+        pad: ... and so many px are added; then the box is clipped to the image.
+        square: cut a square.
+        BGR: the image's channels are BGR; else RGB, and the crop is turned round.
+        save: whether to save.
+
+    Returns:
+        The crop (h, w, 3) BGR.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    box_xywh = xyxy2xywh(np.array([_numbers(xyxy)[:4]], np.float64))
     if square:
         box_xywh[:, 2:] = box_xywh[:, 2:].max()
     box_xywh[:, 2:] = box_xywh[:, 2:] * gain + pad
-    x1, y1, x2, y2 = clip_boxes(xywh2xyxy(box_xywh), image.shape[:2])[0].astype(int)
-    return image[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)]
+    x1, y1, x2, y2 = clip_boxes(xywh2xyxy(box_xywh), im.shape[:2])[0].astype(int)
+    crop = im[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)]
+    crop = crop if BGR else np.ascontiguousarray(crop[..., ::-1])
+    if save:
+        path = Path(file).with_suffix(".jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(increment_path(path), crop)
+    return crop
 
 
 def save_image(path: str | Path, image: np.ndarray) -> None:
@@ -274,13 +378,39 @@ def save_image(path: str | Path, image: np.ndarray) -> None:
     try:
         done, data = cv2.imencode(printable(path.suffix), image)
     except cv2.error as error:
-        raise UserError(f"{path}: pictures cannot be written in this format ({error.err}).") from error
+        raise UserError(f"{path}: images cannot be written in this format ({error.err}).") from error
     if not done:
-        raise UserError(f"{path}: a picture of {image.shape[1]}x{image.shape[0]} px cannot be encoded.")
+        raise UserError(f"{path}: an image of {image.shape[1]}x{image.shape[0]} px cannot be encoded.")
     try:
         path.write_bytes(data.tobytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def feature_visualization(
+    x: Array, module_type: str, stage: int, n: int = 32, save_dir: str | Path = "runs/detect/exp"
+) -> None:
+    """Saves a layer's first n channels as an image, and all of them as `.npy`: `stage3_C3_features.png`.
+
+    Args:
+        x: (b, c, h, w), the first image's are shown; an array or a tensor.
+        module_type: the layer's name, such as `models.common.C3`; a detection layer is skipped.
+        stage: its row in the model.
+        n: how many channels to show.
+        save_dir: an existing folder.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    if "Detect" in module_type or x.ndim != 4 or min(x.shape[2:]) < 2:
+        return
+    maps = _to_numpy(x)
+    path = Path(save_dir) / f"stage{stage}_{module_type.rpartition('.')[2]}_features.png"
+    save_image(path, feature_grid(maps[0], max_channels=n))
+    try:
+        np.save(path.with_suffix(".npy"), maps)
+    except OSError as error:
+        raise UserError(f"{path.with_suffix('.npy')}: cannot be written ({error.strerror}).") from error
 
 
 def feature_grid(maps: np.ndarray, max_channels: int = 32, columns: int = 8, cell_px: int = 160) -> np.ndarray:
@@ -293,7 +423,7 @@ def feature_grid(maps: np.ndarray, max_channels: int = 32, columns: int = 8, cel
         cell_px: longest side of a cell; small maps are enlarged pixel by pixel.
 
     Returns:
-        The picture, uint8 (h, w, 3) BGR, white between the cells.
+        The image, uint8 (h, w, 3) BGR, white between the cells.
     """
     count, gap = min(len(maps), max_channels), 4
     height, width = maps.shape[1:]
@@ -314,48 +444,72 @@ def feature_grid(maps: np.ndarray, max_channels: int = 32, columns: int = 8, cel
     return grid
 
 
-def draw_batch(
+def output_to_target(output: Sequence[Array]) -> np.ndarray:
+    """Joins each image's detections (k, 6) to rows (m, 7) [image, class, x, y, w, h in px, confidence]."""
+    joined = [np.zeros((0, 7), np.float32)]
+    for number, rows in enumerate(map(_to_numpy, output)):
+        image = np.full((len(rows), 1), number, np.float32)
+        joined.append(np.concatenate((image, rows[:, 5:6], xyxy2xywh(rows[:, :4]), rows[:, 4:5]), axis=1))
+    return np.concatenate(joined)
+
+
+def plot_images(
     images: Array,
-    targets: Array | Sequence[Array],
-    paths: Sequence[str] | None,
-    names: Mapping[int, str] | Sequence[str],
-    file: str | Path | None = None,
-    max_images: int = 16,
-    max_side: int = 1920,
+    targets: Array,
+    paths: Sequence[str] | None = None,
+    fname: str | Path | None = "images.jpg",
+    names: Names | None = None,
+    max_size: int = 1920,
+    max_subplots: int = 16,
 ) -> np.ndarray:
-    """Draws a batch with its labels or its detections as one mosaic, filled column by column on white.
+    """Draws a batch with its labels or its detections as one mosaic, filled column by column on white, and saves it.
 
     Args:
         images: (b, 3, h, w) RGB, uint8 or float from 0 to 1; an array or a tensor.
-        targets: labels (m, 6) [image, class, x, y, w, h normalised], or for each image its detections (k, 6)
-            [x1, y1, x2, y2 in px of the padded image, confidence, class], shown above confidence 0.25.
+        targets: labels (m, 6) [image, class, x, y, w, h in 0 to 1], or detections (m, 7) of `output_to_target`, of
+            which those above confidence 0.25 are shown.
         paths: the images' paths; their file names are written into the tiles.
-        names: the classes' names.
-        file: where to save the mosaic, if anywhere.
-        max_images: more are left out.
-        max_side: the mosaic's longest side in pixels; larger ones are scaled down.
+        fname: where to save the mosaic, if anywhere.
+        names: of the classes.
+        max_size: the mosaic's longest side in px; larger ones are scaled down.
+        max_subplots: more images are left out.
 
     Returns:
         The mosaic, uint8 (h, w, 3) BGR.
+
+    Raises:
+        UserError: the file cannot be written.
     """
-    images = _to_bgr_images(images[:max_images])
+    images, targets, names = _to_bgr_images(images[:max_subplots]), _to_numpy(targets), names or {}
     count, height, width = images.shape[:3]
     rows_columns = math.ceil(math.sqrt(count))
-    scale = min(max_side / rows_columns / max(height, width), 1.0)
+    scale = min(max_size / rows_columns / max(height, width), 1.0)
     tile_h, tile_w = max(int(height * scale), 1), max(int(width * scale), 1)
+    side = max(tile_h, tile_w)
     mosaic = np.full((rows_columns * tile_h, rows_columns * tile_w, 3), 255, np.uint8)
-    boxes = targets if isinstance(targets, (list, tuple)) else _split_targets(_to_numpy(targets), count, height, width)
+    labels_px = scale if targets.shape[1] > 6 else np.array([width, height, width, height]) * scale
+    boxes_xyxy = xywh2xyxy(targets[:, 2:6] * labels_px)
     for index in range(count):
         tile = images[index]
         tile = tile if scale == 1 else cv2.resize(tile, (tile_w, tile_h), interpolation=cv2.INTER_AREA)
         tile = np.ascontiguousarray(tile)
+        annotations = []
+        own = targets[:, 0] == index
+        for target, box_xyxy in zip(targets[own], boxes_xyxy[own], strict=True):
+            confidence = target[6:7].tolist()  # empty for a label
+            if all(value > BATCH_CONF_THRES for value in confidence):
+                label = " ".join([class_name(names, int(target[1])), *(f"{value:.1f}" for value in confidence)])
+                annotations.append(Annotation(box_xyxy, label, colors(target[1], bgr=True)))
         name = Path(paths[index]).name[:TILE_NAME_LENGTH] if paths else ""
-        _annotate_tile(tile, _to_numpy(boxes[index]), names, scale, name)
+        name, name_px = fit_text(name, tile_w - 8, max(min(side // 32, 14), SMALLEST_FONT_PX), SMALLEST_FONT_PX)
+        caption = _Caption(name, 0, 0, name_px)  # labels keep off it
+        Annotator(tile, 2 if side > 240 else 1, min(side // 36, 16)).annotate(annotations, [caption.box_xyxy])
+        caption.draw(tile, (220, 220, 220))
         cv2.rectangle(tile, (0, 0), (tile_w - 1, tile_h - 1), WHITE, 1)
         column, row = divmod(index, rows_columns)
         mosaic[row * tile_h : (row + 1) * tile_h, column * tile_w : (column + 1) * tile_w] = tile
-    if file is not None:
-        save_image(file, mosaic)
+    if fname is not None:
+        save_image(fname, mosaic)
     return mosaic
 
 
@@ -374,35 +528,6 @@ def _to_bgr_images(images: Array) -> np.ndarray:
     return images.transpose(0, 2, 3, 1)[..., ::-1]
 
 
-def _split_targets(targets: np.ndarray, count: int, height: int, width: int) -> list[np.ndarray]:
-    """Splits labels (m, 6) [image, class, xywh normalised] into (k, 6) [xyxy px, NaN, class] for each image."""
-    boxes_xyxy_px = xywhn2xyxy(targets[:, 2:6], width, height)
-    unsure = np.full((len(targets), 1), np.nan, np.float32)  # a label has no confidence
-    rows = np.concatenate([boxes_xyxy_px, unsure, targets[:, 1:2]], axis=1)
-    return [rows[targets[:, 0] == index] for index in range(count)]
-
-
-def _annotate_tile(
-    tile: np.ndarray, rows: np.ndarray, names: Mapping[int, str] | Sequence[str], scale: float, file_name: str
-) -> None:
-    """Draws (k, 6) [x1, y1, x2, y2, confidence or NaN, class] of the full-size image into its tile, in place.
-
-    The file name stands in the top left corner, on a dark ground; labels keep off it.
-    """
-    side = max(tile.shape[:2])
-    font_px = max(min(side // 36, 16), SMALLEST_FONT_PX)
-    name_px = max(min(side // 32, 14), SMALLEST_FONT_PX)
-    file_name, name_px = fit_text(file_name, tile.shape[1] - 8, name_px, SMALLEST_FONT_PX)
-    caption = _Caption(file_name, 0, 0, name_px)
-    annotations = []
-    for row in rows[~(rows[:, 4] <= BATCH_CONF_THRES)]:
-        label = class_name(names, int(row[5])) + ("" if np.isnan(row[4]) else f" {row[4]:.1f}")
-        annotations.append(Annotation(row[:4] * scale, label, color(int(row[5]))))
-    annotate(tile, annotations, 2 if side > 240 else 1, font_px, [caption.box_xyxy])
-    caption.draw(tile, (220, 220, 220))
-
-
-LOGGER = logging.getLogger("yolov5")
 WEIGHT = 500  # between regular and semibold: legible at small sizes on coloured ground
 ASCENT, LINE_HEIGHT = 0.95, 1.35  # of the font size; Arabic descends deepest, by the difference
 
@@ -435,10 +560,16 @@ def draw_text(image: np.ndarray, text: str, left: int, baseline: int, size_px: i
     """Draws one line of text into `image` uint8 (h, w, 3), in place; it never wraps."""
     text = printable(text)
     path = _font_for(text)
-    if path:
-        _draw_with_pillow(image, text, left, baseline, size_px, color, path)
-    else:
+    if path is None:
         cv2.putText(image, text, (left, baseline), color, cv2.FontFace(), size_px, WEIGHT, 0, _NO_WRAP)
+        return
+    height, width = image.shape[:2]
+    mask = Image.new("L", (width, min(height, 3 * size_px)))
+    top = min(max(baseline - 2 * size_px, 0), height - mask.height)
+    ImageDraw.Draw(mask).text((left, baseline - top), text, fill=255, font=_pillow_font(path, size_px), anchor="ls")
+    alpha = np.asarray(mask, np.float32)[..., None] / 255
+    region = image[top : top + mask.height]
+    region[:] = np.rint(region * (1 - alpha) + np.asarray(color, np.float32) * alpha)
 
 
 def fit_text(text: str, width_px: int, size_px: int, smallest_px: int) -> tuple[str, int]:
@@ -469,7 +600,7 @@ def _font_with(characters: frozenset[str]) -> str | None:
         return None
     path = next((path for path in _installed_fonts() if _has_all(path, characters | {"a", "0"})), None)
     if path is None:
-        LOGGER.warning(f"WARNING: no installed font has '{''.join(sorted(lacking))}': drawn as '?' in pictures.")
+        LOGGER.warning(f"WARNING: no installed font has '{''.join(sorted(lacking))}': drawn as '?' in images.")
     return path
 
 
@@ -483,11 +614,8 @@ def _built_in_glyph(character: str) -> np.ndarray:
 def _installed_fonts() -> Iterator[str]:
     """Yields the font files of the system's font folders, sorted within each."""
     for folder in _FONT_FOLDERS:
-        yield from (
-            str(path)
-            for path in sorted(Path(os.path.expanduser(folder)).rglob("*"))
-            if path.suffix.lower() in _FONT_SUFFIXES
-        )
+        files = sorted(Path(os.path.expanduser(folder)).rglob("*"))
+        yield from (str(path) for path in files if path.suffix.lower() in _FONT_SUFFIXES)
 
 
 def _has_all(path: str, characters: frozenset[str]) -> bool:
@@ -501,23 +629,5 @@ def _has_all(path: str, characters: frozenset[str]) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _pillow_font(path: str, size_px: int) -> object:
-    """Opens a font file at a size."""
-    from PIL import ImageFont
-
+def _pillow_font(path: str, size_px: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size_px)
-
-
-def _draw_with_pillow(
-    image: np.ndarray, text: str, left: int, baseline: int, size_px: int, color: tuple[int, ...], path: str
-) -> None:
-    """Blends text drawn by Pillow into `image` uint8 (h, w, 3), in place, cut at its borders."""
-    from PIL import Image, ImageDraw
-
-    height, width = image.shape[:2]
-    mask = Image.new("L", (width, min(height, 3 * size_px)))
-    top = min(max(baseline - 2 * size_px, 0), height - mask.height)
-    ImageDraw.Draw(mask).text((left, baseline - top), text, fill=255, font=_pillow_font(path, size_px), anchor="ls")
-    alpha = np.asarray(mask, np.float32)[..., None] / 255
-    region = image[top : top + mask.height]
-    region[:] = np.rint(region * (1 - alpha) + np.asarray(color, np.float32) * alpha)

@@ -2,7 +2,7 @@
 
 Drawn on matplotlib figures of their own (Agg), so that no display, window or global state is involved; matplotlib is
 imported when something is drawn. Names in any script are shown where an installed font has their characters.
-Pictures of images with boxes are made by `utils.plots.boxes`.
+Images with boxes are drawn by `utils.plots.boxes`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unicodedata import east_asian_width
 import cv2
 import numpy as np
 
-from utils.errors import printable
+from utils.errors import UserError, printable
 from utils.files import atomic_write
 from utils.log import LOGGER
 
@@ -177,26 +177,41 @@ def _annotate(axes: Axes, shares: np.ndarray, size: float) -> None:
         axes.text(column, row, f"{share:.2f}", ha="center", va="center", color=color, fontsize=size)
 
 
-def plot_study(studies: Mapping[str, np.ndarray], sizes_px: Sequence[int], file: Path) -> None:
-    """Draws mAP50-95 over the time of inference, one line for each model with the image sizes along it, into a PNG.
+def plot_val_study(
+    file: str | Path | Sequence[str | Path] = "", dir: str | Path = "", x: Sequence[int] | None = None
+) -> None:
+    """Draws mAP50-95 over the time of inference as study.png: a line for each model, with the image sizes along it.
 
     Args:
-        studies: for each model, by name, a row for each size (n, 10): P, R, mAP50, mAP50-95, box, objectness and class
-            loss, milliseconds per image of pre-processing, inference and NMS.
-        sizes_px: the n image sizes.
-        file: the PNG.
+        file: a table that `val.py --task study` wrote, or several: a row for each size (n, 10): P, R, mAP50, mAP50-95,
+            box, objectness and class loss, milliseconds per image of pre-processing, inference and NMS.
+        dir: in their place: a folder, of which every study*.txt is taken.
+        x: the n image sizes; None numbers them.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: there is no table, it cannot be read, or the image cannot be written.
     """
     from matplotlib.figure import Figure
 
+    files = (
+        [file] if isinstance(file, (str, Path)) and str(file) else list(file) or sorted(Path(dir).glob("study*.txt"))
+    )
+    if not files:
+        raise UserError(f"{dir or '.'}: holds no study*.txt.")
+    studies = {}
+    for table in map(Path, files):
+        try:
+            rows = np.loadtxt(table, ndmin=2)
+            studies[table.stem.removeprefix("study_")] = rows[:, [STUDY_MAP, STUDY_INFERENCE_MS]]
+        except (OSError, ValueError, IndexError) as error:
+            raise UserError(f"{table}: not a table of val.py --task study ({error}).") from error
     lettering = drawable_names(dict(enumerate(studies)))
     figure = Figure(figsize=CURVE_SIZE_INCHES)
     axes = figure.add_axes(CURVE_AREA)
     for number, rows in enumerate(studies.values()):
-        maps, milliseconds = rows[:, STUDY_MAP], rows[:, STUDY_INFERENCE_MS]
+        maps, milliseconds = rows.T
         axes.plot(milliseconds, maps, ".-", linewidth=2, markersize=8, label=lettering.names[number])
+        sizes_px = range(len(rows)) if x is None else x
         for size_px, place in zip(sizes_px, zip(milliseconds, maps, strict=True), strict=True):
             axes.annotate(str(size_px), place, (3, -9), textcoords="offset points", fontsize=7, color="0.4")
     axes.set(
@@ -207,7 +222,7 @@ def plot_study(studies: Mapping[str, np.ndarray], sizes_px: Sequence[int], file:
     axes.grid(alpha=0.25)
     style = {"family": lettering.families, "size": 9}
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, prop=style)
-    _save(figure, file)
+    _save(figure, Path(files[0]).parent / "study.png")
 
 
 def drawable_names(names: Mapping[int, str]) -> Lettering:

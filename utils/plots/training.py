@@ -16,7 +16,7 @@ import numpy as np
 from utils.errors import UserError, printable
 from utils.files import atomic_write
 from utils.log import LOGGER
-from utils.plots.boxes import color
+from utils.plots.boxes import as_mapping, colors
 from utils.plots.evaluation import drawable_names
 
 if TYPE_CHECKING:
@@ -38,13 +38,15 @@ METRIC_COLUMNS = (4, 5, 6, 7)  # those where more is better
 RESULT_COLORS = ("#0018EC", "#FF701F", "#1A9334", "#CB38FF", "#00C2FF", "#344593")
 
 
-def plot_labels(rows: np.ndarray, names: Mapping[int, str], folder: Path) -> list[Path]:
+def plot_labels(
+    labels: np.ndarray, names: Mapping[int, str] | Sequence[str] = (), save_dir: str | Path = ""
+) -> list[Path]:
     """Draws labels.jpg and labels_correlogram.jpg.
 
     Args:
-        rows: float32 (M, 5), class and box x, y, width, height in 0 to 1 of the image, of all labels.
+        labels: (M, 5), class and box x, y, width, height in 0 to 1 of the image, of all labels.
         names: name of every class.
-        folder: an existing folder.
+        save_dir: an existing folder.
 
     Returns:
         The files written.
@@ -52,9 +54,9 @@ def plot_labels(rows: np.ndarray, names: Mapping[int, str], folder: Path) -> lis
     Raises:
         UserError: a file cannot be written.
     """
-    files = [folder / "labels.jpg", folder / "labels_correlogram.jpg"]
-    _save(_labels_figure(rows, names), files[0])
-    _save(_correlogram_figure(rows[:, 1:]), files[1])
+    files = [Path(save_dir, "labels.jpg"), Path(save_dir, "labels_correlogram.jpg")]
+    _save(_labels_figure(labels, as_mapping(names)), files[0])
+    _save(_correlogram_figure(labels[:, 1:]), files[1])
     return files
 
 
@@ -77,7 +79,7 @@ def _draw_class_counts(axes: Axes, classes: np.ndarray, names: Mapping[int, str]
     """Draws one bar for each class; `classes` is int64 (M,)."""
     counts = np.bincount(classes, minlength=len(names))
     ids = range(len(counts))
-    axes.bar(ids, counts, color=[np.array(color(class_id, bgr=False)) / 255 for class_id in ids], width=0.8)
+    axes.bar(ids, counts, color=[np.array(colors(class_id)) / 255 for class_id in ids], width=0.8)
     side = max(0.6, 2.1 - len(counts) / 2)  # a few bars stay slim
     kinds = "class" if len(names) == 1 else "classes"
     axes.set(ylabel="instances", title=f"{len(classes)} labels of {len(names)} {kinds}")
@@ -109,7 +111,7 @@ def _draw_centred_boxes(axes: Axes, rows: np.ndarray) -> None:
     shown = shown[np.argsort(-shown[:, 3] * shown[:, 4], kind="stable")]
     unit_square = np.array(((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)))
     corners = 0.5 + unit_square * shown[:, None, 3:5]
-    edges = [np.array(color(int(class_id), bgr=False)) / 255 for class_id in shown[:, 0]]
+    edges = [np.array(colors(class_id)) / 255 for class_id in shown[:, 0]]
     axes.add_collection(PolyCollection(corners, facecolors="none", edgecolors=edges, linewidths=0.6, alpha=0.8))
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(), yticks=())
     axes.set_title(f"Box shapes{f' (first {MAX_DRAWN_BOXES})' if len(rows) > MAX_DRAWN_BOXES else ''}")
@@ -168,16 +170,20 @@ def _label_panel(axes: Axes, x_name: str, y_name: str | None) -> None:
         axes.set_ylabel("")
 
 
-def plot_results(csv_file: Path, picture: Path) -> None:
-    """Draws results.png: ten curves over the epochs, of this run and of every other results*.csv beside it.
+def plot_results(file: str | Path = "path/to/results.csv", dir: str | Path = "") -> None:
+    """Draws results.png beside a results.csv: ten curves over the epochs, of it and of every other results*.csv there.
 
     Args:
-        csv_file: a results.csv as training writes it.
-        picture: the PNG to write.
+        file: a results.csv as training writes it.
+        dir: in its place: a folder, of which the first results*.csv is taken.
 
     Raises:
-        UserError: `csv_file` is not such a file, or the picture cannot be written.
+        UserError: there is none, it is not such a file, or the image cannot be written.
     """
+    csv_file = next(iter(sorted(Path(dir).glob("results*.csv"))), None) if dir else Path(file)
+    if csv_file is None:
+        raise UserError(f"{dir}: holds no results*.csv.")
+    image = csv_file.parent / "results.png"
     tables = {printable(csv_file.stem): _read_results(csv_file)}
     for other in sorted(csv_file.parent.glob("results*.csv")):
         if other.name == csv_file.name:
@@ -185,8 +191,8 @@ def plot_results(csv_file: Path, picture: Path) -> None:
         try:
             tables[printable(other.stem)] = _read_results(other)
         except UserError as error:
-            LOGGER.warning(f"WARNING: left out of {picture.name}: {error}")
-    _save(_results_figure(tables), picture)
+            LOGGER.warning(f"WARNING: left out of {image.name}: {error}")
+    _save(_results_figure(tables), image)
 
 
 def _read_results(csv_file: Path) -> pd.DataFrame:

@@ -106,10 +106,11 @@ class Records:
         """
         if not self.plots or iteration >= BATCH_PICTURES:
             return
-        from utils.plots.boxes import draw_batch
+        from utils.plots import plot_images
 
         drawn = (images * 255).round().to(torch.uint8)
-        draw_batch(drawn, batch.targets, batch.paths, model.names, self.save_dir / f"train_batch{iteration}.jpg")
+        file = self.save_dir / f"train_batch{iteration}.jpg"
+        plot_images(drawn, batch.targets, batch.paths, file, model.names)
         if self._board and iteration == 0:
             self._board.log_graph(model, images)
 
@@ -127,7 +128,7 @@ class Records:
             return
         from utils.plots.training import plot_results
 
-        plot_results(self.save_dir / "results.csv", self.save_dir / "results.png")
+        plot_results(self.save_dir / "results.csv")
         if self._board:
             pictures = sorted(self.save_dir.glob("*.jpg")) + sorted(self.save_dir.glob("*.png"))
             self._board.log_images({file.name: read_image(file)[..., ::-1] for file in pictures}, epoch)

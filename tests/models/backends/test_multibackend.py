@@ -164,10 +164,10 @@ def test_unfused_models_can_be_trained(weights):
     assert not any(".bn." in name for name in DetectMultiBackend(weights, "cpu").state_dict())
 
 
-def test_visualize_writes_a_picture_of_every_layer(checkpoint, tensor, rows, tmp_path):
+def test_visualize_writes_an_image_of_every_layer(checkpoint, tensor, rows, tmp_path):
     found = checkpoint(tensor[:1], visualize=tmp_path / "maps")
     assert np.abs(found.numpy() - rows[:1]).max() < 2e-3
-    written = sorted((tmp_path / "maps").iterdir())
+    written = sorted((tmp_path / "maps").glob("*.png"))
     assert len(written) == len(checkpoint.model.model) - 1, "all but the head"
     assert (tmp_path / "maps" / "stage0_Conv_features.png") in written
     assert cv2.imread(str(written[0])).std() > 0

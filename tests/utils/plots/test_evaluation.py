@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from utils.errors import UserError
 from utils.files import ROOT
 from utils.metrics import ConfusionMatrix, ap_per_class
 from utils.plots import evaluation as plots
@@ -53,16 +54,23 @@ def test_legend_belongs_to_the_curves_when_a_class_has_no_detection(monkeypatch)
 def test_a_study_is_one_line_for_each_model_with_its_sizes(tmp_path, monkeypatch):
     rows = np.zeros((2, 10))
     rows[:, 3], rows[:, 8] = (0.3, 0.4), (5, 9)
-    plots.plot_study({"small": rows, "large": rows + 0.1}, [256, 384], tmp_path / "study.png")
-    with Image.open(tmp_path / "study.png") as picture:
-        assert picture.size == (9 * 250, 6 * 250)
+    for name in ("small", "large"):
+        np.savetxt(tmp_path / f"study_{name}.txt", rows, fmt="%10.4g")
+    plots.plot_val_study(tmp_path / "study_small.txt")
+    with Image.open(tmp_path / "study.png") as image:
+        assert image.size == (9 * 250, 6 * 250)
     saved = []
     monkeypatch.setattr(plots, "_save", lambda figure, file, dpi=0: saved.append(figure))
-    plots.plot_study({"small": rows, "large": rows + 0.1}, [256, 384], tmp_path / "study.png")
+    plots.plot_val_study(dir=tmp_path, x=[256, 384])
     (axes,) = saved[0].axes
-    assert [line.get_label() for line in axes.lines] == ["small", "large"]
+    assert [line.get_label() for line in axes.lines] == ["large", "small"]
     np.testing.assert_allclose(axes.lines[0].get_xydata(), [[5, 0.3], [9, 0.4]])
     assert [text.get_text() for text in axes.texts] == ["256", "384"] * 2
+    with pytest.raises(UserError, match="holds no study"):
+        plots.plot_val_study(dir=tmp_path / "none")
+    (tmp_path / "study_bad.txt").write_text("no table")
+    with pytest.raises(UserError, match=r"study_bad\.txt: not a table"):
+        plots.plot_val_study(dir=tmp_path)
 
 
 def test_best_mean_and_its_confidence_stand_in_the_legend(monkeypatch):

@@ -39,7 +39,7 @@ def test_characters_without_any_font_are_named_once(monkeypatch, caplog):
         fonts.text_width("ა", 12)
     fonts._font_with.cache_clear()
     assert [record.message for record in caplog.records] == [
-        "WARNING: no installed font has 'ა': drawn as '?' in pictures."
+        "WARNING: no installed font has 'ა': drawn as '?' in images."
     ]
 
 

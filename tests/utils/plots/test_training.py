@@ -136,7 +136,7 @@ def test_results_overlay_the_other_tables_of_the_folder(tmp_path, caplog):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "_results_figure", remember)
         patch.setattr(plots.LOGGER, "propagate", True)
-        plots.plot_results(tmp_path / "results.csv", tmp_path / "results.png")
+        plots.plot_results(tmp_path / "results.csv")
     assert {name: len(table) for name, table in drawn.items()} == {"results": 3, "results_before": 50}
     assert "results_broken.csv" in caplog.text
     with Image.open(tmp_path / "results.png") as image:
@@ -154,4 +154,13 @@ def test_short_runs_are_visible(tmp_path, epochs):
 def test_what_is_no_results_table_is_refused_by_name(tmp_path, text):
     (tmp_path / "results.csv").write_text(text)
     with pytest.raises(UserError, match="results.csv: not a table of training results"):
-        plots.plot_results(tmp_path / "results.csv", tmp_path / "results.png")
+        plots.plot_results(tmp_path / "results.csv")
+
+
+def test_scripts_name_the_folder_and_a_list_of_classes(tmp_path):
+    write_csv(tmp_path / "results2.csv", 2)
+    plots.plot_results(dir=str(tmp_path))
+    assert (tmp_path / "results.png").is_file()
+    with pytest.raises(UserError, match="holds no results"):
+        plots.plot_results(dir=tmp_path / "none")
+    assert len(plots.plot_labels(label_rows(9, 2), ["a", "b"], str(tmp_path))) == 2
