@@ -277,6 +277,21 @@ def command():
     return run
 
 
+@pytest.fixture(scope="session")
+def refusal():
+    """Calls what must refuse: `refusal(load_labels, [images])` is its message, of at most three lines for a person."""
+    from utils.errors import UserError
+
+    def call(function, *arguments) -> str:
+        with pytest.raises(UserError) as caught:
+            function(*arguments)
+        message = str(caught.value)
+        assert len(message.splitlines()) <= 3 and len(message) < 1500, message
+        return message
+
+    return call
+
+
 @pytest.fixture(scope="session", autouse=True)
 def network_attempts():
     """Refuses connections to other machines and the look-up of their names in this process; lists what was tried."""
