@@ -102,14 +102,14 @@ def main(options: argparse.Namespace | TrainConfig, callbacks: Any = None, given
         The final `EvalResult`, or None where a callback stopped the run, and on other processes than the first.
     """
     from utils.callbacks import Callbacks
-    from utils.train.distributed import World, explained, process_group
+    from utils.train.distributed import World, process_group
     from utils.train.hyp import Hyp
     from utils.train.prepare import TrainConfig, check_options
     from utils.train.resume import resume_options
 
     config = options if isinstance(options, TrainConfig) else TrainConfig(**vars(options))
     processes = World.from_environment(config.local_rank)
-    with process_group(processes) as world, explained(world, _not_begun), explain_resource_errors(_sizes(config)):
+    with process_group(processes) as world, explain_resource_errors(_sizes(config)):
         check_options(config, world.size)
         if config.resume:
             given = _given_options() if given is None else given
@@ -139,7 +139,7 @@ def train(
     from utils.callbacks import Callbacks
     from utils.devices import device_line, prepare_cpu_memory
     from utils.train import fingerprint
-    from utils.train.distributed import ALONE, own_device
+    from utils.train.distributed import ALONE, lost_processes, own_device
     from utils.train.engine import Trainer
     from utils.train.prepare import prepare_device
 
@@ -160,7 +160,12 @@ def train(
             callbacks.run("on_params_update", {"batch_size": config.batch_size})
         callbacks.run("on_pretrain_routine_end")
         trainer = Trainer(model, hyp, config, loaders, device, callbacks, checkpoint, world)
-        with with_hint(trainer.how_to_resume), explain_resource_errors(_sizes(config)), contextlib.closing(trainer):
+        with (
+            with_hint(trainer.how_to_resume),
+            lost_processes(world),
+            explain_resource_errors(_sizes(config)),
+            contextlib.closing(trainer),
+        ):
             result = trainer.train()
         if result is not None:
             LOGGER.info(fingerprint.summary(config.save_dir))
@@ -226,11 +231,6 @@ def _open_folder(hyp: Any, config: TrainConfig, rows: Any, names: dict[int, str]
             from utils.plots.training import plot_labels
 
             plot_labels(rows, names, Path(config.save_dir))
-
-
-def _not_begun() -> str:
-    """Says what an interruption has cost before the first epoch."""
-    return "Training had not begun."
 
 
 def _sizes(config: TrainConfig) -> dict[str, Any]:

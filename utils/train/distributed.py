@@ -9,24 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import logging
 import os
-import signal
-import socket
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.cli import EXIT_INTERRUPTED, ReportedError
+from utils.cli import ReportedError
 from utils.dataloaders.sampling import Shard
 from utils.devices import current, select_devices
 from utils.errors import UserError
@@ -35,10 +28,7 @@ from utils.log import LOGGER
 # Others wait as long while the first process scans labels or validates; a process that is gone is noticed at once.
 FIGURES_TIMEOUT = datetime.timedelta(days=1)
 MEETING_TIMEOUT = datetime.timedelta(minutes=10)
-STORE_TIMEOUT_S = 2.0
-CLOSING_S = 0.2  # a process that dies closes its connections one after the other
-EXIT_TERMINATED = 128 + signal.SIGTERM
-FAILURES = "failures"  # the store's count of processes that failed
+GRADIENTS_TIMEOUT = datetime.timedelta(minutes=10)  # all processes begin this exchange together
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables that every launcher sets
 LOST_CONNECTION = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -173,56 +163,46 @@ class World:
 ALONE = World()
 
 
-# ------------------------------------------------------------------------------------------------ beginning and end
-
-
 @contextlib.contextmanager
 def process_group(world: World) -> Iterator[World]:
-    """Connects the processes while something runs. When one fails, all end, and its message is shown once.
+    """Connects the processes while something runs. When one fails the others lose their connection and end as well.
 
     Yields:
         `world`, connected.
 
     Raises:
-        UserError: the processes do not find each other; and what the body raises, where this process is the first to
-            fail.
-        ReportedError: another one was, and tells why.
+        UserError: the processes do not find each other, or another one has ended; and what the body raises.
+        ReportedError: in place of these and of Ctrl-C, where another process was the first to fail and tells why.
     """
     if world.size == 1:
         yield world
         return
-    world = replace(world, store=_meet(world))
-    with contextlib.ExitStack() as stack:
-        stack.callback(dist.destroy_process_group)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            stack.callback(_answer, number, signal.getsignal(number))
-        try:
+    world = replace(world, store=_connect(world))
+    try:
+        with lost_processes(world):
             yield world
-        except ReportedError:
-            raise
-        except BaseException as error:
-            _end_undisturbed()
-            first = _is_first_to_fail(world)
-            if first or not isinstance(error, (UserError, KeyboardInterrupt)):
-                raise
-            if isinstance(error, KeyboardInterrupt):
-                raise SystemExit(EXIT_INTERRUPTED) from error
+    except ReportedError:
+        raise
+    except (UserError, KeyboardInterrupt) as error:
+        try:
+            others_first = world.store.add("failures", 1) > 1
+        except dist.DistError:  # rank 0, which keeps the store where no launcher does, is gone
+            others_first = False
+        if others_first:
             raise ReportedError("ended with another process, which has told why.") from error
+        raise
+    finally:
+        dist.destroy_process_group()
 
 
-def _meet(world: World) -> dist.Store:
-    """Connects this process with the others; returns the store that outlives their connection."""
+def _connect(world: World) -> dist.Store:
+    """Meets the other processes; returns the store that outlives their connection."""
     try:
         common, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=MEETING_TIMEOUT))
         number = common.add(f"runs of rank {world.rank}", 1)  # its store outlives a run, others may follow
         store = dist.PrefixStore(f"run {number}", common)
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore("figures", store),
-            rank=world.rank,
-            world_size=world.size,
-            timeout=FIGURES_TIMEOUT,
-        )
+        groups = dist.PrefixStore("groups", store)
+        dist.init_process_group("gloo", store=groups, rank=world.rank, world_size=world.size, timeout=FIGURES_TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).strip().splitlines()[0]
@@ -232,91 +212,21 @@ def _meet(world: World) -> dist.Store:
     return store
 
 
-def _is_first_to_fail(world: World) -> bool:
-    """Counts this process among those that failed; tells whether no other one did before.
-
-    The store is the launcher's, or a part of the first process: when that is gone nobody can be asked, and when this is
-    it, it stays a moment for those that fail alike.
-    """
-    if not world.is_main and not _store_answers():
-        return True
-    try:
-        failed = world.store.add(FAILURES, 1)
-    except dist.DistError:  # it went at this moment
-        return True
-    until = time.monotonic() + STORE_TIMEOUT_S
-    hosts = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    while hosts and world.store.add(FAILURES, 0) < world.size and time.monotonic() < until:
-        time.sleep(0.05)
-    return failed == 1
-
-
-def _store_answers() -> bool:
-    """Whether somebody still listens where the processes met; asked beforehand, for the store's client complains."""
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    time.sleep(CLOSING_S)
-    try:
-        with socket.create_connection(address, timeout=STORE_TIMEOUT_S):
-            return True
-    except OSError:
-        return False
-
-
 @contextlib.contextmanager
-def explained(world: World, advice: Callable[[], str]) -> Iterator[None]:
-    """Puts into words, followed by `advice`, what happens to this process when another one is gone.
-
-    Either the libraries raise an error; or the launcher, which learns of it too, sends SIGTERM: this process answers
-    with a line, unless another one has told why, and ends.
-
-    Raises:
-        UserError: another process is gone.
-    """
-    if world.size == 1:
-        yield
-        return
-    former, answer = signal.getsignal(signal.SIGTERM), functools.partial(_tell_and_end, world, os.getpid(), advice)
-    _answer(signal.SIGTERM, answer)
+def lost_processes(world: World) -> Iterator[None]:
+    """Makes a `UserError` of what the libraries raise in this process when another one is gone."""
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in LOST_CONNECTION)):
+        lost = isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in LOST_CONNECTION)
+        if world.size == 1 or not lost:
             raise
-        _end_undisturbed()
         others = [str(rank) for rank in range(world.size) if rank != world.rank]
         who = f"the process of rank {others[0]}" if len(others) == 1 else f"a process of ranks {', '.join(others)}"
         raise UserError(
             f"{who} has ended: where it left no message of its own, it was killed, ran out of memory or lost its "
-            f"connection. Rank {world.rank} ends with it. {advice()}"
+            f"connection. Rank {world.rank} ends with it."
         ) from error
-    finally:
-        if signal.getsignal(signal.SIGTERM) is answer:
-            _answer(signal.SIGTERM, former)
-
-
-def _tell_and_end(world: World, process: int, advice: Callable[[], str], *_: Any) -> None:
-    """Answers SIGTERM at once, whatever is going on; a child that inherited this has nothing to tell."""
-    if sys.stderr is not None and os.getpid() == process and _is_first_to_fail(world):
-        words = f"\nended by SIGTERM, which launchers send when another process has ended. {advice()}\n"
-        os.write(sys.stderr.fileno(), words.encode())
-    os._exit(EXIT_TERMINATED)
-
-
-def _end_undisturbed() -> None:
-    """Keeps what may still come, from the launcher or from loaders' processes that it ends, off the last words."""
-    _answer(signal.SIGTERM, signal.SIG_IGN)
-    _answer(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGCHLD"):
-        _answer(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error
-
-
-def _answer(number: signal.Signals, handler: Any) -> None:
-    """Sets what a signal does; outside the main thread Python cannot, and it stays as it is."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(number, handler)
-
-
-GRADIENTS_TIMEOUT = datetime.timedelta(minutes=10)  # all processes begin this exchange together
 
 
 def own_device(name: str, world: World) -> torch.device:

@@ -34,7 +34,7 @@ from utils.log import LOGGER, colorstr, progress
 from utils.loggers.csv import ResultsCsv, epoch_values, open_tensorboard
 from utils.loss.anchor_based import TERMS, BatchReduction, DetectionLoss, LossResult
 from utils.process import defer_signals
-from utils.train.distributed import ALONE, World, explained, no_sync_unless, replicate
+from utils.train.distributed import ALONE, World, no_sync_unless, replicate
 from utils.train.ema import EarlyStopping, ModelEMA
 from utils.train.hyp import Hyp
 from utils.train.optim import (
@@ -218,7 +218,6 @@ class Trainer:
         started, first = time.monotonic(), self.epoch + 1
         self._announce()
         with (
-            explained(self.world, self.how_to_resume),
             deterministic_algorithms(self.device, self.options.deterministic),
             torch.random.fork_rng(devices=[]),
         ):
