@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
-import hashlib
 import os
 import re
 import tempfile
@@ -26,9 +24,8 @@ MAX_YAML_BYTES = 1 << 20  # the names of 20,000 classes take half of it
 MAX_YAML_NUMBER = 100  # characters
 MAX_YAML_DEPTH = 64
 ESCAPES_IN_QUOTES = r"In double quotes a backslash starts an escape (\t is a tab): write / for \, or use single quotes"
-_TEMPORARY = re.compile(  # .NAME.PLACE-PROCESS.RANDOM.tmp, without an owner where the system does not tell the place
-    r"\.(?P<name>.+?)\.((?P<place>[0-9a-f]{8})-(?P<process>[0-9a-f]{1,7})\.)?[0-9a-f]{8}\.tmp", re.DOTALL
-)
+YAML_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*)[eE][-+]?[0-9]+$")  # 1e-3 too
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 ABANDONED_AFTER_S = 24 * 3600  # of no change, far above what clocks of machines that share a disk differ by
 
 
@@ -45,16 +42,27 @@ def read_yaml(path: str | Path, as_text: Sequence[str] = ()) -> Any:
     """
     import yaml
 
-    text = _read_yaml_text(path)
+    try:
+        size = os.path.getsize(path)
+        if size > MAX_YAML_BYTES:
+            raise UserError(f"{path}: {size} bytes is too large for a YAML file (at most {MAX_YAML_BYTES}).")
+        data = Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text. Save the file in the encoding UTF-8.") from error
     try:
         _check_yaml_structure(path, text)
-        loader = _safe_loader()(text)
-        try:
-            document = loader.get_single_node()
-            _keep_number_text(document, as_text)
-            return loader.construct_document(document) if document else None
-        finally:
-            loader.dispose()
+        loader = _yaml_loader()(text)
+        document = loader.get_single_node()
+        for key, value in document.value if as_text and isinstance(document, yaml.MappingNode) else ():
+            for entry in value.value if key.value in as_text and isinstance(value, yaml.CollectionNode) else ():
+                entry = entry[1] if isinstance(value, yaml.MappingNode) else entry  # the mapping's keys stay
+                if entry.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+                    entry.tag = "tag:yaml.org,2002:str"
+        return loader.construct_document(document) if document else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -62,45 +70,9 @@ def read_yaml(path: str | Path, as_text: Sequence[str] = ()) -> Any:
         if "escape" in problem:
             problem += f". {ESCAPES_IN_QUOTES}"
         raise UserError(f"{where}: YAML error: {problem}. Mend this line.") from error
-    except (
-        yaml.YAMLError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        OverflowError,
-    ) as error:  # also bad !!int, !!bool
-        reason = str(error).partition("\n")[0]
+    except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]  # also of a bad !!int or !!bool
         raise UserError(f"{path}: not a YAML file ({reason}).") from error
-
-
-def _keep_number_text(document: Any, keys: Sequence[str]) -> None:
-    """Makes texts of the numbers in the list or mapping that stands under one of these keys; a mapping's keys stay."""
-    import yaml
-
-    for key, value in document.value if keys and isinstance(document, yaml.MappingNode) else ():
-        if key.value not in keys or not isinstance(value, yaml.CollectionNode):
-            continue
-        for entry in value.value:
-            entry = entry[1] if isinstance(value, yaml.MappingNode) else entry
-            if entry.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
-                entry.tag = "tag:yaml.org,2002:str"
-
-
-def _read_yaml_text(path: str | Path) -> str:
-    """Reads a text file that is small enough to be parsed."""
-    try:
-        size = os.path.getsize(path)
-        if size > MAX_YAML_BYTES:
-            raise UserError(f"{path}: {size} bytes is too large for a YAML file (at most {MAX_YAML_BYTES}).")
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text. Save the file in the encoding UTF-8.") from error
 
 
 def _check_yaml_structure(path: str | Path, text: str) -> None:
@@ -117,8 +89,8 @@ def _check_yaml_structure(path: str | Path, text: str) -> None:
             raise UserError(f"{path}:{line}: nested more than {MAX_YAML_DEPTH} levels deep.")
 
 
-def _safe_loader() -> type:
-    """Returns PyYAML's safe loader, reading 1e-3 as a number and refusing a key that stands twice in a mapping."""
+def _yaml_loader() -> type:
+    """Returns PyYAML's safe loader, reading 1e-3 as a number and refusing endless numbers and keys that stand twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -143,8 +115,7 @@ def _safe_loader() -> type:
 
     for kind in ("int", "float"):
         Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_number)
-    number = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+0123456789."))
     return Loader
 
 
@@ -162,13 +133,8 @@ def write_yaml(path: str | Path, data: Any) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """Returns a name of its own for what is written before it becomes `path`; makes no file.
-
-    The name is hidden, begins with the target's, tells the process and ends in `.tmp`, by which `remove_temporaries`
-    knows what a killed process left.
-    """
-    owner = f"{_place()}-{os.getpid():x}." if _place() else ""
-    return path.with_name(f".{path.name}.{owner}{uuid.uuid4().hex[:8]}.tmp")
+    """Returns a hidden name of its own for what is written before it becomes `path`; makes no file."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 @contextlib.contextmanager
@@ -193,15 +159,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}). A former file of that name is intact.") from error
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable where the system can; Windows and some network file systems cannot, and need not."""
-    if os.name == "nt":
-        return
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # makes the rename durable; Windows and some network file systems cannot
+        handle = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
@@ -214,8 +173,8 @@ def remove_temporaries(folder: str | Path, name: str = "", abandoned: bool = Fal
     Args:
         folder: where to look; folders in it are left alone.
         name: of the file that was to be written.
-        abandoned: spare what another process may be writing at this moment, also one on another machine that shares
-            the disk; without it the folder must be this run's own.
+        abandoned: spare what has changed within a day, which another process may be writing; without it the folder must
+            be this run's own.
 
     Returns:
         What was removed; what cannot be removed stays.
@@ -226,44 +185,10 @@ def remove_temporaries(folder: str | Path, name: str = "", abandoned: bool = Fal
         if not parts or name not in ("", parts["name"]):
             continue
         with contextlib.suppress(OSError):  # another process was faster, or the folder is read-only
-            if path.is_file() and not (abandoned and _may_be_written(path, parts)):
+            if path.is_file() and not (abandoned and time.time() - path.stat().st_mtime < ABANDONED_AFTER_S):
                 path.unlink()
                 removed.append(path)
     return removed
-
-
-def _may_be_written(temporary: Path, parts: re.Match) -> bool:
-    """Tells whether a process may still be writing a temporary file.
-
-    Whether a process lives can be asked here only of those that started here; of others, and of those whose number
-    another process may have by now, the file's age must do.
-    """
-    if parts["place"] and parts["place"] == _place() and not _lives(int(parts["process"], 16)):
-        return False
-    return time.time() - temporary.stat().st_mtime < ABANDONED_AFTER_S
-
-
-def _lives(process: int) -> bool:
-    """Tells whether there is a process of this number, whoever's."""
-    try:
-        os.kill(process, 0)  # sends nothing
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return True
-
-
-@functools.cache
-def _place() -> str:
-    """Returns 8 characters that stand for this start of this machine and its numbering of processes.
-
-    A host's name would not do: containers may share it and number their processes each on its own. Empty where the
-    system does not tell (no Linux).
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]
-    except OSError:
-        return ""
 
 
 def run_folder(project: str | Path, name: str) -> Path:
@@ -277,7 +202,7 @@ def run_folder(project: str | Path, name: str) -> Path:
     if ".." in parts or not parts[0] and len(parts) > 1 or re.match("[A-Za-z]:", str(name)):
         raise UserError(f"--name '{name}': leads out of --project {project}. Give the folder of the runs as --project.")
     folder = Path(project) / name
-    with _output_explained(folder):
+    with _explain_output_errors(folder):
         with contextlib.suppress(FileNotFoundError):
             os.stat(folder)
         existing = next(path for path in folder.parents if os.path.exists(path))
@@ -297,28 +222,28 @@ def increment_path(path: str | Path, exist_ok: bool = False, sep: str = "", mkdi
     """
     path = Path(path)
     while True:
-        target = path if exist_ok or not os.path.lexists(path) else _next_free(path, sep)
-        if not mkdir or _make_folder(target, exist_ok):
+        target = path
+        if not exist_ok and os.path.lexists(path):
+            stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
+            pattern = re.compile(re.escape(stem + sep) + r"(\d+)" + re.escape(suffix))
+            numbers = [int(match[1]) for entry in path.parent.iterdir() if (match := pattern.fullmatch(entry.name))]
+            target = path.with_name(f"{stem}{sep}{max([1, *numbers]) + 1}{suffix}")
+        if not mkdir:
             return target
-
-
-def _make_folder(folder: Path, exist_ok: bool) -> bool:
-    """Makes a folder and tries to write there; returns False when another process made it first."""
-    with _output_explained(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            folder.mkdir(exist_ok=exist_ok)
-        except FileExistsError:
-            if exist_ok:
-                raise
-            return False
-        with tempfile.TemporaryFile(dir=folder):
-            return True
+        with _explain_output_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                target.mkdir(exist_ok=exist_ok)
+            except FileExistsError:
+                if exist_ok:
+                    raise
+                continue  # another process was faster
+            with tempfile.TemporaryFile(dir=target):
+                return target
 
 
 @contextlib.contextmanager
-def _output_explained(folder: Path) -> Iterator[None]:
-    """Turns what the system says of a path that can be no folder, or not be written to, into a message."""
+def _explain_output_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -326,14 +251,6 @@ def _output_explained(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder}: cannot be the output folder ({reason}). Choose another --project or --name."
         ) from error
-
-
-def _next_free(path: Path, sep: str) -> Path:
-    """Returns the sibling of `path` numbered one above the highest number in use, at least 2."""
-    stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
-    pattern = re.compile(re.escape(stem + sep) + r"(\d+)" + re.escape(suffix))
-    numbers = [int(match[1]) for entry in path.parent.iterdir() if (match := pattern.fullmatch(entry.name))]
-    return path.with_name(f"{stem}{sep}{max([1, *numbers]) + 1}{suffix}")
 
 
 def native_path(path: str | Path) -> str | bytes:
@@ -360,7 +277,7 @@ def find_file(name: str | Path, suffixes: Sequence[str] = (), what: str = "file"
         return path
     if os.path.isdir(path):
         raise UserError(f"{what} '{name}': is a folder, a file is expected here.")
-    searched = _searched_files()
+    searched = [file for folder in SEARCHED_FOLDERS for file in sorted((ROOT / folder).rglob("*")) if file.is_file()]
     hits = [file for file in searched if file.parts[-len(path.parts) :] == path.parts]
     if len(hits) > 1:
         raise UserError(f"{what} '{name}': several files have this name: {', '.join(map(str, hits))}. Give the path.")
@@ -370,8 +287,3 @@ def find_file(name: str | Path, suffixes: Sequence[str] = (), what: str = "file"
     names = {file.name for file in nearby if not suffixes or file.suffix.lower() in suffixes}
     where = f"not found here or below {', '.join(f'{folder}/' for folder in SEARCHED_FOLDERS)} of {ROOT}"
     raise UserError(f"{what} '{name}': {where}.{did_you_mean(path.name, names)}")
-
-
-def _searched_files() -> list[Path]:
-    """Returns the files below SEARCHED_FOLDERS."""
-    return [file for folder in SEARCHED_FOLDERS for file in sorted((ROOT / folder).rglob("*")) if file.is_file()]
