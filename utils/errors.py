@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 LOGGER = logging.getLogger("yolov5")
 MIN_GRID_STRIDE = 32
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no console or file takes them as text
-MAX_IMAGE_SIDE_PX = 16384  # a mosaic of this side takes 3 GiB; --tile is for larger pictures
+MAX_IMAGE_SIDE_PX = 16384  # a mosaic of this side takes 3 GiB; --tile is for larger images
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: its text says what is wrong, where, and what to do.
+    """A mistake that the user can fix: its text says what is wrong, where, and what to do.
 
     Scripts print the text alone and exit with status 1 (see `utils.cli.run_command`).
     """
@@ -45,10 +45,7 @@ def shown(value: Any, longest: int = 80) -> str:
 
 
 def printable(text: Any) -> str:
-    """Returns a text in which U+FFFD stands for every character that no console, file, font or native code takes.
-
-    Such are the halves of characters by which Python holds bytes of file names that are not UTF-8.
-    """
+    """Returns a text with U+FFFD in place of what no console, file or font takes, such as bytes that are not UTF-8."""
     return UNPRINTABLE.sub("\ufffd", str(text))
 
 
@@ -84,7 +81,7 @@ def check_image_size(imgsz: int | Sequence[int], stride: int, floor: int = 0) ->
         raise UserError(f"--img-size {imgsz}: image sides must be at least 1 pixel.")
     if any(side > MAX_IMAGE_SIDE_PX for side in sides):
         raise UserError(
-            f"--img-size {imgsz}: image sides must be at most {MAX_IMAGE_SIDE_PX} pixels; larger pictures are scaled "
+            f"--img-size {imgsz}: image sides must be at most {MAX_IMAGE_SIDE_PX} pixels; larger images are scaled "
             "down, or cut into tiles with --tile."
         )
     rounded = [max(round_up(side, stride), floor) for side in sides]
@@ -98,39 +95,32 @@ def check_image_size(imgsz: int | Sequence[int], stride: int, floor: int = 0) ->
 
 
 class ResourceError(NamedTuple):
-    """A way to run out of something.
+    """A way to run out of something."""
 
-    Attributes:
-        signs: what an error of this kind has in its type's name and text.
-        what: what has happened.
-        remedy: what helps beside smaller options; empty where there is nothing.
-    """
-
-    signs: re.Pattern
+    signs: str  # what an error of this kind has in its type's name and text
     what: str
-    remedy: str = ""
+    remedy: str  # beside smaller options
 
 
-# The first that fits holds.
-RESOURCE_ERRORS = (
+RESOURCE_ERRORS = (  # the first that fits holds
     ResourceError(
-        re.compile(r"Bus error|out of shared memory|unable to (open|write to|resize) (file|shared memory)|/dev/shm"),
+        r"Bus error|out of shared memory|unable to (open|write to|resize) (file|shared memory)|/dev/shm",
         "out of shared memory, through which a loader's processes hand over their batches",
         "give it more (docker run --shm-size 8g), or use --workers 0",
     ),
     ResourceError(
-        re.compile(r"DataLoader worker.*(killed by signal|exited unexpectedly)|^BrokenProcessPool", re.DOTALL),
+        r"(?s:DataLoader worker.*(killed by signal|exited unexpectedly))|^BrokenProcessPool",
         "a worker process was killed, as systems do when memory runs out",
         "use fewer --workers and no --cache ram",
     ),
-    ResourceError(re.compile(r"ancdata|Too many open files"), "too many files are open", "use fewer --workers"),
+    ResourceError(r"ancdata|Too many open files", "too many files are open", "use fewer --workers"),
     ResourceError(
-        re.compile(r"(CUDA|HIP|MPS|CUBLAS|CUDNN|cuDNN).*(out of memory|ALLOC_FAILED)|^(Cuda)?OutOfMemoryError"),
+        r"(CUDA|HIP|MPS|CUBLAS|CUDNN|cuDNN).*(out of memory|ALLOC_FAILED)|^(Cuda)?OutOfMemoryError",
         "out of GPU memory",
         "stop other programs that use the GPU",
     ),
     ResourceError(
-        re.compile(r"MemoryError|DefaultCPUAllocator|bad_alloc|Insufficient memory|Cannot allocate memory"),
+        r"MemoryError|DefaultCPUAllocator|bad_alloc|Insufficient memory|Cannot allocate memory",
         "out of memory",
         "stop other programs",
     ),
@@ -140,13 +130,7 @@ DISK_ERRORS = {
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE")
     if hasattr(errno, name)
 }
-_AMOUNT = re.compile(r"[Tt]r(?:ied|ying) to allocate ([\d.]+ \w+)|[Uu]nable to allocate ([\d.]+ \w+)")
-
-
-def shortage(error: BaseException) -> ResourceError | None:
-    """Returns what has run out, or None where the error is of another kind."""
-    words = f"{type(error).__name__}: {error}"
-    return next((kind for kind in RESOURCE_ERRORS if kind.signs.search(words)), None)
+_AMOUNT = re.compile(r"(?:[Tt]ried|[Tt]rying|[Uu]nable) to allocate ([\d.]+) (\w+)")
 
 
 @contextlib.contextmanager
@@ -166,69 +150,39 @@ def explain_resource_errors(sizes: Mapping[str, Any]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        interrupt = _interrupt_before(error)
-        if interrupt:  # what breaks while it is being answered, workers that a cluster ends too, is no news
-            raise interrupt from error
-        message = explain_error(error, sizes)
-        if message is None:
+        before = error.__context__
+        while before is not None:  # what breaks while Ctrl-C or SIGTERM is being answered is no news
+            if isinstance(before, KeyboardInterrupt):
+                raise before from error
+            before = before.__context__
+        words = f"{type(error).__name__}: {error}"
+        kind = next((kind for kind in RESOURCE_ERRORS if re.search(kind.signs, words)), None)
+        if kind:
+            amount = _AMOUNT.search(words)
+            number, unit = amount.groups() if amount else ("", "")
+            number, unit = (f"{int(number) / 2**20:.0f}", "MiB") if unit == "bytes" else (number, unit)
+            asked = f" ({number} {unit} more were asked for)" if amount else ""
+            given = {name: value for name, value in sizes.items() if value is not None}
+            shown = {name: " ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for name, v in given.items()}
+            here = ", ".join(f"{name} {value}" for name, value in shown.items())
+            lower = " or ".join(name for name in sizes if name != "--workers")
+            remedies = f"lower {lower}, or {kind.remedy}." if lower else f"{kind.remedy}."
+            message = f"{kind.what}{asked}{here and f', with {here}'}. {remedies[0].upper()}{remedies[1:]}"
+        elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            message = f"{error.filename or 'a file'}: cannot be used ({error.strerror}). Free the disk or allow access."
+        else:
             raise
         raise UserError(message) from error
 
 
-def _interrupt_before(error: BaseException | None) -> KeyboardInterrupt | None:
-    """Returns Ctrl-C or SIGTERM where an error arose while it was being answered."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return error
-        error = error.__context__
-    return None
-
-
-def explain_error(error: Exception, sizes: Mapping[str, Any]) -> str | None:
-    """Returns what to tell of an error, or None where it is of another kind; see `explain_resource_errors`."""
-    kind = shortage(error)
-    if kind:
-        here = ", ".join(f"{name} {_shown(value)}" for name, value in sizes.items() if value is not None)
-        lower = " or ".join(name for name in sizes if name != "--workers")
-        remedies = ", or ".join(filter(None, (f"lower {lower}", kind.remedy)))
-        return f"{kind.what}{_asked_for(error)}{here and f', with {here}'}. {remedies[0].upper()}{remedies[1:]}."
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"{error.filename or 'a file'}: cannot be used ({error.strerror}). Make room, or make it accessible."
-    return None
-
-
-def _shown(value: Any) -> str:
-    """Returns an option's value as on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _asked_for(error: Exception) -> str:
-    """Returns how much memory was wanted in vain, as far as an error tells."""
-    amount = _AMOUNT.search(str(error))
-    if not amount:
-        return ""
-    number, unit = next(filter(None, amount.groups())).split()
-    words = f"{int(number) / 2**20:.0f} MiB" if unit == "bytes" else f"{number} {unit}"
-    return f" ({words} more were asked for)"
-
-
-class _Control(NamedTuple):
-    """The files in which a version of Linux's control groups tells of memory."""
-
-    mount: str
-    limit: str
-    used: str
-    caches: tuple[str, ...]  # keys of memory.stat: parts of what is used that the system takes back when it needs them
-
-
+# Where a version of Linux's control groups tells of memory: its folder, the files of the limit and of what is used, and
+# the keys of memory.stat for caches, which the system takes back when it needs them.
 _CONTROL_GROUPS = {
-    1: _Control(
-        "sys/fs/cgroup/memory",
-        "memory.limit_in_bytes",
-        "memory.usage_in_bytes",
+    1: (
+        *("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
         ("total_active_file", "total_inactive_file"),
     ),
-    2: _Control("sys/fs/cgroup", "memory.max", "memory.current", ("active_file", "inactive_file")),
+    2: ("sys/fs/cgroup", "memory.max", "memory.current", ("active_file", "inactive_file")),
 }
 
 
@@ -245,30 +199,22 @@ def memory_left(root: str | Path = "/") -> int | None:
     found = re.search(r"^MemAvailable: +(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE)
     left = [int(found[1]) * 1024] if found else []
     for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0" or "memory" in controllers.split(","):
-            left += _left_in_groups(root, path, _CONTROL_GROUPS[2 if number == "0" else 1])
+        version, controllers, path = line.split(":", 2)
+        if version != "0" and "memory" not in controllers.split(","):
+            continue
+        mount, limit_file, used_file, caches = _CONTROL_GROUPS[2 if version == "0" else 1]
+        # A container may see its own group as the outermost one, but its path as the host does: folders not there.
+        group = root / mount / path.lstrip("/")
+        for folder in (folder for folder in (group, *group.parents) if folder.is_relative_to(root / mount)):
+            limit, used = _text(folder / limit_file).strip(), _text(folder / used_file).strip()
+            if limit.isdecimal() and used.isdecimal():  # not "max"
+                rows = (line.split() for line in _text(folder / "memory.stat").splitlines())
+                left.append(int(limit) - int(used) + sum(int(value) for name, value in rows if name in caches))
     if left:
         return max(min(left), 0)
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
-
-
-def _left_in_groups(root: Path, path: str, control: _Control) -> Iterator[int]:
-    """Yields what a control group and those that it lies in have left, where they are limited.
-
-    A container may see its own group as the outermost one, but its path as the host does: folders that are not there.
-    """
-    mount = root / control.mount
-    group = mount / path.lstrip("/")
-    for folder in (group, *group.parents):
-        if not folder.is_relative_to(mount):
-            return
-        limit, used = _text(folder / control.limit).strip(), _text(folder / control.used).strip()
-        if limit.isdecimal() and used.isdecimal():  # not "max"
-            rows = (line.split() for line in _text(folder / "memory.stat").splitlines())
-            yield int(limit) - int(used) + sum(int(value) for name, value in rows if name in control.caches)
 
 
 def _text(path: Path) -> str:

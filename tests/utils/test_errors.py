@@ -1,13 +1,68 @@
-"""What a machine runs out of is told in words, with the options to lower; everything else keeps its form."""
+"""Suggestions for misspelt names, image sizes that fit a stride, and what a machine runs out of, told in words."""
 
 import errno
+import logging
 import os
 
 import numpy as np
 import pytest
 import torch
 
-from utils.errors import UserError, explain_resource_errors, memory_left
+from utils.errors import (
+    UserError,
+    check_image_size,
+    did_you_mean,
+    explain_resource_errors,
+    memory_left,
+    round_up,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "suggestion"),
+    [
+        ("yolov5s.yml", ["yolov5s.yaml", "voc.yaml"], " Did you mean 'yolov5s.yaml'?"),
+        ("LR0", ["lr0", "lrf", "momentum"], " Did you mean 'lr0'"),
+        ("c3", ["C3", "C3TR", "Concat"], " Did you mean 'C3'"),
+        ("zebra", ["lr0", "lrf"], ""),
+        ("lr0", [], ""),
+    ],
+)
+def test_nearest_names_are_suggested_whatever_their_case(name, options, suggestion):
+    answer = did_you_mean(name, options)
+    assert answer.startswith(suggestion) and bool(answer) == bool(suggestion)
+
+
+@pytest.mark.parametrize(("value", "divisor", "expected"), [(1, 32, 32), (32, 32, 32), (33, 32, 64), (30.2, 2, 32)])
+def test_round_up(value, divisor, expected):
+    assert round_up(value, divisor) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "floor", "expected"),
+    [
+        (640, 32, 0, 640),
+        ((320, 640), 32, 0, [320, 640]),
+        (100, 32, 0, 128),
+        (641, 64, 0, 704),
+        (32, 32, 64, 64),
+        ((100, 640), 32, 0, [128, 640]),
+    ],
+)
+def test_a_size_that_does_not_fit_is_rounded_up_and_named(caplog, size, stride, floor, expected):
+    with caplog.at_level(logging.WARNING, "yolov5"):
+        assert check_image_size(size, stride, floor) == expected
+    if expected in (size, list(size) if isinstance(size, tuple) else None):
+        assert not caplog.records
+    else:
+        assert f"--img-size {size} " in caplog.text and str(expected) in caplog.text
+
+
+@pytest.mark.parametrize("size", [0, -32, (640, 0)])
+def test_a_side_below_one_pixel_is_refused(size):
+    with pytest.raises(UserError, match="at least 1 pixel"):
+        check_image_size(size, 32)
+
 
 SIZES = {"--batch-size": 16, "--imgsz": [640, 480], "--workers": 8}
 GPU = (
@@ -20,10 +75,7 @@ BUS = (
 )
 TOLD = {
     "gpu": (torch.OutOfMemoryError(GPU), r"out of GPU memory \(2.50 GiB more were asked for\), with --batch-size 16, "),
-    "gpu library": (
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
-        "^out of GPU mem",
-    ),
+    "gpu library": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublas"), "^out of GPU mem"),
     "cpu": (RuntimeError(CPU), r"^out of memory \(2 MiB more .*--imgsz 640 480.* Lower --batch-size or --imgsz, or "),
     "numpy": (
         MemoryError("Unable to allocate 3.66 GiB for an array with shape (700, 700)"),
