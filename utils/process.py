@@ -32,7 +32,7 @@ class ReadAhead(Generic[Item]):
     """
 
     def __init__(self, source: Iterable[Item], depth: int = 4) -> None:
-        """Prepares reading; the thread starts with the `with` block."""
+        """Starts nothing yet."""
         self._source = source
         self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._stopped = threading.Event()
@@ -70,7 +70,6 @@ class ReadAhead(Generic[Item]):
             self._put(_END)
 
     def _put(self, item: Any) -> bool:
-        """Waits for a free place; False once nobody reads any more."""
         while not self._stopped.is_set():
             try:
                 self._queue.put(item, timeout=_POLL_S)
@@ -88,7 +87,7 @@ class Background:
     """
 
     def __init__(self, consume: Callable[..., None], depth: int = 4) -> None:
-        """Prepares consuming; the thread starts with the `with` block."""
+        """Starts nothing yet."""
         self._consume = consume
         # Not a bounded `Queue`: Ctrl-C in the middle of its `put` can lose the news of the next item, which would then
         # never be consumed. A `SimpleQueue` cannot be interrupted, and here a semaphore's news come from the thread.
@@ -118,7 +117,7 @@ class Background:
 
     def _work(self) -> None:
         while (arguments := self._queue.get()) is not _END:
-            if self._error is None:  # after an error the queue is only emptied, so that nobody waits for a place
+            if self._error is None:  # else the queue is only emptied, so that nobody waits for a place
                 try:
                     self._consume(*arguments)
                 except BaseException as error:  # carried to whoever puts the next
@@ -134,30 +133,26 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, by which clusters and service managers ask a program to end: closes all that Ctrl-C would."""
 
 
-class SigtermAnswer:
-    """Raises `Terminated` in this process; the signal's repetitions do not disturb what is being closed then."""
-
-    def __init__(self) -> None:
-        """Belongs to the process that it is made in; forked ones end at once and quietly."""
-        self.process = os.getpid()
-        self.until = -math.inf  # when a repetition counts again
-
-    def __call__(self, *_: Any) -> None:
-        """Answers the signal."""
-        if os.getpid() != self.process:
-            _leave()
-        if time.monotonic() > self.until:
-            self.until = time.monotonic() + REPETITION_S
-            raise Terminated
-
-
 @contextlib.contextmanager
 def sigterm_raised() -> Iterator[None]:
-    """Lets SIGTERM raise `Terminated` in the main thread, unless the caller answers it in another way."""
+    """Lets SIGTERM raise `Terminated` in the main thread, unless the caller answers it in another way.
+
+    Its repetitions do not disturb what is being closed then; forked processes end at once and quietly.
+    """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, SigtermAnswer())
+    process, counts_from = os.getpid(), -math.inf
+
+    def answer(*_: Any) -> None:
+        nonlocal counts_from
+        if os.getpid() != process:
+            _leave()
+        if time.monotonic() > counts_from:
+            counts_from = time.monotonic() + REPETITION_S
+            raise Terminated
+
+    signal.signal(signal.SIGTERM, answer)
     try:
         yield
     finally:
@@ -199,8 +194,7 @@ def leave_signals_to_parent() -> None:
 
 
 def _leave(*_: Any) -> None:
-    """Ends this process; any other status than 0 would be an error in the process that started it."""
-    os._exit(0)
+    os._exit(0)  # any other status would be an error in the process that started this one
 
 
 Part = TypeVar("Part")
@@ -243,7 +237,6 @@ def process_map(
 
 
 def _start_worker(over: Any) -> None:
-    """Prepares a worker: signals are the parent process's to answer, and OpenCV keeps to one thread."""
     import cv2
 
     global _over
@@ -254,11 +247,9 @@ def _start_worker(over: Any) -> None:
 
 
 def _leave_with_parent() -> None:
-    """Ends this worker once its parent process is gone, for whose next task it would wait for ever."""
     multiprocessing.parent_process().join()
-    os._exit(1)
+    os._exit(1)  # else it would wait for ever for the next task
 
 
 def _do_while_wanted(task: Callable[[Iterable[str]], Part], paths: Sequence[str]) -> Part:
-    """Does a worker's task; once the results are not wanted it breaks off."""
     return task(takewhile(lambda _: not _over.value, paths))
