@@ -81,7 +81,7 @@ def run(callbacks: Any = None, **keywords: Any) -> TrainConfig:
     """Trains from Python: `run(cfg="yolov5n.yaml", imgsz=320)`; the options' names as keywords.
 
     Returns:
-        The options used, with `save_dir`.
+        The options used, with `save_dir`, and as `result` what `main` returns.
 
     Raises:
         UserError: what the command line would have refused.
@@ -89,7 +89,7 @@ def run(callbacks: Any = None, **keywords: Any) -> TrainConfig:
     from utils.train.prepare import TrainConfig
 
     config = TrainConfig(**vars(options_from(build_parser(), keywords)))
-    main(config, callbacks, given=set(keywords))
+    config.result = main(config, callbacks, given=set(keywords))
     return config
 
 
@@ -196,7 +196,7 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
             model = build_for_training(checkpoint["yaml"], "", names, config.seed, source=config.resume)
         else:
             model = build_for_training(config.cfg, config.weights, names, config.seed, hyp.anchors)
-    if not checkpoint and config.noautoanchor and isinstance(model.yaml["anchors"], int):
+    if not checkpoint and config.noautoanchor and isinstance(model.yaml.get("anchors"), int):
         raise UserError("--noautoanchor: this model's YAML has no anchors of its own (`anchors: 3`). Leave it out.")
     if len(names) == 1 and hyp.label_smoothing:
         LOGGER.warning("WARNING: --label-smoothing has no effect: one class (as of --single-cls) has no class loss")
@@ -212,7 +212,7 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
                 check_dataset(checkpoint, loaders.dataset, config.resume, config.data)
         return model, loaders
     if world.is_main:
-        if not config.noautoanchor:
+        if model.head.has_anchors and not config.noautoanchor:
             check_anchors(loaders.train.dataset, model, hyp.anchor_t, config.imgsz, config.seed)
         model.half().float()  # as YOLOv5 does: what is trained and what is saved (float16) agree on the anchors
     _open_folder(hyp, config, loaders.train.dataset.table.rows, names, world)

@@ -123,7 +123,6 @@ def both_forms(name: str, imgsz: int) -> dict[str, Any]:
     from torch import nn
 
     from models.deploy import rewrite
-    from models.heads import head_for
     from models.yolo import Model
 
     class Rows(nn.Module):
@@ -137,8 +136,7 @@ def both_forms(name: str, imgsz: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Model(f"{name}.yaml").eval()
     rewritten = rewrite(model)
-    rewritten.decoder = head_for(model.detect, (imgsz, imgsz))
-    model.detect.inplace = False  # exporters know no writing in place
+    rewritten.decoder = model.head.output((imgsz, imgsz))
     return dict(zip(FORMS, (Rows(model.fuse()).eval(), rewritten.eval()), strict=True))
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.yolo import Model  # noqa: E402 - the path above comes first
 from utils.devices import device_line, resolve_amp, select_device  # noqa: E402
 from utils.files import find_file  # noqa: E402
-from utils.loss.anchor_based import DetectionLoss  # noqa: E402
+from utils.loss import ComputeLoss  # noqa: E402
 from utils.train.ema import ModelEMA  # noqa: E402
 from utils.train.hyp import Hyp  # noqa: E402
 from utils.train.optim import build_optimizer  # noqa: E402
@@ -37,9 +37,9 @@ class Step:
         self.device, self.dtype = device, dtype
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = Model(find_file(cfg, (".yaml",))).to(device).to(memory_format=self.layout).train()
-        detect = self.model.detect
-        hyp = Hyp.from_yaml(find_file("hyp.scratch-low.yaml")).scaled(detect.nl, detect.nc, imgsz)
-        self.loss = DetectionLoss(hyp, detect.anchors, detect.stride, detect.nc)
+        hyp = ComputeLoss.scaled(Hyp.from_yaml(find_file("hyp.scratch-low.yaml")), self.model.head, imgsz)
+        self.model.hyp = hyp.to_dict()
+        self.loss = ComputeLoss(self.model)
         self.optimizer = build_optimizer(self.model, "SGD", hyp.lr0, hyp.momentum, hyp.weight_decay)
         self.ema = ModelEMA(self.model)
 
@@ -49,7 +49,7 @@ class Step:
         inputs = images.to(self.device).to(dtype=torch.float32, memory_format=self.layout) / 255
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             outputs = self.model(inputs)
-        self.loss(outputs, targets).total.backward()
+        self.loss(outputs, targets)[0].backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -28,7 +28,6 @@ CONFIG_KEYS = {
     "nc": int,
     "depth_multiple": (int, float),
     "width_multiple": (int, float),
-    "anchors": (int, list),
     "backbone": list,
     "head": list,
 }
@@ -78,7 +77,7 @@ def read_config(cfg: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], st
             raise UserError(f"{source}: '{key}: {value}' is no number from {least} to {greatest}.")
     if not 1 <= len(config["backbone"]) + len(config["head"]) <= MAX_ROWS:
         raise UserError(f"{source}: backbone and head must have from 1 to {MAX_ROWS} rows together.")
-    if not _are_anchors(config["anchors"]):
+    if "anchors" in config and not (_is_a(config["anchors"], (int, list)) and _are_anchors(config["anchors"])):
         given = f"{source}: anchors: {str(config['anchors']):.200}"
         raise UserError(f"{given}: give one list [w, h, w, h, ...] of sizes per level, or their number.")
     return config, source
@@ -104,7 +103,7 @@ def _check_optional_keys(config: Mapping[Any, Any], source: str) -> None:
 
 def _check_spelling(config: Mapping[Any, Any], source: str) -> None:
     """Refuses keys so near to an optional one that they must be meant for it; others are other programs'."""
-    absent = {"activation", "channel_multiple", "inplace"} - set(config)
+    absent = {"activation", "anchors", "channel_multiple", "inplace"} - set(config)
     for key in [key for key in config if key not in (*CONFIG_KEYS, *OPTIONAL_KEYS, "activation")][:100]:
         if hint := did_you_mean(shown(key), sorted(absent)):
             raise UserError(f"{source}: unknown key '{shown(key)}'.{hint}")
@@ -168,7 +167,7 @@ def resolve_argument(value: Any, names: Mapping[str, Any]) -> Any:
 
 def channel_scale(config: Mapping[str, Any]) -> Callable[[int], int]:
     """Returns how channel counts are scaled: by width_multiple, up to a multiple of 8 (`channel_multiple`)."""
-    anchors = config["anchors"]
+    anchors = config.get("anchors", 0)  # a head may have none
     outputs = (anchors if isinstance(anchors, int) else len(anchors[0]) // 2) * (config["nc"] + 5)
     multiple = config.get("channel_multiple", 8)
     return lambda width: width if width == outputs else round_up(width * config["width_multiple"], multiple)
@@ -239,10 +238,19 @@ def expanded_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
     return LayerPlan(args, inputs.channels[0] // (args[0] if args else 2) ** 2)
 
 
+def head_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
+    """Plans a detection head from (nc, rest ...): the sources' channels come last."""
+    if not args or not _is_a(args[0], int) or args[0] < 1:
+        raise ValueError("its first argument must be nc, a whole number from 1")
+    return LayerPlan([*args, inputs.channels], inputs.channels[0])
+
+
 def detect_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
     """Plans Detect from (nc, anchors): checks the anchors and appends the sources' channels."""
     nc, anchors = args
     levels = len(inputs.channels)
+    if anchors is None:
+        raise ValueError("'anchors' is missing in the model YAML")
     if not isinstance(nc, int) or nc < 1 or not _are_anchors(anchors):
         raise ValueError("its arguments are nc and anchors: a whole number from 1, and sizes per level or their number")
     if isinstance(anchors, int):

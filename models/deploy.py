@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from models.common import Contract, Conv, Expand, TransformerBlock, interleave_halves
 from models.experimental import Sum
-from models.heads import Decoder
+from models.heads import Head
 
 Layout = tuple[int, ...]  # layout[place] is the channel of the trained model that stands there
 
@@ -86,7 +86,7 @@ class InferenceModel(nn.Module):
     """A rewritten model: images in, decoded rows out.
 
     Attributes:
-        trunk: graph from images (b, ch, h, w) to the head's maps, one (b, na * (5 + nc), ny, nx) per level.
+        trunk: graph from images (b, ch, h, w) to the head's raw maps, one (b, na * channels, ny, nx) per level.
         decoder: maps to rows.
         names: class names {number: name}.
         stride: float32 (nl,), pixels per cell of each level.
@@ -119,11 +119,11 @@ def rewrite(model: nn.Module) -> InferenceModel:
     trunk.graph.eliminate_dead_code()
     trunk.delete_all_unused_submodules()
     recompile(trunk)
-    return InferenceModel(trunk.eval(), Decoder.of(folded.detect), model.names, model.stride.detach().clone())
+    return InferenceModel(trunk.eval(), folded.head.decoder(), model.names, model.stride.detach().clone())
 
 
 class _Tracer(fx.Tracer):
-    """Follows YOLOv5's blocks down to torch's layers; the head, the shuffle and whatever else there is stay whole."""
+    """Follows YOLOv5's blocks and the head's maps down to torch's layers; the shuffle and other blocks stay whole."""
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=(interleave_halves,))
@@ -132,19 +132,18 @@ class _Tracer(fx.Tracer):
         known = type(module).__module__ in _TRACED_FILES and not isinstance(module, _WHOLE_BLOCKS)
         return not known and not isinstance(module, nn.Sequential)
 
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
+        return m.maps(*args) if isinstance(m, Head) else super().call_module(m, forward, args, kwargs)
+
 
 def _trace(model: nn.Module) -> fx.GraphModule:
-    """Returns the graph from images to the outputs of the head's convolutions."""
+    """Returns the graph from images to the head's raw maps."""
     graph = _Tracer().trace(model, concrete_args={"augment": False, "visualize": None})
     for node in graph.find_nodes(op="placeholder"):
         if not node.users:  # the record of the argument that was left out
             graph.erase_node(node)
-    output = graph.output_node()
-    head = output.args[0]
-    with graph.inserting_before(head):
-        maps = [graph.call_module(f"{head.target}.m.{i}", (feature,)) for i, feature in enumerate(head.args[0])]
-    output.args = (maps,)
-    graph.erase_node(head)
     return fx.GraphModule(model, graph)
 
 

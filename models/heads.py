@@ -1,45 +1,140 @@
-"""What follows the detection head's convolutions, for inference and exports: from maps to boxes.
+"""Detection heads: their layers, and how their outputs become boxes, in training, validation and exports alike.
 
-`head_for` returns what an export needs: `Decoder` (rows, as `Detect` in evaluation mode gives them), `NMSHead` (the
-few detections that are kept) or, by name, `RawMaps` (logits, as `Detect` in training gives them). All consist of plain
-tensor operations on at most four axes, which every converter knows; only `RawMaps` needs five.
+A head is a subclass of `Head`, a row of `models.yolo.BLOCKS` and the name of its loss (`utils.loss.LOSSES`). The rest
+of the program asks it: for its loss, for raw outputs, for rows that NMS reads. All consists of plain tensor operations
+on at most four axes, which every converter knows; only raw outputs need five.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from utils.log import LOGGER
 from utils.nms import MAX_SIDE_PX, MIN_SIDE_PX, NMSConfig
 
 MIN_CANDIDATES = 1024  # candidates per image that enter the suppression inside a model, at least
 SUPPRESSION_ROUNDS = 16
 
 
-def head_for(
-    detect: nn.Module,
-    shape_hw: Sequence[int] | None = None,
-    nms: NMSConfig | None = None,
-    topk_per_class: int | None = None,
-    normalised: bool = False,
-) -> nn.Module:
-    """Returns the module that makes an export's output of the head's maps.
+class Head(nn.Module):
+    """A detection head: maps of the neck to raw outputs for the loss and, in evaluation, to rows for NMS.
 
-    Args:
-        detect: the trained model's `Detect`.
-        shape_hw: height and width of the images where they are fixed, px; None lets them follow from the maps.
-        nms: choose detections inside the model; None leaves all rows.
-        topk_per_class: most detections of a class in an image, with `nms`; None sets no limit.
-        normalised: boxes as fractions of the images' width and height; needs `shape_hw`.
+    A row is [x, y, w, h in px, objectness, class probabilities], and a box's confidence objectness times class; a head
+    without objectness leaves that column to the decoder, which fills it with ones.
 
-    Raises:
-        ValueError: `normalised` without `shape_hw`.
+    A subclass makes `m`, names its `loss` and its `level_decoder`, and prepares in `set_strides` what depends on the
+    strides (biases, anchors).
+
+    Attributes:
+        loss: the row of `utils.loss.LOSSES` that trains it.
+        level_decoder: the subclass of `LevelDecoder` that turns its raw maps into rows.
+        has_anchors: whether it has a buffer `anchors` that AutoAnchor may fit to the labels.
+        objectness: whether its level decoders give an objectness.
+        m: a module per level, from the neck's map (b, ch_i, ny_i, nx_i) to the raw map (b, na * channels, ny_i, nx_i).
+        nc, nl, na, no: classes, levels, boxes per cell, columns of a row (5 + nc).
+        stride: buffer (nl,), pixels per cell; not in the state dict.
     """
-    if nms is None:
-        return Decoder.of(detect, shape_hw, normalised)
-    return NMSHead(Decoder.of(detect, shape_hw), nms, topk_per_class, normalised)
+
+    loss: str
+    level_decoder: type[LevelDecoder]
+    has_anchors = False
+    objectness = True
+    m: nn.ModuleList
+
+    def __init__(self, nc: int, levels: int, boxes_per_cell: int = 1) -> None:
+        super().__init__()
+        self.nc, self.no = nc, nc + 5
+        self.nl, self.na = levels, boxes_per_cell
+        self.register_buffer("stride", torch.zeros(levels, device="cpu"), persistent=False)
+
+    @property
+    def channels(self) -> int:
+        """Raw numbers per box."""
+        return self.no
+
+    def set_strides(self, stride: Tensor, source: str) -> None:
+        """Takes the pixels per cell (nl,) of each level, once, when a model is made; `source` names it in messages."""
+        self.stride.copy_(stride)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Predicts from nl maps (b, ch_i, ny_i, nx_i).
+
+        Returns:
+            In training the raw outputs, a list of nl (b, na, ny, nx, channels). In evaluation (rows, raw outputs): rows
+            are float32 (b, n, no), level by level, then by box of a cell, y, x. Under autocast the raw outputs have the
+            weights' own type.
+        """
+        device_type = features[0].device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            # bfloat16 has steps of 1/32 at the -5 to -8 of the objectness' biases
+            dtype = next(self.parameters()).dtype
+            with torch.autocast(device_type, enabled=False):
+                return self.forward([feature.to(dtype) for feature in features])
+        maps = self.maps(features)
+        raw = [raw_output(level, self.na) for level in maps]
+        return raw if self.training else (self.decoder()(maps), raw)
+
+    def maps(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the raw maps (b, na * channels, ny, nx) of each level: the head's part with weights."""
+        return [layer(feature) for layer, feature in zip(self.m, features, strict=True)]
+
+    def decoder(self, shape_hw: Sequence[int] | None = None, normalised: bool = False) -> Decoder:
+        """Returns the module that makes rows of the raw maps.
+
+        Args:
+            shape_hw: height and width of the images where they are fixed, px; None lets them follow from the maps.
+            normalised: boxes as fractions of the images' width and height; needs `shape_hw`.
+
+        Raises:
+            ValueError: `normalised` without `shape_hw`.
+        """
+        unit_px = _unit_px(shape_hw, normalised)
+        return Decoder([self.level_decoder(self, level, shape_hw, unit_px) for level in range(self.nl)], shape_hw)
+
+    def output(
+        self,
+        shape_hw: Sequence[int] | None = None,
+        nms: NMSConfig | None = None,
+        topk_per_class: int | None = None,
+        normalised: bool = False,
+    ) -> nn.Module:
+        """Returns the module that makes an export's output of the raw maps: rows, or with `nms` detections.
+
+        Args:
+            shape_hw, normalised: as of `decoder`.
+            nms: choose detections inside the model; None leaves all rows.
+            topk_per_class: most detections of a class in an image, with `nms`; None sets no limit.
+
+        Raises:
+            ValueError: `normalised` without `shape_hw`.
+        """
+        if nms is None:
+            return self.decoder(shape_hw, normalised)
+        return NMSHead(self.decoder(shape_hw), nms, topk_per_class, _unit_px(shape_hw, normalised))
+
+
+def raw_output(level: Tensor, boxes_per_cell: int) -> Tensor:
+    """Turns a raw map (b, na * channels, ny, nx) into (b, na, ny, nx, channels), as losses read it."""
+    batch, channels, height, width = level.shape
+    split = level.reshape(batch, boxes_per_cell, channels // boxes_per_cell, height, width)
+    return split.permute(0, 1, 3, 4, 2).contiguous()
+
+
+class RawOutputs(nn.Module):
+    """Raw maps of a head to its raw outputs, for those who decode themselves (`export.py --train`)."""
+
+    def __init__(self, head: Head) -> None:
+        """Takes the head that they are of."""
+        super().__init__()
+        self.na = head.na
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps nl tensors (b, na * channels, ny, nx) to as many (b, na, ny, nx, channels)."""
+        return [raw_output(level, self.na) for level in maps]
 
 
 class _Float32(nn.Module):
@@ -49,134 +144,171 @@ class _Float32(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
 
-class RawMaps(nn.Module):
-    """Maps of the head to logits, as `Detect` in training gives them: for those who decode themselves."""
+class LevelDecoder(_Float32):
+    """The raw map of one level to rows; what a head's own decoder has in common with all others.
 
-    def __init__(self, anchors_per_cell: int):
-        """Takes the number of anchors per cell, na."""
+    Boxes are decoded while the channels still stand before the cells, where taking four of them apart is cheap: on a
+    CPU that takes less than half the time of working on finished rows in PyTorch, a fifth less in ONNX Runtime and
+    OpenVINO. With a fixed image size the cells' places are constants of the graph; without, they follow from the map's.
+
+    Attributes:
+        grid_offset: where in a cell its grid point lies: 0 is the upper left corner, 1 the lower right one.
+        cell: buffer (1, 1, 2, 1), width and height of a cell in units.
+        row_count: rows of an image of the fixed size, else None.
+    """
+
+    grid_offset = 0.5
+    grid: Tensor | None
+
+    def __init__(self, head: Head, level: int, shape_hw: Sequence[int] | None, unit_px: Sequence[int]) -> None:
+        """Takes what is known of the images.
+
+        Args:
+            head: for its strides and the numbers of a row and of a cell.
+            level: number of the level.
+            shape_hw: height and width of the images where they are fixed.
+            unit_px: pixels that make a unit of x and of y in the rows.
+        """
         super().__init__()
-        self.na = anchors_per_cell
+        self.na, self.channels, self.no, self.objectness = head.na, head.channels, head.no, head.objectness
+        stride = head.stride[level].float().to(next(head.parameters()).device)
+        self.row_count: int | None = None
+        unit = stride.new_tensor(unit_px).view(1, 1, 2, 1)
+        self.register_buffer("stride", stride)
+        self.register_buffer("cell", stride / unit)
+        self.register_buffer("grid", None)
+        if shape_hw is not None:
+            size = [round(side / float(stride)) for side in shape_hw]
+            self.grid = self._make_grid(size, stride.device) / unit
+            self.row_count = self.na * size[0] * size[1]
 
-    @classmethod
-    def of(cls, detect: nn.Module) -> RawMaps:
-        """Makes it for a `Detect`."""
-        return cls(detect.na)
+    def decode(self, values: Tensor, grid: Tensor) -> Tensor:
+        """Maps raw values to columns of rows, without objectness where the head has none.
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps nl tensors (b, na * no, ny, nx) to as many (b, na, ny, nx, no)."""
-        logits = []
-        for level in maps:
-            batch, channels, height, width = level.shape
-            split = level.reshape(batch, self.na, channels // self.na, height, width)
-            logits.append(split.permute(0, 1, 3, 4, 2).contiguous())
-        return logits
+        Args:
+            values: (b, na, channels, n) float32, of n cells.
+            grid: (1, 1, 2, n) x and y of each cell's grid point, in units.
+
+        Returns:
+            (b, na, no, n) float32 [centre x, y, width, height in units, objectness, class probabilities].
+        """
+        raise NotImplementedError
+
+    def forward(self, level: Tensor) -> Tensor:
+        """Maps (b, na * channels, ny, nx) to (b, na * ny * nx, no)."""
+        if self.grid is None:
+            batch, cells, rows = level.shape[0], -1, -1
+            grid = self._make_grid(level.shape[2:], level.device)
+        else:  # the number of images alone is free, so that no size is computed in the graph
+            batch, cells, rows = -1, self.row_count // self.na, self.row_count
+            grid = self.grid
+        columns = self.decode(level.float().reshape(batch, self.na, self.channels, cells), grid)
+        if not self.objectness:
+            columns = torch.cat((columns[:, :, :4], torch.ones_like(columns[:, :, :1]), columns[:, :, 4:]), dim=2)
+        return columns.transpose(2, 3).reshape(batch, rows, self.no)
+
+    def _make_grid(self, size: Sequence[int], device: torch.device) -> Tensor:
+        """Returns x and y in px of each cell's grid point, (1, 1, 2, ny * nx), of a map of `size` ny, nx cells."""
+        rows = (torch.arange(size[0], device=device, dtype=torch.float32) + self.grid_offset) * self.stride
+        columns = (torch.arange(size[1], device=device, dtype=torch.float32) + self.grid_offset) * self.stride
+        return torch.stack(torch.meshgrid(columns, rows, indexing="xy")).reshape(1, 1, 2, -1)
 
 
 class Decoder(nn.Module):
-    """Maps of the head to rows [x, y, w, h in px, objectness, class probabilities], float32.
-
-    With a fixed image size the cells' places are constants of the graph; without, they follow from the maps' sizes.
+    """Raw maps of a head to rows [x, y, w, h in px, objectness, class probabilities], float32.
 
     Attributes:
         shape_hw: height and width of the images where they are fixed, px, else None.
         row_count: rows of an image of that size, else None.
     """
 
-    def __init__(
-        self,
-        anchors_px: Tensor,
-        stride: Tensor,
-        columns: int,
-        shape_hw: Sequence[int] | None = None,
-        normalised: bool = False,
-    ):
-        """Takes the anchors and what is known of the images.
-
-        Args:
-            anchors_px: (nl, na, 2) width and height in pixels.
-            stride: (nl,) pixels per cell.
-            columns: of a row, no = 5 + nc.
-            shape_hw: height and width of the images where they are fixed.
-            normalised: give boxes as fractions of the images' width and height.
-
-        Raises:
-            ValueError: `normalised` without `shape_hw`.
-        """
+    def __init__(self, levels: Sequence[LevelDecoder], shape_hw: Sequence[int] | None) -> None:
+        """Takes the decoders of all levels."""
         super().__init__()
-        self.shape_hw = None if shape_hw is None else (shape_hw[0], shape_hw[1])
-        unit_px = _unit_px(self.shape_hw, normalised)
-        levels = zip(anchors_px, stride.tolist(), strict=True)
-        self.levels = nn.ModuleList(_LevelDecoder(*level, columns, self.shape_hw, unit_px) for level in levels)
-        self.row_count = None if shape_hw is None else sum(level.row_count for level in self.levels)
-
-    @classmethod
-    def of(cls, detect: nn.Module, shape_hw: Sequence[int] | None = None, normalised: bool = False) -> Decoder:
-        """Makes the decoder of a `Detect`; arguments as said at the constructor."""
-        stride = detect.stride.float().to(detect.anchors.device)
-        return cls(detect.anchors.float() * stride.view(-1, 1, 1), stride, detect.no, shape_hw, normalised)
+        self.levels = nn.ModuleList(levels)
+        self.shape_hw = None if shape_hw is None else tuple(shape_hw)
+        self.row_count = None if shape_hw is None else sum(level.row_count for level in levels)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps nl tensors (b, na * no, ny, nx) to (b, rows, no), level by level, then by anchor, y, x."""
-        rows = [decode(level) for decode, level in zip(self.levels, maps, strict=True)]
-        return torch.cat(rows, dim=1)
+        """Maps nl tensors (b, na * channels, ny, nx) to (b, rows, no), level by level, then by box, y, x."""
+        return torch.cat([decode(level) for decode, level in zip(self.levels, maps, strict=True)], dim=1)
 
 
-class _LevelDecoder(_Float32):
-    """The decoder of one level.
+class _AnchorDecoder(LevelDecoder):
+    """The decoder of a level of `Detect`."""
 
-    Boxes are decoded while the channels still stand before the cells, where taking four of them apart is cheap: on a
-    CPU that takes less than half the time of working on finished rows in PyTorch, a fifth less in ONNX Runtime and
-    OpenVINO.
+    grid_offset = -0.5
+
+    def __init__(self, head: Detect, level: int, shape_hw: Sequence[int] | None, unit_px: Sequence[int]) -> None:
+        super().__init__(head, level, shape_hw, unit_px)
+        self.register_buffer("scale", 2 * self.cell)
+        self.register_buffer("anchors", 4 * self.cell * head.anchors[level].float().view(1, self.na, 2, 1))
+
+    def decode(self, values: Tensor, grid: Tensor) -> Tensor:
+        scores = values.sigmoid()
+        xy, wh = Detect.decode_boxes(scores[:, :, :2], scores[:, :, 2:4], self.scale, grid, self.anchors)
+        return torch.cat((xy, wh, scores[:, :, 4:]), dim=2)
+
+
+class Detect(Head):
+    """YOLOv5's head: one 1x1 convolution per level, boxes relative to anchors.
+
+    Args:
+        nc: number of classes.
+        anchors: per level a flat list [w, h, w, h, ...] in pixels.
+        ch: channels of each level.
+        inplace: kept for YOLOv5's program, which reads it in models that are exported for it; without effect here.
+
+    Attributes:
+        anchors: buffer (nl, na, 2), width and height in units of the level's stride once `Model` has set it.
     """
 
-    def __init__(
-        self,
-        anchors_px: Tensor,
-        stride: float,
-        columns: int,
-        shape_hw: tuple[int, int] | None,
-        unit_px: tuple[int, int],
-    ):
-        """Takes what `Decoder` takes, anchors (na, 2) and stride of this level; `unit_px` divides x and y."""
-        super().__init__()
-        self.na, self.no, self.stride = len(anchors_px), columns, stride
-        unit = anchors_px.new_tensor(unit_px)
-        self.register_buffer("scale", (2 * stride / unit).view(1, 1, 2, 1))
-        self.register_buffer("anchors", (4 * anchors_px / unit).view(1, self.na, 2, 1))
-        self.offset: Tensor | None
-        self.register_buffer("offset", None)
-        if shape_hw is not None:
-            size = [round(side / stride) for side in shape_hw]
-            self.offset = self._offset(size, anchors_px.device) / unit.view(1, 1, 2, 1)
-            self.row_count = self.na * size[0] * size[1]
+    __module__ = "models.yolo"  # where YOLOv5's checkpoints look for it
+    loss = "anchor_based"
+    level_decoder = _AnchorDecoder
+    has_anchors = True
 
-    def forward(self, level: Tensor) -> Tensor:
-        """Maps (b, na * no, ny, nx) to (b, na * ny * nx, no)."""
-        if self.offset is None:
-            batch, rows = level.shape[0], -1
-            offset = self._offset(level.shape[2:], level.device)
-        else:  # the number of images alone is free, so that no size is computed in the graph
-            batch, rows = -1, self.row_count
-            offset = self.offset
-        scores = level.float().sigmoid().reshape(batch, self.na, self.no, max(rows // self.na, -1))
-        xy = scores[:, :, :2] * self.scale + offset
-        wh = scores[:, :, 2:4] * scores[:, :, 2:4] * self.anchors  # not a power: some converters have none
-        decoded = torch.cat((xy, wh, scores[:, :, 4:]), dim=2)
-        return decoded.transpose(2, 3).reshape(batch, rows, self.no)
+    def __init__(self, nc: int = 80, anchors: Sequence[Sequence[float]] = (), ch: Sequence[int] = (), inplace=True):
+        super().__init__(nc, len(anchors), len(anchors[0]) // 2)
+        self.inplace = inplace
+        self.register_buffer("anchors", torch.tensor(anchors, dtype=torch.float32).view(self.nl, self.na, 2))
+        self.m = nn.ModuleList(nn.Conv2d(channels, self.no * self.na, 1) for channels in ch)
 
-    def _offset(self, size: Sequence[int], device: torch.device) -> Tensor:
-        """Returns the summand of x and y for each cell, (1, 1, 2, ny * nx) px, of a map of `size` ny, nx cells."""
-        rows = (torch.arange(size[0], device=device, dtype=torch.float32) - 0.5) * self.stride
-        columns = (torch.arange(size[1], device=device, dtype=torch.float32) - 0.5) * self.stride
-        return torch.stack(torch.meshgrid(columns, rows, indexing="xy")).reshape(1, 1, 2, -1)
+    def set_strides(self, stride: Tensor, source: str) -> None:
+        """Sets strides, anchors in units of them (small ones go with small strides), and biases.
+
+        The biases expect 8 objects in an image of 640 px and, of the classes, 0.6 spread over all.
+        """
+        super().set_strides(stride, source)
+        anchors = self.arguments[1]
+        growth_px = math.prod(anchors[-1][-2:]) - math.prod(anchors[0][:2])
+        if growth_px * (stride[-1] - stride[0]) < 0:
+            LOGGER.info(f"{source}: reversing the order of the anchors' levels")
+            anchors = anchors[::-1]
+        anchors_px = torch.tensor(anchors, dtype=torch.float32, device="cpu").view(self.nl, self.na, 2)
+        self.anchors.copy_(anchors_px / stride.view(-1, 1, 1))
+        for conv, pixels in zip(self.m, stride.tolist(), strict=True):
+            bias = conv.bias.detach().view(self.na, self.no)
+            bias[:, 4] += math.log(8 / (640 / pixels) ** 2)
+            bias[:, 5:] += math.log(0.6 / (self.nc - 0.999999))
+
+    @staticmethod
+    def decode_boxes(
+        xy: Tensor, wh: Tensor, scale: Tensor | float, offset: Tensor | float, anchors_4: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Turns scores (after the sigmoid) into centres and sides, in the unit of the other arguments; all broadcast.
+
+        Args:
+            xy, wh: two scores each, 0 to 1.
+            scale: twice the cell's side.
+            offset: the cell's upper left corner less half a cell.
+            anchors_4: four times the anchors' width and height.
+        """
+        return xy * scale + offset, wh * wh * anchors_4  # not a power: some converters have none
 
 
-def _unit_px(shape_hw: tuple[int, int] | None, normalised: bool) -> tuple[int, int]:
-    """Returns how many pixels make a unit of x and of y.
-
-    Raises:
-        ValueError: `normalised` without a fixed image size.
-    """
+def _unit_px(shape_hw: Sequence[int] | None, normalised: bool) -> tuple[int, int]:
+    """Returns how many pixels make a unit of x and of y."""
     if not normalised:
         return 1, 1
     if shape_hw is None:
@@ -200,10 +332,10 @@ class NMSHead(_Float32):
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: nn.Module,
         suppression: NMSConfig,
         topk_per_class: int | None = None,
-        normalised: bool = False,
+        unit_px: Sequence[int] = (1, 1),
     ):
         """Takes how rows are made and how detections are chosen.
 
@@ -211,13 +343,9 @@ class NMSHead(_Float32):
             decoder: maps to rows in pixels.
             suppression: thresholds, number of detections, whether classes matter.
             topk_per_class: most detections of a class in an image; None sets no limit.
-            normalised: give boxes as fractions of the images' width and height.
-
-        Raises:
-            ValueError: `normalised` without a fixed image size.
+            unit_px: pixels that make a unit of x and of y in the detections.
         """
         super().__init__()
-        unit_px = _unit_px(decoder.shape_hw, normalised)
         self.decoder, self.suppression = decoder, suppression
         self.topk_per_class = topk_per_class
         wanted = max(MIN_CANDIDATES, 2 * suppression.max_det)

@@ -1,4 +1,4 @@
-"""The detector: `Detect`, `Model`, and how the rows of a model YAML become layers.
+"""The detector: `Model`, and how the rows of a model YAML become layers.
 
 `BLOCKS` says for each name that a row may use which class it is and how the row's arguments become the class's;
 `register_block` adds to it. Also what a model costs (layers, GFLOPs, time) and test-time augmentation. As a script:
@@ -28,6 +28,7 @@ if __name__ == "__main__":
 from models import common, config, experimental  # noqa: E402
 from models.config import Totals, check_map, gather, on_meta_device, run_hollow, strides_of  # noqa: E402
 from models.deploy import fold_model  # noqa: E402
+from models.heads import Detect, Head  # noqa: E402
 from utils.cli import ReportedError, run_command  # noqa: E402
 from utils.devices import select_device  # noqa: E402
 from utils.errors import UserError, did_you_mean  # noqa: E402
@@ -40,73 +41,6 @@ STRIDE_IMAGE_PX = 128  # side of the image on which strides are measured: the la
 ROW_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 INPLACE_ACTIVATIONS = (nn.Hardswish, nn.LeakyReLU, nn.ReLU, nn.ReLU6, nn.SiLU)
 INPUT_READERS = (nn.Hardswish, nn.SiLU)  # those whose gradient needs the input: in place they would keep a copy of it
-
-
-class Detect(nn.Module):
-    """Detection head: one 1x1 convolution per level, decoded to boxes in evaluation mode.
-
-    Args:
-        nc: number of classes.
-        anchors: per level a flat list [w, h, w, h, ...] in pixels.
-        ch: channels of each level.
-        inplace: write decoded boxes over the scores' tensor where no gradient is wanted (the values are the same).
-
-    Attributes:
-        anchors: buffer (nl, na, 2), width and height in units of the level's stride once `Model` has set it.
-        stride: buffer (nl,), pixels per cell; not in the state dict.
-    """
-
-    def __init__(self, nc: int = 80, anchors: Sequence[Sequence[float]] = (), ch: Sequence[int] = (), inplace=True):
-        """Makes the convolutions; arguments as said at the class."""
-        super().__init__()
-        self.nc = nc
-        self.no = nc + 5
-        self.nl = len(anchors)
-        self.na = len(anchors[0]) // 2
-        self.inplace = inplace
-        self.register_buffer("anchors", torch.tensor(anchors, dtype=torch.float32).view(self.nl, self.na, 2))
-        self.register_buffer("stride", torch.zeros(self.nl, device="cpu"), persistent=False)
-        self.m = nn.ModuleList(nn.Conv2d(channels, self.no * self.na, 1) for channels in ch)
-
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Predicts from nl maps (b, ch_i, ny_i, nx_i).
-
-        Returns:
-            In training the logits, a list of nl (b, na, ny, nx, no). In evaluation (decoded, logits): decoded is
-            float32 (b, rows, no) with centre x, y, width, height in pixels, objectness and class probabilities; rows
-            go level by level, then by anchor, y, x. Under autocast the logits have the weights' own type.
-        """
-        device_type = features[0].device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            # bfloat16 has steps of 1/32 at the -5 to -8 of the objectness' biases
-            with torch.autocast(device_type, enabled=False):
-                return self.forward([map_.to(conv.weight.dtype) for conv, map_ in zip(self.m, features, strict=True)])
-        logits = []
-        for conv, feature in zip(self.m, features, strict=True):
-            batch, _, height, width = feature.shape
-            maps = conv(feature).view(batch, self.na, self.no, height, width)
-            logits.append(maps.permute(0, 1, 3, 4, 2).contiguous())
-        if self.training:
-            return logits
-        return torch.cat([self.decode(maps, level) for level, maps in enumerate(logits)], dim=1), logits
-
-    def decode(self, logits: Tensor, level: int) -> Tensor:
-        """Turns the logits (b, na, ny, nx, no) of a level into float32 rows (b, na * ny * nx, no)."""
-        batch, _, height, width, _ = logits.shape
-        scores = logits.float().sigmoid()
-        rows = torch.arange(height, device=logits.device, dtype=torch.float32)
-        columns = torch.arange(width, device=logits.device, dtype=torch.float32)
-        cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (ny, nx, 2): x, y
-        stride = self.stride[level].float()
-        anchors_px = (self.anchors[level].float() * stride).view(self.na, 1, 1, 2)
-        xy = (scores[..., 0:2] * 2 - 0.5 + cells) * stride
-        wh = (scores[..., 2:4] * 2) ** 2 * anchors_px
-        boxes_xywh = torch.cat((xy, wh), dim=-1)
-        if self.inplace and not torch.is_grad_enabled():
-            scores[..., :4] = boxes_xywh
-        else:
-            scores = torch.cat((boxes_xywh, scores[..., 4:]), dim=-1)
-        return scores.view(batch, self.na * height * width, self.no)
 
 
 @dataclass(frozen=True)
@@ -187,7 +121,7 @@ def parse_model(
     Raises:
         UserError: a row that cannot be built; says which and why.
     """
-    names = {"nc": model_yaml["nc"], "anchors": model_yaml["anchors"]}
+    names = {"nc": model_yaml["nc"], "anchors": model_yaml.get("anchors")}
     layers, saved, channels, totals = [], [], [], Totals()
     for index, row in enumerate([*model_yaml["backbone"], *model_yaml["head"]]):
         try:
@@ -267,6 +201,8 @@ class Model(nn.Module):
         if nc and nc != self.yaml["nc"]:
             LOGGER.info(f"Overriding {self.yaml_file} nc={self.yaml['nc']} with nc={nc}")
             self.yaml["nc"] = nc
+        if anchors and "anchors" not in self.yaml:
+            raise UserError(f"{self.yaml_file}: has no anchors that the hyperparameter 'anchors' could replace.")
         if anchors:
             LOGGER.info(f"Overriding {self.yaml_file} anchors with anchors={round(anchors)}")
             self.yaml["anchors"] = round(anchors)
@@ -280,14 +216,18 @@ class Model(nn.Module):
         self.names = {number: str(number) for number in range(self.nc)}
         self.inplace = self.yaml.get("inplace", True)
         self.hyp: dict[str, float] | None = None
-        self._set_anchors()
-        self._initialise()
+        for module in self.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.eps, module.momentum = BN_EPS, BN_MOMENTUM
+            elif isinstance(module, INPLACE_ACTIVATIONS):
+                module.inplace = not isinstance(module, INPUT_READERS)
+        self.head.set_strides(self.stride, self.yaml_file)
         if verbose:
             log_layers(self)
             LOGGER.info(self.info())
 
     @property
-    def detect(self) -> Detect:
+    def head(self) -> Head:
         """The last layer."""
         return self.model[-1]
 
@@ -297,11 +237,11 @@ class Model(nn.Module):
         Args:
             x: (b, ch, h, w), values 0 to 1, h and w multiples of the largest stride.
             augment: look at the images in several sizes, mirrored too (in evaluation, `visualize` is not called).
-            visualize: called with every layer but Detect and its output.
+            visualize: called with every layer but the head and its output.
 
         Returns:
-            What `Detect.forward` returns: logits in training, (decoded, logits) in evaluation; with `augment` the rows
-            of all views and None.
+            What `Head.forward` returns: raw outputs in training, (rows, raw outputs) in evaluation; with `augment` the
+            rows of all views and None.
         """
         if augment:
             return augmented_rows(lambda images: self(images)[0], x, self.stride), None
@@ -311,7 +251,7 @@ class Model(nn.Module):
                 x = config.gather(layer.f, x, outputs)
             x = layer(x)
             outputs.append(x if layer.i in self.save else None)
-            if visualize is not None and layer is not self.detect:
+            if visualize is not None and layer is not self.head:
                 visualize(layer, x)
         return x
 
@@ -334,14 +274,15 @@ class Model(nn.Module):
         """Makes the layers and measures the strides.
 
         Raises:
-            UserError: a row that cannot be built or run, or the last one is no Detect of the model's classes.
+            UserError: a row that cannot be built or run, or the last one is no head of the model's classes.
         """
         self.model, self.save = parse_model(self.yaml, [ch], self.yaml_file)
-        if not isinstance(self.detect, Detect):
-            raise UserError(f"{self.yaml_file}: the last row must be Detect, not {self.detect.type}.")
-        if self.detect.nc != self.nc:
+        head = self.head
+        if not isinstance(head, Head):
+            raise UserError(f"{self.yaml_file}: the last row must be Detect or another head, not {head.type}.")
+        if head.nc != self.nc:
             raise UserError(
-                f"{self.yaml_file}: Detect has {self.detect.nc} classes, but nc is {self.nc}: write nc there."
+                f"{self.yaml_file}: {type(head).__name__} has {head.nc} classes, but nc is {self.nc}: write nc there."
             )
         self.stride = self._measure_strides(ch)
 
@@ -359,49 +300,21 @@ class Model(nn.Module):
             finished.append(layer.i)
 
         self.eval()
-        self.detect.train()  # logits, not boxes: boxes need the strides
+        self.head.train()  # raw outputs: rows need the strides
         try:
             with torch.no_grad():
                 size = (ch, STRIDE_IMAGE_PX, STRIDE_IMAGE_PX)
                 if device.type == "meta":
-                    logits = run_hollow(self, torch.zeros(0, *size, device="cpu"), visualize=passed)
+                    raw = run_hollow(self, torch.zeros(0, *size, device="cpu"), visualize=passed)
                 else:
-                    logits = self(torch.zeros(1, *size, device=device), visualize=passed)
-            strides = torch.tensor(strides_of(logits, STRIDE_IMAGE_PX), device="cpu")
+                    raw = self(torch.zeros(1, *size, device=device), visualize=passed)
+            strides = torch.tensor(strides_of(raw, STRIDE_IMAGE_PX), device="cpu")
         except ROW_ERRORS as error:
             layer = self.model[min(len(finished), len(self.model) - 1)]
             where = f"{self.yaml_file}: row {layer.i} ({layer.type}, from {layer.f})"
             raise UserError(f"{where}: {config.reason_of(error)}") from error
         self.train()
         return strides
-
-    def _set_anchors(self) -> None:
-        """Puts the strides and the anchors, in units of them, into Detect; small anchors go with small strides."""
-        detect, strides = self.detect, self.stride.tolist()
-        anchors = detect.arguments[1]
-        growth_px = math.prod(anchors[-1][-2:]) - math.prod(anchors[0][:2])
-        if growth_px * (strides[-1] - strides[0]) < 0:
-            LOGGER.info(f"{self.yaml_file}: reversing the order of the anchors' levels")
-            anchors = anchors[::-1]
-        detect.stride.copy_(self.stride)
-        anchors_px = torch.tensor(anchors, dtype=torch.float32, device="cpu").view(detect.nl, detect.na, 2)
-        detect.anchors.copy_(anchors_px / self.stride.view(-1, 1, 1))
-
-    def _initialise(self) -> None:
-        """Sets batch norm's constants, activations' in-place flag, and Detect's biases.
-
-        The biases expect 8 objects in an image of 640 px and, of the classes, 0.6 spread over all.
-        """
-        for module in self.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.eps, module.momentum = BN_EPS, BN_MOMENTUM
-            elif isinstance(module, INPLACE_ACTIVATIONS):
-                module.inplace = not isinstance(module, INPUT_READERS)
-        detect = self.detect
-        for conv, stride in zip(detect.m, self.stride.tolist(), strict=True):
-            bias = conv.bias.detach().view(detect.na, detect.no)
-            bias[:, 4] += math.log(8 / (640 / stride) ** 2)
-            bias[:, 5:] += math.log(0.6 / (detect.nc - 0.999999))
 
 
 DetectionModel = Model  # YOLOv5's name for it since 6.2

@@ -99,7 +99,7 @@ def save_weights(path: Path, names: dict[int, str], seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Model("yolov5n.yaml", nc=len(names))
-    for conv in model.detect.m:
+    for conv in model.head.m:
         conv.bias.data.view(3, -1)[:, 4:] = torch.tensor([2.0, 2.5, *[1.0] * (len(names) - 1)])
     content = {"epoch": 3, "model": model.state_dict(), "yaml": model.yaml, "names": names, "nc": len(names)}
     content |= {"stride": [8, 16, 32], "hyp": {}, "opt": {}, "data": None, "versions": {}, "date": ""}

@@ -22,7 +22,7 @@ from utils.dataloaders.labels import LabelTable, load_labels, read_label_file
 from utils.dataloaders.loader import create_dataloader
 from utils.eval.report import table_rows
 from utils.files import ROOT
-from utils.loss.anchor_based import DetectionLoss
+from utils.loss import ComputeLoss
 from utils.metrics import ConfusionMatrix, ap_per_class, match_detections
 from utils.train.hyp import Hyp
 
@@ -63,9 +63,8 @@ def step(nc: int, images: torch.Tensor, targets: torch.Tensor):
     """Takes one training step's forward and backward pass; returns the loss and the model."""
     torch.manual_seed(0)
     model = Model("yolov5n-slimneck.yaml", nc=nc).train()
-    detector = model.detect
-    hyp = recipe().scaled(detector.nl, nc, images.shape[2])
-    loss = DetectionLoss(hyp, detector.anchors, detector.stride, nc)(model(images.float() / 255), targets)
+    model.hyp = ComputeLoss.scaled(recipe(), model.head, images.shape[2]).to_dict()
+    loss = ComputeLoss(model).compute(model(images.float() / 255), targets)
     loss.total.backward()
     return loss, model
 
@@ -127,7 +126,7 @@ def test_a_mosaic_of_crowded_pictures_trains(crowd_table):
     assert torch.isfinite(loss.items).all() and loss.labels == len(targets)
     assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)
     _, alone = step(2, images, targets[:0])
-    assert not torch.equal(model.detect.m[0].weight.grad, alone.detect.m[0].weight.grad)  # the boxes were learnt from
+    assert not torch.equal(model.head.m[0].weight.grad, alone.head.m[0].weight.grad)  # the boxes were learnt from
 
 
 def test_ten_thousand_boxes_are_scored():
@@ -279,7 +278,7 @@ def test_two_thousand_classes_take_a_training_step():
     targets = torch.cat([torch.zeros(100, 1), classes[:, None], torch.rand(100, 2), torch.full((100, 2), 0.3)], 1)
     loss, model = step(CLASSES, torch.randint(0, 256, (2, 3, 64, 64)), targets)
     assert torch.isfinite(loss.items).all() and loss.items[2] > 0
-    grads = model.detect.m[0].bias.grad.view(3, -1)[:, 5:].sum(0)
+    grads = model.head.m[0].bias.grad.view(3, -1)[:, 5:].sum(0)
     assert grads.shape == (CLASSES,) and set(torch.argsort(grads)[:50].tolist()) <= set(classes.tolist())
 
 

@@ -72,7 +72,7 @@ def test_class_names_bring_no_controls_to_tables_pictures_and_folders():
 
 def test_commands_that_are_printed_to_be_copied_fit_a_shell(tmp_path, caplog, monkeypatch):
     from models.export import run as exporter
-    from utils.loggers.csv import open_tensorboard
+    from utils.loggers import open_tensorboard
     from utils.train import fingerprint
     from utils.train.engine import Trainer
 

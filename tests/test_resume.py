@@ -22,6 +22,8 @@ import train
 from utils.callbacks import Callbacks
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
+from utils.loggers import LOGGERS
+from utils.loss import ComputeLoss
 from utils.train import engine
 from utils.train.prepare import TrainConfig
 from utils.train.resume import check_dataset, find_resumable, resume_options
@@ -83,7 +85,7 @@ def set_figures(monkeypatch):
         return dataclasses.replace(found, map50=FITNESS[epoch], map=FITNESS[epoch], maps=maps)
 
     monkeypatch.setattr(engine.Trainer, "_validate", validated)
-    monkeypatch.setattr("utils.train.engine.open_tensorboard", lambda *_: None)
+    monkeypatch.setitem(LOGGERS, "tensorboard", lambda *_: None)
 
 
 def start(folder: Path, project: Path, callbacks: Callbacks, **differently) -> Path:
@@ -158,7 +160,7 @@ def assert_same_end(run: Path, whole: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_after_any_epoch_the_end_is_the_same(kind, folder, tmp_path, monkeypatch):
     if kind == "balance":  # train.py has no option for it
-        monkeypatch.setattr(engine, "DetectionLoss", functools.partial(engine.DetectionLoss, autobalance=True))
+        monkeypatch.setattr(ComputeLoss, "__init__", functools.partialmethod(ComputeLoss.__init__, autobalance=True))
         monkeypatch.setattr("utils.loss.anchor_based._REFERENCE_STRIDE", 8)
     copies = tmp_path / "copies"
     whole = start(folder, tmp_path, copying(tmp_path / "exp", copies), **KINDS[kind])

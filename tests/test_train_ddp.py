@@ -26,7 +26,7 @@ from utils.cli import ReportedError
 from utils.dataloaders.labels import load_labels
 from utils.dataloaders.sampling import epoch_order
 from utils.errors import UserError
-from utils.loss.anchor_based import DetectionLoss
+from utils.loss import ComputeLoss
 
 ROOT = Path(__file__).resolve().parents[1]
 HYP = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
@@ -125,16 +125,16 @@ def still(monkeypatch):
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
-    """Collects what every training batch costs: three items, images, labels."""
-    seen, call = [], DetectionLoss.__call__
+    """Collects what every training batch costs: three items, labels."""
+    seen, call = [], ComputeLoss.compute
 
     def noting(self, *arguments):
         result = call(self, *arguments)
         if result.total.requires_grad:
-            seen.append([*result.items.tolist(), result.images, result.labels])
+            seen.append([*result.items.tolist(), result.labels])
         return result
 
-    monkeypatch.setattr(DetectionLoss, "__call__", noting)
+    monkeypatch.setattr(ComputeLoss, "compute", noting)
     return seen
 
 
@@ -241,7 +241,7 @@ def test_a_mistake_met_by_rank_1_alone_ends_all_and_is_told_once(helper, launch,
 
 @pytest.mark.parametrize("own_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_other_with_a_message(own_rank, launch, tiny_shapes, tmp_path, monkeypatch):
-    victim, calls, call = Helper(), [], DetectionLoss.__call__
+    victim, calls, call = Helper(), [], ComputeLoss.compute
 
     def killing(self, outputs, targets, pool=None):
         if pool:
@@ -250,7 +250,7 @@ def test_a_killed_process_ends_the_other_with_a_message(own_rank, launch, tiny_s
                 victim.process.send_signal(signal.SIGKILL)
         return call(self, outputs, targets, pool)
 
-    monkeypatch.setattr(DetectionLoss, "__call__", killing)
+    monkeypatch.setattr(ComputeLoss, "compute", killing)
     options = {**SMALL, "data": str(tiny_shapes), "epochs": 9, "noplots": True, "noval": True, "project": str(tmp_path)}
     victim.start(launch(own_rank), options)
     words = rf"the process of rank {1 - own_rank} has ended.* killed.*Epoch 0 is saved.*torch\.distributed\.run "

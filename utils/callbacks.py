@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,17 +37,27 @@ class Action(NamedTuple):
     name: str
     callback: Callable[..., Any]
 
+    @property
+    def wants_trainer(self) -> bool:
+        """Whether it has a parameter for the run."""
+        try:
+            return "trainer" in inspect.signature(self.callback).parameters
+        except ValueError:  # some functions of compiled modules tell no parameters
+            return False
+
 
 class Callbacks:
     """Calls the functions registered for a hook; an unknown hook is a `UserError`.
 
     `stop_training` set to True by one of them ends the run after the batch that is being trained, without validating or
-    saving the unfinished epoch.
+    saving the unfinished epoch. A function that has a parameter of the name `trainer` is given the run by it, beside
+    the hook's own arguments: the `utils.train.engine.Trainer`, None before there is one.
     """
 
     def __init__(self) -> None:
         self._actions: dict[str, list[Action]] = {hook: [] for hook in HOOKS}
         self.stop_training = False
+        self.trainer: Any = None
 
     def register_action(self, hook: str, name: str = "", callback: Callable[..., Any] | None = None) -> None:
         """Adds a function to a hook, after those already there."""
@@ -66,7 +77,8 @@ class Callbacks:
         """Calls a hook's functions in the order they were registered; what they raise is not caught."""
         self._check(hook)
         for action in self._actions[hook]:
-            action.callback(*args, **kwargs)
+            run = {"trainer": self.trainer} if action.wants_trainer else {}
+            action.callback(*args, **kwargs, **run)
 
     def _check(self, hook: str) -> None:
         if hook not in self._actions:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.backends.metadata import Metadata
 from models.deploy import InferenceModel
 from models.export.formats import Format
-from models.heads import RawMaps, head_for
+from models.heads import RawOutputs
 from utils.errors import UserError
 from utils.log import LOGGER
 
@@ -76,11 +76,11 @@ class ExportJob:
         Args:
             normalised: boxes as fractions of the image's sides.
         """
-        detect, metadata = self.source.detect, self.metadata
+        head, metadata = self.source.head, self.metadata
         if self.options.train:
-            return RawMaps.of(detect)
+            return RawOutputs(head)
         shape_hw = None if metadata.dynamic else metadata.shape_hw
-        return head_for(detect, shape_hw, metadata.nms, self.options.topk_per_class, normalised)
+        return head.output(shape_hw, metadata.nms, self.options.topk_per_class, normalised)
 
     def with_head(self, head: nn.Module) -> InferenceModel:
         """Returns the rewritten model with another head, in evaluation mode; the trunk is shared."""

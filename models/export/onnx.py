@@ -104,7 +104,7 @@ def _trace(job: ExportJob, path: Path, head: nn.Module, opset: int) -> None:
 
 def _output_names(job: ExportJob) -> list[str]:
     """Returns the outputs' names: one, or with --train one a level."""
-    more = range(1, job.source.detect.nl) if job.options.train else ()
+    more = range(1, job.source.head.nl) if job.options.train else ()
     return [OUTPUT, *(f"{OUTPUT}_{level}" for level in more)]
 
 
@@ -139,10 +139,10 @@ def _described(job: ExportJob, content: bytes) -> bytes:
 
 def _fixed_axes(job: ExportJob) -> dict[int, int]:
     """Returns the axes of an output whose length depends on the model alone, with their lengths."""
-    detect, nms = job.source.detect, job.metadata.nms
+    head, nms = job.source.head, job.metadata.nms
     if job.options.train:
-        return {1: detect.na, 4: detect.no}
-    return {2: detect.no} if nms is None else {1: nms.max_det, 2: 6}
+        return {1: head.na, 4: head.channels}
+    return {2: head.no} if nms is None else {1: nms.max_det, 2: 6}
 
 
 CALIBRATION_IMAGES = 64  # ranges settle early, and the tool holds the activations of all of them in memory

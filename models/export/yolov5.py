@@ -66,7 +66,7 @@ def original_model(source: nn.Module, half: bool) -> Model:
     model.names = [source.names[number] for number in sorted(source.names)]
     model.yaml, model.hyp = plain_data(source.yaml), plain_data(source.hyp)
     model.stride = source.stride.detach().float().cpu().clone()
-    _complete_detect(model.detect, model.stride)
+    _complete_detect(model.head, model.stride)
     return model
 
 

@@ -146,8 +146,8 @@ def probe_model_yaml(data: bytes, folder: Path) -> bool:
         model = Model(path)
     assert torch.equal(model.stride, outline.stride)
     assert model.nc >= 1 and len(model.names) == model.nc
-    assert len(model.stride) == model.detect.nl and bool((model.stride > 0).all())
-    assert bool(torch.isfinite(model.detect.anchors).all())
+    assert len(model.stride) == model.head.nl and bool((model.stride > 0).all())
+    assert bool(torch.isfinite(model.head.anchors).all())
     return True
 
 

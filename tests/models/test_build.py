@@ -36,7 +36,7 @@ def test_anchors_are_the_yaml_s_or_to_be_fitted_not_the_weights_own(cfg, anchors
     content["model"]["model.24.anchors"] = content["model"]["model.24.anchors"] * 2
     save_checkpoint(tmp_path / "other.pt", content)
     model = build_for_training(cfg, tmp_path / "other.pt", CATS, anchors=anchors)
-    assert not torch.equal(model.detect.anchors, content["model"]["model.24.anchors"])
+    assert not torch.equal(model.head.anchors, content["model"]["model.24.anchors"])
 
 
 def test_an_unsound_architecture_is_told_with_its_file(weights, tmp_path):

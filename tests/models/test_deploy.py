@@ -16,7 +16,7 @@ from torch.fx import _symbolic_trace, graph_module
 from models.common import Conv, interleave_halves
 from models.config import read_config, scaled_channels
 from models.deploy import fold_batchnorm, fold_model, rewrite
-from models.heads import RawMaps
+from models.heads import RawOutputs
 from models.load import load_model
 from models.yolo import BLOCKS, Block, Model, register_block
 from utils.files import ROOT
@@ -113,7 +113,7 @@ def trained_like(cfg, seed: int = 0) -> Model:
     torch.manual_seed(seed)
     model = Model(cfg).eval()
     randomise_norms(model)
-    for conv in model.detect.m:
+    for conv in model.head.m:
         conv.weight.data *= HEAD_GAIN
     return model
 
@@ -131,7 +131,7 @@ def assert_same_maps(model: Model, rewritten, shape) -> None:
     with torch.no_grad():
         rows, logits = model(x)
         maps = rewritten.trunk(x)
-        for expected, found in zip(logits, RawMaps.of(model.detect)(maps), strict=True):
+        for expected, found in zip(logits, RawOutputs(model.head)(maps), strict=True):
             assert expected.std() > 1e-2
             assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
         decoded = rewritten(x)

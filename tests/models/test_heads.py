@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.heads import SUPPRESSION_ROUNDS, Decoder, NMSHead, RawMaps, head_for
+from models.heads import SUPPRESSION_ROUNDS, NMSHead, RawOutputs
 from models.yolo import Detect
 from utils.nms import NMSConfig, non_max_suppression
 
@@ -65,40 +65,34 @@ def row(x, y, w, h, score, label=0) -> list[float]:
 def test_rows_are_those_of_the_head_in_evaluation(detect, shape_hw, fixed):
     maps = random_maps(shape_hw)
     expected, logits = detect(maps)
-    decoder = head_for(detect, shape_hw if fixed else None)
+    decoder = detect.output(shape_hw if fixed else None)
     torch.testing.assert_close(decoder(maps), expected, rtol=1e-6, atol=1e-4)
     assert decoder.row_count == (expected.shape[1] if fixed else None)
-    for expected_level, level in zip(logits, RawMaps.of(detect)(maps), strict=True):
+    for expected_level, level in zip(logits, RawOutputs(detect)(maps), strict=True):
         assert torch.equal(level, expected_level)
-
-
-def test_a_cell_is_decoded_as_worked_out_by_hand():
-    """Logits 0 are halves: the centre of cell (x 1, y 0) of stride 8 is (1 + 0.5) * 8, 0.5 * 8; the box its anchor."""
-    rows = Decoder(torch.tensor([[[10.0, 14.0]]]), torch.tensor([8.0]), 6, (8, 16))([torch.zeros(1, 6, 1, 2)])
-    torch.testing.assert_close(rows[0], torch.tensor([[4, 4, 10, 14, 0.5, 0.5], [12, 4, 10, 14, 0.5, 0.5]]))
 
 
 def test_normalised_boxes_are_fractions_of_width_and_height(detect):
     maps = random_maps()
     unit = torch.tensor([64, 96, 64, 96.0])
-    rows = head_for(detect, SHAPE_HW)(maps)
-    fractions = head_for(detect, SHAPE_HW, normalised=True)(maps)
+    rows = detect.output(SHAPE_HW)(maps)
+    fractions = detect.output(SHAPE_HW, normalised=True)(maps)
     torch.testing.assert_close(fractions[..., :4] * unit, rows[..., :4], rtol=1e-5, atol=1e-4)
     assert torch.equal(fractions[..., 4:], rows[..., 4:])
-    pixels, fractions = (head_for(detect, SHAPE_HW, LOOSE, None, normalised)(maps) for normalised in (False, True))
+    pixels, fractions = (detect.output(SHAPE_HW, LOOSE, None, normalised)(maps) for normalised in (False, True))
     torch.testing.assert_close(fractions[..., :4] * unit, pixels[..., :4], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("nms", [None, LOOSE])
 def test_normalised_boxes_need_a_fixed_size(detect, nms):
     with pytest.raises(ValueError, match="fixed image size"):
-        head_for(detect, None, nms, normalised=True)
+        detect.output(None, nms, normalised=True)
 
 
 @pytest.mark.parametrize("nms", [None, LOOSE])
 def test_a_half_model_decodes_in_float32(detect, nms):
     maps = [level.half() for level in random_maps()]
-    head = head_for(detect, SHAPE_HW, nms)
+    head = detect.output(SHAPE_HW, nms)
     expected = head([level.float() for level in maps])
     found = head.half()(maps)
     assert found.dtype == torch.float32
@@ -221,7 +215,7 @@ def test_onnx_runtime_and_openvino_do_the_same(detect, tmp_path, opset, dynamic,
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     openvino = pytest.importorskip("openvino")
-    head = head_for(detect, None if dynamic else SHAPE_HW, nms, 5 if nms else None)
+    head = detect.output(None if dynamic else SHAPE_HW, nms, 5 if nms else None)
     path = tmp_path / "head.onnx"
     export_onnx(head, path, opset, dynamic)
     assert path.stat().st_size < 200_000, "tables of candidates x candidates must not be stored"
@@ -236,7 +230,7 @@ def test_onnx_runtime_and_openvino_do_the_same(detect, tmp_path, opset, dynamic,
 
 @pytest.mark.parametrize("nms", [None, LOOSE])
 def test_a_trace_follows_the_size_of_its_maps(detect, nms):
-    head = head_for(detect, None, nms)
+    head = detect.output(None, nms)
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", FutureWarning)  # of the tracer itself
@@ -249,7 +243,7 @@ def test_a_trace_follows_the_size_of_its_maps(detect, nms):
 def test_tflite_does_the_same(detect, tmp_path):
     litert_torch = pytest.importorskip("litert_torch")
     interpreter = pytest.importorskip("ai_edge_litert.interpreter")
-    head, maps = head_for(detect, SHAPE_HW, LOOSE, 5, normalised=True), random_maps(batch=1)
+    head, maps = detect.output(SHAPE_HW, LOOSE, 5, normalised=True), random_maps(batch=1)
     path = tmp_path / "head.tflite"
     litert_torch.convert(head.eval(), (maps,)).export(str(path))
     runner = interpreter.Interpreter(str(path))

@@ -247,11 +247,11 @@ def test_missing_names_are_numbers_and_said_so(tmp_path, caplog):
 
 def test_the_anchors_of_the_buffer_are_taken_not_the_yamls(tmp_path):
     def refit(model):
-        model.detect.anchors.copy_(torch.tensor([[[3.0, 5.0]], [[6.0, 7.5]]]))
+        model.head.anchors.copy_(torch.tensor([[[3.0, 5.0]], [[6.0, 7.5]]]))
 
     original(tmp_path / "a.pt", change=refit)
     assert read_weights(tmp_path / "a.pt").yaml["anchors"] == [[12, 20], [48, 60]]
-    assert load_model(tmp_path / "a.pt").detect.anchors.flatten().tolist() == [3, 5, 6, 7.5]
+    assert load_model(tmp_path / "a.pt").head.anchors.flatten().tolist() == [3, 5, 6, 7.5]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_unused_res_convolutions_are_left_out_with_one_line(tmp_path, caplog):
 
 def test_buffers_of_old_versions_and_profilers_are_left_out(tmp_path):
     def age(model):
-        model.detect.register_buffer("anchor_grid", torch.zeros(2, 1, 1, 1, 1, 2))
+        model.head.register_buffer("anchor_grid", torch.zeros(2, 1, 1, 1, 1, 2))
         model.model[0].register_buffer("total_ops", torch.zeros(1, dtype=torch.float64))
 
     path = tmp_path / "a.pt"

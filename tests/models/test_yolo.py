@@ -118,22 +118,18 @@ def test_rows_of_the_output(built):
     assert [maps.shape for maps in logits] == [(2, 3, 8, 12, 85), (2, 3, 4, 6, 85), (2, 3, 2, 3, 85)]
 
 
-def decoded_cells(inplace: bool) -> torch.Tensor:
-    """One level, stride 8, one anchor of 16 x 32 px, one class, 1 x 2 cells, logits ln 3 (sigmoid 0.75) throughout."""
-    detect = Detect(1, [[16, 32]], [4], inplace).eval()
+@pytest.mark.parametrize("shape_hw", [None, (8, 16)])
+def test_boxes_are_decoded_as_worked_out_by_hand(shape_hw):
+    """One level, stride 8, one anchor of 16 x 32 px, one class, 1 x 2 cells, logits ln 3 (sigmoid 0.75) throughout.
+
+    x = (2 * 0.75 - 0.5 + column) * 8 = 8, 16; y = 8; w = 1.5^2 * 16 = 36, h = 72; scores 0.75.
+    """
+    detect = Detect(1, [[16, 32]], [4]).eval()
     detect.stride.fill_(8)
     detect.anchors /= 8
-    detect.m[0].weight.data.zero_()
-    detect.m[0].bias.data.fill_(math.log(3))
-    with torch.no_grad():
-        return detect([torch.zeros(1, 4, 1, 2)])[0]
-
-
-@pytest.mark.parametrize("inplace", [True, False])
-def test_boxes_are_decoded_as_worked_out_by_hand(inplace):
-    """x = (2 * 0.75 - 0.5 + column) * 8 = 8, 16; y = 8; w = 1.5^2 * 16 = 36, h = 72; scores 0.75."""
+    rows = detect.decoder(shape_hw)([torch.full((1, 6, 1, 2), math.log(3))])
     expected = torch.tensor([[8, 8, 36, 72, 0.75, 0.75], [16, 8, 36, 72, 0.75, 0.75]])
-    torch.testing.assert_close(decoded_cells(inplace)[0], expected)
+    torch.testing.assert_close(rows[0], expected)
 
 
 def test_rows_go_by_anchor_then_y_then_x():
@@ -180,14 +176,14 @@ def test_logits_are_float32_under_autocast():
     """A new head's objectness lies at -5 to -8, where bfloat16 has steps of 1/32: each logit would be off by 0.01."""
     torch.manual_seed(0)
     model, x = Model("yolov5n.yaml", nc=3), torch.rand(2, 3, 64, 64)
-    biases = torch.cat([conv.bias.detach().view(3, -1)[:, 4] for conv in model.detect.m])
+    biases = torch.cat([conv.bias.detach().view(3, -1)[:, 4] for conv in model.head.m])
     assert -9 < biases.min() and biases.max() < -3.5
     kept = []
-    model.detect.register_forward_pre_hook(lambda _, arguments: kept.append(arguments[0]))
+    model.head.register_forward_pre_hook(lambda _, arguments: kept.append(arguments[0]))
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(x)
     assert {maps.dtype for maps in kept[0]} == {torch.bfloat16} and {maps.dtype for maps in logits} == {torch.float32}
-    exact = model.detect([maps.float() for maps in kept[0]])
+    exact = model.head([maps.float() for maps in kept[0]])
     assert all(torch.equal(maps, others) for maps, others in zip(logits, exact, strict=True))
     sum(maps.sum() for maps in logits).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
@@ -205,7 +201,7 @@ def test_no_size_is_baked_into_a_traced_model():
 def test_strides_stay_float32_in_a_half_model():
     model = Model(tiny()).half()
     assert (model.stride.dtype, model.stride.tolist()) == (torch.float32, [4, 8])
-    assert (model.detect.stride.dtype, model.detect.stride.tolist()) == (torch.float16, [4, 8])
+    assert (model.head.stride.dtype, model.head.stride.tolist()) == (torch.float16, [4, 8])
 
 
 class Clones(TorchDispatchMode):
@@ -236,7 +232,7 @@ def test_new_models_state(built):
     assert all(norm.num_batches_tracked == 0 for norm in norms)
     assert model.training and all(module.training for module in model.modules())
     assert model.names == {0: "0", 1: "1", 2: "2"}
-    assert model.detect.anchors.flatten().tolist() == [2, 4, 4, 8]  # 8 x 16 px at stride 4, 32 x 64 px at stride 8
+    assert model.head.anchors.flatten().tolist() == [2, 4, 4, 8]  # 8 x 16 px at stride 4, 32 x 64 px at stride 8
 
 
 def test_biases_expect_eight_objects_and_even_classes():
@@ -245,7 +241,7 @@ def test_biases_expect_eight_objects_and_even_classes():
     torch.manual_seed(0)
     fresh = parse_model(tiny(), [3])[0][-1]
     for level, stride in enumerate((4, 8)):
-        added = (model.detect.m[level].bias - fresh.m[level].bias).view(1, 8)[0]
+        added = (model.head.m[level].bias - fresh.m[level].bias).view(1, 8)[0]
         objectness, classes = math.log(8 / (640 / stride) ** 2), math.log(0.6 / (3 - 0.999999))
         assert added.tolist() == pytest.approx([0, 0, 0, 0, objectness, classes, classes, classes], abs=1e-5)
 
@@ -261,15 +257,15 @@ def test_weights_are_a_function_of_torchs_seed():
 
 def test_anchors_in_the_wrong_order_are_turned_round():
     model = Model(tiny(anchors=[[32, 64], [8, 16]]))
-    assert model.detect.anchors.flatten().tolist() == [2, 4, 4, 8]
+    assert model.head.anchors.flatten().tolist() == [2, 4, 4, 8]
 
 
 def test_number_of_classes_and_anchors_can_be_overridden():
     config = tiny()
     model = Model(config, nc=7, anchors=4.4)
     assert (model.nc, model.yaml["nc"], model.yaml["anchors"], config["nc"]) == (7, 7, 4, 3)
-    assert model.detect.m[0].out_channels == 4 * (7 + 5)
-    assert (model.detect.anchors[0] * 4).flatten().tolist() == list(range(8))
+    assert model.head.m[0].out_channels == 4 * (7 + 5)
+    assert (model.head.anchors[0] * 4).flatten().tolist() == list(range(8))
 
 
 def test_repeats_and_channels_are_scaled_half_to_even_and_up():
@@ -314,7 +310,7 @@ def test_a_registered_block_can_be_used_at_once(monkeypatch):
     config = tiny()
     config["backbone"].append([-1, 1, "Twice", [24]])
     config["head"] = [[[1, 3], 1, "Detect", ["nc", "anchors"]]]
-    assert Model(config).detect.m[1].in_channels == 24
+    assert Model(config).head.m[1].in_channels == 24
     assert "Twice" not in BLOCKS
 
 
@@ -360,7 +356,7 @@ def with_row(row: list) -> dict:
         (tiny(head=[[[1, 2], 1, "Detect", [7, "anchors"]]]), r"Detect has 7 classes, but nc is 3"),
         (tiny(nc=0), r"nc: 0: a detector needs at least one class"),
         (tiny(nc="many"), r"'nc: many' is of the wrong kind"),
-        (tiny(head=[]), r"the last row must be Detect, not models.common.Conv"),
+        (tiny(head=[]), r"the last row must be Detect or another head, not models.common.Conv"),
         (tiny(activation="nn.Sillu()"), r"row 0 .*'nn.Sillu\(\)' is not an activation"),
         ({"nc": 3}, r"'depth_multiple' is missing"),
     ],

@@ -46,7 +46,7 @@ def exported(tmp_path_factory, picture) -> Path:
         pictures = torch.from_numpy(np.stack([picture(seed, 64, 64) for seed in range(16)]))
         model.train()(pictures.permute(0, 3, 1, 2) / 255)
     model.eval()
-    for conv in model.detect.m:
+    for conv in model.head.m:
         conv.bias.data.view(3, -1)[:, 4:] = torch.tensor([0.0, 1.0, 1.0])
         conv.weight.data *= 3
     path = tmp_path_factory.mktemp("exported") / "tiny.onnx"

@@ -22,6 +22,21 @@ def test_functions_run_in_order_with_the_hooks_arguments():
     assert seen == [((1, "last.pt"), {"epoch": 3}), ((2, "last.pt"), {"epoch": 3})]
 
 
+def test_a_function_that_asks_for_the_trainer_is_given_the_run():
+    class Hook:
+        def __call__(self, values, trainer):
+            seen.append((values, trainer))
+
+    seen, callbacks = [], Callbacks()
+    callbacks.register_action("on_model_save", callback=Hook())
+    callbacks.register_action("on_model_save", callback=lambda values: seen.append(values))
+    callbacks.register_action("on_model_save", callback=max)  # tells no parameters
+    callbacks.run("on_model_save", [1])
+    callbacks.trainer = "the run"
+    callbacks.run("on_model_save", [2])
+    assert seen == [([1], None), [1], ([2], "the run"), [2]]
+
+
 def test_actions_are_listed_by_name_and_belong_to_one_run():
     callbacks = Callbacks()
     callbacks.register_action("teardown", name="mine", callback=print)

@@ -1,86 +1,38 @@
-"""The detection loss: box, objectness and class terms, and the class that weighs them.
+"""The loss of YOLOv5's anchor-based head: box, objectness and class terms, and the class that weighs them.
 
-The terms are pure functions that return a sum and a count, so that means can be taken over several processes that share
-a batch (`BatchReduction`). All is computed in float32, also under autocast, and the gradient is the same to the bit in
-every run on a CPU: rows are gathered by `index_select`, and a cell that several labels claim is settled explicitly.
-Matching is in `utils.loss.assigners`, and done on the CPU whatever the device: what the device is asked for has shapes
-that are known, so that nothing waits for it.
+The terms are pure functions that return a sum and a count. The gradient is the same to the bit in every run on a CPU:
+rows are gathered by `index_select`, and a cell that several labels claim is settled explicitly. Matching is in
+`utils.loss.assigners`, and done on the CPU whatever the device: what the device is asked for has shapes that are known,
+so that nothing waits for it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.boxes import bbox_iou
 from utils.errors import UserError
 from utils.loss.assigners import LayerTargets, match_targets
+from utils.loss.base import Loss, Mean
 
 if TYPE_CHECKING:
     from utils.train.hyp import Hyp
 
-TERMS = ("box", "obj", "cls")
 _BALANCE_3 = (4.0, 1.0, 0.4)  # weight of the objectness of each layer, finest first, for three layers
 _BALANCE = (4.0, 1.0, 0.25, 0.06, 0.02)  # for any other number
 _BALANCE_DECAY = 0.9999
 _REFERENCE_STRIDE = 16  # autobalance keeps this layer's weight at 1
 
 
-class Mean(NamedTuple):
-    """A mean before its division."""
-
-    total: Tensor  # () float32
-    count: int
-
-    def value(self) -> Tensor:
-        """Returns the mean () float32; 0 of nothing."""
-        return self.total / max(self.count, 1)
-
-
-LayerTerms = tuple[Mean, Mean, Mean]  # box, objectness, class
-
-
-class SmoothedTargets(NamedTuple):
-    """Class targets after label smoothing (Szegedy et al. 2016, arXiv:1512.00567)."""
-
-    positive: float
-    negative: float
-
-
-class LossResult(NamedTuple):
-    """What one batch costs and holds, over all processes that share it."""
-
-    total: Tensor  # () float32 with gradient: the items' sum times the batch size, or see `BatchReduction`
-    items: Tensor  # (3,) float32, detached: box, objectness, class, each with its gain
-    images: int
-    labels: int
-
-    def bad_term(self) -> str | None:
-        """Names the first term that is not finite ('box', 'obj' or 'cls'), or None."""
-        finite = torch.isfinite(self.items).tolist()
-        return next((name for name, good in zip(TERMS, finite, strict=True) if not good), None)
-
-
-class BatchReduction(NamedTuple):
-    """How several processes that each compute a part of a batch come to the figures of the whole.
-
-    Each divides the sums of its own part by the counts of all, and takes its total times the number of processes: the
-    average of their gradients, which is what DistributedDataParallel makes, is then the gradient of the whole batch.
-    """
-
-    all_reduce_sum: Callable[[Tensor], Tensor]  # adds (n,) float64 on the CPU up over the processes
-    processes: int
-    weight: float = 1.0  # 0 for a part that another process answers for
-
-
-def smooth_bce(eps: float) -> SmoothedTargets:
-    """Returns the targets of the right and of the wrong classes for a smoothing of `eps`."""
-    return SmoothedTargets(1.0 - 0.5 * eps, 0.5 * eps)
+def smooth_BCE(eps: float = 0.1) -> tuple[float, float]:
+    """Returns the targets of the right and of the wrong classes for a label smoothing (Szegedy 2016, 1512.00567)."""
+    return 1.0 - 0.5 * eps, 0.5 * eps
 
 
 def bce_sum(
@@ -106,12 +58,6 @@ def bce_sum(
     return (entropy * weights * wrong**gamma).sum()
 
 
-def decode_boxes(logits: Tensor, anchor_wh: Tensor) -> Tensor:
-    """Turns (n, 4) raw outputs and (n, 2) anchors into xywh boxes (n, 4), relative to their cells, in cells."""
-    xy, wh = logits.sigmoid().split(2, dim=1)
-    return torch.cat((xy * 2 - 0.5, (wh * 2) ** 2 * anchor_wh), dim=1)
-
-
 def box_term(ciou: Tensor) -> Mean:
     """Returns 1 - CIoU over (n,) matched rows."""
     return Mean((1.0 - ciou).sum(), ciou.numel())
@@ -134,10 +80,11 @@ def objectness_term(
 
 
 def class_term(
-    logits: Tensor, cls: Tensor, smoothing: SmoothedTargets, pos_weight: float = 1.0, gamma: float = 0.0
+    logits: Tensor, cls: Tensor, smoothing: tuple[float, float], pos_weight: float = 1.0, gamma: float = 0.0
 ) -> Mean:
     """Returns the cross entropy of (n, nc) logits with classes (n,) int64, over all n * nc of them."""
-    targets = torch.full_like(logits, smoothing.negative).scatter_(1, cls[:, None], smoothing.positive)
+    positive, negative = smoothing
+    targets = torch.full_like(logits, negative).scatter_(1, cls[:, None], positive)
     return Mean(bce_sum(logits, targets, pos_weight, gamma), logits.numel())
 
 
@@ -179,73 +126,54 @@ class _RowsAndObjectness(torch.autograd.Function):
         return grad.index_add_(0, cells, rows_grad).to(ctx.dtype), None
 
 
-class DetectionLoss:
-    """Weighs the three terms over all layers."""
+class ComputeLoss(Loss):
+    """The loss of a model whose last layer is a `Detect`.
 
-    def __init__(
-        self, hyp: Hyp, anchors: Tensor, strides: Sequence[float] | Tensor, nc: int, autobalance: bool = False
-    ) -> None:
-        """Prepares the loss of one model.
+    Attributes:
+        na, nc, nl: anchors a layer, classes, layers.
+        anchors: (nl, na, 2) in cells, as they were when the loss was made.
+        balance: weights (nl) of the layers' objectness.
+    """
 
-        Args:
-            hyp: hyperparameters with gains already scaled (`Hyp.scaled`).
-            anchors: (nl, na, 2) in cells of their layer; as they are at the first call.
-            strides: (nl,) pixels a cell.
-            nc: number of classes; with one the class term is 0.
-            autobalance: let the layers' objectness weights follow their losses.
+    terms = ("box", "obj", "cls")
+    gains = ("box", "obj", "cls", "obj_pw", "cls_pw", "anchor_t", "fl_gamma")
+
+    def __init__(self, model: nn.Module, autobalance: bool = False) -> None:
+        """Takes a model as `Loss` does; `autobalance` lets the layers' objectness weights follow their losses.
 
         Raises:
-            UserError: autobalance of a model without a layer of stride 16.
+            UserError: `model.hyp` is missing or lacks a gain; autobalance of a model without a layer of stride 16.
         """
-        self.hyp = hyp
-        self.anchors = anchors.detach().float()
-        self.nc = nc
-        nl = len(anchors)
-        self.balance = list(_BALANCE_3) if nl == 3 else list(_BALANCE[:nl])
-        self.reference_layer: int | None = None
+        super().__init__(model)
+        self.na, self.nc, self.nl = self.head.na, self.head.nc, self.head.nl
+        self.anchors = self.head.anchors.detach().float()
+        self.balance = list(_BALANCE_3) if self.nl == 3 else list(_BALANCE[: self.nl])
+        self._reference_layer: int | None = None
         if autobalance:
-            pixels = [int(stride) for stride in strides]
+            pixels = [int(stride) for stride in self.head.stride]
             if _REFERENCE_STRIDE not in pixels:
                 raise UserError(f"autobalance needs a layer of stride {_REFERENCE_STRIDE}; this model has {pixels}.")
-            self.reference_layer = pixels.index(_REFERENCE_STRIDE)
-        self._smoothing = smooth_bce(hyp.label_smoothing)
+            self._reference_layer = pixels.index(_REFERENCE_STRIDE)
+        self._smoothing = smooth_BCE(self.hyp.get("label_smoothing", 0.0))
 
-    def __call__(self, outputs: Sequence[Tensor], targets: Tensor, pool: BatchReduction | None = None) -> LossResult:
-        """Returns the loss of a batch.
-
-        Args:
-            outputs: nl raw outputs (batch, na, ny, nx, 5 + nc), any float type.
-            targets: (N, 6) float32 [image index, class, x, y, w, h], boxes as fractions of the image; best on the CPU.
-            pool: how to reckon with other processes, where this batch is a part of a common one.
-        """
-        with torch.autocast(outputs[0].device.type, enabled=False):
-            grids = [(output.shape[2], output.shape[3]) for output in outputs]
-            matches = match_targets(targets.cpu().float(), self._anchors_here, grids, self.hyp.anchor_t)
-            layers = [self.layer_terms(output, match) for output, match in zip(outputs, matches, strict=True)]
-            images, labels = outputs[0].shape[0], len(targets)
-            if pool is None:
-                terms = self._terms(layers)
-                total, items = terms.sum() * images, terms.detach()
-            else:
-                own, layers, images, labels = _pooled(layers, images, labels, pool)
-                total = self._terms(own).sum() * images * pool.processes
-                items = self._terms(layers)
-        if self.reference_layer is not None and total.requires_grad:  # training, not validation
-            self._rebalance(torch.stack([obj.value() for _, obj, _ in layers]).tolist())
-        return LossResult(total, items, images, labels)
+    @staticmethod
+    def scaled(hyp: Hyp, head: nn.Module, imgsz: int) -> Hyp:
+        """Returns hyperparameters whose gains suit the head's layers and classes and images of `imgsz` px."""
+        return hyp.scaled(head.nl, head.nc, imgsz)
 
     @functools.cached_property
-    def _anchors_here(self) -> Tensor:
-        """The anchors on the CPU."""
+    def _anchors_on_cpu(self) -> Tensor:
         return self.anchors.cpu()
 
-    def layer_terms(self, output: Tensor, match: LayerTargets) -> LayerTerms:
-        """Returns the box, objectness and class terms of one layer (batch, na, ny, nx, 5 + nc), without gains.
+    def means(self, outputs: Sequence[Tensor], targets: Tensor) -> list[Mean]:
+        """Returns box, objectness and class means of each layer in turn; arguments as of `Loss.means`."""
+        grids = [(output.shape[2], output.shape[3]) for output in outputs]
+        matches = match_targets(targets.cpu().float(), self._anchors_on_cpu, grids, self.hyp["anchor_t"])
+        layers = [self._layer_means(output, match) for output, match in zip(outputs, matches, strict=True)]
+        return [mean for layer in layers for mean in layer]
 
-        Args:
-            output: raw, any float type, on any device.
-            match: the layer's labels, on the CPU.
-        """
+    def _layer_means(self, output: Tensor, match: LayerTargets) -> tuple[Mean, Mean, Mean]:
+        """Returns the means of one layer (batch, na, ny, nx, 5 + nc), whose labels are on the CPU."""
         _, na, ny, nx, width = output.shape
         cells = match.flat_cells(na, ny, nx)
         last = last_of_each(cells)
@@ -253,61 +181,59 @@ class DetectionLoss:
             output.device, cells, last, cells[last], match.box_xywh, match.anchor_wh, match.cls
         )
         rows, objectness = _RowsAndObjectness.apply(output.reshape(-1, width), cells)
-        ciou = bbox_iou(decode_boxes(rows[:, :4], anchor_wh), box_xywh, xywh=True, CIoU=True)
-        obj = objectness_term(objectness, last_cells, ciou.detach()[last], self.hyp.obj_pw, self.hyp.fl_gamma)
+        xy, wh = rows[:, :4].sigmoid().split(2, dim=1)
+        boxes = torch.cat(self.head.decode_boxes(xy, wh, 2.0, -0.5, 4 * anchor_wh), dim=1)  # as `box_xywh`
+        ciou = bbox_iou(boxes, box_xywh, xywh=True, CIoU=True)
+        gamma = self.hyp["fl_gamma"]
+        obj = objectness_term(objectness, last_cells, ciou.detach()[last], self.hyp["obj_pw"], gamma)
         if self.nc == 1:
             return box_term(ciou), obj, Mean(rows.new_zeros(()), 0)
-        cls = class_term(rows[:, 5:], classes, self._smoothing, self.hyp.cls_pw, self.hyp.fl_gamma)
-        return box_term(ciou), obj, cls
+        return box_term(ciou), obj, class_term(rows[:, 5:], classes, self._smoothing, self.hyp["cls_pw"], gamma)
 
-    def _terms(self, layers: Sequence[LayerTerms]) -> Tensor:
-        """Returns the three terms (3,) float32, with their gains."""
-        return torch.stack([self._combine(layers, index) for index in range(len(TERMS))])
+    def weigh(self, means: Sequence[Mean]) -> Tensor:
+        """Returns the three terms (3,): sums over the layers, of objectness with the layers' weights."""
+        terms = []
+        for index, term in enumerate(self.terms):
+            weights = self.balance if term == "obj" else [1.0] * self.nl
+            values = [mean.value() * weight for mean, weight in zip(means[index::3], weights, strict=True)]
+            terms.append(torch.stack(values).sum() * self.hyp[term])
+        return torch.stack(terms)
 
-    def _combine(self, layers: Sequence[LayerTerms], index: int) -> Tensor:
-        """Adds one term () over the layers and applies its gain; objectness with the layers' weights."""
-        weights = self.balance if TERMS[index] == "obj" else [1.0] * len(layers)
-        values = [terms[index].value() * weight for terms, weight in zip(layers, weights, strict=True)]
-        return torch.stack(values).sum() * getattr(self.hyp, TERMS[index])
-
-    def _rebalance(self, objectness: Sequence[float]) -> None:
+    def after_training_batch(self, means: Sequence[Mean]) -> None:
         """Moves the layers' weights towards the inverse of their losses, the stride-16 layer's staying at 1."""
+        if self._reference_layer is None:
+            return
+        losses = torch.stack([mean.value() for mean in means[1::3]]).tolist()
         moved = [
             _BALANCE_DECAY * weight + (1 - _BALANCE_DECAY) / loss
-            for weight, loss in zip(self.balance, objectness, strict=True)
+            for weight, loss in zip(self.balance, losses, strict=True)
         ]
-        self.balance = [weight / moved[self.reference_layer] for weight in moved]
+        self.balance = [weight / moved[self._reference_layer] for weight in moved]
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """Returns what must outlive an interruption: the layers' objectness weights."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the layers' objectness weights."""
         return {"balance": list(self.balance)}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over the layers' objectness weights of an interrupted run."""
         self.balance = list(state["balance"])
 
+    def build_targets(self, p: Sequence[Tensor], targets: Tensor) -> tuple[list, list, list, list]:
+        """Returns which cells and anchors learn which label: for each of nl layers n rows, one a (label, anchor, cell).
 
-class _Pooled(NamedTuple):
-    """A part of a batch and the whole of it."""
+        Args:
+            p: nl raw outputs (batch, na, ny, nx, 5 + nc).
+            targets: (N, 6) [image index, class, x, y, w, h], boxes as fractions of the image.
 
-    own: list[LayerTerms]  # this process's sums, with gradient, over all processes' counts
-    all: list[LayerTerms]  # all processes' sums and counts
-    images: int
-    labels: int
-
-
-def _pooled(layers: Sequence[LayerTerms], images: int, labels: int, pool: BatchReduction) -> _Pooled:
-    """Adds sums, counts, images and labels up over the processes, in one exchange."""
-    means = [mean for layer in layers for mean in layer]
-    totals = torch.stack([mean.total for mean in means]) * pool.weight
-    counts = torch.tensor([*(mean.count for mean in means), images, labels], dtype=torch.float64) * pool.weight
-    summed = pool.all_reduce_sum(torch.cat((totals.detach().double().cpu(), counts)))
-    summed_totals = summed[: len(means)].to(totals.dtype)  # stay on the CPU
-    *summed_counts, images, labels = (int(count) for count in summed[len(means) :].tolist())
-    own, whole = (
-        [Mean(total, count) for total, count in zip(sums, summed_counts, strict=True)]
-        for sums in (totals.unbind(), summed_totals.unbind())
-    )
-    width = len(TERMS)
-    starts = range(0, len(means), width)
-    return _Pooled(*([tuple(flat[start : start + width]) for start in starts] for flat in (own, whole)), images, labels)
+        Returns:
+            Classes (n,); boxes xywh (n, 4) in cells, the centre relative to the cell's corner; image, anchor, cell y
+            and cell x, (n,) each; anchors (n, 2) in cells.
+        """
+        grids = [(output.shape[2], output.shape[3]) for output in p]
+        matches = match_targets(targets.float(), self.anchors, grids, self.hyp["anchor_t"])
+        return (
+            [match.cls for match in matches],
+            [match.box_xywh for match in matches],
+            [(match.image, match.anchor, match.cell_y, match.cell_x) for match in matches],
+            [match.anchor_wh for match in matches],
+        )

@@ -16,6 +16,7 @@ import numpy as np
 from utils.errors import UserError, printable
 from utils.files import atomic_write
 from utils.log import LOGGER
+from utils.loggers.base import METRICS
 from utils.plots.boxes import as_mapping, colors
 from utils.plots.evaluation import drawable_names
 
@@ -33,8 +34,6 @@ MAX_DRAWN_BOXES = 1000
 MAX_COUNTED_CLASSES = 30  # with more, bars have no figure on top
 MAX_NAMED_CLASSES = 100  # with more, the axis counts classes
 HISTOGRAM_COLORS = ("#C7E9B4", "#41B6C4", "#225EA8", "#081D58")  # few to many; none is white
-RESULT_COLUMNS = (1, 2, 3, 4, 5, 8, 9, 10, 6, 7)  # of results.csv, in the order of the panels; column 0 is the epoch
-METRIC_COLUMNS = (4, 5, 6, 7)  # those where more is better
 RESULT_COLORS = ("#0018EC", "#FF701F", "#1A9334", "#CB38FF", "#00C2FF", "#344593")
 
 
@@ -171,7 +170,7 @@ def _label_panel(axes: Axes, x_name: str, y_name: str | None) -> None:
 
 
 def plot_results(file: str | Path = "path/to/results.csv", dir: str | Path = "") -> None:
-    """Draws results.png beside a results.csv: ten curves over the epochs, of it and of every other results*.csv there.
+    """Draws results.png beside a results.csv: curves over the epochs, of it and of every other results*.csv there.
 
     Args:
         file: a results.csv as training writes it.
@@ -196,7 +195,7 @@ def plot_results(file: str | Path = "path/to/results.csv", dir: str | Path = "")
 
 
 def _read_results(csv_file: Path) -> pd.DataFrame:
-    """Reads a results.csv: one row an epoch, columns by number as in `RESULT_COLUMNS`."""
+    """Reads a results.csv: one row an epoch, by the names of its columns."""
     import pandas as pd
 
     try:
@@ -205,7 +204,7 @@ def _read_results(csv_file: Path) -> pd.DataFrame:
         table = table.astype(float)
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{csv_file}: not a table of training results ({error}).") from error
-    if table.shape[1] <= max(RESULT_COLUMNS) or not len(table):
+    if not {"epoch", *METRICS} <= set(table.columns) or not len(table):
         raise UserError(
             f"{csv_file}: not a table of training results: {table.shape[0]} rows, {table.shape[1]} columns."
         )
@@ -213,28 +212,37 @@ def _read_results(csv_file: Path) -> pd.DataFrame:
 
 
 def _results_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Draws the ten panels; `tables` are the runs by name."""
+    """Draws a panel for each loss and metric of the first table; `tables` are the runs by name.
+
+    Above are the training losses, precision and recall, below the validation losses and both mAPs.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(15, 6.5), layout="constrained")
-    panels = figure.subplots(2, 5, sharex=True).ravel()
-    for axes, column in zip(panels, RESULT_COLUMNS, strict=True):
-        for number, (name, table) in enumerate(tables.items()):
-            epochs, values = table.iloc[:, 0].to_numpy(), table.iloc[:, column].to_numpy()
+    names = list(next(iter(tables.values())).columns)
+    above, below = ([name for name in names if name.startswith(split)] for split in ("train/", "val/"))
+    width = max(len(above), len(below)) + 2
+    figure = Figure(figsize=(3 * width, 6.5), layout="constrained")
+    panels = figure.subplots(2, width, sharex=True)
+    for axes, name in zip(panels.ravel(), (*above, *METRICS[:2], *below, *METRICS[2:]), strict=True):
+        for number, (run, table) in enumerate(tables.items()):
+            if name not in table:
+                continue
+            epochs, values = table["epoch"].to_numpy(), table[name].to_numpy()
             marker = {"marker": "o", "markersize": 4} if len(epochs) <= 40 else {}
             shade = RESULT_COLORS[number % len(RESULT_COLORS)]
-            axes.plot(epochs, values, color=shade, linewidth=1.8, label=name, **marker)
-            if len(tables) == 1 and column in METRIC_COLUMNS and np.isfinite(values).any():
+            axes.plot(epochs, values, color=shade, linewidth=1.8, label=run, **marker)
+            if len(tables) == 1 and name in METRICS and np.isfinite(values).any():
                 _mark_best(axes, epochs, values)
-        axes.set_title(next(iter(tables.values())).columns[column], fontsize=11, loc="left")
+        axes.set_title(name, fontsize=11, loc="left")
         axes.grid(alpha=0.25)
         axes.margins(y=0.1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    for axes in panels[5:]:
+    for axes in panels[1]:
         axes.set_xlabel("epoch")
     if len(tables) > 1:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(tables), 4))
+        handles = panels[0, -1].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=min(len(tables), 4))
     return figure
 
 

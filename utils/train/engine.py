@@ -10,11 +10,13 @@ validates, decides and writes.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +31,11 @@ from utils.devices import resolve_amp
 from utils.errors import UserError
 from utils.eval.evaluate import EvalResult, evaluate
 from utils.files import remove_temporaries
-from utils.images import read_image
 from utils.log import LOGGER, colorstr, progress
-from utils.loggers.csv import ResultsCsv, epoch_values, open_tensorboard
-from utils.loss.anchor_based import TERMS, BatchReduction, DetectionLoss, LossResult
+from utils.loggers import open_loggers
+from utils.loggers.base import epoch_figures
+from utils.loss import LOSSES
+from utils.loss.base import BatchReduction, LossResult
 from utils.process import defer_signals
 from utils.train.distributed import ALONE, World, no_sync_unless, replicate
 from utils.train.ema import EarlyStopping, ModelEMA
@@ -48,99 +51,9 @@ from utils.train.optim import (
 from utils.train.prepare import Loaders, TrainConfig, checkpoint_header, deterministic_algorithms, rescaled
 from utils.train.resume import checkpoint_errors
 
-SHOWN_IMAGES = 8
-
-
-class BatchSource(NamedTuple):
-    """Where in a run a batch stands, for messages."""
-
-    epoch: int
-    index: int
-    paths: list[str]
-
-
-def not_finite(source: BatchSource, term: str, value: float, advice: str) -> UserError:
-    """Returns the error that stops a run, naming where and on which images.
-
-    Args:
-        source: the batch; of several processes this one's part.
-        term: what is not finite.
-        value: what it is instead.
-        advice: how to go on.
-    """
-    more = len(source.paths) - SHOWN_IMAGES
-    images = ", ".join(source.paths[:SHOWN_IMAGES]) + (f" and {more} more" if more > 0 else "")
-    return UserError(
-        f"training stopped: {term} is {value} in epoch {source.epoch}, batch {source.index} (images {images}). "
-        f"Check these images' labels, lower lr0 in --hyp, or use --amp off. {advice}"
-    )
-
-
-BATCH_PICTURES = 3  # how many training batches are drawn
-
-
-class Records:
-    """The records of one run, in its folder."""
-
-    def __init__(self, save_dir: Path, start_epoch: int, plots: bool) -> None:
-        """Opens them; what the folder holds from `start_epoch` on is dropped once that epoch is recorded.
-
-        Args:
-            save_dir: the run's folder.
-            start_epoch: the first epoch that will be recorded.
-            plots: whether to draw pictures.
-        """
-        self.save_dir = save_dir
-        self.plots = plots
-        self._csv = ResultsCsv(save_dir / "results.csv", start_epoch)
-        self._board = open_tensorboard(save_dir, start_epoch)
-
-    def add_batch(self, iteration: int, images: Tensor, batch: Batch, model: nn.Module) -> None:
-        """Draws one of the first batches, and the model's graph with the very first.
-
-        Args:
-            iteration: number of the batch since the run's start.
-            images: (B, 3, H, W) float32 in 0 to 1, as the model had them.
-            batch: what they came with.
-            model: with `names`; left as it is.
-        """
-        if not self.plots or iteration >= BATCH_PICTURES:
-            return
-        from utils.plots import plot_images
-
-        drawn = (images * 255).round().to(torch.uint8)
-        file = self.save_dir / f"train_batch{iteration}.jpg"
-        plot_images(drawn, batch.targets, batch.paths, file, model.names)
-        if self._board and iteration == 0:
-            self._board.log_graph(model, images)
-
-    def add_epoch(self, epoch: int, items: list[float], validation: list[float], rates: list[float]) -> list[float]:
-        """Records an epoch's figures and returns them as one row; see `utils.loggers.csv.epoch_values`."""
-        values = epoch_values(items, validation, rates)
-        self._csv.append(epoch, values)
-        if self._board:
-            self._board.log_epoch(epoch, values)
-        return values
-
-    def finish(self, epoch: int) -> None:
-        """Draws the curves of all epochs; all pictures of the folder go to TensorBoard, under the last epoch."""
-        if not self.plots:
-            return
-        from utils.plots.training import plot_results
-
-        plot_results(self.save_dir / "results.csv")
-        if self._board:
-            pictures = sorted(self.save_dir.glob("*.jpg")) + sorted(self.save_dir.glob("*.png"))
-            self._board.log_images({file.name: read_image(file)[..., ::-1] for file in pictures}, epoch)
-
-    def close(self) -> None:
-        """Writes what TensorBoard still holds in memory."""
-        if self._board:
-            self._board.close()
-
-
 CLIP_NORM = 10.0
-HEADER = ("Epoch", "gpu_mem", "box", "obj", "cls", "labels", "img_size")
+SHOWN_IMAGES = 8  # of a batch, in messages
+DRAWN_BATCHES = 3  # training batches that are drawn
 
 
 class Trainer:
@@ -180,9 +93,9 @@ class Trainer:
         self.model = model.to(memory_format=torch.channels_last)
         self.ema = ModelEMA(self.model) if world.is_main else None
         self.replica = replicate(self.model, device, world, options.sync_bn)
-        detect = self.model.detect
-        scaled = hyp.scaled(detect.nl, detect.nc, loaders.imgsz)
-        self.loss = DetectionLoss(scaled, detect.anchors, detect.stride, detect.nc)
+        loss = LOSSES[model.head.loss]
+        self.model.hyp = loss.scaled(hyp, model.head, loaders.imgsz).to_dict()
+        self.loss = loss(self.model)
         self.schedule = Schedule(hyp, options.epochs, len(loaders.train), options.batch_size, options.cos_lr)
         weight_decay = scaled_weight_decay(hyp, options.batch_size)
         self.optimizer = build_optimizer(model, options.optimizer, hyp.lr0, hyp.momentum, weight_decay)
@@ -190,8 +103,8 @@ class Trainer:
         self.precision = str(self.autocast_dtype or torch.float32).removeprefix("torch.")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast_dtype == torch.float16)
         self.stopper = EarlyStopping(options.patience)
-        self.validation = [0.0] * 7  # P, R, mAP50, mAP50-95 and the three losses of the last validation
-        self.maps = np.zeros(detect.nc)  # mAP50-95 of each class at the last validation
+        self.validation = [0.0] * (4 + len(self.loss.terms))  # P, R, mAP50, mAP50-95 and the last validation's loss
+        self.maps = np.zeros(model.nc)  # mAP50-95 of each class at the last validation
         self.best_fitness = 0.0
         self.gathered = 0  # batches whose gradient waits for the next optimizer step
         # of torch's own generator, which no layer here reads, but one of somebody's may (dropout)
@@ -203,7 +116,10 @@ class Trainer:
             with checkpoint_errors(options.resume):
                 self._restore(checkpoint)
             self.saved = Path(options.resume), self.epoch
-        self.records = Records(self.save_dir, self.epoch + 1, not options.noplots) if world.is_main else None
+        self.plots = world.is_main and not options.noplots
+        settings = {"opt": vars(options), "hyp": hyp.to_dict()}
+        self.loggers = open_loggers(self.save_dir, self.epoch + 1, settings) if world.is_main else []
+        callbacks.trainer = self
 
     def train(self) -> EvalResult | None:
         """Trains to the last epoch or until the patience runs out; validates the best epoch's weights.
@@ -242,38 +158,39 @@ class Trainer:
         return f"Epoch {epoch} is saved. Go on with: {self.world.command} --resume {shlex.quote(str(path))}"
 
     def close(self) -> None:
-        """Ends the loaders' processes and closes the event file."""
+        """Ends the loaders' processes and closes the loggers."""
         self.loaders.train.close()
         if self.world.is_main:
             self.loaders.val.close()
-            self.records.close()
+        for logger in self.loggers:
+            logger.close()
 
     # ---------------------------------------------------------------------------------------------- an epoch
 
     def _train_epoch(self, epoch: int) -> Tensor | None:
-        """Trains on every batch once; returns the mean loss terms (3,), or None where a callback stops the run."""
+        """Trains on every batch once; returns the mean loss terms (n,), or None where a callback stops the run."""
         self.replica.train()
         loader, epochs = self.loaders.train, self.options.epochs
         loader.set_epoch(epoch)
         if self.options.image_weights:
             loader.set_image_weights(self._image_weights())
         self.callbacks.run("on_train_epoch_start")
-        LOGGER.info(("\n" + "%10s" * len(HEADER)) % HEADER)
-        mean_items = torch.zeros(3)
+        header = ("Epoch", "gpu_mem", *self.loss.terms, "labels", "img_size")
+        LOGGER.info(("\n" + "%10s" * len(header)) % header)
+        mean_items = torch.zeros(len(self.loss.terms))
         with progress(total=len(loader.dataset), unit="img") as bar:
             for index, batch in enumerate(loader):
                 self.callbacks.run("on_train_batch_start")
-                source = BatchSource(epoch, index, batch.paths)
-                loss, side = self._train_batch(batch, source)
+                loss, side = self._train_batch(batch, epoch, index)
                 mean_items += (loss.items - mean_items) / (index + 1)
                 row = (f"{epoch}/{epochs - 1}", self._memory(), *mean_items.tolist(), loss.labels, side)
-                bar.set_description_str(("%10s" * 2 + "%10.4g" * 5) % row, refresh=False)
+                bar.set_description_str(("%10s" * 2 + "%10.4g" * (len(row) - 2)) % row, refresh=False)
                 bar.update(min(self.options.batch_size, len(loader.dataset) - index * self.options.batch_size))
                 if self.world.broadcast(self.callbacks.stop_training):
                     return None
         return mean_items
 
-    def _train_batch(self, batch: Batch, source: BatchSource) -> tuple[LossResult, int]:
+    def _train_batch(self, batch: Batch, epoch: int, index: int) -> tuple[LossResult, int]:
         """Computes one batch's gradient, and steps where enough have been gathered.
 
         Returns:
@@ -281,48 +198,51 @@ class Trainer:
 
         An epoch's last batch always steps: no image is computed for nothing, and no gradient outlives an epoch.
         """
-        iteration = source.index + len(self.loaders.train) * source.epoch
-        settings = self.schedule.at(source.epoch, source.index)
+        iteration = index + len(self.loaders.train) * epoch
+        settings = self.schedule.at(epoch, index)
         apply_settings(self.optimizer, settings)
         images = batch.images.to(self.device, non_blocking=True)
         images = images.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
         if self.options.multi_scale:
             images = rescaled(images, self.loaders.imgsz, self.loaders.grid_stride, self.options.seed, iteration)
         self.gathered += 1
-        steps = self.gathered >= settings.accumulate or source.index + 1 == len(self.loaders.train)
+        steps = self.gathered >= settings.accumulate or index + 1 == len(self.loaders.train)
         with no_sync_unless(self.replica, wanted=steps):
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 outputs = self.replica(images)
-            loss = self.loss(outputs, batch.targets, self._pool(source.index))
+            loss = self.loss.compute(outputs, batch.targets, self._reduction(index))
             self.scaler.scale(loss.total * 4 if self.options.quad else loss.total).backward()
         loss = loss._replace(items=loss.items.cpu())  # waits for the device, which has the backward pass to do
-        self._check_finite(loss, source)
+        where = f"in epoch {epoch}, batch {index} (images {_shown(batch.paths)})"
+        for term, value in zip(self.loss.terms, loss.items.tolist(), strict=True):
+            if not math.isfinite(value):
+                if self.world.size > 1 and torch.isfinite(loss.total):
+                    raise ReportedError("the loss of another process is not finite.")
+                raise self._not_finite(term, value, where)
         if steps:
-            self._step(source)
+            self._step(where)
         self._after_batch(batch, images, iteration)
         return loss, images.shape[-1]
 
-    def _pool(self, index: int) -> BatchReduction | None:
+    def _reduction(self, index: int) -> BatchReduction | None:
         """Returns how this process reckons batch `index` with the others; None where it is alone."""
         if self.world.size == 1:
             return None
         return BatchReduction(self.world.all_reduce_sum, self.world.size, weight=float(self.loaders.train.owns(index)))
 
-    def _check_finite(self, loss: LossResult, source: BatchSource) -> None:
-        """Stops a run whose loss is lost; the process on whose images it happened tells."""
-        term = loss.bad_term()
-        if not term:
-            return
-        if self.world.size > 1 and torch.isfinite(loss.total):
-            raise ReportedError("the loss of another process is not finite.")
-        raise not_finite(source, term, loss.items[TERMS.index(term)].item(), self.how_to_resume())
+    def _not_finite(self, what: str, value: float, where: str) -> UserError:
+        """Returns the error that stops a run."""
+        return UserError(
+            f"training stopped: {what} is {value} {where}. Check these images' labels, lower lr0 in --hyp, or use "
+            f"--amp off. {self.how_to_resume()}"
+        )
 
-    def _step(self, source: BatchSource) -> None:
-        """Clips the gathered gradient, steps the optimizer and lets the EMA follow."""
+    def _step(self, where: str) -> None:
+        """Clips the gathered gradient, steps the optimizer and lets the EMA follow; `where` is for messages."""
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         if not self.scaler.is_enabled() and not torch.isfinite(norm):  # the scaler skips such steps by itself
-            raise not_finite(source, "gradient norm", norm.item(), self.how_to_resume())
+            raise self._not_finite("gradient norm", norm.item(), where)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.callbacks.run("optimizer_step")
@@ -334,16 +254,20 @@ class Trainer:
 
     def _after_batch(self, batch: Batch, images: Tensor, iteration: int) -> None:
         """Draws the first batches and runs the callers' hooks."""
-        if not self.world.is_main:
-            return
-        self.records.add_batch(iteration, images, batch, self.ema.ema)
+        if self.plots and iteration < DRAWN_BATCHES:
+            from utils.plots import plot_images
+
+            drawn, file = (images * 255).round().to(torch.uint8), self.save_dir / f"train_batch{iteration}.jpg"
+            plot_images(drawn, batch.targets, batch.paths, file, self.model.names)
+            for logger in self.loggers if iteration == 0 else ():
+                logger.log_graph(self.ema.ema, images)
         arguments = (
             iteration,
             self.model,
             images,
             batch.targets,
             batch.paths,
-            self.records.plots,
+            self.plots,
             self.options.sync_bn,
         )
         self.callbacks.run("on_train_batch_end", *arguments)
@@ -389,15 +313,17 @@ class Trainer:
             is_best = fitness >= self.best_fitness
             self.best_fitness = max(fitness, self.best_fitness)
             final |= self.stopper(epoch, fitness)
-        values = self.records.add_epoch(epoch, items.tolist(), self.validation, rates)
-        self.callbacks.run("on_fit_epoch_end", values, epoch, self.best_fitness, fitness)
+        figures = epoch_figures(self.loss.terms, items.tolist(), self.validation, rates)
+        for logger in self.loggers:
+            logger.log_epoch(epoch, figures)
+        self.callbacks.run("on_fit_epoch_end", list(figures.values()), epoch, self.best_fitness, fitness)
         self.complete = final
         if possibly_final or final or not self.options.nosave:
             self._save(epoch, is_best)
             self.callbacks.run("on_model_save", self.last, epoch, final, self.best_fitness, fitness)
 
     def _validate(self, final: bool = False) -> EvalResult:
-        """Evaluates the EMA on the validation set; at the end with the table of classes and the pictures.
+        """Evaluates the EMA on the validation set; at the end with the table of classes and the images.
 
         Until then it is a copy with batch norm folded, in the precision that is trained in: half the time.
         """
@@ -505,9 +431,15 @@ class Trainer:
         checkpoint = load_checkpoint(chosen)
         self.ema.ema.load_state_dict(checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"])
         result = self._validate(final=True)
-        self.records.finish(self.epoch)
+        if self.plots:
+            from utils.plots.training import plot_results
+
+            plot_results(self.save_dir / "results.csv")
+            drawn = sorted(self.save_dir.glob("*.jpg")) + sorted(self.save_dir.glob("*.png"))
+            for logger in self.loggers:
+                logger.log_images(drawn, self.epoch)
         self._strip(self.last)
-        self.callbacks.run("on_train_end", self.last, self.best, self.records.plots, self.epoch, result.as_tuple())
+        self.callbacks.run("on_train_end", self.last, self.best, self.plots, self.epoch, result.as_tuple())
         LOGGER.info(f"Results saved to {colorstr('bold', self.save_dir)}")
         return result
 
@@ -515,3 +447,9 @@ class Trainer:
         """Strips a checkpoint to its float16 EMA and says so."""
         strip_checkpoint(path)
         LOGGER.info(f"Optimizer stripped from {path}, {path.stat().st_size / 1e6:.1f}MB")
+
+
+def _shown(paths: Sequence[str]) -> str:
+    """Names a batch's images; of several processes these are one's own."""
+    more = len(paths) - SHOWN_IMAGES
+    return ", ".join(paths[:SHOWN_IMAGES]) + (f" and {more} more" if more > 0 else "")

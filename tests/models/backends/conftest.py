@@ -36,7 +36,7 @@ def weights(tmp_path_factory) -> Path:
             norm.running_mean.uniform_(-0.2, 0.2)
             norm.running_var.uniform_(0.5, 2)
             nn.init.uniform_(norm.weight, 0.8, 1.2)
-        for conv in model.detect.m:
+        for conv in model.head.m:
             nn.init.normal_(conv.weight, std=0.1)
             conv.bias.data.view(3, -1)[:, 4:] = torch.tensor([1.0, 0.5, 0.0, 0.3])
     content = {"epoch": 3, "model": model.state_dict(), "yaml": model.yaml, "names": NAMES, "nc": len(NAMES)}

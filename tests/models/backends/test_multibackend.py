@@ -228,7 +228,7 @@ def test_formats_are_told_by_the_names_end(name, expected):
 
 def test_attempt_load_gives_the_trained_model(weights, tensor, rows):
     model = attempt_load(weights, map_location="cpu", inplace=False)
-    assert isinstance(model, Model) and not model.training and not model.detect.inplace
+    assert isinstance(model, Model) and not model.training and not model.head.inplace
     assert not any(module.inplace for module in model.modules() if isinstance(module, torch.nn.SiLU))
     assert np.abs(model(tensor)[0].numpy() - rows).max() < 2e-3
     unfused = attempt_load(str(weights), device=torch.device("cpu"), fuse=False)

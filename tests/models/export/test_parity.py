@@ -57,7 +57,7 @@ def test_a_good_export_agrees_on_real_detections(published, pictures):
 def test_a_file_of_other_weights_is_found_out(published, pictures):
     job, path = published
     source = copy.deepcopy(job.source)
-    source.detect.anchors *= 1.05
+    source.head.anchors *= 1.05
     found = check_parity(replace(job, source=source), path, pictures, EXACT)
     assert found.box_px > 1 and found.missed > 0
     assert len(found.problems(EXACT)) >= 2
@@ -66,7 +66,7 @@ def test_a_file_of_other_weights_is_found_out(published, pictures):
 def test_swapped_classes_are_found_out(published, pictures, tmp_path):
     job, _ = published
     source = copy.deepcopy(job.source)
-    for conv in source.detect.m:
+    for conv in source.head.m:
         for tensor in (conv.weight, conv.bias):
             by_anchor = tensor.view(3, 85, *tensor.shape[1:])
             by_anchor[:, [5, 10]] = by_anchor[:, [10, 5]].clone()  # person and bus

@@ -48,7 +48,7 @@ def small():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         detector = Model("yolov5n.yaml", nc=2).eval()
-    for conv in detector.detect.m:
+    for conv in detector.head.m:
         conv.bias.data.view(3, -1)[:, 4:] += 6
     return detector
 

@@ -1,6 +1,4 @@
-"""The loss by YOLOv5's signatures: golden values through a model's own anchors, formulas for the rest."""
-
-import json
+"""The loss by YOLOv5's signatures: formulas worked out by hand; golden values are in test_anchor_based.py."""
 
 import numpy as np
 import pytest
@@ -12,29 +10,12 @@ from utils import loss
 from utils.errors import UserError
 
 
-def model_of(golden):
-    with torch.random.fork_rng(devices=[]):
-        model = Model("yolov5n.yaml", nc=golden["nc"])
-    model.hyp = golden["hyp"]
-    return model
-
-
-@pytest.mark.parametrize("case", [0, 1, 6])
-def test_compute_loss_agrees_with_the_golden_values(golden_dir, case):
-    golden = json.loads((golden_dir / "loss.json").read_text())[case]
-    with np.load(golden_dir / "loss.npz", allow_pickle=False) as arrays:
-        outputs = [torch.from_numpy(arrays[f"case{case}_p{layer}"]) for layer in range(3)]
-        targets = torch.from_numpy(arrays[f"case{case}_targets"])
-    compute_loss = loss.ComputeLoss(model_of(golden))
-    total, items = compute_loss(outputs, targets)
-    assert total.shape == (1,) and total.item() == pytest.approx(golden["loss_total"], rel=1e-4)
-    assert items.tolist() == pytest.approx([golden[key] for key in ("lbox", "lobj", "lcls")], rel=1e-4)
-
-
 @pytest.fixture(scope="module")
 def model():
-    gains = {"box": 0.05, "obj": 1.0, "cls": 0.5, "obj_pw": 1.0, "cls_pw": 1.0, "anchor_t": 4.0, "fl_gamma": 0.0}
-    return model_of({"nc": 2, "hyp": gains})
+    with torch.random.fork_rng(devices=[]):
+        made = Model("yolov5n.yaml", nc=2)
+    made.hyp = {"box": 0.05, "obj": 1.0, "cls": 0.5, "obj_pw": 1.0, "cls_pw": 1.0, "anchor_t": 4.0, "fl_gamma": 0.0}
+    return made
 
 
 def test_build_targets_finds_cells_and_anchors(model):
@@ -52,14 +33,6 @@ def test_build_targets_finds_cells_and_anchors(model):
     assert torch.allclose(anchors[0][second], torch.tensor([16.0, 30.0]) / 8)
     assert torch.allclose(tbox[0][second][0], torch.tensor([0.25, 0.75, 2.0, 3.75])) and (tcls[0] == 1).all()
     assert (image == 0).all() and (compute_loss.nl, compute_loss.na, compute_loss.nc) == (3, 3, 2)
-
-
-def test_autobalance_moves_the_layers_weights(model):
-    compute_loss = loss.ComputeLoss(model, autobalance=True)
-    outputs = [torch.randn(1, 3, side, side, 7, generator=torch.Generator().manual_seed(0)) for side in (8, 4, 2)]
-    before = list(compute_loss.balance)
-    compute_loss([output.requires_grad_() for output in outputs], torch.zeros(0, 6))
-    assert compute_loss.balance != before and compute_loss.balance[1] == 1
 
 
 def test_a_model_without_hyperparameters_is_told_which():
@@ -85,8 +58,3 @@ def test_blurred_loss_forgives_a_missing_label():
     sure, wrong = torch.tensor([8.0]), torch.tensor([0.0])
     assert loss.BCEBlurWithLogitsLoss()(sure, wrong) < 0.01 * nn.BCEWithLogitsLoss()(sure, wrong)
     assert loss.BCEBlurWithLogitsLoss()(-sure, wrong) == pytest.approx(nn.BCEWithLogitsLoss()(-sure, wrong).item())
-
-
-def test_label_smoothing():
-    positive, negative = loss.smooth_BCE(0.1)
-    assert (positive, negative) == pytest.approx((0.95, 0.05))

@@ -19,6 +19,8 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.dataloaders.loader import DetectionLoader
 from utils.errors import UserError
 from utils.files import ROOT, read_yaml, write_yaml
+from utils.loggers import LOGGERS
+from utils.loss import ComputeLoss
 from utils.train import engine
 from utils.train.hyp import Hyp
 
@@ -47,7 +49,7 @@ def options(tiny_shapes: Path, tmp_path: Path, monkeypatch) -> dict:
         return dataclasses.replace(validate(trainer, final), map50=fitness, map=fitness)
 
     monkeypatch.setattr(engine.Trainer, "_validate", validated)
-    monkeypatch.setattr("utils.train.engine.open_tensorboard", lambda *_: None)
+    monkeypatch.setitem(LOGGERS, "tensorboard", lambda *_: None)
     (tmp_path / "tiny.yaml").write_text(MODEL)
     keywords = {"cfg": str(tmp_path / "tiny.yaml"), "data": str(tiny_shapes), "imgsz": 64, "batch_size": 8}
     keywords |= {"epochs": EPOCHS, "device": "cpu", "amp": "off", "noplots": True, "noautoanchor": True}
@@ -181,13 +183,13 @@ def test_a_run_resumed_in_another_precision_goes_on_and_says_so(
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_a_step(options, tmp_path, monkeypatch):
     """The loss may be finite all the same: a root of 0 is 0, and its slope is not."""
-    reckon = engine.DetectionLoss.__call__
+    reckon = ComputeLoss.compute
 
     def lost(loss, outputs, *arguments):
         result = reckon(loss, outputs, *arguments)
         return result._replace(total=result.total + (outputs[0].sum() * 0).sqrt())
 
-    monkeypatch.setattr(engine.DetectionLoss, "__call__", lost)
+    monkeypatch.setattr(ComputeLoss, "compute", lost)
     with pytest.raises(UserError, match=r"gradient norm is nan in epoch 0, batch 0 \(images .*\.jpg"):
         train.run(**options)
     assert not list((tmp_path / "exp" / "weights").iterdir())
@@ -198,7 +200,9 @@ def test_label_smoothing_of_the_file_holds_unless_the_option_is_given(
     option, smoothing, options, tmp_path, monkeypatch
 ):
     made = []
-    monkeypatch.setattr(engine, "DetectionLoss", lambda hyp, *_: made.append(hyp.label_smoothing) or 1 / 0)
+    monkeypatch.setattr(
+        ComputeLoss, "__init__", lambda loss, model: made.append(model.hyp.get("label_smoothing", 0)) or 1 / 0
+    )
     (tmp_path / "hyp.yaml").write_text(HYP.read_text() + "label_smoothing: 0.1\n")
     given = {} if option is None else {"label_smoothing": option}
     with pytest.raises(ZeroDivisionError):
@@ -246,6 +250,18 @@ def test_all_hooks_run_at_their_moments_with_their_arguments(options, tmp_path, 
     }
 
 
+def test_a_hook_sees_the_run_and_its_result_comes_back(options):
+    callbacks, seen = Callbacks(), []
+
+    def after_epoch(values, epoch, best_fitness, fitness, trainer):
+        seen.append((epoch, best_fitness == trainer.best_fitness, trainer.options.epochs, trainer.model.nc))
+
+    callbacks.register_action("on_fit_epoch_end", callback=after_epoch)
+    done = train.run(callbacks, **options)
+    assert seen == [(epoch, True, EPOCHS, 4) for epoch in range(EPOCHS)]
+    assert done.epochs == EPOCHS and done.result.fitness == pytest.approx(FITNESS[EPOCHS - 1])
+
+
 def test_what_a_caller_opened_is_torn_down_however_a_run_ends(options, tmp_path):
     callbacks, calls = Callbacks(), []
     callbacks.register_action("on_train_start", callback=lambda: 1 / 0)
@@ -273,7 +289,7 @@ def test_the_progress_bar_counts_the_images_of_the_data_set(quad, options, monke
 
 def test_every_image_counts_in_a_step(options, tmp_path, monkeypatch):
     """Two batches an epoch, of 16 and 8 images, where four make a step: gradients left over are used, not dropped."""
-    events, reckon, step = [], engine.DetectionLoss.__call__, torch.optim.SGD.step
+    events, reckon, step = [], ComputeLoss.compute, torch.optim.SGD.step
 
     def reckoned(loss, outputs, *arguments):
         if outputs[0].requires_grad:
@@ -284,7 +300,7 @@ def test_every_image_counts_in_a_step(options, tmp_path, monkeypatch):
         events.append("step")
         return step(optimizer, *arguments)
 
-    monkeypatch.setattr(engine.DetectionLoss, "__call__", reckoned)
+    monkeypatch.setattr(ComputeLoss, "compute", reckoned)
     monkeypatch.setattr(torch.optim.SGD, "step", stepped)
     monkeypatch.setattr("utils.train.optim.WARMUP_FLOOR", 1)
     (tmp_path / "hyp.yaml").write_text(re.sub("(?m)^warmup_epochs:.*", "warmup_epochs: 0.0", HYP.read_text()))
@@ -358,7 +374,7 @@ def test_what_python_gives_is_taken_as_from_the_command_line(options, tmp_path, 
     given |= {"device": torch.device("cpu"), "epochs": 1, "imgsz": 65, "noautoanchor": False}
     done = train.run(**{**options, **given})
     kept = read_yaml(tmp_path / "exp" / "opt.yaml")
-    assert kept == vars(done) and kept["device"] == "cpu" and kept["name"] == "exp"
+    assert {**kept, "result": done.result} == vars(done) and kept["device"] == "cpu" and kept["name"] == "exp"
     assert caplog.text.count("--img-size 65 must be a multiple") == 1 and kept["imgsz"] == 96
 
 

@@ -23,7 +23,8 @@ from utils.callbacks import Callbacks
 from utils.dataloaders.loader import Batch
 from utils.errors import UserError
 from utils.files import ROOT
-from utils.loss.anchor_based import DetectionLoss
+from utils.loggers import LOGGERS
+from utils.loss import ComputeLoss
 from utils.train import engine
 from utils.train.hyp import Hyp
 
@@ -92,7 +93,8 @@ def trained_by_hand(model, hyp: Hyp, factor: float = 1.0) -> tuple[dict, dict, l
         cls=hyp.cls * NC / 80 * 3 / LAYERS,
         obj=hyp.obj * (SIDE_PX / 640) ** 2 * 3 / LAYERS,
     )
-    reckon = DetectionLoss(scaled, model.detect.anchors, model.detect.stride, NC)
+    model.hyp = scaled.to_dict()
+    reckon = ComputeLoss(model)
     decay = hyp.weight_decay * BATCH * max(round(hyp.nominal_batch / BATCH), 1) / hyp.nominal_batch
     average = {name: value.float() for name, value in copy.deepcopy(model.state_dict()).items()}
     warmup, gathered, norms, velocity = round(hyp.warmup_epochs * BATCHES), 0, [], {}
@@ -104,7 +106,7 @@ def trained_by_hand(model, hyp: Hyp, factor: float = 1.0) -> tuple[dict, dict, l
         rates = {"bias": hyp.warmup_bias_lr + (rate - hyp.warmup_bias_lr) * progress, "other": rate * progress}
         momentum = hyp.warmup_momentum + (hyp.momentum - hyp.warmup_momentum) * progress
         accumulate = max(round(1 + (hyp.nominal_batch / BATCH - 1) * progress), 1)
-        (reckon(model(batch.images.float() / 255), batch.targets).total * factor).backward()
+        (reckon(model(batch.images.float() / 255), batch.targets)[0] * factor).backward()
         gathered += 1
         if gathered < accumulate and index + 1 < BATCHES:
             continue
@@ -128,7 +130,7 @@ def trained_by_hand(model, hyp: Hyp, factor: float = 1.0) -> tuple[dict, dict, l
 def test_the_trainer_takes_the_steps_of_the_recipe(quad, amp, model, tmp_path, monkeypatch):
     """With fp16 the loss is scaled, as on a GPU; of a float64 model that is all it does."""
     monkeypatch.setattr("utils.train.optim.WARMUP_FLOOR", 1)
-    monkeypatch.setattr("utils.train.engine.open_tensorboard", lambda *_: None)
+    monkeypatch.setitem(LOGGERS, "tensorboard", lambda *_: None)
     monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: torch.float16 if mode == "fp16" else None)
     hyp = dataclasses.replace(LOW, **RECIPE)
     expected, average, norms = trained_by_hand(copy.deepcopy(model), hyp, 4.0 if quad else 1.0)
@@ -150,9 +152,9 @@ def test_a_step_waits_for_the_device_for_the_loss_and_the_norm_alone(model, tmp_
 
     What the trainer does ask for, the three terms and whether the gradient is finite, is answered here.
     """
-    monkeypatch.setattr("utils.train.engine.open_tensorboard", lambda *_: None)
+    monkeypatch.setitem(LOGGERS, "tensorboard", lambda *_: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
-    reckon, clip = DetectionLoss.__call__, torch.nn.utils.clip_grad_norm_
+    reckon, clip = ComputeLoss.compute, torch.nn.utils.clip_grad_norm_
     calls = []
 
     def reckoned(*arguments):
@@ -163,9 +165,9 @@ def test_a_step_waits_for_the_device_for_the_loss_and_the_norm_alone(model, tmp_
         calls.append("norm")
         return torch.ones(()) if clip(*arguments).is_meta else None
 
-    monkeypatch.setattr(DetectionLoss, "__call__", reckoned)
+    monkeypatch.setattr(ComputeLoss, "compute", reckoned)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
-    anchors = model.detect.anchors.float()
+    anchors = model.head.anchors.float()
     trainer = trainer_of(model.to("meta"), LOW, tmp_path / "run", device="meta")
     trainer.loss.anchors = anchors
     assert trainer._train_epoch(0).tolist() == [1.0] * 3
@@ -239,7 +241,7 @@ class Outcomes:
 @pytest.fixture(scope="module")
 def outcomes(tiny_shapes, tmp_path_factory) -> Outcomes:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.train.engine.open_tensorboard", lambda *_: None)
+        patch.setitem(LOGGERS, "tensorboard", lambda *_: None)
         yield Outcomes(tiny_shapes, tmp_path_factory.mktemp("outcomes"))
 
 
