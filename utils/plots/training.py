@@ -16,7 +16,6 @@ import numpy as np
 from utils.errors import UserError, printable
 from utils.files import atomic_write
 from utils.log import LOGGER
-from utils.loggers.base import METRICS
 from utils.plots.boxes import as_mapping, colors
 from utils.plots.evaluation import drawable_names
 
@@ -204,7 +203,8 @@ def _read_results(csv_file: Path) -> pd.DataFrame:
         table = table.astype(float)
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{csv_file}: not a table of training results ({error}).") from error
-    if not {"epoch", *METRICS} <= set(table.columns) or not len(table):
+    losses, metrics = ([name for name in table.columns if name.startswith(kind)] for kind in ("train/", "metrics/"))
+    if "epoch" not in table or not losses or len(metrics) != 4 or not len(table):
         raise UserError(
             f"{csv_file}: not a table of training results: {table.shape[0]} rows, {table.shape[1]} columns."
         )
@@ -220,11 +220,12 @@ def _results_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     names = list(next(iter(tables.values())).columns)
-    above, below = ([name for name in names if name.startswith(split)] for split in ("train/", "val/"))
+    kinds = ("train/", "val/", "metrics/")
+    above, below, metrics = ([name for name in names if name.startswith(kind)] for kind in kinds)
     width = max(len(above), len(below)) + 2
     figure = Figure(figsize=(3 * width, 6.5), layout="constrained")
     panels = figure.subplots(2, width, sharex=True)
-    for axes, name in zip(panels.ravel(), (*above, *METRICS[:2], *below, *METRICS[2:]), strict=True):
+    for axes, name in zip(panels.ravel(), (*above, *metrics[:2], *below, *metrics[2:]), strict=True):
         for number, (run, table) in enumerate(tables.items()):
             if name not in table:
                 continue
@@ -232,7 +233,7 @@ def _results_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
             marker = {"marker": "o", "markersize": 4} if len(epochs) <= 40 else {}
             shade = RESULT_COLORS[number % len(RESULT_COLORS)]
             axes.plot(epochs, values, color=shade, linewidth=1.8, label=run, **marker)
-            if len(tables) == 1 and name in METRICS and np.isfinite(values).any():
+            if len(tables) == 1 and name in metrics and np.isfinite(values).any():
                 _mark_best(axes, epochs, values)
         axes.set_title(name, fontsize=11, loc="left")
         axes.grid(alpha=0.25)
