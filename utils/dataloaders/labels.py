@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from utils.files import atomic_write, remove_temporaries
 from utils.images import ImageError, check_image
 from utils.log import LOGGER, progress
 from utils.process import process_map
+
+if TYPE_CHECKING:
+    from utils.dataloaders.config import DataSpec
 
 
 class PathList(Sequence[str]):
@@ -50,13 +53,7 @@ class PathList(Sequence[str]):
         """Returns N."""
         return len(self.offsets) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> PathList: ...
-
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> str | PathList:
         """Returns a string, or for a slice a list of the same kind."""
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
@@ -81,10 +78,6 @@ class Counts(NamedTuple):
     def __str__(self) -> str:
         """Returns the counts as progress lines show them."""
         return f"{self.found} found, {self.missing} missing, {self.empty} empty, {self.corrupt} corrupt"
-
-    def plus(self, other: Counts) -> Counts:
-        """Returns the sums."""
-        return Counts(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,8 +209,8 @@ def cache_key(image_paths: Sequence[str], label_paths: Sequence[str]) -> str:
 def _stamp(path: str) -> str:
     """Returns a file's size and times, or a dash where there is none.
 
-    The time of its content alone would not do: copying and unpacking programs set it. That of its inode (on Windows, of
-    its creation) is the system's own.
+    Copying and unpacking programs set the time of its content; that of its inode (on Windows, of its creation) is the
+    system's own.
     """
     try:
         status = os.stat(path)
@@ -227,11 +220,7 @@ def _stamp(path: str) -> str:
 
 
 def write_cache(path: Path, key: str, table: LabelTable) -> bool:
-    """Writes the cache, all or nothing; a folder that cannot be written to is worth a warning, not a stop.
-
-    Returns:
-        Whether it was written.
-    """
+    """Writes the cache, all or nothing, and tells whether it could; if not, that is worth a warning, not a stop."""
     arrays = {
         "path_bytes": table.image_paths.buffer,
         "path_offsets": table.image_paths.offsets,
@@ -268,11 +257,7 @@ def read_cache(path: Path, key: str) -> LabelTable | None:
 
 
 def _table_from(arrays: dict[str, np.ndarray]) -> LabelTable:
-    """Builds a table after checking that the arrays fit together.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Builds a table; ValueError where the arrays do not fit together."""
     for name, (kind, dimensions) in _LAYOUT.items():
         if arrays[name].dtype != np.dtype(kind) or arrays[name].ndim != dimensions:
             raise ValueError(f"array '{name}' is {arrays[name].dtype} with {arrays[name].ndim} dimensions")
@@ -284,8 +269,8 @@ def _table_from(arrays: dict[str, np.ndarray]) -> LabelTable:
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             raise ValueError(f"array '{name}' is of shape {arrays[name].shape}, not {shape}")
-    classes, boxes_xywh_norm = arrays["rows"][:, 0], arrays["rows"][:, 1:]
-    if (arrays["sizes_wh"] < 1).any() or not (_within(boxes_xywh_norm) and _within(arrays["seg_points"])):
+    classes, fractions = arrays["rows"][:, 0], (arrays["rows"][:, 1:], arrays["seg_points"])
+    if (arrays["sizes_wh"] < 1).any() or not all(((part >= 0) & (part <= 1)).all() for part in fractions):  # or NaN
         raise ValueError("sizes, boxes or polygons out of range")
     if not (np.isfinite(classes) & (classes >= 0) & (np.floor(classes) == classes)).all():
         raise ValueError("classes are not whole numbers from 0")
@@ -302,13 +287,7 @@ def _table_from(arrays: dict[str, np.ndarray]) -> LabelTable:
     )
 
 
-def _within(fractions: np.ndarray) -> bool:
-    """Says whether all coordinates, float32 of any shape, are numbers from 0 to 1."""
-    return bool(((fractions >= 0) & (fractions <= 1)).all())
-
-
 def _check_offsets(name: str, offsets: np.ndarray, runs: int, end: int) -> None:
-    """Refuses offsets, int64, that do not cut 0 to `end` into `runs` runs."""
     if len(offsets) != runs + 1 or offsets[0] != 0 or offsets[-1] != end or (np.diff(offsets) < 0).any():
         raise ValueError(f"'{name}' does not fit its array")
 
@@ -319,16 +298,6 @@ POOL_FROM = 5000  # images; fewer are scanned sooner than processes start
 INVISIBLE = "\u200b\u2060\ufeff"  # of no width; Python does not count them as spaces
 MANY_NULS = 0.4  # of a file's bytes; numbers in UTF-16 have half, in UTF-32 three quarters
 CHUNK = 256  # images handed to a process at a time
-
-
-class _Classes(Protocol):
-    """What is needed of a `DataSpec`."""
-
-    source: Path | None
-    kpt_shape: tuple[int, int] | None
-
-    @property
-    def nc(self) -> int: ...
 
 
 class LabelProblem(NamedTuple):
@@ -348,20 +317,13 @@ class ParsedLabels(NamedTuple):
     problems: list[LabelProblem]
 
 
-class ScanPart(NamedTuple):
-    """What one process found in its share of the images."""
-
-    paths: list[str]
-    sizes_wh: list[tuple[int, int]]
-    labels: list[ParsedLabels]
-    counts: Counts
-    messages: list[str]
-    problems: list[LabelProblem]
+NO_POINTS = np.zeros((0, 2), np.float32)
+NO_LABELS = ParsedLabels(np.zeros((0, 5), np.float32), [], 0, [])
 
 
 def load_labels(
     sources: Sequence[Path],
-    spec: _Classes | None = None,
+    spec: DataSpec | None = None,
     single_cls: bool = False,
     workers: int | None = None,
     prefix: str = "",
@@ -400,7 +362,9 @@ def load_labels(
             LOGGER.info(f"{prefix}New cache created: {location}")
     else:
         LOGGER.info(f"{prefix}Scanning '{shown}' images and labels... {table.counts}")
-    _show_messages(table.messages, prefix)
+    more = len(table.messages) - SHOWN_MESSAGES
+    for message in [*table.messages[:SHOWN_MESSAGES], *([f"... and {more} more like these"] if more > 0 else [])]:
+        LOGGER.warning(f"{prefix}WARNING: {message}")
     if not len(table.rows):
         if need_labels:
             raise UserError(_why_no_labels(table))
@@ -436,79 +400,73 @@ def scan_images(
     tables, problems, counts = [], [], Counts()
     with progress(total=len(images), desc=desc, unit="img") as bar:
         scan = functools.partial(scan_chunk, kpt_shape=kpt_shape)
-        for part in process_map(scan, chunks, workers if len(images) >= POOL_FROM else 0):
-            tables.append(_table_of(part))
-            problems += part.problems
-            counts = counts.plus(part.counts)
+        for table, found in process_map(scan, chunks, workers if len(images) >= POOL_FROM else 0):
+            tables.append(table)
+            problems += found
+            counts = Counts(*map(sum, zip(counts, table.counts, strict=True)))
             bar.set_description_str(f"{desc} {counts}", refresh=False)
-            bar.update(part.counts.total)
+            bar.update(table.counts.total)
     if problems:
         raise UserError(_describe_problems(problems))
-    return _join(tables or [_table_of(ScanPart([], [], [], counts, [], []))], counts)
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(table, name) for table in tables])
+
+    def joined_offsets(offsets: Iterable[np.ndarray]) -> np.ndarray:
+        return offsets_of(np.concatenate([np.diff(one) for one in offsets]))
+
+    tables = tables or [scan_chunk([])[0]]
+    paths = [table.image_paths for table in tables]
+    return LabelTable(
+        PathList(np.concatenate([one.buffer for one in paths]), joined_offsets(one.offsets for one in paths)),
+        sizes_wh=joined("sizes_wh"),
+        rows=joined("rows"),
+        offsets=joined_offsets(table.offsets for table in tables),
+        seg_points=joined("seg_points"),
+        seg_offsets=joined_offsets(table.seg_offsets for table in tables),
+        counts=counts,
+        messages=tuple(message for table in tables for message in table.messages),
+    )
 
 
-def scan_chunk(images: Iterable[str], kpt_shape: tuple[int, int] | None = None) -> ScanPart:
-    """Checks some images and reads their labels."""
-    part = ScanPart([], [], [], Counts(), [], [])
-    found = missing = empty = corrupt = 0
+def scan_chunk(
+    images: Iterable[str], kpt_shape: tuple[int, int] | None = None
+) -> tuple[LabelTable, list[LabelProblem]]:
+    """Checks some images and reads their labels; returns also the label lines that break the rules."""
+    paths, sizes_wh, labels, messages, problems = [], [], [], [], []
+    missing = empty = corrupt = 0
     for image in images:
         try:
             info = check_image(image)
         except ImageError as error:
             corrupt += 1
-            part.messages.append(f"{image}: image left out: it {error}")
+            messages.append(f"{image}: image left out: it {error}")
             continue
         label_path = image_to_label_path(image)
-        labels = read_label_file(label_path, kpt_shape)
-        if labels is None:
+        parsed = read_label_file(label_path, kpt_shape)
+        if parsed is None:
             missing += 1
-            labels = ParsedLabels(np.zeros((0, 5), np.float32), [], 0, [])
+            parsed = NO_LABELS
         else:
-            found += 1
-            empty += len(labels.rows) == 0
-        if labels.duplicates:
-            part.messages.append(f"{label_path}: {labels.duplicates} duplicate label(s) left out")
-        part.problems.extend(labels.problems)
-        part.paths.append(image)
-        part.sizes_wh.append((info.width, info.height))
-        part.labels.append(labels)
-    return part._replace(counts=Counts(found, missing, empty, corrupt, found + missing + corrupt))
-
-
-def _table_of(part: ScanPart) -> LabelTable:
-    """Puts what one process found into flat arrays, which take a tenth of the memory."""
-    labels = part.labels
-    polygons = [polygon for one in labels for polygon in one.polygons]
-    return LabelTable(
-        image_paths=PathList.from_strings(part.paths),
-        sizes_wh=np.array(part.sizes_wh, np.int32).reshape(-1, 2),
-        rows=np.concatenate([np.zeros((0, 5), np.float32), *(one.rows for one in labels)]),
-        offsets=offsets_of([len(one.rows) for one in labels]),
-        seg_points=np.concatenate([_NO_POINTS, *polygons]),
+            empty += len(parsed.rows) == 0
+        if parsed.duplicates:
+            messages.append(f"{label_path}: {parsed.duplicates} duplicate label(s) left out")
+        problems += parsed.problems
+        paths.append(image)
+        sizes_wh.append((info.width, info.height))
+        labels.append(parsed)
+    polygons = [polygon for parsed in labels for polygon in parsed.polygons]
+    table = LabelTable(
+        image_paths=PathList.from_strings(paths),
+        sizes_wh=np.array(sizes_wh, np.int32).reshape(-1, 2),
+        rows=np.concatenate([NO_LABELS.rows, *(parsed.rows for parsed in labels)]),
+        offsets=offsets_of([len(parsed.rows) for parsed in labels]),
+        seg_points=np.concatenate([NO_POINTS, *polygons]),
         seg_offsets=offsets_of([len(polygon) for polygon in polygons]),
-        messages=tuple(part.messages),
+        counts=Counts(len(paths) - missing, missing, empty, corrupt, len(paths) + corrupt),
+        messages=tuple(messages),
     )
-
-
-def _join(tables: Sequence[LabelTable], counts: Counts) -> LabelTable:
-    """Puts tables, at least one, behind one another."""
-
-    def joined_offsets(offsets: Iterable[np.ndarray]) -> np.ndarray:
-        return offsets_of(np.concatenate([np.diff(one) for one in offsets]))
-
-    return LabelTable(
-        image_paths=PathList(
-            np.concatenate([table.image_paths.buffer for table in tables]),
-            joined_offsets(table.image_paths.offsets for table in tables),
-        ),
-        sizes_wh=np.concatenate([table.sizes_wh for table in tables]),
-        rows=np.concatenate([table.rows for table in tables]),
-        offsets=joined_offsets(table.offsets for table in tables),
-        seg_points=np.concatenate([table.seg_points for table in tables]),
-        seg_offsets=joined_offsets(table.seg_offsets for table in tables),
-        counts=counts,
-        messages=tuple(message for table in tables for message in table.messages),
-    )
+    return table, problems
 
 
 def read_label_file(path: str | Path, kpt_shape: tuple[int, int] | None = None) -> ParsedLabels | None:
@@ -526,7 +484,7 @@ def read_label_file(path: str | Path, kpt_shape: tuple[int, int] | None = None) 
         if gone and not os.path.islink(path):
             return None
         problem = LabelProblem(str(path), 0, f"cannot be read ({'is a link to nothing' if gone else error.strerror})")
-        return ParsedLabels(np.zeros((0, 5), np.float32), [], 0, [problem])
+        return NO_LABELS._replace(problems=[problem])
     rows, polygons, problems = [], [], []
     for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         tokens = line.split()
@@ -542,18 +500,16 @@ def read_label_file(path: str | Path, kpt_shape: tuple[int, int] | None = None) 
         polygons.append(polygon)
     if problems and (reason := _encoding_problem(content)):
         problems = [LabelProblem(str(path), 0, reason)]
-    return _without_duplicates(np.array(rows, np.float32).reshape(-1, 5), polygons, problems)
-
-
-_NO_POINTS = np.zeros((0, 2), np.float32)
+    rows = np.array(rows, np.float32).reshape(-1, 5)
+    first_seen: dict[bytes, int] = {}
+    for index, row in enumerate(rows):
+        first_seen.setdefault(row.tobytes(), index)
+    kept = list(first_seen.values())
+    return ParsedLabels(rows[kept], [polygons[index] for index in kept], len(rows) - len(kept), problems)
 
 
 def _parse_line(tokens: list[bytes], kpt_shape: tuple[int, int] | None) -> tuple[list[float], np.ndarray]:
-    """Reads a label line: [class, x, y, w, h] and the polygon's points, float32 (k, 2).
-
-    Raises:
-        ValueError: why the line breaks the rules.
-    """
+    """Reads a label line: [class, x, y, w, h] and the polygon's points, float32 (k, 2); or ValueError says why not."""
     count = len(tokens)
     if kpt_shape and kpt_shape[0]:
         keypoints, each = kpt_shape
@@ -580,7 +536,7 @@ def _parse_line(tokens: list[bytes], kpt_shape: tuple[int, int] | None) -> tuple
     if low < 0 or high > 1:
         coordinates = [min(max(value, 0.0), 1.0) for value in coordinates]
     if count == 5:
-        return [label, *coordinates], _NO_POINTS
+        return [label, *coordinates], NO_POINTS
     xs, ys = coordinates[::2], coordinates[1::2]
     left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
     box_xywh_norm = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
@@ -588,12 +544,10 @@ def _parse_line(tokens: list[bytes], kpt_shape: tuple[int, int] | None) -> tuple
 
 
 def _text(token: bytes) -> str:
-    """Shows a token in a message."""
     return repr(token[:40].decode(errors="replace"))
 
 
 def _is_number(token: bytes) -> bool:
-    """Says whether Python reads a token as a number."""
     try:
         float(token)
     except ValueError:
@@ -648,7 +602,6 @@ def _encoding_problem(content: bytes) -> str:
 
 
 def _out_of_range(tokens: Sequence[bytes], coordinates: Sequence[float]) -> str:
-    """Words what is wrong with the first coordinate that is not within 0 to 1."""
     for token, value in zip(tokens, coordinates, strict=True):
         if value != value:
             return f"coordinate {_text(token)} is not a number"
@@ -659,20 +612,7 @@ def _out_of_range(tokens: Sequence[bytes], coordinates: Sequence[float]) -> str:
     return "coordinates are not within 0 to 1"
 
 
-def _without_duplicates(rows: np.ndarray, polygons: list[np.ndarray], problems: list[LabelProblem]) -> ParsedLabels:
-    """Drops rows, float32 (n, 5), that repeat an earlier one, with their polygons; the order stays."""
-    first_seen: dict[bytes, int] = {}
-    for index, key in enumerate(map(bytes, rows)):
-        first_seen.setdefault(key, index)
-    duplicates = len(rows) - len(first_seen)
-    if duplicates:
-        kept = list(first_seen.values())
-        rows, polygons = rows[kept], [polygons[index] for index in kept]
-    return ParsedLabels(rows, polygons, duplicates, problems)
-
-
 def _describe_problems(problems: Sequence[LabelProblem]) -> str:
-    """Words the first problem with its file and line, and how many more there are."""
     first = problems[0]
     where = f"{first.path}, line {first.line}" if first.line else first.path
     more = ""
@@ -684,45 +624,29 @@ def _describe_problems(problems: Sequence[LabelProblem]) -> str:
     return f"Label file {where}: {first.reason}.{more} Fix the label(s) and rerun."
 
 
-def _show_messages(messages: Sequence[str], prefix: str) -> None:
-    """Logs what the scan had to say, the first SHOWN_MESSAGES lines one by one."""
-    for message in messages[:SHOWN_MESSAGES]:
-        LOGGER.warning(f"{prefix}WARNING: {message}")
-    if len(messages) > SHOWN_MESSAGES:
-        LOGGER.warning(f"{prefix}WARNING: ... and {len(messages) - SHOWN_MESSAGES} more like these")
-
-
 def _why_no_labels(table: LabelTable) -> str:
     """Returns why there is nothing to learn or to score: empty label files, or none where they were looked for."""
     image, label = table.image_paths[0], image_to_label_path(table.image_paths[0])
     if table.counts.found:
         return f"All {table.counts.found} label files are empty, for example {label}: no labels at all."
-    return (
+    why = (
         f"No label file found for any of {len(table)} images. For {image} the labels were looked for in {label}: "
         "the last '/images/' of the path becomes '/labels/' (without one they stand beside the image), and the "
-        f"suffix '.txt'.{_labels_beside(table)}"
+        "suffix '.txt'."
     )
-
-
-def _labels_beside(table: LabelTable) -> str:
-    """Returns where label files belong that stand in the folder of the images; empty where there are none."""
     beside = [(f"{os.path.splitext(image)[0]}.txt", image_to_label_path(image)) for image in table.image_paths]
     misplaced = [(path, label) for path, label in beside if os.path.isfile(path)]
-    if not misplaced:
-        return ""
-    path, label = misplaced[0]
-    return (
-        f" {len(misplaced)} label files stand beside their images, such as {path}: move them to "
-        f"{os.path.dirname(label)}."
-    )
+    if misplaced:
+        path, label = misplaced[0]
+        why += (
+            f" {len(misplaced)} label files stand beside their images, such as {path}: move them to "
+            f"{os.path.dirname(label)}."
+        )
+    return why
 
 
-def _refuse_keypoints(table: LabelTable, spec: _Classes | None) -> None:
-    """Refuses polygons that are boxes with keypoints, `class x y w h` and x, y or x, y, visibility of each.
-
-    Raises:
-        UserError: telling how to say that they are, and how that they are not.
-    """
+def _refuse_keypoints(table: LabelTable, spec: DataSpec | None) -> None:
+    """Refuses polygons that are boxes with keypoints, `class x y w h` and x, y or x, y, visibility of each."""
     counts = np.diff(table.seg_offsets)
     rows = np.flatnonzero(counts)
     if not len(rows) or counts[rows].max() != counts[rows].min():
@@ -770,30 +694,18 @@ def _numbers_of_keypoints(values: np.ndarray) -> int:
     return 0
 
 
-def check_classes(table: LabelTable, spec: _Classes) -> None:
-    """Checks that every class id is below the data set's number of classes.
-
-    Raises:
-        UserError: naming the class, the allowed range, the file and its line.
-    """
+def check_classes(table: LabelTable, spec: DataSpec) -> None:
+    """Refuses a class id that is not below the data set's number of classes, with its file and line."""
     beyond = np.flatnonzero(table.rows[:, 0] >= spec.nc)
     if not len(beyond):
         return
-    row = beyond[0]
-    label = int(table.rows[row, 0])
-    path = image_to_label_path(table.image_paths[int(np.searchsorted(table.offsets, row, side="right")) - 1])
+    label = int(table.rows[beyond[0], 0])
+    path = image_to_label_path(table.image_paths[int(np.searchsorted(table.offsets, beyond[0], side="right")) - 1])
+    lines = enumerate(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1)
+    number = next((number for number, line in lines if line.split() and float(line.split()[0]) == label), None)
     owner = f" of {spec.source}" if spec.source else ""
     more = f" ({len(beyond)} such labels in all)" if len(beyond) > 1 else ""
     raise UserError(
-        f"Label class {label} exceeds nc={spec.nc}: allowed are 0 to {spec.nc - 1}. Found in {path}"
-        f"{_line_of_class(path, label)}{more}. Fix the label or the names{owner}."
+        f"Label class {label} exceeds nc={spec.nc}: allowed are 0 to {spec.nc - 1}. Found in {path}, line {number}"
+        f"{more}. Fix the label or the names{owner}."
     )
-
-
-def _line_of_class(path: str, label: int) -> str:
-    """Says which line of a label file first has this class."""
-    for number, line in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        tokens = line.split()
-        if tokens and float(tokens[0]) == label:
-            return f", line {number}"
-    return ""

@@ -343,8 +343,8 @@ def test_processes_find_the_same_as_this_one(tmp_path, monkeypatch):
 def test_a_spawned_process_can_scan(tmp_path):
     images = list_images([make_set(tmp_path, ["0 0.5 0.5 0.1 0.1\n", None])])
     context = multiprocessing.get_context("spawn")  # what Windows and macOS use
-    (part,) = process_map(labels_module.scan_chunk, [images], 2, context)
-    assert part.counts == (1, 1, 0, 0, 2) and part.labels[0].rows[0, :3].tolist() == [0, 0.5, 0.5]
+    ((table, problems),) = process_map(labels_module.scan_chunk, [images], 2, context)
+    assert table.counts == (1, 1, 0, 0, 2) and table.rows[0, :3].tolist() == [0, 0.5, 0.5] and not problems
 
 
 def test_subset_keeps_labels_and_polygons_with_their_images(tmp_path):
