@@ -85,31 +85,13 @@ def test_every_other_change_is_noticed(images, tmp_path, change):
     assert key_of(images) != before
 
 
-def damage(path, how):
-    content = path.read_bytes()
-    if how == "cut":
-        path.write_bytes(content[: len(content) // 2])
-    elif how == "flipped":
-        at = content.index(np.float32(0.1).tobytes())
-        path.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "text":
-        path.write_text("not a cache")
-    elif how == "pickle":
-        path.write_bytes(pickle.dumps({"version": 0.6}))
-    elif how == "single array":
-        with open(path, "wb") as file:
-            np.save(file, np.zeros(3))
-    elif how == "empty zip":
-        zipfile.ZipFile(path, "w").close()
-
-
-@pytest.mark.parametrize("how", ["cut", "flipped", "empty", "text", "pickle", "single array", "empty zip"])
-def test_a_damaged_cache_is_named_and_made_anew(images, scans, tmp_path, caplog, how):
-    expected = load_labels([images])
-    path = tmp_path / "labels" / "train.cache.npz"
-    damage(path, how)
+@pytest.mark.parametrize("how", ["text", "single array", "empty zip"])
+def test_what_is_no_archive_of_arrays_is_named_and_made_anew(images, scans, tmp_path, caplog, how):
+    expected, path = load_labels([images]), tmp_path / "labels" / "train.cache.npz"
+    with open(path, "wb") as file:
+        file.write(b"not a cache") if how == "text" else None
+        np.save(file, np.zeros(3)) if how == "single array" else None
+        zipfile.ZipFile(file, "w").close() if how == "empty zip" else None
     with caplog.at_level(logging.WARNING, logger="yolov5"):
         table = load_labels([images])
     assert_same(expected, table)
@@ -154,16 +136,6 @@ def test_an_array_header_that_is_no_python_literal_is_damage(tmp_path, header):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("key.npy", b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode())
     assert read_cache(path, "any") is None
-
-
-def test_a_cache_that_holds_a_pickle_is_never_unpickled(images, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    path = tmp_path / "labels.cache.npz"
-    np.savez(path, key=np.array([Trap()]), allow_pickle=True)
-    assert read_cache(path, "any") is None and not (tmp_path / "ran").exists()
 
 
 def test_a_disk_that_fills_up_leaves_the_former_cache_and_no_other_file(images, tmp_path, monkeypatch):
@@ -211,9 +183,6 @@ def test_each_combination_of_sources_has_a_place_of_its_own(tmp_path):
     assert cache_location([tmp_path / "list.v2.txt"]) == tmp_path / "list.v2.cache.npz"
     places = {cache_location(sources) for sources in ([a], [b], [a, b], [b, a], [plain, b], [a, plain])}
     assert len(places) == 6
-
-
-# --------------------------------------------------------------------------------------- what killed processes leave
 
 
 def test_what_a_killed_process_left_is_removed_once_it_is_a_day_old(images, tmp_path):
