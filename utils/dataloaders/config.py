@@ -61,26 +61,6 @@ class DataSpec:
         return len(self.names)
 
 
-class _Layout(NamedTuple):
-    """Where a YAML says the data is: each split's entries as written, and the folders they may lie in."""
-
-    label: str  # what messages call the description
-    entries: dict[str, list[str]]
-    roots: list[Path]  # the YAML's own folder comes first
-    rooted: bool  # one root holds for all splits (`path:` is given)
-    home: Path  # the root below the repository, into which missing data is fetched
-    convert: str | None
-    hint: str  # a misspelt key that may be why data is not found
-
-
-class _Found(NamedTuple):
-    """The folders that were found, and all places that were looked at, by split."""
-
-    root: Path
-    paths: dict[str, tuple[Path, ...]]
-    missing: dict[str, list[Path]]
-
-
 def load_spec(
     data: str | Path | Mapping[str, Any], need: Sequence[str] = ("train", "val"), download: bool = True
 ) -> DataSpec:
@@ -103,26 +83,32 @@ def load_spec(
     label = str(source or "The data set")
     if not isinstance(content, Mapping):
         raise UserError(f"{label}: 'train:', 'val:' and 'names:' are expected, not {type(content).__name__}.")
-    _check_names_key(content, label)
+    lists = {key: value for key, value in content.items() if isinstance(value, (list, Mapping))}
+    if content.get("names") is None and (hint := _misspelt(lists, ("names",))):
+        raise UserError(f"{label}: has no 'names:'.{hint}")  # with `nc:` alone the classes would get other names
     names = parse_names(content.get("names"), content.get("nc"), label)
     kpt_shape = _parse_kpt_shape(content.get("kpt_shape"), label)
-    layout = _layout(content, source, label, need)
-    found = _find(layout, need)
-    if found.missing:
-        _obtain(content, layout, names, found, download)
-        found = _find(layout, need)
-        if found.missing:
-            raise UserError(_not_found(layout, found, "What was fetched does not hold it either."))
-    _say_what_is_there_twice(layout, found, need)
-    return DataSpec(source, found.root, names=names, kpt_shape=kpt_shape, **found.paths)
+    layout = _Layout(content, source, label, need)
+    root, paths, missing = layout.find(need)
+    if missing:
+        _obtain(layout, names, missing, download)
+        root, paths, missing = layout.find(need)
+        if missing:
+            raise UserError(layout.not_found(missing, "What was fetched does not hold it either."))
+    layout.warn_of_doubles(paths, need)
+    return DataSpec(source, root, names=names, kpt_shape=kpt_shape, **paths)
 
 
 def _read(data: str | Path | Mapping[str, Any], download: bool) -> tuple[Path | None, Any]:
-    """Returns the YAML file and its content."""
+    """Returns the YAML file and its content; one on the web is kept in the working folder."""
     if isinstance(data, Mapping):
         return None, data
     if str(data).startswith(("http://", "https://")):
-        data = _fetch_description(str(data), download)
+        url, data = str(data), Path(file_name_of(str(data)))
+        if not data.exists():
+            if not download:
+                raise UserError(f"--data {url}: downloads are off. Fetch the file yourself and give its path.")
+            data = download_file(url, data)
     if str(data).lower().endswith(".zip"):
         path = _unpack_description(Path(data))
         content = read_yaml(path, as_text=("names",))
@@ -133,18 +119,8 @@ def _read(data: str | Path | Mapping[str, Any], download: bool) -> tuple[Path | 
     return path, read_yaml(path, as_text=("names",))
 
 
-def _fetch_description(url: str, download: bool) -> Path:
-    """Downloads a YAML or zip into the working folder, unless a file of its name is there already."""
-    target = Path(file_name_of(url))
-    if target.exists():
-        return target
-    if not download:
-        raise UserError(f"--data {url}: downloads are off. Fetch the file yourself and give its path.")
-    return download_file(url, target)
-
-
 def _unpack_description(archive: Path) -> Path:
-    """Unpacks a zipped data set into its folder among the data sets and returns the YAML in it."""
+    """Unpacks a zipped data set into its folder among the data sets, once, and returns the YAML in it."""
     if not os.path.isfile(archive):
         raise UserError(f"--data '{archive}': no such file.")
     files = {member.name: member.size for member in list_members(archive) if not member.is_folder}
@@ -153,7 +129,8 @@ def _unpack_description(archive: Path) -> Path:
         raise UserError(f"--data '{archive}': holds no YAML file that describes the data set.")
     own_folder = all(name.startswith(f"{archive.stem}/") for name in files)
     folder = DATASETS_DIR if own_folder else DATASETS_DIR / archive.stem
-    if not all(_has_size(folder / name, size) for name, size in files.items()):
+    sizes = [(folder / name, size) for name, size in files.items()]
+    if not all(path.is_file() and path.stat().st_size == size for path, size in sizes):
         if (DATASETS_DIR / archive.stem).exists():
             raise UserError(
                 f"--data '{archive}': {DATASETS_DIR / archive.stem} exists and holds other files. Move it away, or "
@@ -161,11 +138,6 @@ def _unpack_description(archive: Path) -> Path:
             )
         unpack(archive, folder)
     return folder / min(yamls, key=lambda name: (name.count("/"), name))
-
-
-def _has_size(path: Path, size: int) -> bool:
-    """Says whether a file of that size is there."""
-    return path.is_file() and path.stat().st_size == size
 
 
 def parse_names(names: Any, nc: Any, label: str) -> dict[int, str]:
@@ -208,7 +180,6 @@ def parse_names(names: Any, nc: Any, label: str) -> dict[int, str]:
 
 
 def _ordered_names(names: Mapping[Any, Any], label: str) -> list[Any]:
-    """Returns the names of an id-to-name mapping in the ids' order."""
     by_id: dict[int, Any] = {}
     for key, name in names.items():
         if isinstance(key, bool) or not str(key).strip().isdecimal():
@@ -225,7 +196,6 @@ def _ordered_names(names: Mapping[Any, Any], label: str) -> list[Any]:
 
 
 def _parse_kpt_shape(value: Any, label: str) -> tuple[int, int] | None:
-    """Reads `kpt_shape`, two whole numbers."""
     if value is None:
         return None
     numbers = value if isinstance(value, (list, tuple)) and all(type(number) is int for number in value) else ()
@@ -237,24 +207,104 @@ def _parse_kpt_shape(value: Any, label: str) -> tuple[int, int] | None:
     return numbers[0], numbers[1]
 
 
-def _layout(content: Mapping[str, Any], source: Path | None, label: str, need: Sequence[str]) -> _Layout:
-    """Reads `path`, the splits, `convert` and `generate`."""
-    base = content.get("path")
-    if base is not None and not _is_path(base):
-        raise UserError(f"{label}: 'path: {shown(base)}' must be a folder.{_escape_hint(base)}")
-    entries = {split: _entries(content.get(split), split, label) for split in SPLITS}
-    for split in need:
-        if not entries[split]:
-            hint = _misspelt(content, (split,))
-            raise UserError(f"{label}: has no '{split}:' (a folder of images, a list file, or a list of these).{hint}")
-    _check_choice("convert", content.get("convert"), CONVERTERS, label)
-    _check_choice("generate", content.get("generate"), GENERATORS, label)
-    folder = source.parent if source else Path.cwd()
-    path = Path(os.path.expanduser(native_separators(base or ".")))  # "~no-such-user" stays as it is
-    own, home, parent = (Path(os.path.normpath(start / path)) for start in (folder, ROOT, folder.parent))
-    roots = list(dict.fromkeys((own, home, parent)))  # absolute: all the same
-    hint = _misspelt(content, ("path", "download", "convert", "generate"))
-    return _Layout(label, entries, roots, base is not None, home, content.get("convert"), hint)
+class _Layout:
+    """Where a YAML says the data is, and where it is looked for."""
+
+    def __init__(self, content: Mapping[str, Any], source: Path | None, label: str, need: Sequence[str]) -> None:
+        """Reads `path`, the splits, `download`, `convert` and `generate`."""
+        self.label = label  # what messages call the description
+        base = content.get("path")
+        if base is not None and not _is_path(base):
+            raise UserError(f"{label}: 'path: {shown(base)}' must be a folder.{_escape_hint(base)}")
+        self.entries = {split: _entries(content.get(split), split, label) for split in SPLITS}
+        for split in need:
+            if not self.entries[split]:
+                hint = _misspelt(content, (split,))
+                raise UserError(
+                    f"{label}: has no '{split}:' (a folder of images, a list file, or a list of these).{hint}"
+                )
+        for key, table in (("convert", CONVERTERS), ("generate", GENERATORS)):
+            value = content.get(key)
+            if value is not None and not (isinstance(value, str) and value in table):
+                near = did_you_mean(shown(value), table)
+                raise UserError(f"{label}: '{key}: {shown(value)}' is unknown; there are {', '.join(table)}.{near}")
+        self.convert, self.generate, self.download = map(content.get, ("convert", "generate", "download"))
+        folder = source.parent if source else Path.cwd()
+        path = Path(os.path.expanduser(native_separators(base or ".")))  # "~no-such-user" stays as it is
+        own, self.home, parent = (Path(os.path.normpath(start / path)) for start in (folder, ROOT, folder.parent))
+        self.roots = list(dict.fromkeys((own, self.home, parent)))  # absolute: all the same
+        self.rooted = base is not None  # one root holds for all splits
+        self.hint = _misspelt(content, ("path", "download", "convert", "generate"))
+
+    def find(self, need: Sequence[str]) -> tuple[Path, dict[str, tuple[Path, ...]], dict[str, list[Path]]]:
+        """Looks for the splits: with `path:` under the first root that holds all that are needed, else one by one.
+
+        Returns:
+            The root, the splits' folders and files, and where those of `need` that are missing were looked for.
+        """
+        roots: dict[str, Path] = {}
+        missing: dict[str, list[Path]] = {}
+        for group in [tuple(need)] if self.rooted else [(split,) for split in need]:
+            root = next((root for root in self.roots if all(self._ready(split, root) for split in group)), None)
+            for split in group:
+                roots[split] = root or self.roots[0]
+                if root is None:
+                    missing[split] = self._tried(split)
+        nowhere = [split for split in missing if not any(self._ready(split, root) for root in self.roots)]
+        main = roots[need[0]] if need else self.roots[0]
+        paths = {}
+        for split in SPLITS:
+            root = roots.get(split, main)
+            first = tuple(self._places(entry, root)[0] for entry in self.entries[split])
+            paths[split] = self._ready(split, root) or first
+        return main, paths, {split: missing[split] for split in nowhere or missing}
+
+    def warn_of_doubles(self, paths: Mapping[str, tuple[Path, ...]], need: Sequence[str]) -> None:
+        """Warns where a split's entry means several folders or files that are there."""
+        for split in need:
+            for entry, taken in zip(self.entries[split], paths[split], strict=True):
+                places = [place for root in self.roots for place in self._places(entry, root)]
+                other = next((p for p in places if self._is_ready(p) and not os.path.samefile(p, taken)), None)
+                if other:
+                    LOGGER.warning(
+                        f"WARNING: {self.label}: '{split}: {entry}' is there twice: {taken} is taken, not {other}. "
+                        "An absolute 'path:' chooses."
+                    )
+                    break
+
+    def not_found(self, missing: Mapping[str, list[Path]], hint: str) -> str:
+        """Words which splits are missing and where they were looked for."""
+        splits = "; ".join(f"'{split}' is at none of {', '.join(map(str, tried))}" for split, tried in missing.items())
+        advice = hint or "Put the data there, or mend 'path:' and the splits."
+        return f"Dataset not found. {self.label}: {splits}. {advice}{self.hint}"
+
+    def _places(self, entry: str, root: Path) -> list[Path]:
+        """Returns where an entry may be under `root`: `../train/images` of Roboflow's YAMLs means `train/images`."""
+        places = [root / os.path.expanduser(entry)]
+        if entry.startswith(("../", f"..{os.sep}")):
+            beside_yaml = root == self.roots[0] and not self.rooted
+            places.insert(0 if beside_yaml else 1, root / entry[3:])
+        return [Path(os.path.normpath(place)) for place in places]
+
+    def _ready(self, split: str, root: Path) -> tuple[Path, ...]:
+        """Returns a split's folders and list files if all of them are there under `root`, else nothing."""
+        entries = self.entries[split]
+        found = [next(filter(self._is_ready, self._places(entry, root)), None) for entry in entries]
+        return () if None in found else tuple(found)
+
+    def _is_ready(self, place: Path) -> bool:
+        if self.convert and os.path.isdir(place):  # images that are yet to be converted lack their folder of labels
+            return os.path.isdir(Path(image_to_label_path(place / "image.jpg")).parent)
+        return os.path.isdir(place) or os.path.isfile(place)  # a pipe or a device would be read without end
+
+    def _tried(self, split: str) -> list[Path]:
+        """Returns every place where the first missing entry of a split was looked for."""
+        tried: list[Path] = []
+        for entry in self.entries[split]:
+            tried = [place for root in self.roots for place in self._places(entry, root)]
+            if not any(map(self._is_ready, tried)):
+                break
+        return list(dict.fromkeys(tried))
 
 
 def _entries(value: Any, split: str, label: str) -> list[str]:
@@ -268,24 +318,7 @@ def _entries(value: Any, split: str, label: str) -> list[str]:
     return [native_separators(item.strip()) for item in values]
 
 
-def _check_choice(key: str, value: Any, table: Mapping[str, Any], label: str) -> None:
-    """Refuses an unknown value of `convert` or `generate`."""
-    if value is not None and not (isinstance(value, str) and value in table):
-        raise UserError(
-            f"{label}: '{key}: {shown(value)}' is unknown; there are {', '.join(table)}."
-            f"{did_you_mean(shown(value), table)}"
-        )
-
-
-def _check_names_key(content: Mapping[str, Any], label: str) -> None:
-    """Refuses a misspelt `names:`, for with `nc:` alone the classes would get other names."""
-    hint = _misspelt({key: value for key, value in content.items() if isinstance(value, (list, Mapping))}, ("names",))
-    if content.get("names") is None and hint:
-        raise UserError(f"{label}: has no 'names:'.{hint}")
-
-
 def _is_path(value: Any) -> bool:
-    """Says whether a value may name a folder or a file."""
     return isinstance(value, str) and len(value) <= MAX_PATH and not UNPRINTABLE.search(value)
 
 
@@ -302,123 +335,34 @@ def _misspelt(content: Mapping[str, Any], wanted: Sequence[str]) -> str:
     return next((f" Found '{shown(key)}:'.{hint}" for key, hint in hints if hint), "")
 
 
-def _find(layout: _Layout, need: Sequence[str]) -> _Found:
-    """Looks for the splits: with `path:` under the first root that holds all that are needed, else one by one."""
-    groups = [tuple(need)] if layout.rooted else [(split,) for split in need]
-    roots: dict[str, Path] = {}
-    missing: dict[str, list[Path]] = {}
-    for group in groups:
-        root = next((root for root in layout.roots if all(_resolve(layout, split, root) for split in group)), None)
-        for split in group:
-            roots[split] = root or layout.roots[0]
-            if root is None:
-                missing[split] = _tried(layout, split)
-    if layout.rooted and missing:  # name only the splits that no root has
-        missing = {
-            split: places
-            for split, places in missing.items()
-            if not any(_resolve(layout, split, root) for root in layout.roots)
-        } or missing
-    main = roots[need[0]] if need else layout.roots[0]
-    paths = {}
-    for split in SPLITS:
-        root = roots.get(split, main)
-        paths[split] = _resolve(layout, split, root) or tuple(
-            _places(layout, entry, root)[0] for entry in layout.entries[split]
-        )
-    return _Found(main, paths, missing)
-
-
-def _say_what_is_there_twice(layout: _Layout, found: _Found, need: Sequence[str]) -> None:
-    """Warns where a split's entry means several folders or files that are there."""
-    for split in need:
-        for entry, taken in zip(layout.entries[split], found.paths[split], strict=True):
-            places = [place for root in layout.roots for place in _places(layout, entry, root)]
-            other = next((p for p in places if _is_ready(p, layout.convert) and not os.path.samefile(p, taken)), None)
-            if other:
-                LOGGER.warning(
-                    f"WARNING: {layout.label}: '{split}: {entry}' is there twice: {taken} is taken, not {other}. "
-                    "An absolute 'path:' chooses."
-                )
-                break
-
-
-def _places(layout: _Layout, entry: str, root: Path) -> list[Path]:
-    """Returns where an entry may be under `root`: `../train/images` of Roboflow's YAMLs means `train/images`."""
-    places = [root / os.path.expanduser(entry)]
-    if entry.startswith(("../", f"..{os.sep}")):
-        beside_yaml = root == layout.roots[0] and not layout.rooted
-        places.insert(0 if beside_yaml else 1, root / entry[3:])
-    return [Path(os.path.normpath(place)) for place in places]
-
-
-def _resolve(layout: _Layout, split: str, root: Path) -> tuple[Path, ...]:
-    """Returns a split's folders and list files if all of them are ready under `root`, else nothing."""
-    found = []
-    for entry in layout.entries[split]:
-        place = next((place for place in _places(layout, entry, root) if _is_ready(place, layout.convert)), None)
-        if place is None:
-            return ()
-        found.append(place)
-    return tuple(found)
-
-
-def _is_ready(place: Path, convert: str | None) -> bool:
-    """Says whether a split is there; images that are yet to be converted lack their folder of labels."""
-    if convert and os.path.isdir(place):
-        return os.path.isdir(Path(image_to_label_path(place / "image.jpg")).parent)
-    return os.path.isdir(place) or os.path.isfile(place)  # a pipe or a device would be read without end
-
-
-def _tried(layout: _Layout, split: str) -> list[Path]:
-    """Returns every place where the first missing entry of a split was looked for."""
-    tried: list[Path] = []
-    for entry in layout.entries[split]:
-        tried = [place for root in layout.roots for place in _places(layout, entry, root)]
-        if not any(_is_ready(place, layout.convert) for place in tried):
-            break
-    return list(dict.fromkeys(tried))
-
-
-def _obtain(content: Mapping[str, Any], layout: _Layout, names: dict[int, str], found: _Found, download: bool) -> None:
+def _obtain(layout: _Layout, names: dict[int, str], missing: Mapping[str, list[Path]], download: bool) -> None:
     """Gets missing data in the way that the YAML names, or says why not."""
     refusal = ""
     archives: list[Source] = []
-    if content.get("download") is not None:
-        try:
-            archives, refusal = parse_download(content["download"])
-        except UserError as error:
-            reason = str(error) if "download" in str(error) else f"'download:' {error}"
-            raise UserError(_not_found(layout, found, shown(reason, 400))) from error
+    try:
+        if layout.download is not None:
+            archives, refusal = parse_download(layout.download)
+    except UserError as error:
+        reason = str(error) if "download" in str(error) else f"'download:' {error}"
+        raise UserError(layout.not_found(missing, shown(reason, 400))) from error
     if archives and not download:
         archives, refusal = [], "Downloads are off, so its 'download:' addresses were not used."
-    generate = content.get("generate")
-    if not (archives or generate or layout.convert):
-        raise UserError(_not_found(layout, found, refusal))
-    need = list(found.missing)
-    try:
-        complete = obtain(
-            layout.home,
-            names,
-            archives,
-            layout.convert,
-            generate,
-            is_complete=lambda: not _find(layout, need).missing,
-            folders=layout.roots,
-        )
-    except UserError as error:
-        raise UserError(_not_found(layout, found, str(error))) from error
+    complete = False
+    if archives or layout.generate or layout.convert:
+        try:
+            complete = obtain(
+                layout.home,
+                names,
+                archives,
+                layout.convert,
+                layout.generate,
+                is_complete=lambda: not layout.find(list(missing))[2],
+                folders=layout.roots,
+            )
+        except UserError as error:
+            raise UserError(layout.not_found(missing, str(error))) from error
     if not complete:
-        raise UserError(_not_found(layout, found, refusal))
-
-
-def _not_found(layout: _Layout, found: _Found, hint: str) -> str:
-    """Words which splits are missing and where they were looked for."""
-    splits = "; ".join(
-        f"'{split}' is at none of {', '.join(map(str, places))}" for split, places in found.missing.items()
-    )
-    advice = hint or "Put the data there, or mend 'path:' and the splits."
-    return f"Dataset not found. {layout.label}: {splits}. {advice}{layout.hint}"
+        raise UserError(layout.not_found(missing, refusal))
 
 
 # name -> module and function, imported when used; a generator is called with the folder to fill,
@@ -473,7 +417,6 @@ def parse_download(value: Any) -> tuple[list[Source], str]:
 
 
 def _source_of(item: Mapping[Any, Any]) -> Source:
-    """Reads one mapping under `download:`."""
     unknown = [str(key) for key in item if key not in _KEYS]
     if unknown or not all(isinstance(value, str) for value in item.values()) or "url" not in item:
         raise UserError(f"'download:' takes text under {', '.join(sorted(_KEYS))} ('url' at least), not {dict(item)}.")
@@ -555,11 +498,7 @@ def is_data(name: str) -> bool:
 
 
 def _check_place(folder: Path) -> None:
-    """Refuses to fetch data into hidden folders, where programs keep what they do.
-
-    Raises:
-        UserError: naming the folder.
-    """
+    """Refuses to fetch data into hidden folders, where programs keep what they do."""
     place = folder.resolve()
     if place.is_relative_to(ROOT.parent):
         place = place.relative_to(ROOT.parent)
@@ -568,7 +507,6 @@ def _check_place(folder: Path) -> None:
 
 
 def _convert(convert: str, folder: Path, names: Mapping[int, str]) -> None:
-    """Runs a converter on a folder; errors of the disk in words."""
     try:
         load_function(CONVERTERS[convert])(folder, names)
     except OSError as error:
