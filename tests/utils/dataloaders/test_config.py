@@ -1,4 +1,4 @@
-"""Data set YAMLs: all forms that are read, where folders are looked for, what is fetched; bad ones: test_bad_yaml.py."""
+"""Data set YAMLs: all forms that are read, where folders are looked for, what is fetched; bad: test_bad_yaml.py."""
 
 import hashlib
 import logging
