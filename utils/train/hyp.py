@@ -27,14 +27,12 @@ class Range(NamedTuple):
     low_open: bool = False
     high_open: bool = False
 
-    def holds(self, value: float) -> bool:
-        """Tells whether `value` is finite and lies inside."""
+    def __contains__(self, value: float) -> bool:
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
         return math.isfinite(value) and above and below
 
     def __str__(self) -> str:
-        """Reads as in "more than 0 and at most 1"."""
         lower = f"{'more than' if self.low_open else 'at least'} {self.low:g}"
         upper = f" and {'below' if self.high_open else 'at most'} {self.high:g}" if self.high < math.inf else ""
         return lower + upper
@@ -47,7 +45,7 @@ _BELOW_ONE = Range(0.0, 1.0, high_open=True)
 
 
 def _key(allowed: Range, **default: Any) -> Any:
-    """Declares one hyperparameter with its allowed range; without `default` a file must hold it."""
+    """Declares one hyperparameter; without `default` a file must hold it."""
     return field(metadata={"range": allowed}, **default)
 
 
@@ -94,20 +92,15 @@ class Hyp:
     key_order: tuple[str, ...] = field(default=(), repr=False, compare=False)  # as the file had them, for to_dict
 
     def __post_init__(self) -> None:
-        """Checks every value against its range."""
         for name, entry in _KEYS.items():
             value = getattr(self, name)
-            if value is not None and not entry.metadata["range"].holds(value):
+            if value is not None and value not in entry.metadata["range"]:
                 finite = "" if math.isfinite(value) else "finite, "
                 raise UserError(f"hyperparameter '{name}' is {value:g}; it must be {finite}{entry.metadata['range']}.")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Hyp:
-        """Reads a hyperparameter file.
-
-        Raises:
-            UserError: a key that is unknown (the nearest is named), missing, not a number or out of range; no mapping.
-        """
+        """Reads a hyperparameter file; errors as of `from_dict`."""
         return cls.from_dict(read_yaml(path), source=str(path))
 
     @classmethod
@@ -115,15 +108,18 @@ class Hyp:
         """Makes a `Hyp` of a mapping as files and checkpoints hold it; `source` names it in messages.
 
         Raises:
-            UserError: as for `from_yaml`.
+            UserError: a key that is unknown (the nearest is named), missing, not a number or out of range; no mapping.
         """
         if not isinstance(values, Mapping):
             raise UserError(f"{source}: lines of 'key: value' are expected, found {type(values).__name__}.")
-        for name in values:
+        for name, value in values.items():
             if name not in _KEYS:
                 hint = did_you_mean(str(name)[:80], _KEYS)
                 raise UserError(f"{source}: unknown hyperparameter {name!r:.80}.{hint}")
-        missing = [name for name in _REQUIRED if name not in values]
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number and not (value is None and name == "anchors"):
+                raise UserError(f"{source}: hyperparameter '{name}' is {value!r:.80}; a number is expected.")
+        missing = [name for name, entry in _KEYS.items() if entry.default is dataclasses.MISSING and name not in values]
         if missing:
             raise UserError(
                 f"{source}: missing hyperparameter{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
@@ -131,11 +127,11 @@ class Hyp:
             )
         if "copy_paste" not in values:  # the releases before 6.0 had no such key
             LOGGER.info(f"{source}: no copy_paste, using {_KEYS['copy_paste'].default:g}")
-        for name, usual in _UNUSED.items():
-            if values[name] != usual:
-                LOGGER.warning(f"WARNING: {source}: {name} has no effect, as in YOLOv5")
-        numbers = {name: _number(name, value, source) for name, value in values.items()}
+        if values["iou_t"] != UNUSED_IOU_T:
+            LOGGER.warning(f"WARNING: {source}: iou_t has no effect, as in YOLOv5")
         try:
+            # by way of text a whole number beyond float's range is infinite, and refused as such
+            numbers = {name: None if value is None else float(str(value)) for name, value in values.items()}
             return cls(**numbers, key_order=tuple(values))
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
@@ -163,17 +159,4 @@ class Hyp:
 
 
 _KEYS: dict[str, dataclasses.Field] = {entry.name: entry for entry in dataclasses.fields(Hyp) if entry.metadata}
-_UNUSED = {"iou_t": 0.2}  # keys that files have and nothing reads, with the value that YOLOv5's files give them
-_REQUIRED = tuple(name for name, entry in _KEYS.items() if entry.default is dataclasses.MISSING)
-
-
-def _number(name: str, value: Any, source: str) -> float | None:
-    """Returns a file's value as a float; an empty `anchors:` is None."""
-    if value is None and name == "anchors":
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{source}: hyperparameter '{name}' is {value!r:.80}; a number is expected.")
-    try:
-        return float(value)
-    except OverflowError as error:  # a whole number of more than 300 digits
-        raise UserError(f"{source}: hyperparameter '{name}' has too many digits; a number is expected.") from error
+UNUSED_IOU_T = 0.2  # what YOLOv5's files give the key that nothing reads

@@ -14,52 +14,37 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from utils.errors import UserError, did_you_mean
 from utils.log import LOGGER, colorstr
 from utils.train.hyp import Hyp
 
 WARMUP_FLOOR = 100  # iterations of warm-up at least
-NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.GroupNorm,
-    nn.LayerNorm,
-)
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # the first: batch and instance norms
+OPTIMIZERS = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 
 
-class ParameterGroups(NamedTuple):
-    """The three groups of an optimizer, in its order; every parameter of a model is in one, by name."""
+def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], ...]:
+    """Sorts a model's parameters, frozen ones too, by name into an optimizer's three groups.
 
-    undecayed: dict[str, nn.Parameter]  # weights of normalisation, vectors and scalars
-    weights: dict[str, nn.Parameter]  # the only group with weight decay
-    biases: dict[str, nn.Parameter]  # has a learning rate of its own during warm-up
-
-    def names(self) -> list[str]:
-        """Returns all names in the optimizer's order."""
-        return [name for group in self for name in group]
-
-
-def parameter_groups(model: nn.Module) -> ParameterGroups:
-    """Sorts a model's parameters, frozen ones too, by how they are decayed."""
-    groups = ParameterGroups({}, {}, {})
+    Returns:
+        Weights of normalisation, vectors and scalars; the other weights, which alone are decayed; biases, which have a
+        learning rate of their own during the warm-up.
+    """
+    undecayed, weights, biases = {}, {}, {}
     norms = [module for module in model.modules() if isinstance(module, NORMS)]
     of_norms = {id(parameter) for module in norms for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
         vector = sum(side > 1 for side in parameter.shape) < 2  # (1, channels, 1, 1) is one number a channel
         named_weight = name.endswith("weight") and parameter.ndim > 1
         if name.endswith("bias"):
-            groups.biases[name] = parameter
+            biases[name] = parameter
         elif id(parameter) in of_norms or (vector and not named_weight):
-            groups.undecayed[name] = parameter
+            undecayed[name] = parameter
         else:
-            groups.weights[name] = parameter
-    return groups
+            weights[name] = parameter
+    return undecayed, weights, biases
 
 
 def accumulation(hyp: Hyp, batch_size: int) -> int:
@@ -70,23 +55,6 @@ def accumulation(hyp: Hyp, batch_size: int) -> int:
 def scaled_weight_decay(hyp: Hyp, batch_size: int) -> float:
     """Returns the decay for the images that a step really holds; `weight_decay` is meant for the nominal batch."""
     return hyp.weight_decay * batch_size * accumulation(hyp, batch_size) / hyp.nominal_batch
-
-
-def _momentum_options(momentum: float) -> dict[str, Any]:
-    """Returns SGD's options."""
-    return {"momentum": momentum, "nesterov": momentum > 0}
-
-
-def _beta_options(momentum: float) -> dict[str, Any]:
-    """Returns the options of Adam and AdamW."""
-    return {"betas": (momentum, 0.999)}
-
-
-OPTIMIZERS = {
-    "SGD": (torch.optim.SGD, _momentum_options),
-    "Adam": (torch.optim.Adam, _beta_options),
-    "AdamW": (torch.optim.AdamW, _beta_options),
-}
 
 
 def build_optimizer(
@@ -106,18 +74,17 @@ def build_optimizer(
     """
     if name not in OPTIMIZERS:
         raise UserError(f"--optimizer {name}: choose one of {', '.join(OPTIMIZERS)}.{did_you_mean(name, OPTIMIZERS)}")
-    groups = parameter_groups(model)
+    undecayed, weights, biases = groups = parameter_groups(model)
     settings = [
         {"params": list(group.values()), "weight_decay": decay}
         for group, decay in zip(groups, (0.0, weight_decay, 0.0), strict=True)
     ]
-    kind, options = OPTIMIZERS[name]
-    optimizer = kind(settings, lr=lr, **options(momentum))
+    own = {"momentum": momentum, "nesterov": momentum > 0} if name == "SGD" else {"betas": (momentum, 0.999)}
     LOGGER.info(
-        f"{colorstr('optimizer:')} {name} with parameter groups {len(groups.undecayed)} weight (no decay), "
-        f"{len(groups.weights)} weight, {len(groups.biases)} bias"
+        f"{colorstr('optimizer:')} {name} with parameter groups {len(undecayed)} weight (no decay), "
+        f"{len(weights)} weight, {len(biases)} bias"
     )
-    return optimizer
+    return OPTIMIZERS[name](settings, lr=lr, **own)
 
 
 def optimizer_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -148,24 +115,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sav
     for name, memory in saved["state"].items():
         if name not in parameters:
             raise UserError(f"the checkpoint's optimizer state is of another model: this one has no '{name}'.")
-        _check_shapes(name, memory, parameters[name])
-    index = {name: number for number, name in enumerate(parameter_groups(model).names())}
-    optimizer.load_state_dict(
-        {
-            "state": {index[name]: memory for name, memory in saved["state"].items()},
-            "param_groups": optimizer.state_dict()["param_groups"],
-        }
-    )
-
-
-def _check_shapes(name: str, memory: Mapping[str, Any], parameter: Tensor) -> None:
-    """Refuses the memory of a parameter of another shape."""
-    for key, value in memory.items():
-        if isinstance(value, Tensor) and value.ndim > 0 and value.shape != parameter.shape:
-            raise UserError(
-                f"the checkpoint's optimizer state is of another model: {key} of '{name}' has the shape "
-                f"{tuple(value.shape)}, the parameter {tuple(parameter.shape)}."
-            )
+        shape = parameters[name].shape
+        for key, value in memory.items():
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape != shape:
+                raise UserError(
+                    f"the checkpoint's optimizer state is of another model: {key} of '{name}' has the shape "
+                    f"{tuple(value.shape)}, the parameter {tuple(shape)}."
+                )
+    names = [name for group in parameter_groups(model) for name in group]
+    state = {index: saved["state"][name] for index, name in enumerate(names) if name in saved["state"]}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class StepSettings(NamedTuple):
@@ -204,29 +163,20 @@ class Schedule:
         The warm-up runs in straight lines to the epoch's learning rate. What it ends at holds until the epoch is
         over; every later epoch has the rate of the one before it, as YOLOv5's scheduler is one step behind.
         """
-        iteration, warmup = epoch * self.batches + batch, self.warmup_iterations
-        if iteration <= warmup:
-            return self._warming(iteration / warmup, self._lr(epoch))
-        warmed_now = epoch * self.batches <= warmup
-        lr = self._lr(epoch if warmed_now else max(epoch - 1, 0))
-        return StepSettings((lr, lr, lr), self.hyp.momentum, accumulation(self.hyp, self.batch_size))
+        hyp, iteration, warmup = self.hyp, epoch * self.batches + batch, self.warmup_iterations
+        warmed_before = epoch * self.batches > warmup
+        factor = lr_factor(max(epoch - 1, 0) if warmed_before else epoch, self.epochs, hyp.lrf, self.cosine)
+        lr = hyp.lr0 * factor
+        if iteration > warmup:
+            return StepSettings((lr, lr, lr), hyp.momentum, accumulation(hyp, self.batch_size))
 
-    def _lr(self, epoch: int) -> float:
-        """Returns the learning rate of an epoch without warm-up and delay."""
-        return self.hyp.lr0 * lr_factor(epoch, self.epochs, self.hyp.lrf, self.cosine)
+        def between(start: float, end: float) -> float:
+            return end if iteration == warmup else start + (end - start) * (iteration / warmup)
 
-    def _warming(self, progress: float, lr: float) -> StepSettings:
-        """Returns the settings at `progress` (0 to 1) of the warm-up that ends at `lr`."""
-        bias_lr = _between(self.hyp.warmup_bias_lr, lr, progress)
-        rising = _between(0.0, lr, progress)
-        momentum = _between(self.hyp.warmup_momentum, self.hyp.momentum, progress)
-        accumulate = max(round(_between(1.0, self.hyp.nominal_batch / self.batch_size, progress)), 1)
-        return StepSettings((rising, rising, bias_lr), momentum, accumulate)
-
-
-def _between(start: float, end: float, progress: float) -> float:
-    """Interpolates; exactly `end` at 1."""
-    return end if progress >= 1 else start + (end - start) * progress
+        rising = between(0.0, lr)
+        accumulate = max(round(between(1.0, hyp.nominal_batch / self.batch_size)), 1)
+        momentum = between(hyp.warmup_momentum, hyp.momentum)
+        return StepSettings((rising, rising, between(hyp.warmup_bias_lr, lr)), momentum, accumulate)
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:

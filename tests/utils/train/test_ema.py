@@ -1,4 +1,4 @@
-"""The averaged model against its formula."""
+"""The averaged model against its formula; when early stopping ends a run."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.train.ema import ModelEMA
+from utils.train.ema import EarlyStopping, ModelEMA
 
 
 def network():
@@ -40,31 +40,20 @@ def test_update_is_the_formula_and_integer_buffers_follow():
     assert average.ema[1].num_batches_tracked == 5
 
 
-def test_tensors_are_looked_up_once_and_one_that_is_exchanged_is_followed(monkeypatch):
+def test_copy_is_apart_in_eval_mode_and_without_gradients_and_follows_exchanged_tensors():
     model = network()
     average = ModelEMA(model, decay=0)
-    average.update(model)
-    for name in ("state_dict", "named_parameters", "modules"):
-        monkeypatch.setattr(nn.Module, name, None)
-    model[1].running_mean = torch.full((4,), 5.0)
-    model[0].weight = nn.Parameter(torch.zeros(4, 3, 3, 3))
-    average.update(model)
-    assert average.ema[1].running_mean.tolist() == [5] * 4 and not average.ema[0].weight.any()
-    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    monkeypatch.undo()
-    average.update(other)
-    assert torch.equal(average.ema[0].weight, other[0].weight)
-
-
-def test_copy_is_apart_in_eval_mode_and_without_gradients():
-    model = network()
-    average = ModelEMA(model)
     before = model[0].weight.clone()
     disturb(model, 1)
     assert torch.equal(average.ema[0].weight, before)
     assert not average.ema.training and model.training
     assert not any(parameter.requires_grad for parameter in average.ema.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
+    average.update(model)
+    model[1].running_mean = torch.full((4,), 5.0)
+    model[0].weight = nn.Parameter(torch.zeros(4, 3, 3, 3))
+    average.update(model)
+    assert average.ema[1].running_mean.tolist() == [5] * 4 and not average.ema[0].weight.any()
 
 
 def test_equal_values_stay_to_the_bit():
@@ -109,3 +98,25 @@ def test_half_model_has_a_float32_average():
 def test_state_of_another_model_is_refused():
     with pytest.raises(RuntimeError, match="size mismatch"):
         ModelEMA(network()).load(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).state_dict(), 3)
+
+
+@pytest.mark.parametrize(
+    ("patience", "fitnesses", "end"),
+    [
+        (3, [0.1, 0.5, 0.4, 0.4, 0.4, 0.4], 4),  # the best is epoch 1: 2, 3 and 4 may be worse, and 4 is the last
+        (2, [0.5, 0.4, 0.5, 0.4, 0.5, 0.4], None),  # an equal fitness is an improvement
+        (2, [0.5, math.nan, math.nan], 2),  # and NaN is none
+        (0, [1.0] + [0.0] * 500, None),
+    ],
+)
+def test_a_run_ends_after_so_many_epochs_without_improvement_also_one_that_was_resumed(patience, fitnesses, end):
+    """The epoch before the end is told that the next may be it."""
+    stopper, announced = EarlyStopping(patience), []
+    for epoch, fitness in enumerate(fitnesses):
+        state, stopper = stopper.state_dict(), EarlyStopping(patience)
+        stopper.load_state_dict(state)
+        if stopper(epoch, fitness):
+            assert epoch == end and announced[-1]
+            return
+        announced.append(stopper.possible_stop)
+    assert end is None

@@ -66,38 +66,23 @@ def model_of(seed=0):
 
 
 def test_every_parameter_is_in_exactly_one_group_and_only_weights_decay():
-    groups = parameter_groups(Odd())
-    assert set(groups.weights) == {
-        "conv.weight",
-        "depthwise.weight",
-        "attention.in_proj_weight",
-        "attention.out_proj.weight",
-        "frozen.weight",
-    }
-    assert set(groups.biases) == {
-        "conv.bias",
-        "bn.bias",
-        "attention.in_proj_bias",
-        "attention.out_proj.bias",
-        "frozen.bias",
-    }
-    assert set(groups.undecayed) == {"bn.weight", "p1", "mix", "prelu.weight"}
-    assert sorted(groups.names()) == sorted(name for name, _ in Odd().named_parameters())
+    undecayed, weights, biases = parameter_groups(Odd())
+    decayed = ["conv", "depthwise", "attention.in_proj", "attention.out_proj", "frozen"]
+    assert set(weights) == {f"{name}{'_' if name.endswith('in_proj') else '.'}weight" for name in decayed}
+    with_bias = ["conv.", "bn.", "attention.in_proj_", "attention.out_proj.", "frozen."]
+    assert set(biases) == {f"{name}bias" for name in with_bias}
+    assert set(undecayed) == {"bn.weight", "p1", "mix", "prelu.weight"}
+    assert sorted([*undecayed, *weights, *biases]) == sorted(name for name, _ in Odd().named_parameters())
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_decay_of_the_groups(name, caplog):
+def test_decay_of_the_groups_and_what_momentum_is_to_each_optimizer(name, caplog):
     with caplog.at_level(logging.INFO, logger="yolov5"):
         optimizer = build_optimizer(Odd(), name, lr=0.01, momentum=0.9, weight_decay=0.0005)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0005, 0.0]
+    own = {"nesterov": True, "momentum": 0.9} if name == "SGD" else {"betas": (0.9, 0.999)}
+    assert all(group[key] == value for group in optimizer.param_groups for key, value in own.items())
     assert f"optimizer: {name} with parameter groups 4 weight (no decay), 5 weight, 5 bias" in caplog.text
-
-
-def test_sgd_is_nesterov_and_adam_takes_momentum_as_its_first_beta():
-    sgd = build_optimizer(Odd(), "SGD", lr=0.01, momentum=0.9, weight_decay=0.0)
-    assert all(group["nesterov"] and group["momentum"] == 0.9 for group in sgd.param_groups)
-    adam = build_optimizer(Odd(), "AdamW", lr=0.01, momentum=0.9, weight_decay=0.0)
-    assert all(group["betas"] == (0.9, 0.999) for group in adam.param_groups)
 
 
 def test_unknown_optimizer():
@@ -124,16 +109,19 @@ def test_a_nominal_batch_of_ones_own(hyp):
     assert [Schedule(twenty, 40, 100, 8).at(epoch, 0).accumulate for epoch in (2, 3, 9)] == [2, 2, 2]
 
 
-def test_linear_factor():
-    assert lr_factor(24, 60, 0.01) == pytest.approx(0.604)
-    assert (lr_factor(0, 60, 0.01), lr_factor(60, 60, 0.01)) == (1.0, pytest.approx(0.01))
-
-
-def test_cosine_factor():
-    """Half way down: the mean of 1 and lrf; a quarter of the way: 1 - (1 - cos 45 degrees) / 2 * (1 - lrf)."""
-    assert lr_factor(30, 60, 0.2, cosine=True) == pytest.approx(0.6)
-    assert lr_factor(15, 60, 0.2, cosine=True) == pytest.approx(1 - (1 - 2**-0.5) / 2 * 0.8)
-    assert lr_factor(60, 60, 0.2, cosine=True) == pytest.approx(0.2)
+@pytest.mark.parametrize(
+    ("epoch", "lrf", "cosine", "expected"),
+    [
+        (24, 0.01, False, 0.604),
+        (0, 0.01, False, 1),
+        (60, 0.01, False, 0.01),
+        (30, 0.2, True, 0.6),  # half way down: the mean of 1 and lrf
+        (15, 0.2, True, 1 - (1 - 2**-0.5) / 2 * 0.8),  # a quarter of the way: cos 45 degrees
+        (60, 0.2, True, 0.2),
+    ],
+)
+def test_factor_of_an_epoch_of_sixty(epoch, lrf, cosine, expected):
+    assert lr_factor(epoch, 60, lrf, cosine) == pytest.approx(expected)
 
 
 def test_last_epoch_of_300_shows_the_rate_of_the_last_but_one(hyp):
@@ -156,6 +144,7 @@ def test_rates_at_the_end_of_each_epoch_are_those_of_the_golden_run(golden_dir, 
 def test_warm_up_runs_in_straight_lines(hyp):
     schedule = Schedule(hyp, epochs=100, batches=200, batch_size=16)
     assert schedule.warmup_iterations == 600
+    assert Schedule(hyp, epochs=10, batches=5, batch_size=64).warmup_iterations == 100  # of small data
     first = schedule.at(0, 0)
     assert (first.lrs, first.momentum, first.accumulate) == ((0.0, 0.0, 0.1), 0.8, 1)
     middle, target = schedule.at(1, 100), 0.01 * lr_factor(1, 100, 0.01)
@@ -172,10 +161,6 @@ def test_after_the_warm_up_rates_hold_for_the_epoch_and_then_follow_one_behind(h
     assert schedule.at(3, 199).lrs == pytest.approx((0.01 * lr_factor(3, 100, 0.01),) * 3)
     assert schedule.at(4, 0).lrs == pytest.approx((0.01 * lr_factor(3, 100, 0.01),) * 3)
     assert schedule.at(5, 0).lrs == pytest.approx((0.01 * lr_factor(4, 100, 0.01),) * 3)
-
-
-def test_small_data_warm_up_for_a_hundred_iterations(hyp):
-    assert Schedule(hyp, epochs=10, batches=5, batch_size=64).warmup_iterations == 100
 
 
 def test_the_demo_steps_at_every_batch_and_trains_as_well_for_longer():
@@ -204,11 +189,10 @@ def test_settings_reach_the_optimizer(hyp):
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_stored_state_continues_to_the_bit(name):
     """Five steps in one go equal three, a file read as plain data, and two more."""
-    whole = model_of()
-    trained(build_optimizer(whole, name, 0.01, 0.9, 0.0005), whole, steps=3, seed=1)
     straight = model_of()
     optimizer = build_optimizer(straight, name, 0.01, 0.9, 0.0005)
     trained(optimizer, straight, steps=3, seed=1)
+    before = straight.conv.weight.clone()
     trained(optimizer, straight, steps=2, seed=2)
 
     stopped = model_of()
@@ -225,23 +209,16 @@ def test_stored_state_continues_to_the_bit(name):
     trained(optimizer, resumed, steps=2, seed=2)
     for key, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
-    assert not torch.equal(straight.conv.weight, whole.conv.weight)
+    assert not torch.equal(straight.conv.weight, before)
 
 
-def test_state_is_keyed_by_name_and_frozen_parameters_have_none():
+def test_state_is_keyed_by_name_and_that_of_another_optimizer_or_model_is_refused():
     model = model_of()
     optimizer = build_optimizer(model, "SGD", 0.01, 0.9, 0.0)
     trained(optimizer, model, steps=1)
     state = optimizer_state_by_name(optimizer, model)
     assert state["name"] == "SGD"
     assert set(state["state"]) == {name for name, part in model.named_parameters() if part.requires_grad}
-
-
-def test_state_of_another_optimizer_or_model_is_refused():
-    model = model_of()
-    optimizer = build_optimizer(model, "SGD", 0.01, 0.9, 0.0)
-    trained(optimizer, model, steps=1)
-    state = optimizer_state_by_name(optimizer, model)
     with pytest.raises(UserError, match="pass --optimizer SGD"):
         load_optimizer_state(build_optimizer(model, "Adam", 0.01, 0.9, 0.0), model, state)
     wider = Odd(width=8)
