@@ -98,7 +98,7 @@ class EvalResult:
         precision, recall: class means at the confidence of the best mean F1, at IoU 0.5; NaN where there are no labels,
             as of map50, map and maps.
         map50, map: mean average precision at IoU 0.5 and over 0.5 to 0.95.
-        losses: box, objectness and class loss; zeros without `compute_loss`.
+        losses: the terms of `compute_loss`; three zeros without it.
         maps: (nc,) average precision of each class; a class without labels has the overall one.
         speed_ms: milliseconds per image of pre-processing, inference and NMS.
         seen: images evaluated.
@@ -113,7 +113,7 @@ class EvalResult:
     recall: float
     map50: float
     map: float
-    losses: tuple[float, float, float]
+    losses: tuple[float, ...]
     maps: np.ndarray
     speed_ms: tuple[float, float, float]
     seen: int
@@ -129,7 +129,7 @@ class EvalResult:
         return float(fitness(np.array([self.as_tuple()]))[0])
 
     def as_tuple(self) -> tuple[float, ...]:
-        """(P, R, mAP50, mAP50-95, box loss, objectness loss, class loss)."""
+        """(P, R, mAP50, mAP50-95, terms of the loss: box, objectness and class of YOLOv5's)."""
         return (self.precision, self.recall, self.map50, self.map, *self.losses)
 
 
@@ -151,7 +151,7 @@ def evaluate(
         names: name of every class.
         device: where the module is, and the loss is computed.
         compute_loss: for modules that return raw outputs, and `ModulePredictor`s of such: called with the outputs in
-            float32 and the targets; the second item of what it returns holds the three losses.
+            float32 and the targets; the second item of what it returns holds the terms (three, unless it has `terms`).
         callbacks: object whose `run(hook, ...)` is called at the `on_val_*` hooks.
         **options: the fields of `EvalOptions`.
 
@@ -165,7 +165,8 @@ def evaluate(
     running = ModulePredictor(model, device, settings.dtype) if isinstance(model, nn.Module) else None
     predictor = running or model
     tally = _MetricAccumulator(len(names), keep_records=settings.save_json or settings.coco_metrics)
-    clock, losses = StageTimer(predictor), torch.zeros(3, device=device)
+    terms = len(getattr(compute_loss, "terms", ("box", "obj", "cls")))
+    clock, losses = StageTimer(predictor), torch.zeros(terms, device=device)
     writer = LabelWriter(settings.save_dir / "labels", settings.save_conf) if settings.save_txt else None
     stems = OutputStems(_paths_of(loader) if writer else ())
     notify = callbacks.run if callbacks else _ignore
