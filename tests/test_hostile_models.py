@@ -17,7 +17,7 @@ from models.backends import load_backend, openvino
 from models.backends import safety as onnx_file
 from models.backends.base import before_tensorflow
 from models.backends.metadata import Metadata
-from models.backends.torchscript import suspicious
+from models.backends.safety import suspicious
 from models.common import parse_activation
 from models.yolo import Model
 from utils.errors import UserError
@@ -371,14 +371,14 @@ def saved_model():
 def test_saved_models_have_no_way_to_the_functions_that_reach_files(tmp_path):
     before_tensorflow()
     pytest.importorskip("tensorflow")
-    from models.backends.tensorflow import _check_saved_model
+    from models.backends.safety import check_saved_model
 
-    _check_saved_model(saved_model(), tmp_path)
+    check_saved_model(saved_model(), tmp_path)
     for name, change in WAYS_TO_A_SAVER.items():
         content = saved_model()
         change(content.meta_graphs[0])
         with pytest.raises(UserError, match="evil_saved_model: .*: refused"):
-            _check_saved_model(content, Path("evil_saved_model"))
+            check_saved_model(content, Path("evil_saved_model"))
             pytest.fail(name)
     content = saved_model()
     content.meta_graphs.add().CopyFrom(content.meta_graphs[0])  # TensorFlow would run their top graphs
@@ -396,7 +396,7 @@ def test_texts_in_a_tflite_file_are_never_evaluated(tmp_path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(name, text)
         with pytest.raises(UserError, match="evil.tflite: what the file says of itself is damaged"):
-            tflite._texts(path)
+            tflite.read_texts(path)
 
 
 def test_json_of_torchscript_is_told_when_it_is_nested_to_exhaust(tmp_path):

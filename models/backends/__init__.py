@@ -1,22 +1,27 @@
-"""Runtimes that a model may run on, one file each; `load_backend` chooses by the weights' suffix.
+"""Runtimes that a model may run on, one file each, chosen by the weights' suffix.
 
-A runtime's libraries are imported only when a file of its kind is loaded, torch among them.
+`open_model` tells what a weights file is, before a runtime is started where the format allows it; `load_backend` loads
+it. A runtime's libraries are imported only when a file of its kind is loaded, torch among them.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from models.backends.base import ArrayBackend, Backend
 from models.backends.metadata import Metadata
+from models.backends.safety import check_path
 from utils.cli import find_weights
 from utils.errors import UserError
 
-__all__ = ["BACKENDS", "ArrayBackend", "Backend", "Metadata", "load_backend", "runtime_of", "weight_files"]
+__all__ = ["BACKENDS", "ArrayBackend", "Backend", "Metadata", "ModelFile", "load_backend", "open_model", "runtime_of"]
 
-# what a file's or folder's name ends in -> module of this package with a `load(weights, device, half)`
+# what a file's or folder's name ends in -> module of this package with a `load(path, device, half)`, and `read_texts`
+# where the file can be asked before the runtime is there
 BACKENDS = {
     ".pt": "pytorch",
     ".torchscript": "torchscript",
@@ -32,7 +37,71 @@ BACKENDS = {
     ".engine": "tensorrt",
 }
 BROWSER_SUFFIX = "_web_model"
-ENSEMBLE_RUNTIME = "pytorch"  # the only one that runs several models as one
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A weights file, or an ensemble's, that has been looked at; `build` loads it.
+
+    Attributes:
+        path: the file or folder; of an ensemble the first one's.
+        metadata: what it says of itself; of an ensemble the first one's, with the largest stride.
+        trained_px: the image size that a checkpoint was trained at; None where it does not say, and for exports.
+        build: returns the backend.
+    """
+
+    path: Path
+    metadata: Metadata
+    trained_px: int | None
+    build: Callable[[], Backend]
+
+
+def open_model(
+    weights: str | Path | Sequence[str | Path],
+    device: str = "",
+    half: bool = False,
+    dnn: bool = False,
+    bf16: bool = False,
+) -> ModelFile:
+    """Reads what weights say of themselves, and checks that they may be loaded.
+
+    Files of other people's that say too little, and formats that only their runtime can read, are loaded at once.
+
+    Args:
+        weights: a checkpoint or an exported model; or several checkpoints, which make an ensemble.
+        device: as `--device`; empty chooses.
+        half: compute in 16 bits where the device can; elsewhere in float32, and says so.
+        dnn: run an ONNX file in OpenCV.
+        bf16: compute in bfloat16 where the format leaves the choice.
+
+    Raises:
+        UserError: no such file, a name that stands for no runtime, a library that is missing, a file that cannot be
+            loaded, a device that the runtime does not have, or models that make no ensemble.
+    """
+    files = find_weights(weights)
+    runtimes = [runtime_of(file) for file in files]
+    for file, runtime in zip(files, runtimes, strict=True):
+        if len(files) > 1 and runtime != "pytorch":
+            raise UserError(f"--weights: several files make an ensemble of checkpoints (.pt), and {file} is none.")
+        if dnn and runtime != "onnxruntime":
+            raise UserError(f"--dnn runs ONNX files in OpenCV, and {file} is none: give an .onnx file.")
+    path = files[0]
+    try:
+        module = importlib.import_module(f"models.backends.{'opencv' if dnn else runtimes[0]}")
+    except ModuleNotFoundError as error:  # these modules import nothing foreign but PyTorch
+        raise UserError(
+            f"{path} needs PyTorch ({error.name} is not installed): pip install -r requirements.txt, or export the "
+            "model where it is installed (export.py --include onnx) and give the .onnx file."
+        ) from error
+    if runtimes[0] == "pytorch":
+        return ModelFile(path, *module.open_checkpoints(files, device, half, bf16))
+    build = partial(module.load, check_path(path), device, half or bf16)
+    texts = module.read_texts(path) if hasattr(module, "read_texts") else {}
+    metadata = Metadata.from_texts(texts, path) if "metadata" in texts else None
+    if metadata is None:
+        backend = build()
+        metadata, build = backend.metadata, lambda: backend
+    return ModelFile(path, metadata, None, build)
 
 
 def load_backend(
@@ -40,42 +109,9 @@ def load_backend(
 ) -> Backend:
     """Loads a model for inference on the runtime that its name stands for; logs the runtime and its device.
 
-    Args:
-        weights: a checkpoint or an exported model; or several checkpoints, which make an ensemble.
-        device: as `--device`; empty chooses.
-        half: compute in 16 bits where the device can; elsewhere in float32, and says so.
-        dnn: run an ONNX file in OpenCV.
-
-    Raises:
-        UserError: no such file, a name that stands for no runtime, a library that is missing, a file that cannot be
-            loaded, a device that the runtime does not have, or models that make no ensemble.
+    Arguments and errors are those of `open_model`.
     """
-    files = weight_files(weights)
-    file, runtime = files[0], runtime_of(files[0])
-    if dnn and runtime != "onnxruntime":
-        raise UserError(f"--dnn runs ONNX files in OpenCV, and {file} is none: give an .onnx file, or leave it out.")
-    try:
-        module = importlib.import_module(f"models.backends.{'opencv' if dnn else runtime}")
-    except ModuleNotFoundError as error:  # these modules import nothing foreign but PyTorch
-        raise UserError(
-            f"{file} needs PyTorch ({error.name} is not installed): pip install -r requirements.txt, or export the "
-            "model where it is installed (export.py --include onnx) and give the .onnx file."
-        ) from error
-    return module.load(file, device, half) if len(files) == 1 else module.load_ensemble(files, device, half)
-
-
-def weight_files(weights: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Returns the files that `--weights` names, of which several make an ensemble; see `utils.cli.find_weights`.
-
-    Raises:
-        UserError: a missing file, or several that are not all checkpoints.
-    """
-    files = find_weights(weights)
-    if len(files) > 1:
-        for file in files:
-            if runtime_of(file) != ENSEMBLE_RUNTIME:
-                raise UserError(f"--weights: several files make an ensemble of checkpoints (.pt), and {file} is none.")
-    return files
+    return open_model(weights, device, half, dnn).build()
 
 
 def runtime_of(weights: str | Path) -> str:

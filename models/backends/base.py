@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import platform
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from models.backends.metadata import Metadata
+from models.backends.metadata import Graph, Metadata, describe
 from utils.errors import UserError
-from utils.files import native_path, read_yaml
 from utils.log import LOGGER
-from utils.nms import NMSConfig
 
 Array = Any  # np.ndarray or torch.Tensor
 LayerHook = Callable[[int, str, np.ndarray], None]  # (row of the model, block's name, output float32 (b, c, h, w))
 
 AUGMENT_NEEDS_CHECKPOINT = "--augment is for checkpoints (.pt), not for exported models: give one, or leave it out."
+PROBE_PX = 64  # side of the blank image that shows the output's columns where the graph leaves them open
 
 
 class Backend(ABC):
@@ -69,7 +66,7 @@ class Backend(ABC):
         Args:
             inputs: what `preprocess` returned.
             visualize: called with every layer's output where the runtime shows them.
-            augment: look at every image in several sizes, mirrored too, and return the rows of all (`models.yolo`).
+            augment: test-time augmentation (3 scales, flip): the rows of all views are returned (`models.yolo`).
 
         Returns:
             Rows (b, n, 5 + nc) [x, y, w, h in px, objectness, class probabilities]; where `has_nms`, detections
@@ -96,7 +93,7 @@ class Backend(ABC):
 
 
 class ArrayBackend(Backend):
-    """A runtime that takes and gives NumPy arrays; a subclass says how it is loaded and adds `run`.
+    """A runtime that takes and gives NumPy arrays; a subclass loads a file, calls `take_description` and adds `run`.
 
     Attributes:
         batch: how many images the graph takes at a time; None for any number.
@@ -114,6 +111,19 @@ class ArrayBackend(Backend):
     def run(self, inputs: np.ndarray) -> np.ndarray:
         """Runs the model once, with `batch` images where that is not None; returns float32 in the file's own units."""
 
+    def take_description(self, texts: Mapping[str, str], graph: Graph, path: Path, normalised: bool = False) -> None:
+        """Sets what follows from a file's texts and its graph, whose columns are found by a run where they are open.
+
+        Raises:
+            UserError: not a YOLOv5 detector.
+        """
+        if graph.columns is None:
+            shape = (graph.batch or 1, 3, graph.height or PROBE_PX, graph.width or PROBE_PX)
+            output = self.run(self.preprocess(np.zeros(shape, np.uint8)))
+            graph = graph._replace(columns=output.shape[2] if output.ndim == 3 else None)
+        self.metadata = describe(texts, graph, path, normalised)
+        self.dynamic, self.batch = self.metadata.dynamic, graph.batch
+
     def preprocess(self, images: np.ndarray) -> np.ndarray:
         """Turns images, uint8 (b, 3, h, w) RGB, into values 0 to 1 in the model's layout."""
         if self.channels_last:
@@ -128,7 +138,12 @@ class ArrayBackend(Backend):
         if augment:
             raise UserError(AUGMENT_NEEDS_CHECKPOINT)
         height, width = inputs.shape[1:3] if self.channels_last else inputs.shape[2:4]
-        self._check_shape(height, width)
+        if not self.dynamic and (height, width) != self.metadata.shape_hw:
+            fixed = "x".join(map(str, self.metadata.shape_hw))
+            raise UserError(
+                f"this model was exported for images of {fixed} px (height x width), not {height}x{width}: "
+                f"use --imgsz {' '.join(map(str, self.metadata.shape_hw))}, or export it with --dynamic."
+            )
         size = self.batch or min(self.most or len(inputs), len(inputs))
         found = self.run(inputs) if len(inputs) == size else self._run_in_parts(inputs, size)
         if self.metadata.boxes_normalised:
@@ -159,58 +174,6 @@ class ArrayBackend(Backend):
             found = self.run(self.filled(part, missing) if missing else part)[: len(part)]
             parts.append(np.array(found) if isinstance(found, np.ndarray) else found)
         return self.joined(parts)
-
-    def _check_shape(self, height: int, width: int) -> None:
-        """Refuses images that a fixed model cannot take."""
-        if not self.dynamic and (height, width) != self.metadata.shape_hw:
-            fixed = "x".join(map(str, self.metadata.shape_hw))
-            raise UserError(
-                f"this model was exported for images of {fixed} px (height x width), not {height}x{width}: "
-                f"use --imgsz {' '.join(map(str, self.metadata.shape_hw))}, or export it with --dynamic."
-            )
-
-
-UNKNOWN_STRIDE = 64  # of files that do not say: no YOLOv5 needs more, and multiples of it are multiples of 32
-UNKNOWN_SHAPE_HW = (640, 640)  # px, likewise
-CHOSEN_COLUMNS = 6  # x1, y1, x2, y2, confidence, class; as many as the raw rows of a detector of one class have
-UNKNOWN_MAX_DET = 300  # of such a list
-STRIDES = (4, 8, 16, 32, 64, 128)
-MAX_ANCHORS = 9  # per cell
-
-
-class Graph(NamedTuple):
-    """What a model's graph says of its input and output; None where it leaves a length open."""
-
-    batch: int | None
-    height: int | None
-    width: int | None
-    rows: int | None
-    columns: int | None
-
-
-def find_export(weights: str | Path) -> Path:
-    """Returns the path of an exported model.
-
-    Raises:
-        UserError: it cannot be handed to native code, or a file in the folder is a link out of it.
-    """
-    path = Path(weights)
-    if isinstance(native_path(path), bytes):
-        raise UserError(f"--weights {path}: runtimes take no path that is not UTF-8: rename the file or its folder.")
-    if path.is_dir():
-        refuse_links(path, path.rglob("*"))
-    return path
-
-
-def refuse_links(folder: Path, files: Iterable[Path]) -> None:
-    """Makes sure that none of a model's files is a link out of its folder: a runtime would read what lies there.
-
-    Raises:
-        UserError: one is.
-    """
-    for file in files:
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"--weights {folder}: '{file.name}' is a link to {file.resolve()}, outside it: refused.")
 
 
 def find_part(folder: Path, pattern: str, what: str) -> Path:
@@ -247,6 +210,12 @@ def require(module: str, packages: str, weights: str | Path) -> ModuleType:
         raise UserError(f"{packages}, which {weights} needs, cannot be loaded here ({error}): reinstall it.") from error
 
 
+def cannot_load(path: Path, runtime: str, reason: object) -> UserError:
+    """Returns the error for a file that a runtime refuses, with the first line of the runtime's reason."""
+    lines = str(reason).strip().splitlines()
+    return UserError(f"--weights {path}: {runtime} cannot load it ({lines[0] if lines else 'no reason given'}).")
+
+
 def cpu_only(device: str, runtime: str) -> None:
     """Refuses any other device than the CPU.
 
@@ -277,112 +246,6 @@ def processor_name() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.processor() or platform.machine()
-
-
-def texts_of_yaml(path: Path) -> dict[str, str]:
-    """Returns the texts of a YAML file beside a model, as `Metadata.from_texts` takes them."""
-    content = read_yaml(path, as_text=("names",))
-    return plain_texts(content) if isinstance(content, dict) else {}
-
-
-def plain_texts(content: Mapping[Any, Any]) -> dict[str, str]:
-    """Turns parsed values into the texts that they were written from: JSON for `metadata`, else Python's."""
-    return {
-        str(key): value if isinstance(value, str) else json.dumps(value) if key == "metadata" else str(value)
-        for key, value in content.items()
-    }
-
-
-def describe(texts: Mapping[str, str], graph: Graph, where: str | Path, boxes_normalised: bool = False) -> Metadata:
-    """Returns what a file says of itself, completed and checked by what its graph says.
-
-    Files of other people's may say nothing: their classes are then called class0, class1, ...
-
-    Args:
-        texts: the texts found in the file.
-        graph: lengths of its input (batch, height, width) and first output (rows, columns).
-        where: the file, for messages.
-        boxes_normalised: whether files of this format that are not ours have boxes as fractions of the image.
-
-    Raises:
-        UserError: the texts are damaged, or the output is not a YOLOv5 detector's.
-    """
-    found = Metadata.from_texts(texts, str(where))
-    if found is not None and found.nms is None and texts.get("end2end", "").lower() == "true":
-        if graph.columns != CHOSEN_COLUMNS:
-            raise UserError(
-                f"{where}: chooses boxes itself (metadata end2end), but its first output has {graph.columns} columns, "
-                f"not the {CHOSEN_COLUMNS} of a detector: export it without that."
-            )
-        # Whatever it finds is in its list, which no overlap has shortened
-        found = replace(found, nms=NMSConfig(0.0, 1.0, graph.rows or UNKNOWN_MAX_DET, agnostic=False))
-    if found is None or found.nms is None:
-        _check_rows(graph, where)
-        if "metadata" not in texts:
-            _check_not_chosen(graph, found, where)
-        names = {number: f"class{number}" for number in range(graph.columns - 5)}
-        found = found or Metadata({}, UNKNOWN_STRIDE, UNKNOWN_SHAPE_HW, licence="", preprocessing="")
-        found = found if found.names else replace(found, names=names)
-        if len(found.names) != len(names):
-            raise UserError(
-                f"{where}: names {len(found.names)} classes, but its rows tell {len(names)}: export it again."
-            )
-    if "metadata" not in texts:
-        found = replace(found, boxes_normalised=boxes_normalised, shape_hw=UNKNOWN_SHAPE_HW)
-    fixed = graph.height is not None and graph.width is not None
-    shape_hw = (graph.height, graph.width) if fixed else found.shape_hw
-    return replace(found, dynamic=not fixed, shape_hw=shape_hw, batch=graph.batch or 1)
-
-
-def _check_rows(graph: Graph, where: str | Path) -> None:
-    """Refuses outputs that are not rows [x, y, w, h, objectness, class probabilities].
-
-    Raises:
-        UserError: too few columns, or rows and columns have changed places, as in later YOLO versions.
-    """
-    if graph.columns is None or graph.columns < 6 or (graph.rows is not None and graph.rows < graph.columns):
-        shape = f"{graph.rows or '?'} x {graph.columns or '?'}"
-        raise UserError(
-            f"{where}: its first output is {shape} per image, not rows of x, y, w, h, objectness and classes: "
-            "this is no YOLOv5 detector, or one exported with --train."
-        )
-
-
-def _check_not_chosen(graph: Graph, said: Metadata | None, where: str | Path) -> None:
-    """Refuses outputs that are boxes chosen inside, by rules that the file does not state.
-
-    They may look like the raw rows of one class. Those are some for each cell of grids whose strides double.
-
-    Raises:
-        UserError: there are six columns, and more classes named than one, or rows that no grids have.
-    """
-    if graph.columns != CHOSEN_COLUMNS:
-        return
-    one_class = said is None or len(said.names) in (0, 1)
-    if one_class and (graph.rows is None or graph.rows in _grid_rows(graph.height, graph.width)):
-        return
-    raise UserError(
-        f"{where}: its first output is {graph.rows or '?'} x {graph.columns} per image, boxes that are chosen inside, "
-        "but it does not say how (metadata end2end): export it without NMS, as rows of x, y, w, h, objectness and "
-        "classes."
-    )
-
-
-def _grid_rows(height: int | None, width: int | None) -> set[int]:
-    """Returns how many raw rows there can be for images of that size; none where it is open, as then they are too."""
-    if height is None or width is None:
-        return set()
-    cells = [(height // stride) * (width // stride) for stride in STRIDES]
-    levels = (sum(cells[first:last]) for last in range(2, len(cells) + 1) for first in range(last - 1))
-    return {anchors * count for count in levels for anchors in range(1, MAX_ANCHORS + 1)}
-
-
-def graph_of(input_shape: Sequence[Any], output_shape: Sequence[Any], channels_last: bool = False) -> Graph:
-    """Reads the lengths of an input (b, 3, h, w) or (b, h, w, 3) and an output (b, n, columns); texts are open ones."""
-    batch, height, width = (input_shape[axis] for axis in ((0, 1, 2) if channels_last else (0, 2, 3)))
-    rows, columns = output_shape[1:] if len(output_shape) == 3 else (None, None)
-    lengths = (batch, height, width, rows, columns)
-    return Graph(*(length if isinstance(length, int) and length > 0 else None for length in lengths))
 
 
 COMPILER = "triton"

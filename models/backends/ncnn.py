@@ -6,122 +6,70 @@ A folder `*_ncnn_model` holds the graph (.param), the weights (.bin) and `metada
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from models.backends.base import (
-    UNKNOWN_SHAPE_HW,
-    ArrayBackend,
-    Graph,
-    cpu_only,
-    describe,
-    find_export,
-    find_part,
-    require,
-    texts_of_yaml,
-    thread_count,
-)
-from models.backends.metadata import Metadata
+from models.backends.base import ArrayBackend, cpu_only, find_part, require, thread_count
+from models.backends.metadata import Graph, Metadata, texts_of_yaml
+from models.backends.safety import check_ncnn
 from utils.errors import UserError
 from utils.log import LOGGER
 
 METADATA_FILE = "metadata.yaml"
-MAGIC = "7767517"  # first line of a graph in text
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """Returns what a folder says of its model."""
+    return texts_of_yaml(find_part(path, METADATA_FILE, "file of names and stride"))
 
 
 class NcnnBackend(ArrayBackend):
-    """A network."""
+    """A network of a folder `*_ncnn_model`."""
 
     batch = 1
 
-    def __init__(self, ncnn: Any, network: Any, texts: Mapping[str, str], where: Path, device: str) -> None:
-        """Takes a loaded network.
-
-        Args:
-            ncnn: the library.
-            network: `ncnn.Net`.
-            texts: what the folder says of it.
-            where: the folder, for messages.
-            device: where it runs, in words.
+    def __init__(self, path: Path, device: str = "", half: bool = False) -> None:
+        """Loads a folder.
 
         Raises:
-            UserError: it has no input or output, or is no YOLOv5 detector.
+            UserError: ncnn is missing or cannot read it, it is no YOLOv5 detector, or another device than the CPU.
         """
-        self._ncnn, self._network, self.device, self.dynamic = ncnn, network, device, False
-        if not network.input_names() or not network.output_names():
-            raise UserError(f"--weights {where}: the graph has no input or no output.")
-        self._input, self._output = network.input_names()[0], network.output_names()[0]
-        found = Metadata.from_texts(texts, str(where))
+        cpu_only(device, "NCNN")
+        parameters, weights = (find_part(path, f"*{suffix}", f"NCNN {suffix} file") for suffix in (".param", ".bin"))
+        check_ncnn(parameters)
+        texts = read_texts(path)
+        self._ncnn = require("ncnn", "ncnn", path)
+        self._network = self._ncnn.Net()
+        self._network.opt.num_threads = thread_count()
+        for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic"):  # used where the CPU has it
+            setattr(self._network.opt, option, half)
+        if self._network.load_param(str(parameters)) != 0 or self._network.load_model(str(weights)) != 0:
+            raise UserError(f"--weights {path}: NCNN cannot load it: the files are damaged, or of a newer NCNN.")
+        precision = "float16" if half else "float32"
+        self.device = f"NCNN {self._ncnn.__version__} CPU {precision} ({thread_count()} threads)"
+        LOGGER.info(f"{path}: {self.device}")
+        inputs, outputs = self._network.input_names(), self._network.output_names()
+        if not inputs or not outputs:
+            raise UserError(f"--weights {path}: the graph has no input or no output.")
+        self._input, self._output = inputs[0], outputs[0]
+        found = Metadata.from_texts(texts, path)
         if found is None:
-            raise UserError(f"{where / METADATA_FILE}: says neither stride nor names: export the model again.")
-        height, width = found.shape_hw if "metadata" in texts else _sides(texts.get("imgsz", ""))
-        columns = 5 + len(found.names)
-        if "metadata" not in texts:
-            shape = self.run(np.zeros((1, 3, height, width), np.float32)).shape
-            columns = shape[2] if len(shape) == 3 else None
-        self.metadata = describe(texts, Graph(1, height, width, None, columns), where)
+            raise UserError(f"{path / METADATA_FILE}: says neither stride nor names: export the model again.")
+        sides = [] if "metadata" in texts else [int(side) for side in re.findall(r"\d+", texts.get("imgsz", ""))]
+        height, width = (sides[0], sides[-1]) if sides else found.shape_hw
+        columns = 5 + len(found.names) if "metadata" in texts else None  # the graph tells no lengths
+        self.take_description(texts, Graph(1, height, width, None, columns), path)
 
     def run(self, inputs: np.ndarray) -> np.ndarray:
         """Returns the first output for an image (1, 3, h, w)."""
         extractor = self._network.create_extractor()
-        picture = np.ascontiguousarray(inputs[0])  # the Mat only points to it
-        extractor.input(self._input, self._ncnn.Mat(picture))
+        image = np.ascontiguousarray(inputs[0])  # the Mat only points to it
+        extractor.input(self._input, self._ncnn.Mat(image))
         status, output = extractor.extract(self._output)
         if status != 0:
             raise UserError(f"NCNN could not compute '{self._output}' (status {status}): export the model again.")
         return np.array(output)[None]
 
 
-def load(weights: str | Path, device: str = "", half: bool = False) -> NcnnBackend:
-    """Loads a folder `*_ncnn_model`.
-
-    Raises:
-        UserError: nothing there, ncnn is missing or cannot read it, or another device than the CPU.
-    """
-    cpu_only(device, "NCNN")
-    path = find_export(weights)
-    graph, parameters = (find_part(path, f"*{suffix}", f"NCNN {suffix} file") for suffix in (".param", ".bin"))
-    _check_graph(graph)
-    texts = texts_of_yaml(find_part(path, METADATA_FILE, "file of names and stride"))
-    ncnn = require("ncnn", "ncnn", path)
-    network = ncnn.Net()
-    network.opt.num_threads = thread_count()
-    for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic"):  # used where the CPU has it
-        setattr(network.opt, option, half)
-    if network.load_param(str(graph)) != 0 or network.load_model(str(parameters)) != 0:
-        raise UserError(f"--weights {path}: NCNN cannot load it: the files are damaged, or of a newer NCNN.")
-    words = f"NCNN {ncnn.__version__} CPU {'float16' if half else 'float32'} ({thread_count()} threads)"
-    LOGGER.info(f"{path}: {words}")
-    return NcnnBackend(ncnn, network, texts, path, words)
-
-
-def _check_graph(path: Path) -> None:
-    """Makes sure that a graph has as many layers and blobs as it says: NCNN takes memory for them before it reads on.
-
-    Each line after the first two is: type, name, numbers of inputs and outputs, their names, parameters.
-
-    Raises:
-        UserError: it has not, or it is no graph.
-    """
-    try:
-        magic, counts, *lines = path.read_text(encoding="ascii").split("\n")
-        layers, blobs = map(int, counts.split())
-        rows = [line.split() for line in lines if line.strip()]
-        ends = [(int(row[2]), int(row[3])) for row in rows]
-        fits = all(0 <= min(pair) and 4 + sum(pair) <= len(row) for pair, row in zip(ends, rows, strict=True))
-        whole = layers == len(rows) and 0 < blobs <= sum(outputs for _, outputs in ends)
-    except OSError as error:
-        raise UserError(f"--weights {path}: cannot be read ({error.strerror}).") from error
-    except (IndexError, ValueError) as error:
-        raise UserError(f"--weights {path}: is not an NCNN graph, or is damaged ({error}).") from error
-    if magic != MAGIC or not (fits and whole):
-        raise UserError(f"--weights {path}: is not an NCNN graph, or is damaged (its counts are wrong).")
-
-
-def _sides(imgsz: str) -> tuple[int, int]:
-    """Returns height and width as later YOLO versions note them, `[640, 640]`."""
-    sides = [int(side) for side in re.findall(r"\d+", imgsz)]
-    return (sides[0], sides[-1]) if sides else UNKNOWN_SHAPE_HW
+load = NcnnBackend

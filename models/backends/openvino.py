@@ -6,56 +6,66 @@ run in int8 either way. Beside our own, reads YOLOv5's folders, which keep names
 
 from __future__ import annotations
 
+import html
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models.backends.base import (
-    ArrayBackend,
-    Graph,
-    describe,
-    find_export,
-    find_part,
-    plain_texts,
-    refuse_links,
-    require,
-    texts_of_yaml,
-    thread_count,
-)
+from models.backends.base import ArrayBackend, cannot_load, find_part, require, thread_count
+from models.backends.metadata import Graph, plain_texts, texts_of_yaml
+from models.backends.safety import check_openvino
 from utils.errors import UserError
 from utils.log import LOGGER
 
 HALF_HINTS = {"FP16": "f16", "BF16": "bf16"}  # a device's word for what it can -> the hint's, the better one first
-HEAD = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*\?>\s*)?<net[\s>]")
-HEAD_BYTES = 1024
+METADATA = re.compile(r'<metadata value="([^"]*)" ?/>')  # in a graph's rt_info
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """Returns what a graph of ours says of itself."""
+    graph = _graph_file(path)
+    found = METADATA.search(graph.read_text(encoding="utf-8", errors="replace"))
+    return {"metadata": html.unescape(found[1])} if found else {}
 
 
 class OpenVinoBackend(ArrayBackend):
-    """A compiled model with one request, which is used again and again."""
+    """A compiled model of a folder `*_openvino_model`, or of the .xml file in it, with one request."""
 
-    def __init__(self, compiled: Any, texts: Mapping[str, str], where: Path, device: str) -> None:
-        """Takes an `openvino.CompiledModel`.
-
-        Args:
-            compiled: it.
-            texts: what the file says of itself.
-            where: the file, for messages.
-            device: where it runs, in words.
+    def __init__(self, path: Path, device: str = "", half: bool = False) -> None:
+        """Loads a model.
 
         Raises:
-            UserError: not a YOLOv5 detector.
+            UserError: OpenVINO is missing or cannot read it, it is no YOLOv5 detector, or an unknown device.
         """
-        self._request, self.device = compiled.create_infer_request(), device
-        images, output = (_lengths(port.partial_shape) for port in (compiled.inputs[0], compiled.outputs[0]))
+        path = _graph_file(path)
+        openvino = require("openvino", "openvino", path)
+        core = openvino.Core()
+        name = device.strip().upper() or "CPU"
+        if name not in core.available_devices:
+            raise UserError(f"--device {device}: OpenVINO has {', '.join(core.available_devices).lower()} here.")
+        precision = _precision(core, name, half)
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+        if name == "CPU":
+            settings["INFERENCE_NUM_THREADS"] = thread_count()
+        try:
+            model = core.read_model(str(path))
+            compiled = core.compile_model(model, name, settings)
+        except RuntimeError as error:
+            raise cannot_load(path, "OpenVINO", str(error).splitlines()[-1]) from error
+        self.device = f"OpenVINO {openvino.__version__.split('-')[0]} {name} {precision}"
+        self.device += f" ({thread_count()} threads)" * (name == "CPU")
+        LOGGER.info(f"{path}: {self.device}")
+        self._request = compiled.create_infer_request()
+        images, output = (  # None for open lengths
+            [None if length.is_dynamic else length.get_length() for length in port.partial_shape]
+            for port in (compiled.inputs[0], compiled.outputs[0])
+        )
         if len(images) != 4 or len(output) != 3:
-            raise UserError(f"{where}: maps {images} to {output}, which is no YOLOv5 detector.")
-        graph = Graph(images[0], *images[2:], *output[1:])
+            raise UserError(f"{path}: maps {images} to {output}, which is no YOLOv5 detector.")
         self.input_dtype = compiled.inputs[0].element_type.to_dtype().type
-        self.metadata = describe(texts, graph, where)
-        self.dynamic, self.batch = self.metadata.dynamic, graph.batch
+        self.take_description(_texts(model, path), Graph(images[0], *images[2:], *output[1:]), path)
 
     def run(self, inputs: np.ndarray) -> np.ndarray:
         """Returns the first output for images (b, 3, h, w); the next call writes over it."""
@@ -64,60 +74,10 @@ class OpenVinoBackend(ArrayBackend):
         return output if output.dtype == np.float32 else output.astype(np.float32)
 
 
-def load(weights: str | Path, device: str = "", half: bool = False) -> OpenVinoBackend:
-    """Loads a folder `*_openvino_model`, or the .xml file in it.
-
-    Raises:
-        UserError: nothing there, OpenVINO is missing or cannot read it, or an unknown device.
-    """
-    path = find_export(weights)
+def _graph_file(path: Path) -> Path:
     path = find_part(path, "*.xml", "OpenVINO graph") if path.is_dir() else path
-    _check_graph(path)
-    openvino = require("openvino", "openvino", path)
-    core = openvino.Core()
-    name = _device(core, device)
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _precision(core, name, half)}
-    if name == "CPU":
-        settings["INFERENCE_NUM_THREADS"] = thread_count()
-    try:
-        model = core.read_model(str(path))
-        compiled = core.compile_model(model, name, settings)
-    except RuntimeError as error:
-        raise UserError(f"--weights {path}: OpenVINO cannot load it ({str(error).splitlines()[-1]}).") from error
-    precision = settings["INFERENCE_PRECISION_HINT"]
-    words = f"OpenVINO {openvino.__version__.split('-')[0]} {name} {precision}"
-    words += f" ({thread_count()} threads)" * (name == "CPU")
-    LOGGER.info(f"{path}: {words}")
-    return OpenVinoBackend(compiled, _texts(model, path), path, words)
-
-
-def _check_graph(path: Path) -> None:
-    """Makes sure that a file is an OpenVINO graph, for OpenVINO would also read others, and that its weights are here.
-
-    Raises:
-        UserError: another kind of file, or the weights are a link out of the folder.
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(HEAD_BYTES)
-    except OSError as error:
-        raise UserError(f"--weights {path}: cannot be read ({error.strerror}).") from error
-    if not HEAD.match(head):
-        raise UserError(f"--weights {path}: is not an OpenVINO graph (<net> in XML).")
-    refuse_links(path.parent, [path.with_suffix(".bin")])
-
-
-def _device(core: Any, device: str) -> str:
-    """Returns OpenVINO's name for --device.
-
-    Raises:
-        UserError: it does not have this device.
-    """
-    name = device.strip().upper() or "CPU"
-    if name not in core.available_devices:
-        have = ", ".join(core.available_devices).lower()
-        raise UserError(f"--device {device}: OpenVINO has {have} here.")
-    return name
+    check_openvino(path)
+    return path
 
 
 def _precision(core: Any, device: str, half: bool) -> str:
@@ -145,13 +105,8 @@ def _flattened(info: Any) -> dict[str, str]:
     texts: dict[str, str] = {}
     for key, entry in info.items():
         value = getattr(entry, "value", entry)
-        if hasattr(value, "items"):
-            texts |= _flattened(value)
-        else:
-            texts |= plain_texts({key: value})
+        texts |= _flattened(value) if hasattr(value, "items") else plain_texts({key: value})
     return texts
 
 
-def _lengths(shape: Any) -> list[int | None]:
-    """Returns the lengths of a partial shape, None for open ones."""
-    return [None if length.is_dynamic else length.get_length() for length in shape]
+load = OpenVinoBackend

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +44,7 @@ class PyTorchBackend(Backend):
             dtype: what the convolutions compute in; boxes are decoded in float32.
             metadata: what the checkpoint says of itself; None for what the model knows.
         """
-        self.metadata = metadata or describe_model(model, dtype=dtype)
+        self.metadata = metadata or describe_model(model, dtype)
         self.device = device_line(device)
         self._trained, self._device, self._dtype = model, device, dtype
         self._model = rewrite(copy.deepcopy(model).cpu().float()).to(device, memory_format=torch.channels_last)
@@ -103,12 +101,9 @@ class EnsembleBackend(Backend):
 
     dynamic = True
 
-    def __init__(self, members: Sequence[PyTorchBackend]) -> None:
-        """Takes models of the same classes, on one device and in one precision."""
-        self.members = list(members)
-        first = self.members[0]
-        self.metadata = replace(first.metadata, stride=max(member.stride for member in self.members))
-        self.device = first.device
+    def __init__(self, members: Sequence[PyTorchBackend], metadata: Metadata) -> None:
+        """Takes models of the same classes, on one device and in one precision, and what is said of them together."""
+        self.members, self.metadata, self.device = list(members), metadata, members[0].device
 
     def preprocess(self, images: np.ndarray) -> Tensor:
         """Turns images, uint8 (b, 3, h, w) RGB, into a tensor of values 0 to 1 on the device."""
@@ -134,30 +129,39 @@ class EnsembleBackend(Backend):
         self.members[0].synchronize()
 
 
-def load(weights: str | Path, device: str = "", half: bool = False) -> PyTorchBackend:
-    """Loads a checkpoint of ours or an original YOLOv5 one.
+def open_checkpoints(
+    files: Sequence[Path], device: str = "", half: bool = False, bf16: bool = False
+) -> tuple[Metadata, int | None, Callable[[], Backend]]:
+    """Reads a checkpoint, ours or an original YOLOv5 one, or the several of an ensemble.
+
+    Returns:
+        What they say of themselves (an ensemble has its largest stride, the rest is the first one's), the image size
+        that they were trained at if they say it, and what builds the backend.
 
     Raises:
-        UserError: no checkpoint, or an unknown device.
+        UserError: no checkpoint, different classes, or an unknown device.
     """
-    return _open(weights, *_place(device, half))
-
-
-def load_ensemble(files: Sequence[str | Path], device: str = "", half: bool = False) -> EnsembleBackend:
-    """Loads several checkpoints as one model.
-
-    Raises:
-        UserError: one is no checkpoint, their classes differ, or an unknown device.
-    """
-    place = _place(device, half)
-    return ensemble_of(files, [_open(file, *place) for file in files])
-
-
-def ensemble_of(files: Sequence[str | Path], members: Sequence[PyTorchBackend]) -> EnsembleBackend:
-    """Returns the models of `files` as one, and says so; see `check_members`."""
-    check_members(files, [member.names for member in members])
-    LOGGER.info(f"Ensemble created with {[str(file) for file in files]}")
-    return EnsembleBackend(members)
+    chosen = select_device(device)
+    if half and chosen.type != "cuda":
+        LOGGER.warning(f"WARNING: --half needs a CUDA device; computing in float32 on {chosen.type}.")
+    dtype = torch.bfloat16 if bf16 else torch.float16 if half and chosen.type == "cuda" else torch.float32
+    contents = [read_weights(file) for file in files]
+    check_members(files, [content.names for content in contents])
+    first = contents[0]
+    options = first.meta.get("opt")
+    imgsz = (options.get("imgsz") or options.get("img_size")) if isinstance(options, dict) else None
+    imgsz = imgsz[0] if isinstance(imgsz, (list, tuple)) and imgsz else imgsz
+    trained_px = imgsz if isinstance(imgsz, int) and imgsz > 0 else None
+    metadata = Metadata(
+        first.names,
+        max(grid_stride(content.stride) for content in contents),
+        (trained_px or DEFAULT_PX,) * 2,
+        dynamic=True,
+        precision=PRECISIONS[dtype],
+        date=str(first.meta.get("date") or ""),
+        data=str(first.meta.get("data") or "") if first.source == "ours" else "",
+    )
+    return metadata, trained_px, partial(_build, contents, metadata, chosen, dtype)
 
 
 def check_members(files: Sequence[str | Path], names: Sequence[Mapping[int, str]]) -> None:
@@ -179,43 +183,24 @@ def check_members(files: Sequence[str | Path], names: Sequence[Mapping[int, str]
             )
 
 
-def _place(device: str, half: bool) -> tuple[torch.device, torch.dtype]:
-    """Returns the device that is asked for and what to compute in there; logs both where they need a word."""
-    chosen = select_device(device)
-    prepare_cpu_memory(chosen)
-    LOGGER.info(device_line(chosen))
-    if half and chosen.type != "cuda":
-        LOGGER.warning(f"WARNING: --half needs a CUDA device; computing in float32 on {chosen.type}.")
-    return chosen, torch.float16 if half and chosen.type == "cuda" else torch.float32
+def _build(contents: Sequence[Weights], metadata: Metadata, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Builds the models of checkpoints, rewritten for inference; logs what they are and where they run."""
+    prepare_cpu_memory(device)
+    LOGGER.info(device_line(device))
+    members = []
+    for content in contents:
+        with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave no trace in the generator
+            model = model_from(content).requires_grad_(False)
+        LOGGER.info("Fusing layers... ")
+        LOGGER.info(model.fuse().info(gflops=False))
+        members.append(PyTorchBackend(model, device, dtype, metadata if len(contents) == 1 else None))
+    if len(members) == 1:
+        return members[0]
+    LOGGER.info(f"Ensemble created with {[str(content.path) for content in contents]}")
+    return EnsembleBackend(members, metadata)
 
 
-def _open(weights: str | Path, device: torch.device, dtype: torch.dtype) -> PyTorchBackend:
-    """Loads one checkpoint; logs what it is."""
-    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave no trace in the generator
-        content = read_weights(weights)
-        model = model_from(content).requires_grad_(False)
-    LOGGER.info("Fusing layers... ")
-    model.fuse()
-    LOGGER.info(model.info(gflops=False))
-    return PyTorchBackend(model, device, dtype, describe_model(model, content, dtype))
-
-
-def describe_model(model: nn.Module, weights: Weights | None = None, dtype: torch.dtype = torch.float32) -> Metadata:
-    """Returns what a model, and the weights file that it was read from, say of it."""
-    meta = weights.meta if weights else {}
-    options = meta.get("opt") if isinstance(meta.get("opt"), dict) else {}
-    return Metadata(
-        names=dict(model.names),
-        stride=grid_stride(model.stride),
-        shape_hw=_sides(options.get("imgsz", options.get("img_size"))),
-        dynamic=True,
-        precision=PRECISIONS[dtype],
-        date=str(meta.get("date") or ""),
-        data=str(meta.get("data") or ""),
-    )
-
-
-def _sides(imgsz: Any) -> tuple[int, int]:
-    """Returns height and width that a model was trained at, as its options say: a side, or a list of them."""
-    side = imgsz[0] if isinstance(imgsz, (list, tuple)) and imgsz else imgsz
-    return (side, side) if isinstance(side, int) and side > 0 else (DEFAULT_PX, DEFAULT_PX)
+def describe_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> Metadata:
+    """Returns what a model knows of itself."""
+    shape_hw = (DEFAULT_PX, DEFAULT_PX)
+    return Metadata(dict(model.names), grid_stride(model.stride), shape_hw, dynamic=True, precision=PRECISIONS[dtype])

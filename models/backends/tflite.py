@@ -19,18 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from models.backends.base import (
-    ArrayBackend,
-    cpu_only,
-    describe,
-    find_export,
-    graph_of,
-    plain_texts,
-    require,
-    thread_count,
-    without_half,
-)
-from models.backends.metadata import PARSING_ERRORS
+from models.backends.base import ArrayBackend, cannot_load, cpu_only, require, thread_count, without_half
+from models.backends.metadata import PARSING_ERRORS, damaged, graph_of, plain_texts
 from utils.errors import UserError
 from utils.log import LOGGER
 
@@ -40,63 +30,67 @@ INTERPRETERS = {"ai_edge_litert.interpreter": "LiteRT", "tflite_runtime.interpre
 MAX_TEXT_BYTES = 1 << 20
 
 
+def read_texts(path: Path) -> dict[str, str]:
+    """Returns the texts in the zip archive at a file's end: ours (JSON) or YOLOv5's (a Python dict); {} without one.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return {}
+    texts: dict[str, str] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                suffix = Path(member.filename).suffix
+                if suffix in (".json", ".txt") and member.file_size <= MAX_TEXT_BYTES:
+                    text = archive.read(member).decode("utf-8")
+                    content = json.loads(text) if suffix == ".json" else ast.literal_eval(text)
+                    texts |= plain_texts(content) if isinstance(content, dict) else {}
+    except (OSError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error, *PARSING_ERRORS) as error:
+        raise damaged(path, error) from error
+    return texts
+
+
 class TfliteBackend(ArrayBackend):
     """An interpreter with its tensors allocated."""
 
     channels_last = True
 
-    def __init__(self, interpreter: Any, where: Path, device: str) -> None:
-        """Takes an `Interpreter`.
-
-        Args:
-            interpreter: it.
-            where: the file, for messages.
-            device: where it runs, in words.
+    def __init__(self, path: Path, device: str = "", half: bool = False) -> None:
+        """Loads a file.
 
         Raises:
-            UserError: not a YOLOv5 detector.
+            UserError: no interpreter is installed or it cannot read the file, it is no YOLOv5 detector, no Edge TPU for
+                a file that needs one, or another device than the CPU.
         """
-        self._interpreter, self.device = interpreter, device
-        self._input, self._output = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
-        shape = self._input["shape"].tolist()
-        if len(shape) != 4:
-            raise UserError(f"{where}: its input has the shape {shape}, not that of images (b, h, w, 3).")
-        graph = graph_of(shape, self._output["shape"].tolist(), channels_last=True)
-        texts = _texts(where)
-        self.metadata = describe(texts, graph, where, boxes_normalised=True)
-        self.dynamic, self.batch = False, graph.batch
+        cpu_only(device, "TensorFlow Lite")
+        texts = read_texts(path)
+        module, name = _interpreter_module(path)
+        without_half(half, name)
+        delegates, self.device = None, f"{name} CPU ({thread_count()} threads)"
+        if path.name.lower().endswith(EDGETPU_SUFFIX):
+            delegates, self.device = [_edgetpu(module.load_delegate, path)], f"{name} Edge TPU"
+        try:
+            self._interpreter = module.Interpreter(
+                model_path=str(path), num_threads=thread_count(), experimental_delegates=delegates
+            )
+            self._interpreter.allocate_tensors()
+        except (RuntimeError, ValueError) as error:
+            raise cannot_load(path, name, error) from error
+        LOGGER.info(f"{path}: {self.device}")
+        self._input, self._output = (
+            ends[0] for ends in (self._interpreter.get_input_details(), self._interpreter.get_output_details())
+        )
+        shapes = (self._input["shape"].tolist(), self._output["shape"].tolist())
+        self.take_description(texts, graph_of(*shapes, path, channels_last=True), path, normalised=True)
+        self.dynamic = False
 
     def run(self, inputs: np.ndarray) -> np.ndarray:
         """Returns the first output for images (b, h, w, 3)."""
         self._interpreter.set_tensor(self._input["index"], _quantised(inputs, self._input))
         self._interpreter.invoke()
         return _floats(self._interpreter.get_tensor(self._output["index"]), self._output)
-
-
-def load(weights: str | Path, device: str = "", half: bool = False) -> TfliteBackend:
-    """Loads a TFLite file.
-
-    Raises:
-        UserError: no such file, no interpreter is installed or it cannot read the file, no Edge TPU for a file that
-            needs one, or another device than the CPU.
-    """
-    cpu_only(device, "TensorFlow Lite")
-    path = find_export(weights)
-    module, name = _interpreter_module(path)
-    without_half(half, name)
-    delegates = None
-    words = f"{name} CPU ({thread_count()} threads)"
-    if path.name.lower().endswith(EDGETPU_SUFFIX):
-        delegates, words = [_edgetpu(module.load_delegate, path)], f"{name} Edge TPU"
-    try:
-        interpreter = module.Interpreter(
-            model_path=str(path), num_threads=thread_count(), experimental_delegates=delegates
-        )
-        interpreter.allocate_tensors()
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"--weights {path}: {name} cannot load it ({str(error).splitlines()[0]}).") from error
-    LOGGER.info(f"{path}: {words}")
-    return TfliteBackend(interpreter, path, words)
 
 
 def _interpreter_module(path: Path) -> tuple[Any, str]:
@@ -144,23 +138,4 @@ def _floats(values: np.ndarray, details: dict[str, Any]) -> np.ndarray:
     return (values.astype(np.float32) - zero_point) * np.float32(scale)
 
 
-def _texts(path: Path) -> dict[str, str]:
-    """Returns the texts in the zip archive at a file's end: ours (JSON) or YOLOv5's (a Python dict); {} without one.
-
-    Raises:
-        UserError: they are damaged.
-    """
-    if not zipfile.is_zipfile(path):
-        return {}
-    texts: dict[str, str] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                suffix = Path(member.filename).suffix
-                if suffix in (".json", ".txt") and member.file_size <= MAX_TEXT_BYTES:
-                    text = archive.read(member).decode("utf-8")
-                    content = json.loads(text) if suffix == ".json" else ast.literal_eval(text)
-                    texts |= plain_texts(content) if isinstance(content, dict) else {}
-    except (OSError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error, *PARSING_ERRORS) as error:
-        raise UserError(f"{path}: what the file says of itself is damaged ({error}): export it again.") from error
-    return texts
+load = TfliteBackend

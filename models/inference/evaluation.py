@@ -23,17 +23,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.backends import Backend, load_backend, runtime_of, weight_files
+from models.backends import Backend, open_model, runtime_of
 from models.backends.base import AUGMENT_NEEDS_CHECKPOINT
-from models.backends.pytorch import PyTorchBackend, check_members, describe_model, ensemble_of
-from models.load import Weights, model_from, read_weights
 from utils.boxes import scale_boxes
 from utils.cli import find_weights
 from utils.dataloaders.config import SPLITS, DataSpec, load_spec
 from utils.dataloaders.dataset import ShapeInfo, rectangular_batches
 from utils.dataloaders.labels import load_labels
 from utils.dataloaders.loader import DetectionLoader, create_dataloader, full_size_loader
-from utils.devices import device_line, prepare_cpu_memory, select_device
+from utils.devices import select_device
 from utils.errors import MIN_GRID_STRIDE, UserError, check_image_size, grid_stride
 from utils.eval.coco import category_ids, require_coco_tools
 from utils.eval.evaluate import AugmentedPredictor, EvalResult, ModulePredictor, Predictor, evaluate
@@ -97,26 +95,26 @@ def open_eval_model(
         UserError: it cannot be loaded, the device or the precision is not for it, or the models of an ensemble do not
             have the same classes.
     """
-    paths = weight_files(weights)
-    if dnn or runtime_of(paths[0]) != "pytorch":
-        return _open_export(paths[0], device, dtype, dnn)
-    chosen = select_device(device)
-    prepare_cpu_memory(chosen)
-    check_half(dtype, chosen)
-    contents = [read_weights(path) for path in paths]
-    check_members(paths, [content.names for content in contents])
-    first = contents[0]
-    trained_px = (first.meta.get("opt") or {}).get("imgsz")
+    path = find_weights(weights)[0]
+    if dtype in REDUCED and (dnn or runtime_of(path) not in ("pytorch", "openvino")):
+        raise UserError(
+            f"{REDUCED[dtype]}: {path} is computed in the precision that it was exported in. The option is for "
+            "checkpoints (.pt) and OpenVINO; export.py --half makes smaller files."
+        )
+    if runtime_of(path) == "pytorch":
+        check_half(dtype, select_device(device))
+    opened = open_model(weights, device, dtype == torch.float16, dnn, dtype == torch.bfloat16)
+    said = opened.metadata
     return EvalModel(
-        paths[0],
-        first.names,
-        named=True,
-        stride=max(grid_stride(content.stride) for content in contents),
-        shape_hw=None,
-        data=first.meta.get("data") or "" if first.source == "ours" else "",
-        trained_px=trained_px if isinstance(trained_px, int) else None,
-        nms=None,
-        build=partial(_build, contents, paths, chosen, dtype),
+        opened.path,
+        said.names,
+        named=said.has_names,
+        stride=said.stride,
+        shape_hw=None if said.dynamic else said.shape_hw,
+        data=said.data,
+        trained_px=opened.trained_px,
+        nms=said.nms,
+        build=opened.build,
     )
 
 
@@ -150,42 +148,6 @@ def check_half(dtype: torch.dtype, device: torch.device) -> None:
     """
     if dtype == torch.float16 and device.type != "cuda":
         raise UserError(f"--half (float16) needs a CUDA GPU, this is {device.type}: use --bf16, or neither.")
-
-
-def _open_export(weights: str | Path, device: str, dtype: torch.dtype, dnn: bool) -> EvalModel:
-    """Loads an exported model at once: only then is known what it takes."""
-    if dtype in REDUCED and runtime_of(weights) != "openvino":
-        raise UserError(
-            f"{REDUCED[dtype]}: {weights} is computed in the precision that it was exported in. The option is for "
-            "checkpoints (.pt) and OpenVINO; export.py --half makes smaller files."
-        )
-    backend = load_backend(weights, device, half=dtype in REDUCED, dnn=dnn)
-    said = backend.metadata
-    if not backend.dynamic:
-        backend.warm_up(*said.shape_hw)
-    return EvalModel(
-        Path(weights),
-        said.names,
-        named=said.names != {number: f"class{number}" for number in range(len(said.names))},
-        stride=said.stride,
-        shape_hw=None if backend.dynamic else said.shape_hw,
-        data=said.data,
-        trained_px=None,
-        nms=said.nms,
-        build=lambda: backend,
-    )
-
-
-def _build(contents: Sequence[Weights], paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> Backend:
-    """Builds the models of checkpoints, rewritten for inference; logs what they are and where they run."""
-    LOGGER.info(device_line(device))
-    members = []
-    for content, path in zip(contents, paths, strict=True):
-        with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave no trace in the generator
-            model = model_from(content).requires_grad_(False).fuse()
-        LOGGER.info(f"{path}: {model.info(gflops=False)}")
-        members.append(PyTorchBackend(model, device, dtype, describe_model(model, content, dtype)))
-    return members[0] if len(members) == 1 else ensemble_of(paths, members)
 
 
 def image_shape(subject: EvalModel, imgsz: int | Sequence[int] | None) -> Shape:
@@ -564,10 +526,9 @@ def training_data(subject: EvalModel) -> str:
 
 def _open(options: Namespace, weights: str | Path | Sequence[str | Path], dtype: torch.dtype) -> EvalModel:
     """Opens one model, or the ensemble of several."""
-    files = weight_files(weights)
-    if options.augment and (options.dnn or runtime_of(files[0]) != "pytorch"):
+    if options.augment and (options.dnn or any(runtime_of(file) != "pytorch" for file in find_weights(weights))):
         raise UserError(AUGMENT_NEEDS_CHECKPOINT)
-    return open_eval_model(files, options.device, dtype, options.dnn)
+    return open_eval_model(weights, options.device, dtype, options.dnn)
 
 
 def _open_each(options: Namespace) -> list[tuple[str | Path, EvalModel]]:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.backends import Backend, load_backend, weight_files
+from models.backends import Backend, load_backend
 from models.backends.pytorch import check_members
 from models.experimental import Ensemble
 from models.load import load_model
 from models.yolo import INPLACE_ACTIVATIONS, Detect, Model
+from utils.cli import find_weights
 from utils.dataloaders.config import load_spec
 from utils.devices import device_line, prepare_cpu_memory, select_device
 from utils.errors import UserError, grid_stride
@@ -100,7 +101,7 @@ class DetectMultiBackend(nn.Module):
                 names are wanted and do not fit the model.
         """
         super().__init__()
-        files = weight_files(weights)
+        files = find_weights(weights)
         kind = self.model_type(files[0])
         for name, fits in kind._asdict().items():
             setattr(self, name, fits)
@@ -109,7 +110,7 @@ class DetectMultiBackend(nn.Module):
         if kind.pt:
             self._load_checkpoints(files, device, fp16, fuse)
         else:
-            self._load_export(files[0], device, fp16)
+            self._load_export(files, device, fp16)
         if data and all(name == f"class{number}" for number, name in self.names.items()):
             names = load_spec(data, need=()).names
             if len(names) != len(self.names):
@@ -134,7 +135,7 @@ class DetectMultiBackend(nn.Module):
         self.names, self.stride = dict(self.model.names), grid_stride(self.model.stride)
         self.fixed_hw, self.batch_size, self.has_nms = None, 1, False
 
-    def _load_export(self, weights: str | Path, device: str | torch.device | None, fp16: bool) -> None:
+    def _load_export(self, weights: Sequence[Path], device: str | torch.device | None, fp16: bool) -> None:
         """Loads an exported model on its runtime."""
         self.backend = load_backend(weights, _device_name(device), fp16, self.dnn)
         self.model = nn.Identity()  # scripts write `model.model.half()` for TorchScript files as well
@@ -236,7 +237,7 @@ def attempt_load(
     Raises:
         UserError: see `models.load.read_weights`; or the models of an ensemble have different classes.
     """
-    files = weight_files(weights)
+    files = find_weights(weights)
     wished = device if map_location is None else map_location
     place = torch.device("cpu") if wished is None else pick_device(wished)
     members = [load_model(file, place, fuse) for file in files]

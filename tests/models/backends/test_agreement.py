@@ -1,10 +1,12 @@
 """Every runtime that runs here: the checkpoint's rows, its names and stride, any number of images, its own refusals."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
 
-from models.backends import load_backend
+from models.backends import load_backend, open_model
 from models.load import load_model
 from utils.errors import UserError
 
@@ -43,6 +45,20 @@ def test_files_say_what_they_are(exported, form):
     assert (backend.dynamic, backend.has_nms, backend.metadata.shape_hw) == (False, False, (64, 96))
     assert backend.metadata.data == "ants.yaml"
     assert backend.device
+
+
+@pytest.mark.parametrize("form", [*FIXED, "checkpoint"])
+def test_what_a_file_says_is_known_before_its_runtime_is_started(exported, weights, monkeypatch, form):
+    """Loader processes are forked in between: runtimes leave threads behind that they might hang on."""
+    path = weights if form == "checkpoint" else exported(form)
+    runtime = importlib.import_module(f"models.backends.{MODULES.get(form, 'pytorch')}")
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "_build" if form == "checkpoint" else "load", lambda *_: pytest.fail("it was loaded"))
+        opened = open_model(path, "cpu")
+    said, backend = opened.metadata, load_backend(path, "cpu")
+    assert (said.names, said.stride, said.nms, said.data) == (backend.names, 32, None, "ants.yaml")
+    assert (said.dynamic, said.shape_hw) == (backend.dynamic, backend.metadata.shape_hw)
+    assert opened.trained_px == (96 if form == "checkpoint" else None)
 
 
 @pytest.mark.parametrize("form", FIXED)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 from models.backends import load_backend
-from models.backends.base import Graph, before_tensorflow, describe
-from models.backends.coreml import CoreMlBackend
+from models.backends.base import before_tensorflow
+from models.backends.metadata import Graph, describe
 from models.backends.tflite import _floats, _quantised
 from models.inference.predictor import Detector
 from utils.errors import UserError
@@ -181,8 +182,11 @@ def core_ml_description(height, width, output_shape):
     return SimpleNamespace(description=SimpleNamespace(**{name: [end] for name, end in ends.items()}))
 
 
-def test_core_ml_model_gets_pictures_and_gives_rows(images, rows):
+def test_core_ml_model_gets_images_and_gives_rows(images, rows, tmp_path, monkeypatch):
     class Model:
+        def __init__(self, path, compute_units):
+            assert path.endswith("best.mlmodel")
+
         user_defined_metadata = {"stride": "32", "names": "{0: 'a', 1: 'b', 2: 'c'}"}
 
         def get_spec(self):
@@ -193,7 +197,12 @@ def test_core_ml_model_gets_pictures_and_gives_rows(images, rows):
             number = next(index for index, own in enumerate(images) if (own == picture).all())
             return {"output": rows[number : number + 1]}
 
-    backend = CoreMlBackend(Model(), "best.mlmodel", "Core ML")
+    units = SimpleNamespace(ALL=0)
+    coremltools = SimpleNamespace(models=SimpleNamespace(MLModel=Model), ComputeUnit=units, __version__="9")
+    monkeypatch.setitem(sys.modules, "coremltools", coremltools)
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    (tmp_path / "best.mlmodel").touch()
+    backend = load_backend(tmp_path / "best.mlmodel")
     np.testing.assert_array_equal(backend.predict(images), rows)
     assert backend.names[2] == "c"
 

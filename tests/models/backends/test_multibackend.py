@@ -199,7 +199,7 @@ def test_what_does_not_go_together_is_refused(exported, weights, golden_dir, tmp
         DetectMultiBackend(tmp_path / "lost.pt")
     with pytest.raises(UserError, match="different classes"):
         attempt_load([weights, golden_dir / "yolov5n-v6-coco.pt"])
-    with pytest.raises(UserError, match="checkpoints"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         DetectMultiBackend([weights, exported("onnx")])
 
 
