@@ -1,8 +1,8 @@
 """Converters to YOLO labels from Pascal VOC, COCO and VisDrone annotations.
 
-Each looks for its format anywhere below a data set's folder and writes `labels` beside `images`. Pictures are linked
+Each looks for its format anywhere below a data set's folder and writes `labels` beside `images`. Images are linked
 (copied where links are not possible), never moved or changed. What is finished is left alone, so a converter may be
-called again; a set's folders appear only when they are whole. A set without pictures is passed over with a warning.
+called again; a set's folders appear only when they are whole. A set without images is passed over with a warning.
 Lines have six decimals, boxes are clipped to the image. Errors of the disk are for the caller.
 """
 
@@ -31,7 +31,7 @@ class Converted(NamedTuple):
     """An image of a set with its boxes."""
 
     name: str  # relative path below the set's folder, with forward slashes
-    image: Path  # where the picture is now
+    image: Path  # where it is now
     size_wh: tuple[float, float]
     boxes: list[Box]
 
@@ -60,45 +60,39 @@ def convert_voc(root: Path, names: Mapping[int, str]) -> int:
         The number of images converted.
 
     Raises:
-        UserError: an annotation or a listed picture that is missing or damaged.
+        UserError: an annotation or a listed image that is missing or damaged.
     """
     classes = {name: index for index, name in names.items()}
     done = 0
-    bases = [folder.parent for folder in _below(root, "Annotations")]
-    for base in bases:
-        if not (base / "JPEGImages").is_dir():
-            continue
+    for base in [folder.parent for folder in _below(root, "Annotations") if (folder.parent / "JPEGImages").is_dir()]:
         year = re.fullmatch(r"VOC(\d{4})", base.name)
-        pictures = {path.stem: path for path in sorted((base / "JPEGImages").iterdir()) if is_image(path.name)}
+        files = {path.stem: path for path in sorted((base / "JPEGImages").iterdir()) if is_image(path.name)}
         for split in ("train", "val", "test"):
             members = base / "ImageSets" / "Main" / f"{split}.txt"
-            stems = _first_words(members) if members.is_file() else []
-            if stems and stems[0] not in pictures:
-                LOGGER.warning(f"WARNING: {members}: passed over, its pictures are not in {base / 'JPEGImages'}")
+            listed = members.read_text(encoding="utf-8").splitlines() if members.is_file() else []
+            stems = [line.split()[0] for line in listed if line.strip()]
+            if stems and stems[0] not in files:
+                LOGGER.warning(f"WARNING: {members}: passed over, its images are not in {base / 'JPEGImages'}")
             elif stems:
-                images = (_voc_image(base, stem, pictures, classes, first=1 if year else 0) for stem in stems)
+                images = (_voc_image(base, stem, files, classes, first=1 if year else 0) for stem in stems)
                 done += _write_set(root, f"{split}{year[1] if year else ''}", images, len(stems))
     return done
 
 
 def _below(root: Path, pattern: str) -> list[Path]:
     """Lists what fits a pattern anywhere below a folder, sorted; what is hidden, or in hidden folders, does not."""
-    found = sorted(root.rglob(pattern))
-    return [path for path in found if not any(map(is_hidden, path.relative_to(root).parts))]
+    return [path for path in sorted(root.rglob(pattern)) if not any(map(is_hidden, path.relative_to(root).parts))]
 
 
-def _first_words(path: Path) -> list[str]:
-    """Returns the first word of each line of a text file."""
-    return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _voc_image(
-    base: Path, stem: str, pictures: Mapping[str, Path], classes: Mapping[str, int], first: int
-) -> Converted:
+def _voc_image(base: Path, stem: str, files: Mapping[str, Path], classes: Mapping[str, int], first: int) -> Converted:
     """Reads one VOC annotation whose pixels count from `first`."""
     path = base / "Annotations" / f"{stem}.xml"
-    if stem not in pictures:
-        raise UserError(f"{base}: '{stem}' is listed in ImageSets but has no picture in JPEGImages.")
+    if stem not in files:
+        raise UserError(f"{base}: '{stem}' is listed in ImageSets but has no image in JPEGImages.")
+
+    def corners(node: ElementTree.Element) -> list[float]:
+        return [_finite(node.findtext(f"bndbox/{tag}", "")) - first for tag in ("xmin", "ymin", "xmax", "ymax")]
+
     try:
         content = path.read_bytes()
         if b"<!ENTITY" in content or b"\0" in content:  # or in UTF-16, where it would be hidden
@@ -106,39 +100,38 @@ def _voc_image(
         tree = ElementTree.fromstring(content)
         size_wh = (float(tree.findtext("size/width", "")), float(tree.findtext("size/height", "")))
         boxes = [
-            (classes[kind], *_voc_corners(node, first))
+            (classes[kind], *corners(node))
             for node in tree.iter("object")
             if (kind := node.findtext("name", "").strip()) in classes and int(node.findtext("difficult", "0")) != 1
         ]
     except (OSError, ElementTree.ParseError, ValueError) as error:
         raise UserError(f"{path}: not a usable VOC annotation ({error}).") from error
-    return Converted(pictures[stem].name, pictures[stem], _usable_size(size_wh, pictures[stem]), boxes)
-
-
-def _voc_corners(node: ElementTree.Element, first: int) -> tuple[float, float, float, float]:
-    """Returns left, top, right, bottom in pixels that count from 0."""
-    xmin, ymin, xmax, ymax = (_finite(node.findtext(f"bndbox/{tag}", "")) for tag in ("xmin", "ymin", "xmax", "ymax"))
-    return xmin - first, ymin - first, xmax - first, ymax - first
+    return Converted(files[stem].name, files[stem], _usable_size(size_wh, files[stem]), boxes)
 
 
 def convert_coco(root: Path, names: Mapping[int, str]) -> int:
     """Converts COCO detection files (`annotations/instances_train2017.json`, `instance_train.json`, `train.json`).
 
-    The set's name is the file's without `instances_`; its pictures are looked for in folders of that name. Categories
+    The set's name is the file's without `instances_`; its images are looked for in folders of that name. Categories
     are matched to `names` by name; crowds and categories that are not in `names` are left out.
 
     Returns:
         The number of images converted.
 
     Raises:
-        UserError: a file that is no COCO file, a picture that is missing, or no category in common.
+        UserError: a file that is no COCO file, an image that is missing, or no category in common.
     """
     done = 0
     for path in _below(root, "annotations/*.json"):
         match = re.fullmatch(r"(?:instances?_)?(\w[\w.-]*)", path.stem)
         if not match or path.stem.startswith(_OTHER_COCO_FILES) or _is_written(root, match[1]):
             continue
-        content = _read_coco(path)
+        try:
+            content = json.loads(path.read_bytes())
+            if not all(isinstance(content[key], list) for key in ("images", "annotations", "categories")):
+                raise ValueError("'images', 'annotations' and 'categories' must be lists")
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: not a COCO detection file ({error}).") from error
         folder = _coco_folder(path, match[1], root, content["images"])
         if folder is not None:
             images = _coco_images(path, folder, content, names)
@@ -146,21 +139,9 @@ def convert_coco(root: Path, names: Mapping[int, str]) -> int:
     return done
 
 
-def _read_coco(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Reads a COCO file."""
-    try:
-        content = json.loads(path.read_bytes())
-        if not all(isinstance(content[key], list) for key in ("images", "annotations", "categories")):
-            raise ValueError("'images', 'annotations' and 'categories' must be lists")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not a COCO detection file ({error}).") from error
-    return content
-
-
 def _coco_images(
     path: Path, folder: Path, content: Mapping[str, list[dict[str, Any]]], names: Mapping[int, str]
 ) -> Iterator[Converted]:
-    """Yields the images of a COCO file with their boxes."""
     by_name = {name.lower(): index for index, name in names.items()}
     try:
         classes = {one["id"]: by_name.get(str(one["name"]).lower()) for one in content["categories"]}
@@ -181,15 +162,15 @@ def _coco_images(
 
 
 def _safe_name(path: Path, name: Any) -> str:
-    """Returns a picture's name if it stays within its folder."""
+    """Returns an image's name if it stays within its folder."""
     parts = PurePosixPath(str(name)).parts
     if not parts or parts[0] == "/" or ".." in parts or "\\" in str(name) or ":" in str(name):
-        raise UserError(f"{path}: picture '{name}' lies outside the data set.")
+        raise UserError(f"{path}: image '{name}' lies outside the data set.")
     return str(name)
 
 
 def _coco_folder(path: Path, split: str, root: Path, images: list[dict[str, Any]]) -> Path | None:
-    """Returns the folder that holds a set's pictures, judged by the first of them; None when they are not there."""
+    """Returns the folder that holds a set's images, judged by the first of them; None when they are not there."""
     try:
         name = _safe_name(path, images[0]["file_name"])
     except (LookupError, TypeError) as error:
@@ -198,7 +179,7 @@ def _coco_folder(path: Path, split: str, root: Path, images: list[dict[str, Any]
     for folder in (base / split, base / "images" / split, base / "images", base, root / "images" / split, root / split):
         if (folder / name).is_file():
             return folder
-    LOGGER.warning(f"WARNING: {path}: passed over, its picture {name} is not in {base / split} or {base / 'images'}")
+    LOGGER.warning(f"WARNING: {path}: passed over, its image {name} is not in {base / split} or {base / 'images'}")
     return None
 
 
@@ -212,25 +193,24 @@ def convert_visdrone(root: Path, names: Mapping[int, str]) -> int:
         The number of images converted.
 
     Raises:
-        UserError: an annotation or picture that is missing or damaged.
+        UserError: an annotation or image that is missing or damaged.
     """
     done = 0
     for texts_folder in _below(root, "annotations"):
         base = texts_folder.parent
         if not (base / "images").is_dir() or (base / "labels").exists():
             continue
-        pictures = [path for path in sorted((base / "images").iterdir()) if is_image(path.name)]
+        images = [path for path in sorted((base / "images").iterdir()) if is_image(path.name)]
         texts = {}
-        for picture in progress(pictures, desc=f"Converting {base.name}", unit="img"):
-            boxes = _visdrone_boxes(texts_folder / f"{picture.stem}.txt", names)
-            texts[f"{picture.stem}.txt"] = label_text(boxes, _size_of(picture))
+        for image in progress(images, desc=f"Converting {base.name}", unit="img"):
+            boxes = _visdrone_boxes(texts_folder / f"{image.stem}.txt", names)
+            texts[f"{image.stem}.txt"] = label_text(boxes, _size_of(image))
         _write_labels(base / "labels", texts)
-        done += len(pictures)
+        done += len(images)
     return done
 
 
 def _visdrone_boxes(path: Path, names: Mapping[int, str]) -> list[Box]:
-    """Reads one VisDrone annotation file."""
     boxes = []
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -244,28 +224,22 @@ def _visdrone_boxes(path: Path, names: Mapping[int, str]) -> list[Box]:
 
 
 def _finite(value: Any) -> float:
-    """Returns a coordinate as a number.
-
-    Raises:
-        ValueError: not one, or not finite.
-    """
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"a coordinate is {value}")
     return number
 
 
-def _usable_size(size_wh: tuple[float, float], picture: Path) -> tuple[float, float]:
-    """Returns the size that an annotation states, or where that is none, as in some sets, the picture's own."""
-    return size_wh if all(1 <= side < math.inf for side in size_wh) else _size_of(picture)
+def _usable_size(size_wh: tuple[float, float], image: Path) -> tuple[float, float]:
+    """Returns the size that an annotation states, or where that is none, as in some sets, the image's own."""
+    return size_wh if all(1 <= side < math.inf for side in size_wh) else _size_of(image)
 
 
-def _size_of(picture: Path) -> tuple[float, float]:
-    """Returns a picture's width and height in pixels."""
+def _size_of(image: Path) -> tuple[float, float]:
     try:
-        info = image_size(picture)
+        info = image_size(image)
     except ImageError as error:
-        raise UserError(f"{picture}: the picture {error}.") from error
+        raise UserError(f"{image}: the image {error}.") from error
     return float(info.width), float(info.height)
 
 
@@ -286,7 +260,7 @@ def _write_set(root: Path, split: str, images: Iterable[Converted], total: int) 
     for one in progress(images, total=total, desc=f"Converting {split}", unit="img"):
         _place(one.image, temporary / one.name)
         texts[str(PurePosixPath(one.name).with_suffix(".txt"))] = label_text(one.boxes, one.size_wh)
-    if folder.exists():  # the pictures stand where they belong already
+    if folder.exists():  # the images stand where they belong already
         shutil.rmtree(temporary)
     else:
         os.replace(temporary, folder)
@@ -296,9 +270,9 @@ def _write_set(root: Path, split: str, images: Iterable[Converted], total: int) 
 
 
 def _place(source: Path, target: Path) -> None:
-    """Makes a picture available at `target`: as a second link to the same file, or else as a copy."""
+    """Makes an image available at `target`: as a second link to the same file, or else as a copy."""
     if not source.is_file():
-        raise UserError(f"{source}: the annotations name this picture, but it is not there.")
+        raise UserError(f"{source}: the annotations name this image, but it is not there.")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

@@ -13,7 +13,6 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +22,18 @@ import numpy as np
 from utils.cli import run_command
 from utils.errors import UserError
 from utils.log import LOGGER, progress
+from utils.tools import convert
 
 IMAGE_SIZE = 320
 JPEG_QUALITY = 92
 STALE_SECONDS = 3600  # a temporary folder older than this was left by a killed process
+NAMES = ("circle", "square", "triangle", "star")
+SCALE = (0.06, 0.60)  # longer side of a shape's box / shorter side of the image
+VISIBLE = 0.6  # least part of a shape's area that others may leave in sight
+INSIDE = 0.7  # least part of a shape's area that lies within the image
+USUAL_HUE = 0.95  # share of the shapes whose hue is in their class's range
+HUE_RANGE = 0.22  # width of that range on the colour circle; the classes' ranges do not touch
+SUPERSAMPLE = 4  # mask pixels per image pixel and axis, for smooth edges
 
 
 class Split(NamedTuple):
@@ -38,151 +45,29 @@ class Split(NamedTuple):
 
 
 SPLITS = (Split("train", 300, 1), Split("val", 60, 2))
-
-
-class Sample(NamedTuple):
-    """A picture for trying out a detector; `seed` was chosen by eye."""
-
-    name: str
-    width: int
-    height: int
-    seed: int
-
-
+# for trying out a detector: name, width, height, and a seed that was chosen by eye
 SAMPLES = (
-    Sample("shapes-wide.jpg", 640, 480, 5),
-    Sample("shapes-tall.jpg", 480, 640, 8),
-    Sample("shapes-square.jpg", 512, 512, 1),
+    ("shapes-wide.jpg", 640, 480, 5),
+    ("shapes-tall.jpg", 480, 640, 8),
+    ("shapes-square.jpg", 512, 512, 1),
 )
 
 
-def scene_of(split: Split, index: int) -> Scene:
-    """The picture number `index` of a split, IMAGE_SIZE pixels square."""
-    return render_scene(_generator(split.key, index), IMAGE_SIZE, IMAGE_SIZE)
+class Scene(NamedTuple):
+    """An image with its labels; `owner` tells which shape is on top where (-1: background)."""
+
+    image: np.ndarray  # (h, w, 3) uint8 BGR
+    classes: np.ndarray  # (n,) int64
+    boxes_xyxy_px: np.ndarray  # (n, 4) float64, within the image
+    owner: np.ndarray  # (h, w) int16
 
 
-def _generator(key: int, index: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array((key, index), np.uint64)))
-
-
-def label_text(scene: Scene) -> str:
-    """The scene's label file: one line `class x_centre y_centre width height` per shape, as fractions of the image."""
-    height, width = scene.owner.shape
-    boxes_xyxy_norm = scene.boxes_xyxy_px / (width, height, width, height)
-    centres = (boxes_xyxy_norm[:, :2] + boxes_xyxy_norm[:, 2:]) / 2
-    sides = boxes_xyxy_norm[:, 2:] - boxes_xyxy_norm[:, :2]
-    rows = zip(scene.classes, centres, sides, strict=True)
-    return "".join(f"{c} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for c, (x, y), (w, h) in rows)
-
-
-def _write_image(path: Path, image: np.ndarray) -> None:
-    _, data = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))
-    path.write_bytes(data.tobytes())
-
-
-def _write_split(folder: Path, split: Split) -> None:
-    """Writes images/<split> and labels/<split> below `folder`."""
-    images, labels = folder / "images" / split.name, folder / "labels" / split.name
-    for directory in (images, labels):
-        directory.mkdir(parents=True)
-    for index in progress(range(split.count), desc=f"Rendering {split.name} shapes", leave=False):
-        scene = scene_of(split, index)
-        _write_image(images / f"{index:04d}.jpg", scene.image)
-        (labels / f"{index:04d}.txt").write_text(label_text(scene), encoding="utf-8")
-
-
-def _move_into_place(source: Path, target: Path) -> None:
-    """Renames a finished folder; whoever comes second keeps the first one's, which holds the same files."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        source.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-
-
-def _remove_stale(parent: Path, prefix: str) -> None:
-    """Deletes temporary folders of this data set that killed processes left behind."""
-    for folder in parent.glob(f"{prefix}*"):
-        if time.time() - folder.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def render(root: Path) -> None:
-    """Renders the data set into `root`: images/train, images/val, labels/train, labels/val.
-
-    The pictures are made in a temporary folder beside `root` and renamed at the end, labels before images, so that a
-    kill at any moment leaves each of the four folders whole or absent; a later call adds what is absent. Folders that
-    exist are kept as they are. Two processes may render at the same time.
-
-    Args:
-        root: Folder of the data set; made when it does not exist.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    root = Path(root).absolute()
-    prefix = f".{root.name}-rendering-"
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(root.parent, prefix)
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=root.parent) as temporary:
-            for split in SPLITS:
-                _write_split(Path(temporary), split)
-            for kind in ("labels", "images"):
-                for split in SPLITS:
-                    _move_into_place(Path(temporary, kind, split.name), root / kind / split.name)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"Cannot write the embedded data set to {root}: {reason}. Make the folder writable, or copy "
-            "data/shapes.yaml, set its 'path:' to a folder that is, and pass the copy with --data."
-        ) from error
-    LOGGER.info(f"Rendered the embedded data set ({', '.join(f'{s.count} {s.name}' for s in SPLITS)}) into {root}")
-
-
-def render_samples(folder: Path) -> None:
-    """Writes the pictures of SAMPLES, made by the same code, into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for sample in SAMPLES:
-        scene = render_scene(_generator(0, sample.seed), sample.width, sample.height)
-        _write_image(folder / sample.name, scene.image)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The options of `python -m utils.tools.shapes`."""
-    parser = argparse.ArgumentParser(description="Render the embedded data set, or the sample images of data/images.")
-    parser.add_argument("folder", type=Path, help="folder to write to")
-    parser.add_argument("--samples", action="store_true", help="write the sample images instead of the data set")
-    return parser
-
-
-def main(opt: argparse.Namespace) -> None:
-    """Runs the command line."""
-    (render_samples if opt.samples else render)(opt.folder)
-
-
-NAMES = ("circle", "square", "triangle", "star")
-SCALE = (0.06, 0.60)  # longer side of a shape's box / shorter side of the image
-VISIBLE = 0.6  # least part of a shape's area that others may leave in sight
-INSIDE = 0.7  # least part of a shape's area that lies within the image
-USUAL_HUE = 0.95  # share of the shapes whose hue is in their class's range
-HUE_RANGE = 0.22  # width of that range on the colour circle; the classes' ranges do not touch
-SUPERSAMPLE = 4  # mask pixels per image pixel and axis, for smooth edges
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One shape to be painted: its corners in pixels, its class and the size of the hole in it."""
+class Shape(NamedTuple):
+    """One shape to be painted."""
 
     class_id: int
     corners_px: np.ndarray  # (k, 2) float64, may lie outside the image
     hole: float  # 0 = solid, else inner outline / outer outline
-
-    @property
-    def area(self) -> float:
-        """Painted area in square pixels, the border of the image disregarded."""
-        return cv2.contourArea(self.corners_px.astype(np.float32)) * (1 - self.hole**2)
 
 
 class Patch(NamedTuple):
@@ -194,16 +79,20 @@ class Patch(NamedTuple):
     box_xyxy_px: np.ndarray  # (4,) float64, exact to a quarter of a pixel
 
 
-class Scene(NamedTuple):
-    """A picture with its labels; `owner` tells which shape is on top where (-1: background)."""
-
-    image: np.ndarray  # (h, w, 3) uint8 BGR
-    classes: np.ndarray  # (n,) int64
-    boxes_xyxy_px: np.ndarray  # (n, 4) float64, within the image
-    owner: np.ndarray  # (h, w) int16
+def scene_of(split: Split, index: int) -> Scene:
+    """The image number `index` of a split, IMAGE_SIZE pixels square."""
+    return render_scene(generator_of(split.key, index), IMAGE_SIZE, IMAGE_SIZE)
 
 
-# ---------------------------------------------------------------------------------------------------------- outlines
+def generator_of(key: int, index: int) -> np.random.Generator:
+    """The generator of an image's random choices."""
+    return np.random.Generator(np.random.Philox(key=np.array((key, index), np.uint64)))
+
+
+def label_text(scene: Scene) -> str:
+    """The scene's label file."""
+    boxes = ((label, *box) for label, box in zip(scene.classes, scene.boxes_xyxy_px, strict=True))
+    return convert.label_text(boxes, scene.owner.shape[::-1])
 
 
 def _ring(angles: np.ndarray, radii: np.ndarray | float = 1.0) -> np.ndarray:
@@ -244,6 +133,11 @@ def _random_shape(rng: np.random.Generator, width: int, height: int) -> Shape:
     return Shape(class_id, outline + rng.uniform((0, 0), (width, height)), hole)
 
 
+def _area(shape: Shape) -> float:
+    """Painted area in square pixels, the border of the image disregarded."""
+    return cv2.contourArea(shape.corners_px.astype(np.float32)) * (1 - shape.hole**2)
+
+
 def _patch(shape: Shape, width: int, height: int) -> Patch | None:
     """The part of the shape that lies within an image of the given size, or None."""
     low, high = shape.corners_px.min(axis=0), shape.corners_px.max(axis=0)
@@ -265,9 +159,6 @@ def _patch(shape: Shape, width: int, height: int) -> Patch | None:
     return Patch(slice(top, bottom), slice(left, right), alpha, box_xyxy_px)
 
 
-# ---------------------------------------------------------------------------------------------------------- painting
-
-
 def _colour(
     rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float], hue: float | None = None
 ) -> np.ndarray:
@@ -275,13 +166,6 @@ def _colour(
     hue = rng.random() if hue is None else hue
     rgb = colorsys.hsv_to_rgb(hue % 1, rng.uniform(*saturation), rng.uniform(*value))
     return np.array(rgb[::-1], np.float32) * 255
-
-
-def _hue(rng: np.random.Generator, class_id: int) -> float:
-    """A hue for a shape: mostly from its class's range."""
-    if rng.random() < USUAL_HUE:
-        return class_id / len(NAMES) + rng.uniform(-0.5, 0.5) * HUE_RANGE
-    return rng.random()
 
 
 def _clouds(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -319,7 +203,10 @@ def _fill(rng: np.random.Generator, class_id: int, patch: Patch, beneath: np.nda
     """Pixels (h, w, 3) float32 for a shape: a colour that stands out from what lies beneath, plain or patterned."""
     height, width = patch.alpha.shape
     ground = beneath.mean(axis=(0, 1))
-    hue = _hue(rng, class_id)
+    if rng.random() < USUAL_HUE:
+        hue = class_id / len(NAMES) + rng.uniform(-0.5, 0.5) * HUE_RANGE
+    else:
+        hue = rng.random()
     candidates = [_colour(rng, (0.5, 1.0), (0.4, 1.0), hue) for _ in range(4)]
     distances = [float(np.linalg.norm(candidate - ground)) for candidate in candidates]
     enough = [distance > 110 for distance in distances]
@@ -330,13 +217,6 @@ def _fill(rng: np.random.Generator, class_id: int, patch: Patch, beneath: np.nda
     if pattern < 0.5:
         return base + (_clouds(rng, width, height)[..., None] - 0.5) * rng.uniform(40, 110)
     return np.broadcast_to(base, (height, width, 3))
-
-
-def _paint(rng: np.random.Generator, canvas: np.ndarray, class_id: int, patch: Patch) -> None:
-    """Blends one shape into `canvas` (h, w, 3) float32, in place."""
-    beneath = canvas[patch.rows, patch.columns]
-    opacity = patch.alpha[..., None] * rng.uniform(0.85, 1.0)
-    beneath += (_fill(rng, class_id, patch, beneath) - beneath) * opacity
 
 
 def _camera(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
@@ -352,20 +232,17 @@ def _camera(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(canvas + noise), 0, 255).astype(np.uint8)
 
 
-# ----------------------------------------------------------------------------------------------------------- scenes
-
-
 def _place(rng: np.random.Generator, owner: np.ndarray, placed: list[Shape]) -> tuple[Shape, Patch] | None:
     """A shape that leaves itself and all earlier ones enough in sight, or None when twenty tries found no room."""
     height, width = owner.shape
-    areas = np.array([shape.area for shape in placed])
+    areas = np.array([_area(shape) for shape in placed])
     for _ in range(20):
         shape = _random_shape(rng, width, height)
         patch = _patch(shape, width, height)
         if patch is None:
             continue
         covered = patch.alpha > 0.5
-        if covered.sum() < INSIDE * shape.area:
+        if covered.sum() < INSIDE * _area(shape):
             continue
         hidden = owner[patch.rows, patch.columns][covered]
         in_sight = np.bincount(owner[owner >= 0], minlength=len(placed))
@@ -376,7 +253,7 @@ def _place(rng: np.random.Generator, owner: np.ndarray, placed: list[Shape]) -> 
 
 
 def render_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
-    """Paints one picture of 1 to 7 shapes (3 % of the pictures have none).
+    """Paints one image of 1 to 7 shapes (3 % of the images have none).
 
     Args:
         rng: Source of every random choice.
@@ -384,7 +261,7 @@ def render_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
         height: Height of the image in pixels.
 
     Returns:
-        The picture, its labels and the map of what is on top where.
+        The image, its labels and the map of what is on top where.
     """
     canvas = _background(rng, width, height)
     owner = np.full((height, width), -1, np.int16)
@@ -395,12 +272,89 @@ def render_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
         if placement is None:
             break
         shape, patch = placement
-        _paint(rng, canvas, shape.class_id, patch)
+        beneath = canvas[patch.rows, patch.columns]
+        opacity = patch.alpha[..., None] * rng.uniform(0.85, 1.0)
+        beneath += (_fill(rng, shape.class_id, patch, beneath) - beneath) * opacity
         owner[patch.rows, patch.columns][patch.alpha > 0.5] = len(shapes)
         shapes.append(shape)
         boxes.append(patch.box_xyxy_px)
     classes = np.array([shape.class_id for shape in shapes], np.int64)
     return Scene(_camera(rng, canvas), classes, np.reshape(boxes, (-1, 4)), owner)
+
+
+def _write_image(path: Path, image: np.ndarray) -> None:
+    _, data = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))
+    path.write_bytes(data.tobytes())
+
+
+def _write_split(folder: Path, split: Split) -> None:
+    """Writes images/<split> and labels/<split> below `folder`."""
+    images, labels = folder / "images" / split.name, folder / "labels" / split.name
+    for directory in (images, labels):
+        directory.mkdir(parents=True)
+    for index in progress(range(split.count), desc=f"Rendering {split.name} shapes", leave=False):
+        scene = scene_of(split, index)
+        _write_image(images / f"{index:04d}.jpg", scene.image)
+        (labels / f"{index:04d}.txt").write_text(label_text(scene), encoding="utf-8")
+
+
+def _move_into_place(source: Path, target: Path) -> None:
+    """Renames a finished folder; whoever comes second keeps the first one's, which holds the same files."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def render(root: Path) -> None:
+    """Renders the data set into `root`: images/train, images/val, labels/train, labels/val.
+
+    The images are made in a temporary folder beside `root` and renamed at the end, labels before images, so that a
+    kill at any moment leaves each of the four folders whole or absent; a later call adds what is absent. Folders that
+    exist are kept as they are. Two processes may render at the same time.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    root = Path(root).absolute()
+    prefix = f".{root.name}-rendering-"
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        for left in root.parent.glob(f"{prefix}*"):
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=root.parent) as temporary:
+            for split in SPLITS:
+                _write_split(Path(temporary), split)
+            for kind in ("labels", "images"):
+                for split in SPLITS:
+                    _move_into_place(Path(temporary, kind, split.name), root / kind / split.name)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write the embedded data set to {root}: {error.strerror or error}. Make the folder writable, or "
+            "copy data/shapes.yaml, set its 'path:' to a folder that is, and pass the copy with --data."
+        ) from error
+    LOGGER.info(f"Rendered the embedded data set ({', '.join(f'{s.count} {s.name}' for s in SPLITS)}) into {root}")
+
+
+def main(opt: argparse.Namespace) -> None:
+    """Runs the command line."""
+    if not opt.samples:
+        render(opt.folder)
+        return
+    opt.folder.mkdir(parents=True, exist_ok=True)
+    for name, width, height, seed in SAMPLES:
+        _write_image(opt.folder / name, render_scene(generator_of(0, seed), width, height).image)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `python -m utils.tools.shapes`."""
+    parser = argparse.ArgumentParser(description="Render the embedded data set, or the sample images of data/images.")
+    parser.add_argument("folder", type=Path, help="folder to write to")
+    parser.add_argument("--samples", action="store_true", help="write the sample images instead of the data set")
+    return parser
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from utils.tools.convert import convert_coco, convert_visdrone, convert_voc
 NAMES = {0: "cat", 1: "dog"}
 
 
-def picture(path, width=100, height=50):
+def image_file(path, width=100, height=50):
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), np.zeros((height, width, 3), np.uint8))
 
@@ -33,10 +33,10 @@ def voc_object(name, corners, difficult=None):
 
 
 def voc_tree(base, splits, objects, size=(100, 50)):
-    """Writes a VOC tree in which every picture has the same objects."""
+    """Writes a VOC tree in which every image has the same objects."""
     for split, stems in splits.items():
         for stem in stems:
-            picture(base / "JPEGImages" / f"{stem}.jpg")
+            image_file(base / "JPEGImages" / f"{stem}.jpg")
             (base / "Annotations").mkdir(exist_ok=True)
             width, height = size
             text = f"<annotation><size><width>{width}</width><height>{height}</height></size>{objects}</annotation>"
@@ -48,7 +48,7 @@ def voc_tree(base, splits, objects, size=(100, 50)):
 def test_voc_boxes_classes_and_sets(tmp_path):
     objects = (
         voc_object("dog", (11, 6, 31, 26))
-        + voc_object("cat", (91, 41, 121, 61), difficult=0)  # reaches beyond the picture
+        + voc_object("cat", (91, 41, 121, 61), difficult=0)  # reaches beyond the image
         + voc_object("dog", (1, 1, 9, 9), difficult=1)
         + voc_object("cow", (1, 1, 9, 9))
     )
@@ -68,7 +68,7 @@ def test_voc_boxes_classes_and_sets(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(0, 0), (1e-320, 50), (-1, 50), ("inf", 50), ("nan", 50)])
-def test_voc_size_that_is_none_is_read_from_the_picture(tmp_path, size):
+def test_voc_size_that_is_none_is_read_from_the_image_file(tmp_path, size):
     voc_tree(tmp_path / "VOC", {"train": ["a"]}, voc_object("cat", (0, 0, 50, 25)), size=size)
     convert_voc(tmp_path, NAMES)
     assert numbers(tmp_path / "labels/train/a.txt") == [[0, 0.25, 0.25, 0.5, 0.5]]
@@ -98,7 +98,7 @@ def test_xml_entities_are_refused(tmp_path):
         convert_voc(tmp_path, NAMES)
 
 
-def test_a_set_without_pictures_is_passed_over_with_a_warning(tmp_path, caplog):
+def test_a_set_without_images_is_passed_over_with_a_warning(tmp_path, caplog):
     voc_tree(tmp_path / "VOC", {"train": ["a"]}, voc_object("cat", (0, 0, 50, 25)))
     (tmp_path / "VOC" / "ImageSets" / "Main" / "test.txt").write_text("gone\n")
     with caplog.at_level(logging.WARNING, logger="yolov5"):
@@ -106,7 +106,7 @@ def test_a_set_without_pictures_is_passed_over_with_a_warning(tmp_path, caplog):
     assert "test.txt" in caplog.text and not (tmp_path / "images" / "test").exists()
 
 
-def coco_file(path, images=("a.jpg",), categories=("Dog", "cow", "CAT"), **changes):
+def coco_file(path, images=("a.jpg",), categories=("Dog", "cow", "CAT"), width=100, **changes):
     annotations = [
         {"image_id": 0, "category_id": 1, "bbox": [10, 5, 20, 20], "iscrowd": 0},
         {"image_id": 0, "category_id": 3, "bbox": [90, 40, 30, 20]},
@@ -115,7 +115,7 @@ def coco_file(path, images=("a.jpg",), categories=("Dog", "cow", "CAT"), **chang
         {"image_id": 0, "category_id": 3, "bbox": [50, 25, 0, 5]},
     ]
     content = {
-        "images": [{"id": i, "file_name": name, "width": 100, "height": 50} for i, name in enumerate(images)],
+        "images": [{"id": i, "file_name": name, "width": width, "height": 50} for i, name in enumerate(images)],
         "annotations": annotations,
         "categories": [{"id": number, "name": name} for number, name in enumerate(categories, start=1)],
     } | changes
@@ -128,7 +128,7 @@ def test_coco_boxes_by_category_name(tmp_path):
     coco_file(base / "annotations" / "instance_train.json", images=("a.jpg", "b.jpg"))
     coco_file(base / "annotations" / "captions_train.json", annotations=3)
     for name in ("a", "b"):
-        picture(base / "train" / f"{name}.jpg")
+        image_file(base / "train" / f"{name}.jpg")
     assert convert_coco(tmp_path, NAMES) == 2
     expected = [[1, 0.2, 0.3, 0.2, 0.4], [0, 0.95, 0.9, 0.1, 0.2]]
     np.testing.assert_allclose(numbers(tmp_path / "labels/train/a.txt"), expected, atol=1e-6)
@@ -138,19 +138,16 @@ def test_coco_boxes_by_category_name(tmp_path):
 
 
 @pytest.mark.parametrize("width", [0, 1e-320, math.inf])
-def test_coco_size_that_is_none_is_read_from_the_picture(tmp_path, width):
-    image = {"id": 0, "file_name": "a.jpg", "width": width, "height": 50}
-    coco_file(tmp_path / "annotations" / "instances_train.json", images=[image["file_name"]])
-    content = json.loads((tmp_path / "annotations" / "instances_train.json").read_text())
-    (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(content | {"images": [image]}))
-    picture(tmp_path / "train" / "a.jpg")
+def test_coco_size_that_is_none_is_read_from_the_image_file(tmp_path, width):
+    coco_file(tmp_path / "annotations" / "instances_train.json", width=width)
+    image_file(tmp_path / "train" / "a.jpg")
     convert_coco(tmp_path, NAMES)
     np.testing.assert_allclose(numbers(tmp_path / "labels/train/a.txt")[0], [1, 0.2, 0.3, 0.2, 0.4], atol=1e-6)
 
 
-def test_coco_pictures_that_stand_in_images_get_labels_beside_them(tmp_path):
+def test_coco_images_that_stand_in_images_get_labels_beside_them(tmp_path):
     coco_file(tmp_path / "annotations" / "instances_val2017.json")
-    picture(tmp_path / "images" / "val2017" / "a.jpg")
+    image_file(tmp_path / "images" / "val2017" / "a.jpg")
     (tmp_path / "d.yaml").write_text(
         f"path: {tmp_path}\ntrain: images/val2017\nval: images/val2017\nnames: [cat, dog]\nconvert: coco\n"
     )
@@ -174,13 +171,13 @@ def test_coco_pictures_that_stand_in_images_get_labels_beside_them(tmp_path):
 )
 def test_coco_files_that_make_no_sense_are_named(tmp_path, changes, message):
     coco_file(tmp_path / "annotations" / "instances_train.json", **changes)
-    picture(tmp_path / "train" / "a.jpg")
+    image_file(tmp_path / "train" / "a.jpg")
     with pytest.raises(UserError) as error:
         convert_coco(tmp_path, NAMES)
     assert message in str(error.value) and not (tmp_path / "labels" / "train").exists()
 
 
-def test_coco_without_pictures_is_passed_over_with_a_warning(tmp_path, caplog):
+def test_coco_without_images_is_passed_over_with_a_warning(tmp_path, caplog):
     coco_file(tmp_path / "annotations" / "instances_test.json")
     with caplog.at_level(logging.WARNING, logger="yolov5"):
         assert convert_coco(tmp_path, NAMES) == 0
@@ -189,7 +186,7 @@ def test_coco_without_pictures_is_passed_over_with_a_warning(tmp_path, caplog):
 
 def test_visdrone_rows(tmp_path):
     base = tmp_path / "VisDrone2019-DET-val"
-    picture(base / "images" / "a.jpg")
+    image_file(base / "images" / "a.jpg")
     (base / "annotations").mkdir()
     rows = ["10,5,20,20,1,2,0,0", "0,0,5,5,0,1,0,0", "0,0,5,5,1,11,0,0", "90,40,30,20,1,1,0,0,"]
     (base / "annotations" / "a.txt").write_text("\n".join(rows))
@@ -203,7 +200,7 @@ def test_visdrone_rows(tmp_path):
 
 def test_visdrone_mistakes_are_named(tmp_path):
     base = tmp_path / "set"
-    picture(base / "images" / "a.jpg")
+    image_file(base / "images" / "a.jpg")
     (base / "annotations").mkdir()
     (base / "annotations" / "a.txt").write_text("1,2,three\n")
     with pytest.raises(UserError, match=r"a\.txt: not a usable VisDrone annotation"):
