@@ -29,18 +29,19 @@ class ModelEMA:
         """
         self.ema = copy.deepcopy(model).float().eval().requires_grad_(False)
         self.decay, self.tau, self.updates = decay, tau, updates
+        self._followed: nn.Module | None = None
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Moves the average towards the model; call it after every optimizer step."""
         self.updates += 1
         share = 1 - self.decay * (1 - math.exp(-self.updates / self.tau))
-        averages, values = list(self.ema.state_dict().values()), list(model.state_dict().values())
-        floating = [index for index, average in enumerate(averages) if average.is_floating_point()]
-        torch._foreach_lerp_(
-            [averages[index] for index in floating], [values[index].float() for index in floating], share
-        )
-        for average, value in zip(averages, values, strict=True):
+        if model is not self._followed:  # looked up once: a state dict takes as long as the averaging
+            self._followed, self._places = model, list(zip(_places(self.ema), _places(model), strict=True))
+        pairs = [(mine[name], its[key]) for (mine, name), (its, key) in self._places]
+        floating = [(average, value.float()) for average, value in pairs if average.is_floating_point()]
+        torch._foreach_lerp_(*map(list, zip(*floating, strict=True)), share)
+        for average, value in pairs:
             if not average.is_floating_point():
                 average.copy_(value)
 
@@ -48,6 +49,17 @@ class ModelEMA:
         """Takes over the average of an interrupted run: its state dict, exactly this model's, and its update count."""
         self.ema.load_state_dict(state_dict)
         self.updates = updates
+
+
+def _places(model: nn.Module) -> list[tuple[dict[str, Tensor | None], str]]:
+    """Returns where the tensors of a model's state dict are kept, each of which a module may exchange for another."""
+    return [
+        (tensors, name)
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name in tensors
+        if tensors[name] is not None and name not in module._non_persistent_buffers_set
+    ]
 
 
 class EarlyStopping:

@@ -11,7 +11,6 @@ and images are read where they lie now: a data set that was changed after the tr
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -21,7 +20,7 @@ import platform
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +29,6 @@ from utils.errors import UserError
 from utils.log import LOGGER
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from utils.dataloaders.config import DataSpec
@@ -54,13 +52,6 @@ class Part(NamedTuple):
     name: str
     digest: str | None  # SHA-256, hexadecimal; None where the content is not to be had
     detail: str  # what went into it, or why it is not to be had
-
-
-class Data(NamedTuple):
-    """A data set as it lies on the disk now."""
-
-    spec: DataSpec
-    tables: dict[str, LabelTable]  # by split, in the order of the images' paths
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,36 +84,43 @@ def fingerprint(run: str | Path, data: str | Path = "", images: bool = True) -> 
     """
     from utils.checkpoint import load_checkpoint
 
-    checkpoints = {path.name: load_checkpoint(path) for path in checkpoint_files(Path(run))}
+    run = Path(run)
+    files = [run] if run.is_file() else [file for name in CHECKPOINTS if (file := run / "weights" / name).is_file()]
+    if not files:
+        raise UserError(f"{run}: is no training run: neither weights/best.pt nor weights/last.pt is in it.")
+    checkpoints = {file.name: load_checkpoint(file) for file in files}
     parts = [weights_part(name, checkpoint) for name, checkpoint in checkpoints.items()]
     newest = list(checkpoints.values())[-1]
-    parts += data_parts(data or newest["data"] or "", images)
-    parts += [options_part(newest), versions_part(newest["versions"])]
-    return [*parts, all_parts(parts)]
+    try:
+        spec, tables = read_data(data or newest["data"] or "")
+        parts += [labels_part(spec, tables), images_part(tables)][: 1 + images]
+    except UserError as error:
+        parts += [Part(name, None, f"not to be had: {error}") for name in ("labels", "images")[: 1 + images]]
+    options = {name: value for name, value in newest["opt"].items() if name not in NOT_COUNTED}
+    content = {"options": options, "hyperparameters": newest["hyp"], "model": newest["yaml"]}
+    versions = newest["versions"]
+    parts += [
+        Part("options", json_digest(content), " ".join(f"{name}={value}" for name, value in sorted(options.items()))),
+        Part("versions", json_digest(versions), ", ".join(f"{name} {value}" for name, value in versions.items())),
+    ]
+    missing = [part.name for part in parts if part.digest is None]
+    if missing:
+        return [*parts, Part("all", None, f"not to be had without {' and '.join(missing)}")]
+    return [*parts, Part("all", json_digest([[part.name, part.digest] for part in parts]), "all lines above")]
 
 
 def summary(run: str | Path) -> str:
     """Returns a finished run's fingerprint, less the images, on one line with shortened digests."""
-    with _silent():
+    before = LOGGER.level
+    LOGGER.setLevel(logging.ERROR)  # what is only read again is not told again
+    try:
         *parts, _ = fingerprint(run, images=False)
+    finally:
+        LOGGER.setLevel(before)
     digests = ", ".join(f"{part.name} {part.digest[:SHORT_DIGITS] if part.digest else '-'}" for part in parts)
     return (
         f"Fingerprint: {digests} (in full, with the images: python -m utils.train.fingerprint {shlex.quote(str(run))})"
     )
-
-
-def checkpoint_files(run: Path) -> list[Path]:
-    """Returns a run's best.pt and last.pt, those that there are, or the one checkpoint that `run` is.
-
-    Raises:
-        UserError: there is none.
-    """
-    if run.is_file():
-        return [run]
-    found = [path for name in CHECKPOINTS if (path := run / "weights" / name).is_file()]
-    if not found:
-        raise UserError(f"{run}: is no training run: neither weights/best.pt nor weights/last.pt is in it.")
-    return found
 
 
 def weights_part(name: str, checkpoint: Mapping[str, Any]) -> Part:
@@ -136,34 +134,18 @@ def weights_part(name: str, checkpoint: Mapping[str, Any]) -> Part:
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """Returns a digest of names, types, shapes and values, whatever their order, memory format and device."""
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(_bytes_of(tensor))
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    """Returns a tensor's values in row-major order as uint8 (n,)."""
-    import torch
-
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def data_parts(data: str | Path, images: bool) -> list[Part]:
-    """Returns the digests of a data set's labels and, where asked for, of its image files."""
-    names = ["labels", "images"][: 1 + images]
-    try:
-        found = read_data(data)
-        parts = [labels_part(found)]
-        return [*parts, images_part(found.tables)] if images else parts
-    except UserError as error:
-        return [Part(name, None, f"not to be had: {error}") for name in names]
-
-
-def read_data(data: str | Path) -> Data:
-    """Reads the labels of a data set that is on this machine; nothing is downloaded.
+def read_data(data: str | Path) -> tuple[DataSpec, dict[str, LabelTable]]:
+    """Reads a data set that is on this machine, and its labels by split; nothing is downloaded.
 
     Raises:
         UserError: it is not here, or not in order.
@@ -177,22 +159,53 @@ def read_data(data: str | Path) -> Data:
     tables = {}
     for split in SPLITS:
         tables[split] = load_labels(getattr(spec, split), prefix=f"{split}: ", kpt_shape=spec.kpt_shape)
-    return Data(spec, tables)
+    return spec, tables
 
 
-def labels_part(data: Data) -> Part:
+def labels_part(spec: DataSpec, tables: Mapping[str, LabelTable]) -> Part:
     """Returns the digest of a data set's labels as training sees them.
 
     That is: class names; each image's path below the data set's folder (its bare name where it lies elsewhere), in
     order, with its width and height; boxes and polygons, rounded to float32.
     """
-    digest = hashlib.sha256(json.dumps(list(data.spec.names.items())).encode())
-    for split, table in data.tables.items():
-        digest.update(json.dumps([split, [_name_below(path, data.spec.root) for path in table.image_paths]]).encode())
+    digest = hashlib.sha256(json.dumps(list(spec.names.items())).encode())
+    for split, table in tables.items():
+        digest.update(json.dumps([split, [_name_below(path, spec.root) for path in table.image_paths]]).encode())
         for array in (table.sizes_wh, table.offsets, table.rows, table.seg_offsets, table.seg_points):
             digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
-    counts = (f"{split}: {len(table)} images, {len(table.rows)} labels" for split, table in data.tables.items())
+    counts = (f"{split}: {len(table)} images, {len(table.rows)} labels" for split, table in tables.items())
     return Part("labels", digest.hexdigest(), "; ".join(counts))
+
+
+def images_part(tables: Mapping[str, LabelTable]) -> Part:
+    """Returns the digest of the bytes of all image files.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    digest = hashlib.sha256()
+    paths = [path for table in tables.values() for path in table.image_paths]
+    try:
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            for file_digest in pool.map(lambda path: hashlib.sha256(Path(path).read_bytes()).digest(), paths):
+                digest.update(file_digest)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}).") from error
+    return Part("images", digest.hexdigest(), f"{len(paths)} files")
+
+
+def json_digest(content: Any) -> str:
+    """Returns the digest of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _name_below(path: str, root: Path) -> str:
+    """Returns a file's path below `root` with forward slashes, or its bare name where it is not below."""
+    folder = os.path.join(root, "")
+    name = path.removeprefix(folder) if path.startswith(folder) else os.path.basename(path)
+    return name.replace(os.sep, "/")
 
 
 def dataset_record(spec: DataSpec, tables: Mapping[str, LabelTable]) -> dict[str, torch.Tensor]:
@@ -207,17 +220,15 @@ def dataset_record(spec: DataSpec, tables: Mapping[str, LabelTable]) -> dict[str
     def hashed(*parts: bytes) -> bytes:
         return hashlib.blake2b(b"".join(parts), digest_size=8).digest()
 
-    folder = os.path.join(spec.root, "")
     record = {}
     for split, table in tables.items():
         sizes, labels, points = (array.tobytes() for array in (table.sizes_wh, table.rows, table.seg_points))
         first_row, first_point = table.offsets.tolist(), table.seg_offsets[table.offsets].tolist()
         hashes = bytearray()
         for index, path in enumerate(table.image_paths):
-            name = path.removeprefix(folder) if path.startswith(folder) else os.path.basename(path)
             own_labels = labels[20 * first_row[index] : 20 * first_row[index + 1]]
             own_points = points[8 * first_point[index] : 8 * first_point[index + 1]]
-            hashes += hashed(os.fsencode(name.replace(os.sep, "/")))
+            hashes += hashed(os.fsencode(_name_below(path, spec.root)))
             hashes += hashed(sizes[8 * index : 8 * index + 8], own_labels, own_points)
         record[split] = torch.from_numpy(np.frombuffer(hashes, np.int64).reshape(-1, 2))
     return record
@@ -238,62 +249,6 @@ def dataset_changes(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.
         if any(counts.values()):
             told.append(f"{split}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
     return "; ".join(told)
-
-
-def _name_below(path: str, root: Path) -> str:
-    """Returns a file's path below `root` with forward slashes, or its bare name where it is not below."""
-    file = Path(path)
-    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
-
-
-def images_part(tables: Mapping[str, LabelTable]) -> Part:
-    """Returns the digest of the bytes of all image files.
-
-    Raises:
-        UserError: one cannot be read.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    digest = hashlib.sha256()
-    paths = [path for table in tables.values() for path in table.image_paths]
-    try:
-        with ThreadPoolExecutor(READING_THREADS) as pool:
-            for file_digest in pool.map(_file_digest, paths):
-                digest.update(file_digest)
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}).") from error
-    return Part("images", digest.hexdigest(), f"{len(paths)} files")
-
-
-def _file_digest(path: str) -> bytes:
-    """Returns the SHA-256 of a file, 32 bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).digest()
-
-
-def options_part(checkpoint: Mapping[str, Any]) -> Part:
-    """Returns the digest of a run's options, hyperparameters and model YAML."""
-    options = {name: value for name, value in checkpoint["opt"].items() if name not in NOT_COUNTED}
-    content = {"options": options, "hyperparameters": checkpoint["hyp"], "model": checkpoint["yaml"]}
-    shown = " ".join(f"{name}={value}" for name, value in sorted(options.items()))
-    return Part("options", json_digest(content), shown)
-
-
-def versions_part(versions: Mapping[str, Any]) -> Part:
-    """Returns the digest of the versions, platform and threads that a run has on record."""
-    return Part("versions", json_digest(versions), ", ".join(f"{name} {value}" for name, value in versions.items()))
-
-
-def all_parts(parts: Sequence[Part]) -> Part:
-    """Returns the digest of all lines; none where one of them is missing."""
-    missing = [part.name for part in parts if part.digest is None]
-    if missing:
-        return Part("all", None, f"not to be had without {' and '.join(missing)}")
-    return Part("all", json_digest([[part.name, part.digest] for part in parts]), "all lines above")
-
-
-def json_digest(content: Any) -> str:
-    """Returns the digest of plain data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def versions_here(device: torch.device) -> dict[str, str | int]:
@@ -326,17 +281,6 @@ def _version_of(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keeps what is only read again from being told again."""
-    before = LOGGER.level
-    LOGGER.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        LOGGER.setLevel(before)
 
 
 if __name__ == "__main__":
