@@ -38,8 +38,6 @@ MAX_TEXT = 64 << 20  # characters and digits
 
 FULL_DISK_BYTES = 1 << 20  # a disk with less room than this has no room for a checkpoint
 
-_CONTROLS = frozenset(range(32)) - frozenset(b"\t\n\f\r")  # bytes that no text has
-
 _NAMES_LOCK = threading.Lock()  # of the names that torch lets through, which are the whole process's
 
 _FOLDER_BIT = 0x10  # of a zip member's attributes; torch writes no folders
@@ -137,11 +135,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _check_content(path: str | Path, content: Any) -> None:
-    """Refuses content that is small in the file and without bounds once it is walked through.
-
-    Raises:
-        UserError: too many items, too deep, too much text, or a tensor larger than what is stored of it.
-    """
+    """Refuses content that is small in the file and without bounds once it is walked through."""
     parts = characters = 0
     pending = [(content, 0)]
     while pending:
@@ -166,7 +160,7 @@ def check_tensor(tensor: Tensor) -> None:
 
     Raises:
         ValueError: it is of another kind than plain memory on the CPU, repeats what is stored to become larger, or
-            holds NaN: a single one makes every output of a model NaN, which looks like a picture without objects.
+            holds NaN: a single one makes every output of a model NaN, which looks like an image without objects.
     """
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -199,25 +193,25 @@ def _halved(tensor: Tensor) -> Tensor:
     return tensor if (half.isinf() & ~tensor.isinf()).any() else half
 
 
-def read_archive(path: str | Path, stand_ins: Mapping[str, Callable[..., Any]] | None = None) -> Any:
+def read_archive(path: str | Path, stubs: Mapping[str, Callable[..., Any]] | None = None) -> Any:
     """Reads what a file of torch's zip format holds, by torch's reader for plain data; nothing in it is run.
 
     Args:
         path: the file.
-        stand_ins: what to make in place of a pickled class or function, by full name; all others are refused.
+        stubs: what to make in place of a pickled class or function, by full name; all others are refused.
 
     Raises:
-        ForeignPickle: classes or functions without a stand-in.
+        ForeignPickle: classes or functions without a stub.
         UserError: no such file, empty, text, of another format, cut short or damaged.
     """
-    path, stand_ins = Path(path), stand_ins or {}
+    path, stubs = Path(path), stubs or {}
     _check_container(path)
     try:
         with _NAMES_LOCK:
-            foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(stand_ins)
+            foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(stubs)
             if foreign:
                 raise ForeignPickle(path, sorted(foreign))
-            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
+            with torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
         message = f"{path}: cannot be read as a checkpoint; damaged or of another kind ({_reason(error)})."
@@ -225,22 +219,19 @@ def read_archive(path: str | Path, stand_ins: Mapping[str, Callable[..., Any]] |
 
 
 def _check_container(path: Path) -> None:
-    """Checks that a file is of torch's zip format.
-
-    Raises:
-        UserError: it is not; says what it looks like instead.
-    """
+    """Refuses what is no archive of torch's, saying what it looks like instead, or a TorchScript program."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             head = file.read(512)
-        if zipfile.is_zipfile(path):
-            _check_members(path)
-            return
+        is_zip = zipfile.is_zipfile(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except zipfile.BadZipFile as error:  # of a damaged end, by which an archive is known
         raise UserError(f"{path}: is a damaged archive ({error}): download or copy it again.") from error
+    if is_zip:
+        _check_members(path)
+        return
     if size == 0:
         raise UserError(f"{path}: is empty (0 bytes).")
     if head.startswith(b"PK"):
@@ -250,18 +241,13 @@ def _check_container(path: Path) -> None:
             f"{path}: is in the format of torch before 1.6, which could run code and is not opened. Where you trust "
             "it, load it with an old torch and save it again."
         )
-    if not _CONTROLS & set(head):
+    if not set(head) & (set(range(32)) - set(b"\t\n\f\r")):  # control characters, which no text has
         text = head[:40].decode(errors="replace").strip().splitlines() or [""]
         raise UserError(f"{path}: is a text file ('{text[0]}...'), not a checkpoint.")
     raise UserError(f"{path}: is not a checkpoint (unknown format, {size} bytes).")
 
 
 def _check_members(path: Path) -> None:
-    """Checks that a zip file holds a pickle of torch's and is no TorchScript program.
-
-    Raises:
-        UserError: it does not, or is, or is made to explode or to deceive.
-    """
     try:
         with zipfile.ZipFile(path) as archive:
             inner = [name.partition("/")[2] for name in archive.namelist()]
@@ -277,8 +263,8 @@ def _check_members(path: Path) -> None:
 def open_records(path: Path) -> torch._C.PyTorchFileReader:
     """Opens an archive of torch's, whose checksums are right, by torch's own reader, which takes members by name.
 
-    Other readers may see other members in a file that is made to deceive them, and torch's does not tell apart capital
-    and small letters.
+    Other readers may see other members in a file that is made to deceive them: torch's does not tell apart capital and
+    small letters, compares no checksums, and leaves the memory meant for a member marked as a folder as it was found.
 
     Raises:
         UserError: it unpacks to many times its size.
@@ -286,36 +272,23 @@ def open_records(path: Path) -> torch._C.PyTorchFileReader:
         ValueError: a name stands twice, Python's reader sees other members, or a member has changed.
     """
     with zipfile.ZipFile(path) as archive:
-        sizes = {info.filename.partition("/")[2]: info.file_size for info in archive.infolist() if not info.is_dir()}
-        count = len(archive.infolist())
-    total, packed = sum(sizes.values()), path.stat().st_size
-    if total > max(RATIO_FROM_BYTES, packed * MAX_RATIO):
-        raise UserError(f"{path}: refused, for its {packed} bytes unpack to {total}, which torch's own never do.")
-    named = isinstance(native_path(path), str)  # torch takes no other names, but files opened by Python
-    reader = torch._C.PyTorchFileReader(str(path) if named else open(path, "rb"))  # noqa: SIM115
-    names = [name for name in reader.get_all_records() if not name.endswith("/")]
-    if len({name.lower() for name in names}) != count or set(names) != set(sizes):
-        raise ValueError("a member stands twice, or outside the archive's one folder")
-    _compare_checksums(path)
+        entries = archive.infolist()
+        sizes = {info.filename.partition("/")[2]: info.file_size for info in entries if not info.is_dir()}
+        total, packed = sum(sizes.values()), path.stat().st_size
+        if total > max(RATIO_FROM_BYTES, packed * MAX_RATIO):
+            raise UserError(f"{path}: refused, for its {packed} bytes unpack to {total}, which torch's own never do.")
+        named = isinstance(native_path(path), str)  # torch takes no other names, but files opened by Python
+        reader = torch._C.PyTorchFileReader(str(path) if named else open(path, "rb"))  # noqa: SIM115
+        names = [name for name in reader.get_all_records() if not name.endswith("/")]
+        if len({name.lower() for name in names}) != len(entries) or set(names) != set(sizes):
+            raise ValueError("a member stands twice, or outside the archive's one folder")
+        try:
+            changed = next((info.filename for info in entries if info.external_attr & _FOLDER_BIT), archive.testzip())
+        except zlib.error as error:
+            raise ValueError(str(error)) from error
+        if changed:
+            raise ValueError(f"its part {changed} has changed")
     return reader
-
-
-def _compare_checksums(path: Path) -> None:
-    """Reads an archive through, since torch's reader compares no checksums: changed numbers would go unnoticed.
-
-    Nor does it read a member that is marked as a folder: the memory meant for it stays as it was found.
-
-    Raises:
-        ValueError: a member is not as it was written, or is marked so.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            folders = [info.filename for info in archive.infolist() if info.external_attr & _FOLDER_BIT]
-            changed = folders[0] if folders else archive.testzip()
-    except zlib.error as error:
-        raise ValueError(str(error)) from error
-    if changed:
-        raise ValueError(f"its part {changed} has changed")
 
 
 def _reason(error: Exception) -> str:
