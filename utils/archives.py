@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -30,7 +30,7 @@ from utils.log import LOGGER
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 MAX_TOTAL_BYTES = 1 << 40
 MAX_MEMBERS = 5_000_000
-MAX_RATIO = 200  # unpacked to packed; pictures come to 1, label text to 10
+MAX_RATIO = 200  # unpacked to packed; images come to 1, label text to 10
 RATIO_FROM_BYTES = 64 << 20  # below this no ratio is a bomb
 MAX_READ_BYTES = 8 << 20
 DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # by what a file begins with
@@ -43,12 +43,11 @@ _DAMAGE = (
 
 
 class Member(NamedTuple):
-    """An entry of an archive; `refusal` says why it cannot be unpacked, else is empty."""
+    """A file or folder in an archive."""
 
     name: str
     size: int
     is_folder: bool
-    refusal: str
     handle: zipfile.ZipInfo | tarfile.TarInfo
 
 
@@ -75,14 +74,28 @@ def unpack(archive: Path, folder: Path, wanted: Callable[[str], bool] = bool, ov
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _open(archive) as opened:
-            members = _only(archive, check_members(archive, _members(opened)), wanted)
-            _check_space(archive, folder, members)
+            members = _checked_members(archive, opened)
+            left_out = [member.name for member in members if not member.is_folder and not wanted(member.name)]
+            if left_out:
+                shown = ", ".join(repr(name[:100]) for name in left_out[:SHOWN])
+                LOGGER.warning(f"WARNING: {archive.name}: left out {len(left_out)} files that are no data: {shown}")
+            unwanted = set(left_out)
+            members = [member for member in members if member.name not in unwanted]
+            needed, free = sum(member.size for member in members), shutil.disk_usage(folder).free
+            if needed > free:
+                raise UserError(
+                    f"{archive.name}: {needed / 1e9:.1f} GB are needed in {folder} and {free / 1e9:.1f} GB are free."
+                )
             with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder) as temporary:
                 for member in members:
                     _extract(opened, member, Path(temporary))
                 if not overwrite:
                     _check_free(archive, Path(temporary), folder, members)
-                _move_into(Path(temporary), folder, members)
+                for member in members:
+                    source, target = Path(temporary) / member.name, folder / member.name
+                    (target if member.is_folder else target.parent).mkdir(parents=True, exist_ok=True)
+                    if not member.is_folder and source.exists():  # a name that stands twice was moved already
+                        os.replace(source, target)
     except _DAMAGE as error:
         raise UserError(f"{archive.name}: the archive is damaged ({error}); nothing was unpacked.") from error
     except OSError as error:
@@ -98,35 +111,39 @@ def list_members(archive: Path) -> list[Member]:
     """
     try:
         with _open(archive) as opened:
-            return check_members(archive, _members(opened))
+            return _checked_members(archive, opened)
     except _DAMAGE as error:
         raise UserError(f"{archive.name}: the archive is damaged ({error}).") from error
     except OSError as error:
         raise UserError(f"{archive.name}: cannot be read ({error.strerror or error}).") from error
 
 
-def check_members(archive: Path, members: Iterable[Member]) -> list[Member]:
-    """Returns all members if every one of them may be unpacked.
-
-    Raises:
-        UserError: naming the first that may not, or the limit that is passed.
-    """
-    packed, total, kept = os.path.getsize(archive), 0, []
-    for member in members:
-        refusal = member.refusal or name_refusal(member.name) or ("has a negative size" if member.size < 0 else "")
+def _checked_members(archive: Path, opened: zipfile.ZipFile | tarfile.TarFile) -> list[Member]:
+    """Returns all members if every one of them may be unpacked, else names the first that may not."""
+    packed, total, members = os.path.getsize(archive), 0, []
+    for entry in opened if isinstance(opened, tarfile.TarFile) else opened.infolist():  # tar files are read bit by bit
+        if isinstance(entry, tarfile.TarInfo):
+            member = Member(entry.name, entry.size, entry.isdir(), entry)
+            refusal = "" if entry.isfile() or entry.isdir() else "is a link, device or pipe"
+        else:
+            member = Member(entry.filename, entry.file_size, entry.filename.endswith("/"), entry)
+            kind = stat.S_IFMT(entry.external_attr >> 16)
+            refusal = "" if kind in (0, stat.S_IFREG, stat.S_IFDIR) else "is a link, device or pipe"
+            refusal = "is encrypted" if entry.flag_bits & 1 else refusal
+        refusal = refusal or _name_refusal(member.name) or ("has a negative size" if member.size < 0 else "")
         if refusal:
             raise UserError(f"{archive.name}: member '{member.name[:100]}' {refusal}; nothing was unpacked.")
         total += member.size
-        kept.append(member)
-        if len(kept) > MAX_MEMBERS or total > MAX_TOTAL_BYTES or total > max(RATIO_FROM_BYTES, packed * MAX_RATIO):
+        members.append(member)
+        if len(members) > MAX_MEMBERS or total > MAX_TOTAL_BYTES or total > max(RATIO_FROM_BYTES, packed * MAX_RATIO):
             raise UserError(
-                f"{archive.name}: {packed} bytes unpack to {total} bytes in {len(kept)} files or more, as only a "
+                f"{archive.name}: {packed} bytes unpack to {total} bytes in {len(members)} files or more, as only a "
                 "decompression bomb does; nothing was unpacked."
             )
-    return kept
+    return members
 
 
-def name_refusal(name: str) -> str:
+def _name_refusal(name: str) -> str:
     """Says why a member's name may not be used, or returns an empty string."""
     parts = re.split(r"[/\\]", name)
     if not name.strip() or "\0" in name:
@@ -135,9 +152,7 @@ def name_refusal(name: str) -> str:
         return "has an absolute path"
     if ".." in parts:
         return "leaves the folder ('..')"
-    if "\\" in name:
-        return "has backslashes in its name"
-    return ""
+    return "has backslashes in its name" if "\\" in name else ""
 
 
 @contextlib.contextmanager
@@ -163,63 +178,20 @@ class _Bounded:
     """A tar file's bytes, in pieces of bounded size: tarfile reads a header as a whole, whatever length it claims."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        """Takes an open file."""
         self._stream, self.tell, self.seek = stream, stream.tell, stream.seek
 
     def read(self, size: int) -> bytes:
-        """Returns the next `size` bytes.
-
-        Raises:
-            ValueError: more than any header has.
-        """
         if not 0 <= size <= MAX_READ_BYTES:
             raise ValueError(f"a header of {size} bytes")
         return self._stream.read(size)
 
 
-def _members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[Member]:
-    """Yields an archive's entries one by one; a tar file is read only as far as they are asked for."""
-    if isinstance(opened, tarfile.TarFile):
-        for entry in opened:
-            refusal = "" if entry.isfile() or entry.isdir() else "is a link, device or pipe"
-            yield Member(entry.name, entry.size, entry.isdir(), refusal, entry)
-        return
-    for info in opened.infolist():
-        kind = stat.S_IFMT(info.external_attr >> 16)
-        refusal = "" if kind in (0, stat.S_IFREG, stat.S_IFDIR) else "is a link, device or pipe"
-        refusal = "is encrypted" if info.flag_bits & 1 else refusal
-        yield Member(info.filename, info.file_size, info.filename.endswith("/"), refusal, info)
-
-
-def _only(archive: Path, members: list[Member], wanted: Callable[[str], bool]) -> list[Member]:
-    """Returns the folders and those files that are wanted; names some of the others."""
-    left_out = [member.name for member in members if not member.is_folder and not wanted(member.name)]
-    if left_out:
-        shown = ", ".join(repr(name[:100]) for name in left_out[:SHOWN])
-        LOGGER.warning(f"WARNING: {archive.name}: left out {len(left_out)} files that are no data: {shown}")
-    names = set(left_out)
-    return [member for member in members if member.name not in names]
-
-
 def _check_free(archive: Path, source: Path, folder: Path, members: list[Member]) -> None:
-    """Refuses to put unpacked members over other files.
-
-    Raises:
-        UserError: a file of the same name and other content is there.
-    """
+    """Refuses to put unpacked members over files of other content."""
     for member in members:
         target = folder / member.name
         if not member.is_folder and target.exists() and not filecmp.cmp(source / member.name, target, shallow=False):
             raise UserError(f"{archive.name}: {target} is there and differs; nothing was unpacked. Move it away.")
-
-
-def _check_space(archive: Path, folder: Path, members: list[Member]) -> None:
-    """Refuses what the disk cannot hold."""
-    needed, free = sum(member.size for member in members), shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{archive.name}: {needed / 1e9:.1f} GB are needed in {folder} and {free / 1e9:.1f} GB are free."
-        )
 
 
 def _extract(opened: zipfile.ZipFile | tarfile.TarFile, member: Member, folder: Path) -> None:
@@ -234,14 +206,3 @@ def _extract(opened: zipfile.ZipFile | tarfile.TarFile, member: Member, folder: 
         shutil.copyfileobj(source, file, 1 << 20)
     if target.stat().st_size != member.size:
         raise ValueError(f"'{member.name}' is cut short")
-
-
-def _move_into(source: Path, folder: Path, members: list[Member]) -> None:
-    """Moves unpacked members to their places."""
-    for member in members:
-        target = folder / member.name
-        if member.is_folder:
-            target.mkdir(parents=True, exist_ok=True)
-        elif (source / member.name).exists():  # a name that stands twice was moved already
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source / member.name, target)

@@ -1,6 +1,6 @@
 """Downloads: files over http(s), archives unpacked only after every member was checked, the released weights.
 
-Nothing here is called unless a user asked for a download. Addresses of other kinds than http and https are refused, a
+Nothing here is called unless a user asked for a download. URLs of other kinds than http and https are refused, a
 hash is checked where one is known, and an interrupted or bad download leaves no file behind.
 """
 
@@ -27,10 +27,15 @@ from utils.log import LOGGER, progress
 TIMEOUT_SECONDS = 10  # for connecting and for every read
 ATTEMPTS = 4  # an interrupted transfer goes on where it stopped
 BLOCK_BYTES = 1 << 20
+HANDLERS = (
+    *(urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler),
+    *(urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPRedirectHandler),
+    *(urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler),
+)
 
 
 class Release(NamedTuple):
-    """A released file; `sha256` is of the whole file."""
+    """A file that YOLOv5 has published; `sha256` is of the whole file."""
 
     url: str
     sha256: str
@@ -99,7 +104,7 @@ def attempt_download(file: str | Path, repo: str = RELEASE_REPOSITORY) -> str:
 def safe_download(
     file: str | Path, url: str, url2: str | None = None, min_bytes: float = 1, error_msg: str = ""
 ) -> None:
-    """Downloads a file from one address, or from a second when the first fails or gives less than `min_bytes`.
+    """Downloads a file from one URL, or from a second when the first fails or gives less than `min_bytes`.
 
     Raises:
         UserError: both failed; ends in `error_msg`. No file is left behind.
@@ -130,7 +135,15 @@ def download_file(url: str, target: Path, sha256: str | None = None) -> Path:
         with open(temporary, "wb") as file:
             _transfer(url, file, target)
         if sha256 is not None:
-            _check_hash(temporary, url, sha256)
+            digest = hashlib.sha256()
+            with open(temporary, "rb") as file:
+                while block := file.read(BLOCK_BYTES):
+                    digest.update(block)
+            if digest.hexdigest() != sha256.lower():
+                raise UserError(
+                    f"{url}: what came ({os.path.getsize(temporary)} bytes, SHA-256 {digest.hexdigest()}) is not the "
+                    f"known file (SHA-256 {sha256.lower()}); it was thrown away."
+                )
     return target
 
 
@@ -148,7 +161,7 @@ def fetch(
         url: http or https.
         folder: made if need be.
         sha256: of the file or archive, when known.
-        name: the file's name where the address does not end in it.
+        name: the file's name where the URL does not end in it.
         wanted: told a file's name, or that of each in an archive, says whether it may be put there.
         overwrite: take the place of files of the same names.
 
@@ -168,21 +181,21 @@ def fetch(
 
 
 def check_url(url: str) -> None:
-    """Refuses everything but a plain http or https address.
+    """Refuses everything but a plain http or https URL.
 
     Raises:
-        UserError: naming the address.
+        UserError: naming the URL.
     """
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError as error:
-        raise UserError(f"'{url}' is not an address: {error}.") from error
+        raise UserError(f"'{url}' is not a URL: {error}.") from error
     if parts.scheme not in ("http", "https") or not parts.hostname or any(character.isspace() for character in url):
-        raise UserError(f"'{url}' is not a download address: it must be one http:// or https:// address.")
+        raise UserError(f"'{url}' is not a URL to download from: it must begin with http:// or https://.")
 
 
 def file_name_of(url: str) -> str:
-    """Returns the file name that an address ends in, its query left out.
+    """Returns the file name that a URL ends in, its query left out.
 
     Raises:
         UserError: it ends in none.
@@ -211,30 +224,16 @@ def _folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def _opener() -> urllib.request.OpenerDirector:
-    """Returns an opener that knows http and https alone: a redirection to anything else is an error."""
-    opener = urllib.request.OpenerDirector()
-    handlers = (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.UnknownHandler,
-    )
-    for handler in handlers:
-        opener.add_handler(handler())
-    return opener
-
-
 def _transfer(url: str, file: BinaryIO, target: Path) -> None:
     """Copies what `url` gives into `file`, going on after interruptions where it is still the same file.
 
     Raises:
         UserError: offline, refused, cut short, or larger than the free disk.
     """
-    opener, reason, version = _opener(), "", ""
+    opener = urllib.request.OpenerDirector()  # knows http and https alone: a redirection to anything else is an error
+    for handler in HANDLERS:
+        opener.add_handler(handler())
+    reason = version = ""
     for _ in range(ATTEMPTS):
         if not version:  # nobody could tell whether the rest belongs to what is there
             file.seek(0)
@@ -242,19 +241,20 @@ def _transfer(url: str, file: BinaryIO, target: Path) -> None:
         headers = {"User-Agent": "yolov5-slim"}
         if file.tell():
             headers |= {"Range": f"bytes={file.tell()}-", "If-Range": version}
-        response = _network(url, opener.open, urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
-        with response:
-            whole = response.status != http.client.PARTIAL_CONTENT
-            if not whole and not _continues(response, file.tell(), version):
-                reason, version = "the file was replaced meanwhile", ""
-                continue
-            if whole:
+        with _open(opener, urllib.request.Request(url, headers=headers)) as response:
+            start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+            if response.status != http.client.PARTIAL_CONTENT:
                 file.seek(0)
                 file.truncate()
                 version = _version(response)
+            elif _version(response) not in ("", version) or start != str(file.tell()):  # some overlook what was asked
+                reason, version = "the file was replaced meanwhile", ""
+                continue
             length = response.headers.get("Content-Length")
             total = file.tell() + int(length) if length and length.isdigit() else None
-            _check_space(target, (total or 0) - file.tell())
+            needed, free = (total or 0) - file.tell(), shutil.disk_usage(target.parent).free
+            if needed > free:
+                raise UserError(f"{target}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free.")
             reason = _copy(response, file, total, target.name)
         if not reason:
             return
@@ -262,15 +262,24 @@ def _transfer(url: str, file: BinaryIO, target: Path) -> None:
 
 
 def _version(response: http.client.HTTPResponse) -> str:
-    """Returns what tells a file from its successor of the same address; empty where the server does not say."""
+    """Returns what tells a file from its successor of the same URL; empty where the server does not say."""
     tag = response.headers.get("ETag", "")
     return tag if tag.startswith('"') else response.headers.get("Last-Modified", "")  # W/"..." need not be the same
 
 
-def _continues(response: http.client.HTTPResponse, position: int, version: str) -> bool:
-    """Says whether a part is of that version and begins at that byte; some servers overlook what they were asked."""
-    start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    return _version(response) in ("", version) and start == str(position)
+def _open(opener: urllib.request.OpenerDirector, request: urllib.request.Request) -> http.client.HTTPResponse:
+    url = request.full_url
+    try:
+        return opener.open(request, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        with error:
+            raise UserError(f"{url}: the server answered {error.code} {error.reason}.") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(
+            f"{url}: {urllib.parse.urlsplit(url).hostname} cannot be reached ({reason}). Offline? Fetch the file "
+            "elsewhere and put it in place."
+        ) from error
 
 
 def _copy(response: http.client.HTTPResponse, file: BinaryIO, total: int | None, name: str) -> str:
@@ -289,43 +298,3 @@ def _copy(response: http.client.HTTPResponse, file: BinaryIO, total: int | None,
     if total is not None and file.tell() != total:
         return f"{file.tell()} of {total} bytes"
     return ""
-
-
-def _network(url: str, action: Callable, *arguments, **options):
-    """Calls `action`, turning network errors into one clear line.
-
-    Raises:
-        UserError: the server does not answer, or answers with an error.
-    """
-    host = urllib.parse.urlsplit(url).hostname
-    try:
-        return action(*arguments, **options)
-    except urllib.error.HTTPError as error:
-        with error:
-            raise UserError(f"{url}: the server answered {error.code} {error.reason}.") from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(
-            f"{url}: {host} cannot be reached ({reason}). Offline? Fetch the file elsewhere and put it in place."
-        ) from error
-
-
-def _check_space(target: Path, needed_bytes: int) -> None:
-    """Refuses to start a download that the disk cannot hold."""
-    free = shutil.disk_usage(target.parent).free
-    if needed_bytes > free:
-        raise UserError(f"{target}: {needed_bytes / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free.")
-
-
-def _check_hash(path: Path, url: str, sha256: str) -> None:
-    """Compares a file's SHA-256 with the known one."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    if digest.hexdigest() != sha256.lower():
-        size = os.path.getsize(path)
-        raise UserError(
-            f"{url}: what came ({size} bytes, SHA-256 {digest.hexdigest()}) is not the known file "
-            f"(SHA-256 {sha256.lower()}); it was thrown away."
-        )
