@@ -24,7 +24,7 @@ from utils.files import ROOT, increment_path, run_folder
 from utils.log import LOGGER, colorstr
 
 if TYPE_CHECKING:
-    from models.inference.pipeline import Pipeline, Result
+    from models.inference.pipeline import DetectConfig, Pipeline, Result
     from utils.media.display import Window
 
 IMGSZ_HELP = "image size: h w; default: 640, or the one size that an export takes"
@@ -107,9 +107,9 @@ def run(stream: bool = False, **keywords: Any) -> Iterator[Result] | None:
     needless = sorted(WRITING & set(keywords))
     if needless:
         raise UserError(f"detect.run(stream=True) writes and shows nothing: leave {', '.join(needless)} out.")
-    from models.inference.pipeline import open_pipeline
+    from models.inference.pipeline import DetectConfig, open_pipeline
 
-    return _handed_over(open_pipeline(options))
+    return _handed_over(open_pipeline(DetectConfig(**vars(options))))
 
 
 def _handed_over(pipeline: Pipeline) -> Iterator[Result]:
@@ -120,24 +120,25 @@ def _handed_over(pipeline: Pipeline) -> Iterator[Result]:
 
 def main(options: argparse.Namespace) -> None:
     """Runs the detector over all sources and writes what was asked for."""
-    from models.inference.pipeline import open_pipeline
+    from models.inference.pipeline import DetectConfig, open_pipeline
 
     echo_options("detect", options)
     folder = run_folder(options.project, options.name)  # refused, if at all, before anything is opened
-    pipeline = open_pipeline(options)
-    window = _open_window(options.view_img, pipeline.source.live)
-    folder = increment_path(folder, exist_ok=options.exist_ok, mkdir=True)
+    config = DetectConfig(**vars(options))
+    pipeline = open_pipeline(config)
+    window = _open_window(config.view_img, pipeline.source.live)
+    folder = increment_path(folder, exist_ok=config.exist_ok, mkdir=True)
     try:
-        with explain_resource_errors({"--imgsz": options.imgsz}):
-            failed = write_all(pipeline, folder, options, window)
+        with explain_resource_errors({"--imgsz": config.imgsz}):
+            failed = write_all(pipeline, folder, config, window)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(f"Results so far are in {folder}") from interrupt
-    if options.update:
-        _strip(options.weights)
+    if config.update:
+        _strip(config.weights)
     _report_damaged(pipeline, failed)
 
 
-def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, window: Window | None = None) -> list[str]:
+def write_all(pipeline: Pipeline, folder: Path, config: DetectConfig, window: Window | None = None) -> list[str]:
     """Writes all results in a thread of its own, logs a line for each and shows them, until the window is closed.
 
     Returns:
@@ -146,13 +147,14 @@ def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, win
     from utils.media.writers import OutputOptions, ResultWriter
     from utils.process import Background
 
-    writer = ResultWriter(folder, pipeline.source.inputs, pipeline.names, OutputOptions.from_options(options))
-    feature_sink = writer.write_features if options.visualize else None
+    writer = ResultWriter(folder, pipeline.source.inputs, pipeline.names, OutputOptions.from_options(config))
+    feature_sink = writer.write_features if config.visualize else None
     try:
         with writer, Background(writer.write) as sink, closing(window) if window else nullcontext():
             for result in pipeline.results(feature_sink):
-                shown = writer.drawn(*result[:2], result.counts) if window else None  # then it is drawn into
-                sink.put(result.frame, result.detections, result.counts)  # first: what is told is in the outputs
+                outputs = result.frame, result.detections.rows, result.counts
+                shown = writer.drawn(*outputs) if window else None  # then it is drawn into
+                sink.put(*outputs)  # first: what is told is in the outputs
                 height, width = result.input_hw
                 found = f"{result.summary()}, " if len(result.detections) else ""
                 took = f"Done. ({result.inference_s:.3f}s)"
@@ -163,7 +165,7 @@ def write_all(pipeline: Pipeline, folder: Path, options: argparse.Namespace, win
         for line in pipeline.summary():
             LOGGER.info(line)
     LOGGER.info(f"Results saved to {colorstr('bold', folder)}")
-    if options.save_txt:
+    if config.save_txt:
         LOGGER.info(f"{writer.labels_written} labels saved to {folder / 'labels'}")
     return list(writer.failed.values())
 

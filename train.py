@@ -136,6 +136,7 @@ def train(
         checkpoint: of the run to be resumed.
         world: `utils.train.distributed.World`, connected; None for this process alone.
     """
+    from models.inference.evaluation import module_predictor
     from utils.callbacks import Callbacks
     from utils.devices import device_line, prepare_cpu_memory
     from utils.train import fingerprint
@@ -159,7 +160,7 @@ def train(
         if config.batch_size != asked:
             callbacks.run("on_params_update", {"batch_size": config.batch_size})
         callbacks.run("on_pretrain_routine_end")
-        trainer = Trainer(model, hyp, config, loaders, device, callbacks, checkpoint, world)
+        trainer = Trainer(model, hyp, config, loaders, device, callbacks, module_predictor, checkpoint, world)
         with (
             with_hint(trainer.how_to_resume),
             lost_processes(world),

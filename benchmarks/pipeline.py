@@ -136,18 +136,22 @@ def measure_apart(weights: str, kind: str, source: str, options: argparse.Namesp
 def measure(weights: str, options: argparse.Namespace) -> Result:
     """Measures one file here: inference alone, then everything as detect.py does it."""
     from models.backends import load_backend
-    from models.inference.predictor import Detector, shape_for
+    from models.inference.predictor import Predictor
+    from utils.images import inference_hw
     from utils.media.sources import find_sources, read_frames
+    from utils.nms import NMSConfig
 
     backend = load_backend(weights, options.device)
-    detector = Detector(backend, shape_for(backend, options.imgsz, 640))
+    shape_hw = inference_hw(options.imgsz, backend.stride, None if backend.dynamic else backend.metadata.shape_hw)
+    backend.warm_up(*shape_hw)
+    predictor = Predictor(backend, NMSConfig(max_det=1000), shape_hw)
     paths = find_sources(options.source)[: options.pictures]
     pictures = [frame.image for frame in read_frames(paths) if frame.image is not None]
-    inputs = [batch.images for picture in pictures for batch in detector.prepare([picture])]
+    inputs = [window.inputs[None] for picture in pictures for window in predictor.prepare(picture)]
     for images in inputs[:WARM_UP_RUNS]:
         backend.infer(backend.preprocess(images))
     alone_s, alone_cpu_s = timed(lambda: infer_all(backend, inputs))
-    whole_s, whole_cpu_s = timed(lambda: detect_all(detector, paths, backend.names))
+    whole_s, whole_cpu_s = timed(lambda: detect_all(predictor, paths, backend.names))
     words = (options.measure, len(inputs), alone_s, whole_s, alone_cpu_s, whole_cpu_s)
     return Result(Path(weights).name, backend.device, *words)
 
@@ -166,7 +170,7 @@ def infer_all(backend: Any, inputs: Sequence[Any]) -> None:
     backend.synchronize()
 
 
-def detect_all(detector: Any, paths: Sequence[str], names: dict[int, str]) -> None:
+def detect_all(predictor: Any, paths: Sequence[str], names: dict[int, str]) -> None:
     """Reads, detects, draws and writes, as detect.py does: reading and writing in threads of their own."""
     from models.inference.pipeline import Pipeline
     from utils.media.sources import LoadImages
@@ -175,8 +179,8 @@ def detect_all(detector: Any, paths: Sequence[str], names: dict[int, str]) -> No
 
     with tempfile.TemporaryDirectory() as folder, ResultWriter(Path(folder), paths, names, OutputOptions()) as writer:
         with Background(writer.write) as sink:
-            for result in Pipeline(LoadImages(paths), detector, names):
-                sink.put(result.frame, result.detections)
+            for result in Pipeline(LoadImages(paths), predictor, names):
+                sink.put(result.frame, result.detections.rows)
 
 
 def table(results: Sequence[Result]) -> str:

@@ -155,8 +155,9 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from models.inference.evaluation import check_classes, make_loader, open_eval_model
+    from models.inference.predictor import Predictor
     from utils.dataloaders.config import load_spec
-    from utils.eval.evaluate import evaluate
+    from utils.eval.evaluate import NMS, evaluate
 
     spec = load_spec(args.data, need=("val",))
     dtype = torch.bfloat16 if row.half else torch.float32
@@ -165,7 +166,7 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     shape = args.imgsz if row.dynamic else (args.imgsz, args.imgsz)
     model = subject.build()
     loader = make_loader(subject, spec, shape, batch_size=args.batch_size, workers=0)
-    result = evaluate(model, loader, names=spec.names, quiet=True)
+    result = evaluate(Predictor(model, NMS), loader, names=spec.names, quiet=True)
     difference = raw_difference(row, model, args, spec.val) if row.include else {}
     speed = dict(zip(("pre_ms", "inference_ms", "nms_ms"), result.speed_ms, strict=True))
     return {**figures, **speed, **difference, "map50": result.map50, "map": result.map, "runtime": model.device}

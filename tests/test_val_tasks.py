@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import val
+from models.backends import ArrayBackend, Metadata
 from models.inference import evaluation as val_tasks
 from models.inference.evaluation import given_eval_model, make_loader
 from models.load import load_model
@@ -21,6 +22,7 @@ from utils.dataloaders.config import load_spec
 from utils.dataloaders.labels import load_labels
 from utils.errors import UserError
 from utils.files import read_yaml, write_yaml
+from utils.nms import NMSConfig
 
 SIDE_PX = 128
 
@@ -62,9 +64,9 @@ def calls(monkeypatch):
     """What `evaluate` was called with, one mapping for each call."""
     seen, measured = [], val_tasks.evaluate
 
-    def evaluate(model, loader, **options):
-        seen.append({"loader": loader, **options})
-        return measured(model, loader, **options)
+    def evaluate(predictor, loader, **options):
+        seen.append({"nms": predictor.nms, "loader": loader, **options})
+        return measured(predictor, loader, **options)
 
     monkeypatch.setattr(val_tasks, "evaluate", evaluate)
     return seen
@@ -182,7 +184,7 @@ def test_speed_measures_a_model_as_it_is_in_use(tmp_path, data, weights, calls, 
         val.main(options)
     assert len(calls) == 2
     for call in calls:
-        assert (call["conf_thres"], call["iou_thres"]) == (0.25, 0.45)
+        assert (call["nms"].conf_thres, call["nms"].iou_thres) == (0.25, 0.45)
         assert not call["save_json"] and not call["plots"] and call["save_dir"] is None
         assert call["loader"].dataset.batch_shapes_hw.tolist() == [[128, 128]]
     assert not (tmp_path / "runs").exists()
@@ -397,22 +399,17 @@ def test_a_held_model_takes_a_data_set_by_its_content(run, weights, model, data)
     assert run(model=model, data=content)[0] == pytest.approx(run(weights)[0], abs=1e-3)
 
 
-class Stubborn:
-    """A predictor of no PyTorch kind that finds nothing."""
+class Stubborn(ArrayBackend):
+    """A runtime that finds nothing, and chooses that itself."""
 
-    has_nms = True
+    batch, dynamic, device = None, True, "nowhere"
+    metadata = Metadata(dict(enumerate("abc")), 32, (64, 64), nms=NMSConfig())
 
-    def preprocess(self, images):
-        return images
-
-    def infer(self, inputs):
+    def run(self, inputs):
         return np.zeros((len(inputs), 1, 6), np.float32)
 
-    def synchronize(self):
-        """Nothing runs on."""
 
-
-def test_any_predictor_will_do(run, batches):
+def test_any_runtime_will_do(run, batches):
     figures, maps, _ = run(model=Stubborn(), dataloader=batches)
     assert figures == (0,) * 7 and maps.shape == (80,)
 

@@ -45,8 +45,10 @@ class Detections:
 
     @property
     def rows(self) -> np.ndarray:
-        """The same as an array (n, 6) [x1, y1, x2, y2, confidence, class], float32."""
-        return np.column_stack((self.boxes_xyxy, self.confidences, self.classes)).astype(np.float32, copy=False)
+        """The same as an array (n, 6) [x1, y1, x2, y2, confidence, class], float32; with tracks (n, 7)."""
+        tracks = () if self.track_ids is None else (self.track_ids,)
+        columns = (self.boxes_xyxy, self.confidences, self.classes, *tracks)
+        return np.column_stack(columns).astype(np.float32, copy=False)
 
     def rounded(self) -> Detections:
         """Returns them with corners in whole px."""

@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from io import BytesIO
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +19,14 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from utils.errors import UserError, check_image_size
+from utils.log import LOGGER
+
 # Those of YOLOv5, and what else is read: AVIF (by Pillow from 11.3 on), web video, transport streams, phones' videos
 IMG_FORMATS = frozenset("avif bmp dng jpeg jpg mpo png tif tiff webp".split())
 VID_FORMATS = frozenset("3gp asf avi flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ts webm wmv".split())
 PAD_COLOUR = (114, 114, 114)
+DEFAULT_IMGSZ = 640  # px, of `--imgsz`
 MIN_SIDE = 10  # px; smaller images are refused, as in YOLOv5
 MAX_ASPECT = 200  # longer strips than this shrink to nothing at training size
 MAX_PIXELS = 178_956_970  # where Pillow refuses; 13,377 x 13,377
@@ -398,6 +403,40 @@ def exif_size(img: Image.Image) -> tuple[int, int]:
 def exif_transpose(image: Image.Image) -> Image.Image:
     """Returns an image turned as its EXIF orientation says."""
     return ImageOps.exif_transpose(image)
+
+
+def inference_hw(
+    imgsz: int | Sequence[int] | None,
+    stride: int,
+    only_hw: Sequence[int] | None = None,
+    default: int | Sequence[int] = DEFAULT_IMGSZ,
+) -> list[int]:
+    """Returns the height and width that `--imgsz` asks for, px.
+
+    Args:
+        imgsz: one side for both, or height and width; None where it was not given.
+        stride: the model's largest; sides are rounded up to multiples of it.
+        only_hw: the only height and width that the model takes; None for any.
+        default: what a model that takes any gets where nothing was asked for.
+
+    Raises:
+        UserError: more than two sides, one out of range, or the model takes one size only, and it is another.
+    """
+    asked = [] if imgsz is None else [imgsz] if isinstance(imgsz, Integral) else list(imgsz)
+    if len(asked) > 2:
+        raise UserError(f"--imgsz {' '.join(map(str, asked))}: one side, or height and width, are expected.")
+    if only_hw is None:
+        checked = check_image_size(asked[0] if len(asked) == 1 else asked or default, stride)
+        return [checked, checked] if isinstance(checked, int) else checked
+    if not asked:
+        LOGGER.info(f"Image size {only_hw[0]}x{only_hw[1]}, the one that the model was exported for")
+    elif (asked * 2)[:2] != list(only_hw):
+        sides, fixed = (" ".join(map(str, shape)) for shape in (asked, only_hw))
+        raise UserError(
+            f"--imgsz {sides}: the model was exported for {fixed} (height, width) and takes no other: leave the option "
+            "out, or export the checkpoint with --dynamic or for that size."
+        )
+    return list(only_hw)
 
 
 def resized_wh(size_wh: Sequence[int], new_shape: int | Sequence[int]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from models.deploy import rewrite
 from models.load import Weights, model_from, read_weights
 from models.yolo import augmented_rows
 from utils.devices import device_line, prepare_cpu_memory, select_device
-from utils.errors import UserError, grid_stride
+from utils.errors import MIN_GRID_STRIDE, UserError, grid_stride
 from utils.log import LOGGER
 
 DEFAULT_PX = 640  # image size of checkpoints that do not say what they were trained at
@@ -91,6 +91,81 @@ class PyTorchBackend(Backend):
         """The trained model where and as the other one runs, made when it is first asked for."""
         model = copy.deepcopy(self._trained).to(self._device, self._dtype, memory_format=torch.channels_last)
         return model.fuse().eval()
+
+
+class ModuleBackend(Backend):
+    """A PyTorch module as it is, where it is: in training, and in programs that hold one.
+
+    While it runs it is in evaluation mode and computes no gradients. Not torch.inference_mode: what modules keep from
+    call to call (grids of anchors) would be unusable in training.
+
+    Attributes:
+        raw: the head's raw outputs for the last images, which losses are computed from; empty where the module returns
+            decoded rows alone.
+        module: the module.
+        dtype: what autocast computes in; None without it.
+    """
+
+    dynamic = True
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """Takes a module.
+
+        Args:
+            module: maps images (b, 3, h, w) in 0 to 1 to decoded rows (b, n, 5 + nc), or to (rows, raw outputs);
+                what it says of `names` and `stride` is taken.
+            dtype: compute in bfloat16 or float16 under autocast; None or float32 for the weights' own type.
+        """
+        self.raw: Sequence[Tensor] = ()
+        self.module, self.dtype = module, None if dtype == torch.float32 else dtype
+        names, stride = getattr(module, "names", {}), getattr(module, "stride", MIN_GRID_STRIDE)
+        names = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
+        stride = grid_stride([stride] if isinstance(stride, int) else stride)
+        self.metadata = Metadata(names, stride, (DEFAULT_PX, DEFAULT_PX), dynamic=True)
+
+    @property
+    def device(self) -> str:
+        """Where it runs, in words."""
+        return device_line(self.weight.device)
+
+    @property
+    def weight(self) -> Tensor:
+        """One of its weights, which tells device and type."""
+        return next(self.module.parameters(), torch.empty(0))
+
+    def preprocess(self, images: np.ndarray) -> Tensor:
+        """Turns images, uint8 (b, 3, h, w), into fractions on the device, channels last."""
+        # One byte per value while it is moved and laid out, more only afterwards.
+        moved = torch.from_numpy(images).to(self.weight.device, non_blocking=True)
+        return moved.contiguous(memory_format=torch.channels_last).to(self.weight.dtype).div_(255)
+
+    def infer(self, inputs: Tensor, visualize: LayerHook | None = None, augment: bool = False) -> Tensor:
+        """Returns decoded rows (b, n, 5 + nc), with `augment` of several views of each image; keeps the raw outputs."""
+        if visualize is not None:
+            raise UserError("--visualize shows the layers of a checkpoint (.pt): give its file.")
+        was_training = self.module.training
+        if was_training:
+            self.module.eval()
+        try:
+            with torch.no_grad(), torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype is not None):
+                output = self.module(inputs, augment=True) if augment else self.module(inputs)
+        finally:
+            if was_training:
+                self.module.train()
+        rows, raw = output if isinstance(output, tuple) else (output, None)
+        self.raw = raw or ()
+        return rows
+
+    def warm_up(self, height: int, width: int) -> None:
+        """Does nothing: it runs as its owner left it."""
+
+    def synchronize(self) -> None:
+        """Waits for the device's queue, where it has one."""
+        device = self.weight.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
 
 
 class EnsembleBackend(Backend):

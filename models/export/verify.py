@@ -11,20 +11,21 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 
-from models.backends import Backend, load_backend
+from models.backends import load_backend
 from models.export.formats import Tolerance
 from models.export.job import ExportJob
 from models.inference.evaluation import check_classes, image_shape, make_loader, open_eval_model
+from models.inference.predictor import Predictor
 from utils.boxes import box_iou, xywh2xyxy
 from utils.dataloaders.config import load_spec
 from utils.errors import UserError
-from utils.eval.evaluate import evaluate
+from utils.eval.evaluate import NMS, evaluate
 from utils.images import ImageError, letterbox, read_image
 from utils.log import LOGGER
 from utils.nms import NMSConfig
@@ -308,26 +309,8 @@ def compare_map(
     loader = make_loader(export, spec, shape, batch_size=BATCH_SIZE, workers=WORKERS)
     try:
         checkpoint, exported = (subject.build() for subject in subjects)
-        judged = _Choosing(checkpoint, export.nms) if export.nms else checkpoint
-        found = [evaluate(model, loader, names=spec.names, quiet=True).map for model in (judged, exported)]
+        judged = Predictor(checkpoint, export.nms or NMS), Predictor(exported, NMS)
+        found = [evaluate(predictor, loader, names=spec.names, quiet=True).map for predictor in judged]
     finally:
         loader.close()
     return MapComparison(*found)
-
-
-class _Choosing:
-    """A checkpoint as a predictor that chooses its detections as an export with NMS inside does."""
-
-    has_nms = True
-
-    def __init__(self, backend: Backend, nms: NMSConfig) -> None:
-        self._backend, self._nms = backend, nms
-        self.preprocess, self.synchronize = backend.preprocess, backend.synchronize
-
-    def infer(self, inputs: Any) -> np.ndarray:
-        """Returns detections (b, max_det, 6) [x1, y1, x2, y2 in px, confidence, class], filled up with zeros."""
-        found = self._nms.suppress(self._backend.infer(inputs))
-        filled = np.zeros((len(found), self._nms.max_det, 6), np.float32)
-        for place, detections in zip(filled, found, strict=True):
-            place[: len(detections)] = detections.cpu().numpy()
-        return filled

@@ -10,39 +10,37 @@ from __future__ import annotations
 import os
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import nn
 
 from models.backends import Backend, open_model, runtime_of
 from models.backends.base import AUGMENT_NEEDS_CHECKPOINT
-from utils.boxes import scale_boxes
+from models.backends.pytorch import ModuleBackend
+from models.inference.predictor import Predictor
 from utils.cli import find_weights
 from utils.dataloaders.config import SPLITS, DataSpec, load_spec
-from utils.dataloaders.dataset import ShapeInfo, rectangular_batches
 from utils.dataloaders.labels import load_labels
 from utils.dataloaders.loader import DetectionLoader, create_dataloader, full_size_loader
 from utils.devices import select_device
-from utils.errors import MIN_GRID_STRIDE, UserError, check_image_size, grid_stride
+from utils.errors import UserError
 from utils.eval.coco import category_ids, require_coco_tools
-from utils.eval.evaluate import AugmentedPredictor, EvalResult, ModulePredictor, Predictor, evaluate
+from utils.eval.evaluate import EvalResult, evaluate
 from utils.files import atomic_write, increment_path, run_folder
-from utils.images import letterbox, resized_wh
+from utils.images import DEFAULT_IMGSZ, inference_hw
 from utils.log import LOGGER, colorstr
 from utils.nms import NMSConfig
 from utils.plots import plot_val_study
-from utils.tiles import Tiling, merge, windows
+from utils.tiles import Tiling
 
-DEFAULT_PX = 640
 PAD_STRIDES = 0.5  # border that rectangular batches get, in strides
 REDUCED = {torch.float16: "--half", torch.bfloat16: "--bf16"}
 
@@ -118,26 +116,31 @@ def open_eval_model(
     )
 
 
-def given_eval_model(model: Any) -> EvalModel:
+def given_eval_model(model: nn.Module | Backend, dtype: torch.dtype | None = None) -> EvalModel:
     """Describes a model that is in memory already.
 
     Args:
-        model: a PyTorch module or a predictor; what it says of `names` and `stride` is taken.
+        model: a PyTorch module, or a runtime of `models.backends`.
+        dtype: what a module computes in, as `ModuleBackend` takes it.
     """
-    names = getattr(model, "names", {})
-    stride = getattr(model, "stride", MIN_GRID_STRIDE)
-    said = getattr(model, "metadata", None)  # of a runtime
+    backend = model if isinstance(model, Backend) else ModuleBackend(model, dtype)
+    said = backend.metadata
     return EvalModel(
         Path("model"),
-        dict(names) if isinstance(names, Mapping) else dict(enumerate(names)),
+        said.names,
         named=True,
-        stride=grid_stride([stride] if isinstance(stride, int) else stride),
-        shape_hw=said.shape_hw if said and not model.dynamic else None,
+        stride=said.stride,
+        shape_hw=None if backend.dynamic else said.shape_hw,
         data="",
         trained_px=None,
-        nms=said.nms if said else None,
-        build=lambda: model,
+        nms=said.nms,
+        build=lambda: backend,
     )
+
+
+def module_predictor(module: nn.Module, nms: NMSConfig, dtype: torch.dtype | None = None) -> Predictor:
+    """Returns a predictor of a PyTorch module as it is, for batches of a data loader; `dtype` as `ModuleBackend`'s."""
+    return Predictor(ModuleBackend(module, dtype), nms)
 
 
 def check_half(dtype: torch.dtype, device: torch.device) -> None:
@@ -160,23 +163,11 @@ def image_shape(subject: EvalModel, imgsz: int | Sequence[int] | None) -> Shape:
     Raises:
         UserError: more than two sides, or not the ones that the model takes.
     """
-    sides = [] if imgsz is None else [imgsz] if isinstance(imgsz, int) else list(imgsz)
-    if len(sides) > 2:
-        raise UserError(f"--imgsz {' '.join(map(str, sides))}: one side, or height and width, are expected.")
-    if subject.shape_hw:
-        fixed = tuple(subject.shape_hw)
-        if sides and (sides[0], sides[-1]) != fixed:
-            wanted, only = "x".join(map(str, sides)), "x".join(map(str, fixed))
-            raise UserError(
-                f"--imgsz {wanted}: {subject.path} takes images of {only} px (height x width) only: leave --imgsz out, "
-                "or export with --dynamic."
-            )
-        return fixed
-    sides = sides or [DEFAULT_PX]
-    if subject.trained_px and subject.trained_px != max(sides):
-        LOGGER.info(f"Image size {max(sides)}; the checkpoint was trained at {subject.trained_px}")
-    checked = check_image_size(sides if len(sides) == 2 else sides[0], subject.stride)
-    return checked if isinstance(checked, int) else tuple(checked)
+    height, width = inference_hw(imgsz, subject.stride, subject.shape_hw)
+    if subject.trained_px and subject.trained_px != max(height, width):
+        LOGGER.info(f"Image size {max(height, width)}; the checkpoint was trained at {subject.trained_px}")
+    both = subject.shape_hw or not (imgsz is None or isinstance(imgsz, int) or len(imgsz) < 2)
+    return (height, width) if both else height
 
 
 def check_classes(subject: EvalModel, spec: DataSpec, single_cls: bool = False) -> None:
@@ -224,126 +215,6 @@ def make_loader(
     return create_dataloader(table, shape, batch_size, subject.stride, pad=pad, rect=rect, workers=workers)[0]
 
 
-class View(NamedTuple):
-    """A window of a picture, letterboxed."""
-
-    image: np.ndarray  # uint8 (3, h, w) RGB
-    window_xyxy: np.ndarray  # (4,) int, where in the picture, px
-    shape: ShapeInfo  # what leads back to the window
-
-    def in_picture(self, detections: np.ndarray) -> np.ndarray:
-        """Takes detections (k, 6) from the letterboxed window's px to the picture's."""
-        original_hw, ratio_pad = self.shape
-        boxes_xyxy = scale_boxes(self.image.shape[1:], detections[:, :4], original_hw, ratio_pad)
-        return np.concatenate((boxes_xyxy + np.tile(self.window_xyxy[:2], 2), detections[:, 4:]), 1, dtype=np.float32)
-
-
-class TiledPredictor:
-    """Detects in one whole picture at a time, tile by tile.
-
-    Its `infer` does all the work, suppression included; so the times of an evaluation show it under inference.
-    """
-
-    has_nms = True
-
-    def __init__(
-        self,
-        predictor: Predictor,
-        tiling: Tiling,
-        shape: Shape,
-        stride: int,
-        *,
-        pad: float = PAD_STRIDES,
-        batch_size: int = 32,
-        nms: NMSConfig,
-    ) -> None:
-        """Takes a model and how it is to be used.
-
-        Args:
-            predictor: the model.
-            tiling: how pictures are cut.
-            shape: long side of the windows as the model sees them, or height and width that all are padded to, px.
-            stride: what those sides must be multiples of.
-            pad: border that windows get where `shape` is a long side, in strides.
-            batch_size: most windows in one run of the model.
-            nms: how detections are chosen, in a window and in the image.
-        """
-        self._predictor, self._tiling = predictor, tiling
-        self._shape, self._stride, self._pad = shape, stride, pad
-        self._batch_size, self._nms = batch_size, nms
-
-    def preprocess(self, images: np.ndarray) -> list[View]:
-        """Cuts one picture, uint8 (1, 3, h, w) RGB, into letterboxed windows."""
-        (picture,) = images
-        return [
-            letterboxed_window(picture, window_xyxy, self._shape, self._stride, self._pad)
-            for window_xyxy in windows(*picture.shape[1:], self._tiling)
-        ]
-
-    def infer(self, inputs: Sequence[View]) -> np.ndarray:
-        """Returns a picture's detections (1, k, 6) [x1, y1, x2, y2 in its px, confidence, class] from its windows."""
-        found, windows_xyxy = [], []
-        for batch in self._batches(inputs):
-            for view, detections in zip(batch, self._detect(batch), strict=True):
-                found.append(view.in_picture(detections))
-                windows_xyxy.append(view.window_xyxy)
-        if len(found) == 1:
-            return found[0][None]
-        return merge(found, np.stack(windows_xyxy), self._nms)[None]
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        self._predictor.synchronize()
-
-    def _batches(self, views: Sequence[View]) -> Iterator[Sequence[View]]:
-        """Yields views of one shape together, at most `batch_size` at a time."""
-        by_shape: dict[tuple[int, ...], list[View]] = {}
-        for view in views:
-            by_shape.setdefault(view.image.shape, []).append(view)
-        for alike in by_shape.values():
-            for start in range(0, len(alike), self._batch_size):
-                yield alike[start : start + self._batch_size]
-
-    def _detect(self, batch: Sequence[View]) -> list[np.ndarray]:
-        """Returns for each view its detections (k, 6) in px of the letterboxed window."""
-        images = np.stack([view.image for view in batch])
-        output: Any = self._predictor.infer(self._predictor.preprocess(images))
-        if self._predictor.has_nms:
-            return [self._nms.narrow(rows) for rows in np.asarray(output)]
-        if isinstance(output, np.ndarray):  # suppressing many candidates is faster by far in torch
-            output = torch.from_numpy(np.require(output, requirements="W"))
-        return [detections.cpu().numpy() for detections in self._nms.suppress(output)]
-
-
-def letterboxed_window(
-    picture: np.ndarray, window_xyxy: np.ndarray, shape: Shape, stride: int, pad: float = PAD_STRIDES
-) -> View:
-    """Cuts a window out of a picture and brings it to the model's size, as plain validation does a picture of its own.
-
-    Args:
-        picture: uint8 (3, h, w) RGB.
-        window_xyxy: (4,) int, px.
-        shape: long side of the result before padding, or its height and width, px.
-        stride: what the result's sides are multiples of.
-        pad: border where `shape` is a long side, in strides.
-    """
-    left, top, right, bottom = window_xyxy.tolist()
-    cut = np.ascontiguousarray(picture[:, top:bottom, left:right].transpose(1, 2, 0))
-    width, height = right - left, bottom - top
-    fitting_wh = resized_wh((width, height), shape)
-    if fitting_wh != (width, height):
-        shrinks = max(fitting_wh) < max(width, height)
-        cut = cv2.resize(cut, fitting_wh, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    padded_hw = shape
-    if isinstance(shape, int):
-        padded_hw = rectangular_batches(np.array([[width, height]]), 1, shape, stride, pad)[1][0].tolist()
-    boxed = letterbox(cut, padded_hw, auto=False, scaleup=False)
-    ratio_w, ratio_h = boxed.ratio
-    ratio_hw = (cut.shape[0] * ratio_h / height, cut.shape[1] * ratio_w / width)
-    image = np.ascontiguousarray(boxed.image.transpose(2, 0, 1))
-    return View(image, window_xyxy, ShapeInfo((height, width), (ratio_hw, boxed.pad)))
-
-
 def make_tiled_loader(
     spec: DataSpec, *, task: str = "val", workers: int = 8, single_cls: bool = False, need_labels: bool = True
 ) -> DetectionLoader:
@@ -356,7 +227,7 @@ SOUND_CONFIDENCE = 0.001  # thresholds above this cut the curves that mAP is the
 SPEED = {"conf_thres": 0.25, "iou_thres": 0.45, "save_json": False, "plots": False}  # as in use, not as in scoring
 STUDY_SIZES_PX = tuple(range(256, 1537, 128))
 STUDY_COLUMN = "%10.4g"
-PASSED_ON = "conf_thres iou_thres max_det single_cls verbose plots save_txt save_conf save_hybrid coco_metrics".split()
+PASSED_ON = "single_cls verbose plots save_txt save_conf save_hybrid coco_metrics".split()
 
 
 @dataclass(frozen=True)
@@ -364,13 +235,13 @@ class Overrides:
     """What a script made itself, in place of what the options name; None for what it leaves to them.
 
     Attributes:
-        model: a PyTorch module as `ModulePredictor` takes it, or any predictor.
+        model: a PyTorch module as `ModuleBackend` takes it, or a runtime of `models.backends`.
         loader: sized iterable of `Batch`es.
         save_dir: the run's folder.
         callbacks, compute_loss: as `evaluate` takes them.
     """
 
-    model: nn.Module | Predictor | None = None
+    model: nn.Module | Backend | None = None
     loader: Any = None
     save_dir: str | Path | None = None
     callbacks: Any = None
@@ -403,7 +274,9 @@ def run_validation(options: Namespace, given: Overrides = NOTHING) -> EvalResult
         return validate(options, _open(options, options.weights, precision(options)), given)
     if options.weights:
         raise UserError("val.run: give weights or a model, not both.")
-    return validate(options, given_eval_model(given.model), given)
+    if isinstance(given.model, nn.Module):
+        check_half(precision(options), next(given.model.parameters(), torch.empty(0)).device)
+    return validate(options, given_eval_model(given.model, precision(options)), given)
 
 
 def validate(options: Namespace, subject: EvalModel, given: Overrides = NOTHING) -> EvalResult:
@@ -418,18 +291,13 @@ def validate(options: Namespace, subject: EvalModel, given: Overrides = NOTHING)
         if loader is None:
             loader = _start_loader(options, subject, spec, shape, split)
             stack.callback(loader.close)
-        model = subject.build()  # while the loader decodes
-        if isinstance(model, Backend) and shape is not None:
-            model.warm_up(*((shape, shape) if isinstance(shape, int) else shape))
-        device = _device_of(model)
-        predictor = stack.enter_context(_predictor(model, device, options, subject, shape))
+        predictor = _predictor(options, subject, shape)  # while the loader decodes
         save_json = options.save_json or (options.task != "speed" and _is_coco(options.data))
         folder = _run_folder(options, given, save_json)
         result = evaluate(
             predictor,
             loader,
             names=spec.names if spec else subject.names,
-            device=device,
             compute_loss=given.compute_loss,
             callbacks=given.callbacks,
             save_dir=folder,
@@ -610,31 +478,15 @@ def _pad_of(options: Namespace) -> float:
     return 0.0 if options.task == "speed" else PAD_STRIDES
 
 
-def _device_of(model: nn.Module | Predictor) -> torch.device:
-    """Returns where a module's weights are; other models know it themselves."""
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if first is None else first.device
-
-
-@contextmanager
-def _predictor(
-    model: nn.Module | Predictor, device: torch.device, options: Namespace, subject: EvalModel, shape: Shape | None
-) -> Iterator[Predictor]:
-    """Makes a model a predictor that looks at images as the options say."""
-    with ExitStack() as stack:
-        if isinstance(model, nn.Module):
-            dtype = precision(options)
-            check_half(dtype, device)
-            model = stack.enter_context(ModulePredictor(model, device, dtype))
-        if options.augment:
-            model = AugmentedPredictor(model)
-        if options.tile:
-            nms = NMSConfig(
-                options.conf_thres, options.iou_thres, options.max_det, agnostic=options.single_cls, multi_label=True
-            )
-            chosen = {"pad": _pad_of(options), "batch_size": options.batch_size, "nms": nms}
-            model = TiledPredictor(model, Tiling(options.tile, options.tile_overlap), shape, subject.stride, **chosen)
-        yield model
+def _predictor(options: Namespace, subject: EvalModel, shape: Shape | None) -> Predictor:
+    """Builds the model, and makes it a predictor that looks at images as the options say."""
+    backend = subject.build()
+    if shape is not None:
+        backend.warm_up(*((shape, shape) if isinstance(shape, int) else shape))
+    nms = NMSConfig(options.conf_thres, options.iou_thres, options.max_det, options.single_cls, multi_label=True)
+    tiling = Tiling(options.tile, options.tile_overlap) if options.tile else None
+    how = {"tiling": tiling, "augment": options.augment, "val_pad": _pad_of(options), "max_batch": options.batch_size}
+    return Predictor(backend, nms, DEFAULT_IMGSZ if shape is None else shape, **how)
 
 
 def _is_coco(data: Any) -> bool:

@@ -6,47 +6,89 @@ letterboxed ahead in a thread of their own; of live inputs always the newest fra
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from models.backends import load_backend, runtime_of
-from models.inference.predictor import Detector, WindowBatch, class_summary, shape_for
+from models.inference.predictor import Predictor, Window, class_summary
+from utils.boxes import Detections
 from utils.cli import find_weights
 from utils.dataloaders.config import load_spec
 from utils.errors import UserError
+from utils.images import inference_hw
 from utils.log import LOGGER
 from utils.media.counting import Counter, Counts
 from utils.media.sources import Frame, Source, open_source
 from utils.media.tracking import WEAKEST, Trackers, require_video
+from utils.nms import NMSConfig
 from utils.process import ReadAhead
 from utils.tiles import Tiling
 
-DEFAULT_PX = 640
 AHEAD = 4  # frames that are read before their turn
-AHEAD_IN_TILES = 1  # a large picture's windows are many
+AHEAD_IN_TILES = 1  # a large image's windows are many
 
 FeatureSink = Callable[[Frame, int, str, np.ndarray], None]  # frame, layer's row, its block, maps (1, c, h, w)
 
 
+@dataclass
+class DetectConfig:
+    """detect.py's options, under their names and with their meanings; defaults are the command line's."""
+
+    weights: str | Path | Sequence[str]
+    source: str
+    data: str
+    imgsz: Sequence[int] | None
+    conf_thres: float
+    iou_thres: float
+    max_det: int
+    device: str
+    view_img: bool
+    save_txt: bool
+    save_conf: bool
+    save_crop: bool
+    save_csv: bool
+    nosave: bool
+    segment: float | None
+    classes: Sequence[int] | None
+    agnostic_nms: bool
+    augment: bool
+    tile: int | None
+    tile_overlap: float
+    track: bool
+    count: str
+    visualize: bool
+    update: bool
+    project: str
+    name: str
+    exist_ok: bool
+    line_thickness: int
+    hide_labels: bool
+    hide_conf: bool
+    half: bool
+    dnn: bool
+    stream_timeout: float
+    vid_stride: int
+
+
 class Result(NamedTuple):
-    """What was found in one picture.
+    """What was found in one image.
 
     Attributes:
-        frame: the picture and where it comes from.
-        detections: (k, 6) [x1, y1, x2, y2 in whole px, confidence, class], most confident first; with tracking (k, 7),
-            the last column the track's number, -1 for none, and the class the track's.
+        frame: the image and where it comes from.
+        detections: most confident first, in whole px; with tracking their classes are their tracks'.
         names: class names {number: name}.
         counts: how often the line was crossed or the zone entered so far; None without counting.
-        input_hw: height and width that the model saw of this picture, of its first tile where it was cut.
-        inference_s: seconds of the model's run, which all pictures of a batch share.
+        input_hw: height and width that the model saw of this image, of its first tile where it was cut.
+        inference_s: seconds of the model's run, which all images of a batch share.
     """
 
     frame: Frame
-    detections: np.ndarray
+    detections: Detections
     names: dict[int, str]
     counts: Counts | None
     input_hw: tuple[int, int]
@@ -59,28 +101,28 @@ class Result(NamedTuple):
 
     @property
     def image(self) -> np.ndarray:
-        """The picture, uint8 (h, w, 3) BGR."""
+        """The image, uint8 (h, w, 3) BGR."""
         return self.frame.image
 
     @property
     def boxes_xyxy(self) -> np.ndarray:
-        """Corners (k, 4) in px of the picture."""
-        return self.detections[:, :4]
+        """Corners (k, 4) in px of the image."""
+        return self.detections.boxes_xyxy
 
     @property
     def confidences(self) -> np.ndarray:
         """Confidences (k,)."""
-        return self.detections[:, 4]
+        return self.detections.confidences
 
     @property
     def classes(self) -> np.ndarray:
         """Class numbers (k,), int."""
-        return self.detections[:, 5].astype(int)
+        return self.detections.classes
 
     @property
     def track_ids(self) -> np.ndarray | None:
         """Numbers of the tracks (k,), int, -1 for none; None without tracking."""
-        return self.detections[:, 6].astype(int) if self.detections.shape[1] > 6 else None
+        return self.detections.track_ids
 
     def summary(self) -> str:
         """Returns `2 persons, 1 tie` in the order of the classes; empty for none."""
@@ -88,7 +130,7 @@ class Result(NamedTuple):
 
 
 class Pipeline:
-    """A source and a detector; iterate once.
+    """A source and a predictor; iterate once.
 
     Attributes:
         source: what is read.
@@ -101,7 +143,7 @@ class Pipeline:
     def __init__(
         self,
         source: Source,
-        detector: Detector,
+        predictor: Predictor,
         names: dict[int, str],
         trackers: Trackers | None = None,
         counter: Counter | None = None,
@@ -111,7 +153,7 @@ class Pipeline:
 
         Args:
             source: what to read; closed at the end.
-            detector: the model with its thresholds.
+            predictor: the model and how it is used.
             names: class names {number: name}.
             trackers: give objects their numbers.
             counter: needs them.
@@ -120,40 +162,38 @@ class Pipeline:
         self.source, self.names, self.counter = source, names, counter
         self.damaged: list[str] = []
         self.ended: list[str] = []
-        self._detector, self._trackers, self._ahead = detector, trackers, ahead
+        self._predictor, self._trackers, self._ahead = predictor, trackers, ahead
 
     def __iter__(self) -> Iterator[Result]:
         """Yields the results; see `results`."""
         return self.results()
 
     def results(self, feature_sink: FeatureSink | None = None) -> Iterator[Result]:
-        """Yields a result for every picture, in the order of the source; damaged ones are told and collected.
+        """Yields a result for every image, in the order of the source; damaged ones are told and collected.
 
         Args:
             feature_sink: called with each layer's maps.
         """
-        with closing(self.source), self._prepared() as prepared:
-            for frames, batches in prepared:
-                yield from self._detect(frames, batches, feature_sink)
+        ready = self._prepare()  # of live inputs when their turn has come, of files ahead
+        ready = nullcontext(ready) if self.source.live else ReadAhead(ready, self._ahead)
+        with closing(self.source), ready as prepared:
+            for frames, images in prepared:
+                yield from self._detect(frames, images, feature_sink)
 
     def summary(self) -> list[str]:
         """Returns lines about the whole run: mean times, what was counted, what live inputs lost."""
         counted = self.counter.summary(self.names) if self.counter else []
-        return [line for line in (self._detector.speed().rstrip(), *counted, *self.source.report()) if line]
+        return [line for line in (self._predictor.speed(), *counted, *self.source.report()) if line]
 
-    def _prepared(self) -> AbstractContextManager[Iterator[tuple[list[Frame], list[WindowBatch]]]]:
-        """Returns the frames with what the model is to see of them; those of files are prepared ahead."""
-        return nullcontext(self._prepare()) if self.source.live else ReadAhead(self._prepare(), self._ahead)
-
-    def _prepare(self) -> Iterator[tuple[list[Frame], list[WindowBatch]]]:
-        """Yields the source's frames as they come, and batches of those that have a picture."""
-        for frames in self.source.read():
-            yield frames, self._detector.prepare([frame.image for frame in frames if frame.image is not None])
+    def _prepare(self) -> Iterator[tuple[list[Frame], list[list[Window]]]]:
+        """Yields the source's frames as they come, and what the model is to see of those that have an image."""
+        for frames in self.source:
+            yield frames, [self._predictor.prepare(frame.image) for frame in frames if frame.image is not None]
 
     def _detect(
-        self, frames: list[Frame], batches: list[WindowBatch], feature_sink: FeatureSink | None
+        self, frames: list[Frame], images: list[list[Window]], feature_sink: FeatureSink | None
     ) -> Iterator[Result]:
-        """Detects in the frames that have a picture."""
+        """Detects in the frames that have an image."""
         for frame in frames:
             if frame.image is None and frame.live:  # its source has said so
                 self.ended.append(f"{frame.path}: {frame.error}")
@@ -167,72 +207,68 @@ class Pipeline:
         def show(number: int, row: int, block: str, maps: np.ndarray) -> None:
             feature_sink(good[number], row, block, maps)
 
-        found = self._detector(batches, len(good), show if feature_sink else None)
-        seen_hw: dict[int, tuple[int, int]] = {}  # by number of the picture; of its first window
-        for batch in batches:
-            for number in batch.pictures:
-                seen_hw.setdefault(number, batch.images.shape[2:])
-        for number, (frame, detections) in enumerate(zip(good, found, strict=True)):
-            tracked = self._trackers.update(frame, detections) if self._trackers else detections
-            counts = self.counter.update(frame, tracked) if self.counter else None
-            yield Result(frame, tracked, self.names, counts, seen_hw[number], self._detector.last_s["inference"])
+        found = self._predictor(images, visualize=show if feature_sink else None)
+        for frame, image, unrounded in zip(good, images, found, strict=True):
+            detections, counts = unrounded.rounded(), None
+            if self._trackers:
+                detections = Detections.from_rows(self._trackers.update(frame, detections.rows))
+            if self.counter:
+                counts = self.counter.update(frame, detections.rows)
+            input_hw = image[0].inputs.shape[1:]
+            yield Result(frame, detections, self.names, counts, input_hw, self._predictor.last_s["inference"])
 
 
-def open_pipeline(options: Namespace) -> Pipeline:
+def open_pipeline(config: DetectConfig) -> Pipeline:
     """Opens what detect.py's options name: first the source, whose mistakes are told before a model is loaded.
 
-    Sets `options.weights` to the list of files used.
+    Sets `config.weights` to the list of files used.
 
     Raises:
         UserError: a source or weights that cannot be opened, or options that do not go together.
     """
-    _check(options)
-    source = open_source(options.source, options.vid_stride, options.stream_timeout)
+    inference_hw(config.imgsz, 1)  # refused, if at all, before a source is opened
+    if config.count and not config.track:
+        raise UserError("--count counts tracks: add --track.")
+    if config.visualize and config.tile:
+        raise UserError("--visualize shows the maps of whole images: leave --tile out.")
+    if config.visualize and config.augment:
+        raise UserError("--visualize shows the maps of one look at an image: leave --augment out.")
+    source = open_source(config.source, config.vid_stride, config.stream_timeout)
     try:
-        counter = Counter.parse(options.count) if options.count else None
-        if options.track:
+        counter = Counter.parse(config.count) if config.count else None
+        if config.track:
             require_video(source.inputs, source.live)
-        trackers = Trackers(options.conf_thres, options.vid_stride) if options.track else None
-        options.weights = find_weights(options.weights)
-        detector, names = _open_detector(options)
+        trackers = Trackers(config.conf_thres, config.vid_stride) if config.track else None
+        config.weights = find_weights(config.weights)
+        predictor, names = _open_predictor(config)
     except BaseException:
         source.close()
         raise
-    return Pipeline(source, detector, names, trackers, counter, AHEAD_IN_TILES if options.tile else AHEAD)
+    return Pipeline(source, predictor, names, trackers, counter, AHEAD_IN_TILES if config.tile else AHEAD)
 
 
-def _check(options: Namespace) -> None:
-    """Refuses options that no run can satisfy."""
-    if options.imgsz is not None and len(options.imgsz) not in (1, 2):
-        sides = " ".join(map(str, options.imgsz))
-        raise UserError(f"--img-size {sides}: one side, or height and width, are expected.")
-    if options.count and not options.track:
-        raise UserError("--count counts tracks: add --track.")
-    if options.visualize and options.tile:
-        raise UserError("--visualize shows the maps of whole pictures: leave --tile out.")
-    if options.visualize and options.augment:
-        raise UserError("--visualize shows the maps of one look at a picture: leave --augment out.")
-
-
-def _open_detector(options: Namespace) -> tuple[Detector, dict[int, str]]:
+def _open_predictor(config: DetectConfig) -> tuple[Predictor, dict[int, str]]:
     """Loads the model; returns it with the class names."""
-    weights = options.weights
     for option in ("update", "visualize", "augment"):
-        export = next((path for path in weights if runtime_of(path) != "pytorch"), None)
-        if getattr(options, option) and export:
+        export = next((path for path in config.weights if runtime_of(path) != "pytorch"), None)
+        if getattr(config, option) and export:
             raise UserError(f"--{option} is for checkpoints (.pt); {export} is an export. Leave it out.")
-    backend = load_backend(weights, options.device, options.half, options.dnn)
-    names = _names_of(options.data, backend.names)
-    unknown = sorted(set(options.classes or ()) - set(names))
+    backend = load_backend(config.weights, config.device, config.half, config.dnn)
+    names = _names_of(config.data, backend.names)
+    unknown = sorted(set(config.classes or ()) - set(names))
     if unknown:
         raise UserError(f"--classes {unknown[0]}: the model has the classes 0 to {max(names)}.")
-    limits = {name: getattr(options, name) for name in ("conf_thres", "iou_thres", "max_det", "classes", "augment")}
-    if options.track:  # weak detections prolong tracks, as far as the model itself lets them through
-        weakest = max(WEAKEST, backend.metadata.nms.conf_thres) if backend.has_nms else WEAKEST
-        limits["conf_thres"] = min(options.conf_thres, weakest)
-    tiling = Tiling(options.tile, options.tile_overlap) if options.tile else None
-    shape_hw = shape_for(backend, options.imgsz, DEFAULT_PX)
-    return Detector(backend, shape_hw, agnostic=options.agnostic_nms, tiling=tiling, **limits), names
+    inside, conf_thres = backend.metadata.nms, config.conf_thres
+    if config.track:  # weak detections prolong tracks, as far as the model itself lets them through
+        conf_thres = min(conf_thres, max(WEAKEST, inside.conf_thres) if inside else WEAKEST)
+    nms = NMSConfig(conf_thres, config.iou_thres, config.max_det, config.agnostic_nms, config.classes)
+    if inside:
+        _tell_what_is_fixed(nms, inside)
+    only_hw = None if backend.dynamic else backend.metadata.shape_hw
+    shape_hw = inference_hw(config.imgsz, backend.stride, only_hw)
+    backend.warm_up(*shape_hw)
+    tiling = Tiling(config.tile, config.tile_overlap) if config.tile else None
+    return Predictor(backend, nms, shape_hw, tiling=tiling, augment=config.augment), names
 
 
 def _names_of(data: str, model_names: dict[int, str]) -> dict[int, str]:
@@ -245,3 +281,18 @@ def _names_of(data: str, model_names: dict[int, str]) -> dict[int, str]:
         LOGGER.warning(f"WARNING: --data {data} {counts}: the model's own names are used")
         return model_names
     return names
+
+
+def _tell_what_is_fixed(asked: NMSConfig, inside: NMSConfig) -> None:
+    """Says where a model that chooses detections itself cannot do as asked."""
+    fixed = []
+    if asked.conf_thres < inside.conf_thres:
+        fixed.append(f"--conf-thres at least {inside.conf_thres}")
+    if asked.iou_thres != inside.iou_thres:
+        fixed.append(f"--iou-thres {inside.iou_thres}")
+    if asked.max_det > inside.max_det:
+        fixed.append(f"--max-det at most {inside.max_det}")
+    if asked.agnostic != inside.agnostic:
+        fixed.append("--agnostic-nms" if inside.agnostic else "no --agnostic-nms")
+    if fixed:
+        LOGGER.info(f"The model chooses detections itself: {', '.join(fixed)} holds")

@@ -1,7 +1,8 @@
-"""A loaded model as a function from pictures to boxes: letterbox, inference, suppression, back to the picture.
+"""Images to detections, the only way: letterbox, inference, NMS, back to the image, whole or in tiles.
 
-Any runtime of `models.backends` will do. Pictures go through in batches of one shape, whole or in tiles. Not here:
-reading, drawing and writing (`utils.media`, `utils.plots.boxes`), and their interplay (`models.inference.pipeline`).
+Any runtime of `models.backends` will do, a PyTorch module among them (`models.backends.pytorch.ModuleBackend`).
+Not here: reading, drawing and writing (`utils.media`, `utils.plots.boxes`), their interplay
+(`models.inference.pipeline`), and the loop over a data set (`utils.eval.evaluate`).
 """
 
 from __future__ import annotations
@@ -14,184 +15,225 @@ import cv2
 import numpy as np
 
 from models.backends.base import Array, Backend, LayerHook
-from utils.boxes import scale_boxes
-from utils.errors import UserError, check_image_size
-from utils.images import letterbox
-from utils.log import LOGGER
+from utils.boxes import Detections, scale_boxes
+from utils.images import letterbox, resized_wh
 from utils.nms import NMSConfig
 from utils.plots.boxes import class_name
 from utils.tiles import Tiling, merge, windows
 
 STAGES = ("pre-process", "inference", "NMS")
-MAX_BATCH = 16  # windows in one run of the model, whatever the picture's size
+MAX_BATCH = 16  # windows in one run of the model, whatever the image's size
 
 RatioPad = tuple[tuple[float, float], tuple[float, float]]
-PictureHook = Callable[[int, int, str, np.ndarray], None]  # picture's number, layer's row, its block, maps (1, c, h, w)
+ImageHook = Callable[[int, int, str, np.ndarray], None]  # image's number, layer's row, its block, maps (1, c, h, w)
 
 
-class WindowBatch(NamedTuple):
-    """Windows of pictures, of one shape once letterboxed: what the model sees in one run."""
+class Window(NamedTuple):
+    """An image, or a tile of one, as the model is to see it."""
 
-    images: np.ndarray  # uint8 (b, 3, h, w) RGB
-    pictures: list[int]  # the picture that each is a window of
-    windows_xyxy: np.ndarray  # (b, 4) int, where in that picture, px
-    ratio_pads: list[RatioPad]  # what leads back to the window, as `scale_boxes` takes it
+    inputs: np.ndarray  # letterboxed, uint8 (3, h, w) RGB
+    xyxy: tuple[int, int, int, int]  # where in the image, px
+    ratio_pad: RatioPad  # what leads back to it, as `scale_boxes` takes it
 
 
-class Detector:
-    """A model with its thresholds, which also keeps the time of each stage.
+class Predictor:
+    """A model with all that decides what it detects in an image; it also keeps the time of each stage.
+
+    `prepare` and a call do the work for images of any size; the first may run in another thread, ahead. `predict` is
+    the model and NMS alone, for batches that a data loader has brought to the model's size.
 
     Attributes:
-        last_s: seconds that each of STAGES took in the last call.
+        backend: the model.
+        nms: how detections are chosen where a call does not say.
+        seconds: that each of STAGES took in all calls so far.
+        last_s: in the last call.
     """
 
     def __init__(
         self,
         backend: Backend,
-        shape_hw: Sequence[int],
-        conf_thres: float = 0.25,
-        iou_thres: float = 0.45,
-        classes: Sequence[int] | None = None,
-        agnostic: bool = False,
-        max_det: int = 1000,
-        augment: bool = False,
+        nms: NMSConfig | None = None,
+        shape: int | Sequence[int] = 640,
+        *,
         tiling: Tiling | None = None,
+        augment: bool = False,
+        val_pad: float | None = None,
+        max_batch: int = MAX_BATCH,
     ) -> None:
         """Takes a model and how it is to be used.
 
         Args:
             backend: the model.
-            shape_hw: height and width that pictures are scaled to, multiples of the model's stride.
-            conf_thres: confidences must exceed it.
-            iou_thres: boxes of a class that overlap a more confident one by more are dropped.
-            classes: class numbers to keep; None keeps all.
-            agnostic: suppress across classes.
-            max_det: most detections in a picture.
-            augment: look at every picture in several sizes, mirrored too (checkpoints alone).
-            tiling: cut pictures into windows of this size; None takes every picture as one.
+            nms: how detections are chosen; None for the defaults.
+            shape: height and width that images are fitted into, multiples of the model's stride, px; or one number,
+                with `val_pad`: the long side of rectangles, without it: of squares.
+            tiling: cut images into windows of this size; None takes every image as one.
+            augment: test-time augmentation (3 scales, flip; checkpoints alone).
+            val_pad: bring images to size as validation does, which shrinks by area averaging and enlarges no border:
+                rectangles get this border, in strides. None: as detection does.
+            max_batch: most windows in one run of the model.
         """
-        self.last_s = dict.fromkeys(STAGES, 0.0)
-        self._backend, self._shape_hw, self._augment, self._tiling = backend, shape_hw, augment, tiling
-        self._nms = NMSConfig(conf_thres, iou_thres, max_det, agnostic, classes)
-        if backend.has_nms:
-            _tell_what_is_fixed(self._nms, backend.metadata.nms)
-        self._total_s, self._seen = dict.fromkeys(STAGES, 0.0), 0
-        backend.warm_up(*shape_hw)
+        self.backend, self.nms = backend, nms or NMSConfig()
+        self.seconds, self.last_s = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
+        self._shape = [shape, shape] if isinstance(shape, int) and val_pad is None else shape
+        self._tiling, self._val_pad, self._max_batch = tiling, val_pad, max_batch
+        self._options = {"augment": True} if augment else {}
+        self._seen = 0
 
-    def prepare(self, pictures: Sequence[np.ndarray]) -> list[WindowBatch]:
-        """Letterboxes pictures, uint8 (h, w, 3) BGR of any sizes, or their windows, and joins those of one shape."""
-        by_shape: dict[tuple[int, ...], list[tuple[np.ndarray, int, np.ndarray, RatioPad]]] = {}
-        for number, picture in enumerate(pictures):
-            for window in self._windows(picture):
-                left, top, right, bottom = window
-                cut = picture[top:bottom, left:right]
-                boxed = letterbox(cut, self._shape_hw, auto=self._backend.dynamic, stride=self._backend.stride)
-                image = cv2.cvtColor(boxed.image, cv2.COLOR_BGR2RGB).transpose(2, 0, 1)
-                by_shape.setdefault(image.shape, []).append((image, number, window, boxed.ratio_pad(cut.shape)))
-        return [
-            _join(entries[start : start + MAX_BATCH])
-            for entries in by_shape.values()
-            for start in range(0, len(entries), MAX_BATCH)
-        ]
+    def prepare(self, image: np.ndarray, rgb: bool = False) -> list[Window]:
+        """Letterboxes an image, uint8 (h, w, 3) BGR (`rgb`: RGB) of any size, or its tiles."""
+        height, width = image.shape[:2]
+        places = windows(height, width, self._tiling).tolist() if self._tiling else [[0, 0, width, height]]
+        prepared = []
+        for left, top, right, bottom in places:
+            cut = image[top:bottom, left:right]
+            boxed, ratio_pad = self._letterbox(cut)
+            boxed = boxed if rgb else cv2.cvtColor(boxed, cv2.COLOR_BGR2RGB)
+            prepared.append(Window(boxed.transpose(2, 0, 1), (left, top, right, bottom), ratio_pad))
+        return prepared
 
     def __call__(
-        self, batches: Sequence[WindowBatch], count: int, visualize: PictureHook | None = None
-    ) -> list[np.ndarray]:
-        """Detects in `count` pictures.
+        self,
+        images: Sequence[Sequence[Window]],
+        nms: Sequence[NMSConfig] | None = None,
+        visualize: ImageHook | None = None,
+    ) -> list[Detections]:
+        """Detects in images.
 
         Args:
-            batches: what `prepare` made of them.
-            count: how many pictures they were.
-            visualize: called with a picture's number and each layer's output for it.
+            images: what `prepare` made of each.
+            nms: how detections are chosen in each; None for the predictor's own way.
+            visualize: called with an image's number and each layer's output for it.
 
         Returns:
-            For each picture (k, 6) [x1, y1, x2, y2 in whole px of the picture, confidence, class], most confident
-            first.
+            For each image what was found, in its px, most confident first.
         """
         self.last_s = dict.fromkeys(STAGES, 0.0)
-        found: list[list[np.ndarray]] = [[] for _ in range(count)]
-        windows: list[list[np.ndarray]] = [[] for _ in range(count)]
-        for batch in batches:
-            for number, window, detections in zip(
-                batch.pictures, batch.windows_xyxy, self._run(batch, visualize), strict=True
-            ):
-                found[number].append(detections)
-                windows[number].append(window)
-        merged = [self._merge(*parts) for parts in zip(found, windows, strict=True)]
-        for stage, seconds in self.last_s.items():
-            self._total_s[stage] += seconds
-        self._seen += count
-        return merged
+        wanted = nms or [self.nms] * len(images)
+        found: list[dict[int, np.ndarray]] = [{} for _ in images]  # of each image the rows of its windows
+        by_shape: dict[tuple[int, ...], list[tuple[int, int, Window]]] = {}
+        for number, image in enumerate(images):
+            for place, window in enumerate(image):
+                by_shape.setdefault(window.inputs.shape, []).append((number, place, window))
+        for entries in by_shape.values():
+            for start in range(0, len(entries), self._max_batch):
+                numbers, places, batch = zip(*entries[start : start + self._max_batch], strict=True)
+                inputs = batch[0].inputs[None] if len(batch) == 1 else np.stack([window.inputs for window in batch])
+                hook = visualize and _per_image(visualize, numbers)
+                chosen = self._run(inputs, [wanted[number] for number in numbers], visualize=hook)
+                for number, place, window, rows in zip(numbers, places, batch, chosen, strict=True):
+                    found[number][place] = _in_image(rows, inputs.shape[2:], window)
+        self._seen += len(images)
+        return [
+            Detections.from_rows(rows[0] if len(rows) == 1 else _merged(rows, image, how))
+            for rows, image, how in zip(found, images, wanted, strict=True)
+        ]
 
-    def detect(self, picture: np.ndarray) -> np.ndarray:
-        """Detects in one picture, uint8 (h, w, 3) BGR; see `__call__`."""
-        return self(self.prepare([picture]), 1)[0]
+    def detect(self, image: np.ndarray) -> Detections:
+        """Detects in one image, uint8 (h, w, 3) BGR."""
+        return self([self.prepare(image)])[0]
+
+    def predict(self, images: np.ndarray, labels: Sequence[Array] = ()) -> list[np.ndarray]:
+        """Detects in a data loader's batch.
+
+        Args:
+            images: uint8 (b, 3, h, w) RGB, brought to the model's size; with tiling they may be of any size.
+            labels: for each image known boxes that join the candidates, as `non_max_suppression` takes them.
+
+        Returns:
+            For each image (k, 6) [x1, y1, x2, y2 in its px, confidence, class], most confident first.
+        """
+        if self._tiling:
+            return [self([self.prepare(image.transpose(1, 2, 0), rgb=True)])[0].rows for image in images]
+        self._seen += len(images)
+        return self._run(images, [self.nms] * len(images), labels)
 
     def speed(self) -> str:
-        """Returns a line about the mean time of each stage; empty when no picture was seen."""
+        """Returns a line about the mean time of each stage; empty when no image was seen."""
         if not self._seen:
             return ""
-        times = ", ".join(f"{1000 * self._total_s[stage] / self._seen:.1f}ms {stage}" for stage in STAGES)
-        return f"Speed: {times} per image at shape {(1, 3, *self._shape_hw)}\n"
+        times = ", ".join(f"{1000 * self.seconds[stage] / self._seen:.1f}ms {stage}" for stage in STAGES)
+        return f"Speed: {times} per image at shape {(1, 3, *self._shape)}"
 
-    def _windows(self, picture: np.ndarray) -> np.ndarray:
-        """Returns the windows (n, 4) int xyxy that a picture (h, w, 3) is looked at through."""
-        height, width = picture.shape[:2]
-        return windows(height, width, self._tiling) if self._tiling else np.array([[0, 0, width, height]])
+    def _letterbox(self, cut: np.ndarray) -> tuple[np.ndarray, RatioPad]:
+        """Returns a window (h, w, 3) as large as the model wants it, and what leads back."""
+        if self._val_pad is None:
+            boxed = letterbox(cut, self._shape, auto=self.backend.dynamic, stride=self.backend.stride)
+            return boxed.image, boxed.ratio_pad(cut.shape)
+        height, width = cut.shape[:2]
+        fitting_wh = resized_wh((width, height), self._shape)
+        if fitting_wh != (width, height):
+            shrinks = max(fitting_wh) < max(width, height)
+            cut = cv2.resize(cut, fitting_wh, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        padded_hw = self._shape
+        if isinstance(padded_hw, int):
+            from utils.dataloaders.dataset import rectangular_batches
 
-    def _run(self, batch: WindowBatch, visualize: PictureHook | None) -> list[np.ndarray]:
-        """Returns the detections (k, 6) of each window, in px of its picture."""
-        clock = [self._now()]
-        inputs = self._backend.preprocess(batch.images)
+            sizes_wh = np.array([[width, height]])
+            _, (padded_hw,) = rectangular_batches(sizes_wh, 1, padded_hw, self.backend.stride, self._val_pad)
+            padded_hw = padded_hw.tolist()
+        boxed = letterbox(cut, padded_hw, auto=False, scaleup=False)
+        ratio_w, ratio_h = boxed.ratio
+        return boxed.image, ((cut.shape[0] * ratio_h / height, cut.shape[1] * ratio_w / width), boxed.pad)
+
+    def _run(
+        self,
+        images: np.ndarray,
+        nms: Sequence[NMSConfig],
+        labels: Sequence[Array] = (),
+        visualize: LayerHook | None = None,
+    ) -> list[np.ndarray]:
+        """Returns the detections (k, 6) of each of images, uint8 (b, 3, h, w) RGB, in their px."""
+        options = {"visualize": visualize, **self._options} if visualize else self._options
+        clock = [time.perf_counter()]
+        inputs = self.backend.preprocess(images)
         clock.append(self._now())
-        rows = self._backend.infer(inputs, visualize and _per_picture(visualize, batch.pictures), self._augment)
+        rows = self.backend.infer(inputs, **options)
         clock.append(self._now())
-        found = [self._nms.narrow(one) for one in rows] if self._backend.has_nms else self._nms.suppress(rows)
+        found = [one if isinstance(one, np.ndarray) else one.cpu().numpy() for one in self._choose(rows, nms, labels)]
         clock.append(self._now())
         for stage, start, end in zip(STAGES, clock, clock[1:], strict=False):
             self.last_s[stage] += end - start
-        padded_hw = batch.images.shape[2:]
-        return [
-            _in_picture(one, padded_hw, *place)
-            for one, *place in zip(found, batch.windows_xyxy, batch.ratio_pads, strict=True)
-        ]
+            self.seconds[stage] += end - start
+        return found
 
-    def _merge(self, found: list[np.ndarray], windows_xyxy: list[np.ndarray]) -> np.ndarray:
-        """Returns a picture's detections (k, 6), their corners in whole px, from those of its windows."""
-        if len(found) == 1:
-            (detections,) = found
-        else:
-            detections = merge(found, np.stack(windows_xyxy), self._nms)
-        detections[:, :4] = detections[:, :4].round()
-        return detections
+    def _choose(self, rows: Array, nms: Sequence[NMSConfig], labels: Sequence[Array]) -> list[Array]:
+        """Returns the detections (k, 6) of each image among a model's rows (b, n, 5 + nc), or chosen (b, n, 6)."""
+        if self.backend.has_nms:
+            return [how.narrow(chosen) for how, chosen in zip(nms, rows, strict=True)]
+        if any(how.multi_label for how in nms) and isinstance(rows, np.ndarray):
+            import torch  # with validation's many candidates NMS is six times as fast there
+
+            rows = torch.from_numpy(np.require(rows, requirements="W"))  # copied only if they may not be written to
+        labels = [known.to(rows.device) for known in labels]
+        if all(how == nms[0] for how in nms):
+            return nms[0].suppress(rows, labels)
+        return [how.suppress(rows[index : index + 1])[0] for index, how in enumerate(nms)]
 
     def _now(self) -> float:
         """Returns the time once the device has done its work."""
-        self._backend.synchronize()
+        self.backend.synchronize()
         return time.perf_counter()
 
 
-def _join(entries: Sequence[tuple[np.ndarray, int, np.ndarray, RatioPad]]) -> WindowBatch:
-    """Joins images (3, h, w), each with its picture's number, its window and the way back to that, to a batch."""
-    images, pictures, places, ratio_pads = zip(*entries, strict=True)
-    stacked = images[0][None] if len(images) == 1 else np.stack(images)  # a view: one picture is the usual case
-    return WindowBatch(stacked, list(pictures), np.stack(places), list(ratio_pads))
+def _in_image(rows: np.ndarray, padded_hw: Sequence[int], window: Window) -> np.ndarray:
+    """Takes detections (k, 6) from a letterboxed window to the image that it is cut from."""
+    left, top, right, bottom = window.xyxy
+    boxes_xyxy = scale_boxes(padded_hw, rows[:, :4], (bottom - top, right - left), window.ratio_pad)
+    return np.concatenate((boxes_xyxy + (left, top, left, top), rows[:, 4:]), 1, dtype=np.float32)
 
 
-def _in_picture(found: Array, padded_hw: Sequence[int], window_xyxy: np.ndarray, ratio_pad: RatioPad) -> np.ndarray:
-    """Takes detections (k, 6) from a letterboxed window to the picture that it is cut from."""
-    left, top, right, bottom = window_xyxy.tolist()
-    moved = np.array(found if isinstance(found, np.ndarray) else found.cpu().numpy())
-    moved[:, :4] = scale_boxes(padded_hw, moved[:, :4], (bottom - top, right - left), ratio_pad)
-    moved[:, :4] += (left, top, left, top)
-    return moved
+def _merged(rows: Mapping[int, np.ndarray], image: Sequence[Window], nms: NMSConfig) -> np.ndarray:
+    """Returns an image's detections (k, 6) from those of its windows."""
+    windows_xyxy = np.array([window.xyxy for window in image])
+    return merge([rows[place] for place in range(len(image))], windows_xyxy, nms)
 
 
-def _per_picture(hook: PictureHook, pictures: Sequence[int]) -> LayerHook:
-    """Returns a hook for the maps (b, c, h, w) of a batch that calls `hook` with those (1, c, h, w) of each picture."""
+def _per_image(hook: ImageHook, numbers: Sequence[int]) -> LayerHook:
+    """Returns a hook for the maps (b, c, h, w) of a batch that calls `hook` with those (1, c, h, w) of each image."""
 
     def show(row: int, block: str, maps: np.ndarray) -> None:
-        for index, number in enumerate(pictures):
+        for index, number in enumerate(numbers):
             hook(number, row, block, maps[index : index + 1])
 
     return show
@@ -201,44 +243,3 @@ def class_summary(classes: Sequence[int], names: Mapping[int, str]) -> str:
     """Returns `2 persons, 1 tie` for the classes that were found, in their order; empty for none."""
     counts = [(classes.count(class_id), class_name(names, class_id)) for class_id in sorted(set(classes))]
     return ", ".join(f"{count} {name}{'s' * (count > 1 and name.isascii())}" for count, name in counts)
-
-
-def shape_for(backend: Backend, imgsz: Sequence[int] | None, default_px: int) -> list[int]:
-    """Returns height and width that pictures are scaled to: what was asked for, else what suits the model.
-
-    Args:
-        backend: the model.
-        imgsz: --imgsz, one side or two; None where it was not given.
-        default_px: the side then, where the model takes any.
-
-    Raises:
-        UserError: the model takes one size only, and it is another.
-    """
-    asked = None if imgsz is None else list(imgsz) * 2 if len(imgsz) == 1 else list(imgsz)
-    if backend.dynamic:
-        return check_image_size(asked or [default_px, default_px], backend.stride)
-    only = list(backend.metadata.shape_hw)
-    if asked is None:
-        LOGGER.info(f"Image size {only[0]}x{only[1]}, the one that the model was exported for")
-    elif asked != only:
-        sides, fixed = (" ".join(map(str, shape)) for shape in (asked, only))
-        raise UserError(
-            f"--img-size {sides}: the model was exported for {fixed} (height, width) and takes no other: leave the "
-            "option out, or export the checkpoint with --dynamic or for that size."
-        )
-    return only
-
-
-def _tell_what_is_fixed(limits: NMSConfig, inside: NMSConfig) -> None:
-    """Says where a model that chooses detections itself cannot do as asked."""
-    fixed = []
-    if limits.conf_thres < inside.conf_thres:
-        fixed.append(f"--conf-thres at least {inside.conf_thres}")
-    if limits.iou_thres != inside.iou_thres:
-        fixed.append(f"--iou-thres {inside.iou_thres}")
-    if limits.max_det > inside.max_det:
-        fixed.append(f"--max-det at most {inside.max_det}")
-    if limits.agnostic != inside.agnostic:
-        fixed.append("--agnostic-nms" if inside.agnostic else "no --agnostic-nms")
-    if fixed:
-        LOGGER.info(f"The model chooses detections itself: {', '.join(fixed)} holds")

@@ -149,7 +149,7 @@ def test_fifty_detections_leave_nothing_behind(options, tmp_path):
     def detect_ten(name: str) -> None:
         folder = tmp_path / name
         folder.mkdir()
-        pipeline = Pipeline(LoadImages(opened.source.inputs), opened._detector, opened.names)
+        pipeline = Pipeline(LoadImages(opened.source.inputs), opened._predictor, opened.names)
         detect.write_all(pipeline, folder, options)
         assert len(pipeline.damaged) == 1
         assert len(list(folder.glob("*.jpg"))) == 9

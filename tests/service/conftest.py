@@ -144,12 +144,13 @@ def encoded(picture):
 def expected(exported):
     """What detect.py's own function finds in a picture, as the service's records."""
     from models.backends import load_backend
-    from models.inference.predictor import Detector
+    from models.inference.predictor import Predictor
+    from utils.nms import NMSConfig
 
     backend = load_backend(exported, "cpu")
 
     def detect(image: np.ndarray, conf: float = 0.25, iou: float = 0.45) -> np.ndarray:
-        return Detector(backend, (64, 64), conf_thres=conf, iou_thres=iou).detect(image)
+        return Predictor(backend, NMSConfig(conf, iou, 1000), (64, 64)).detect(image).rounded().rows
 
     return detect
 

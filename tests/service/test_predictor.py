@@ -1,4 +1,4 @@
-"""Batches of pictures: each gets what `Detector` finds in it alone; models that choose boxes themselves; sizes."""
+"""Batches of pictures: each gets what the predictor finds in it alone; models that choose boxes themselves; sizes."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ class ChoosingBackend(ArrayBackend):
 @pytest.mark.parametrize("fixed", [False, True])
 def test_batch_gives_what_the_detector_finds_in_each_picture(exported, picture, fixed):
     from models.backends import load_backend
-    from models.inference.predictor import Detector
+    from models.inference.predictor import Predictor as Reference
 
     backend = load_backend(exported, "cpu")
     backend.dynamic = not fixed
@@ -39,8 +39,7 @@ def test_batch_gives_what_the_detector_finds_in_each_picture(exported, picture, 
     thresholds = [NMSConfig(conf, iou, 1000) for conf, iou in ((0.1, 0.45), (0.25, 0.9), (0.3, 0.2), (0.2, 0.45))]
     batch = [predictor.prepare(image, wanted) for image, wanted in zip(pictures, thresholds, strict=True)]
     for image, wanted, found in zip(pictures, thresholds, predictor.detect(batch), strict=True):
-        alone = Detector(backend, (64, 96), wanted.conf_thres, wanted.iou_thres)
-        expected = alone.detect(image)
+        expected = Reference(backend, wanted, (64, 96)).detect(image).rounded().rows
         assert len(found) == len(expected) > 0
         assert np.allclose(found, expected, atol=(1, 1, 1, 1, 1e-4, 0))
 

@@ -6,18 +6,14 @@ handed in. Predictions and labels are compared in each image's own pixels.
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from utils.boxes import scale_boxes, xywhn2xyxy
 from utils.errors import UserError
@@ -39,6 +35,7 @@ from utils.nms import NMSConfig
 from utils.plots.evaluation import load_libraries, plot_evaluation
 
 DRAWN_BATCHES = 3
+NMS = NMSConfig(conf_thres=0.001, iou_thres=0.6, multi_label=True)  # of validation; mAP needs weak detections too
 MANY_CLASSES = 50  # from here on the table lists single classes only with `verbose`
 
 
@@ -47,9 +44,7 @@ class EvalOptions:
     """How to evaluate, and what to write; the defaults are those of validation.
 
     Attributes:
-        conf_thres, iou_thres, max_det: of `non_max_suppression`.
         single_cls: treat all classes as one.
-        dtype: bfloat16 or float16 run a PyTorch module under autocast.
         save_dir: where files go; needed for plots and the save options.
         plots: draw curves, the confusion matrix and the first batches.
         save_txt, save_conf: write detections as label files, with confidences.
@@ -65,11 +60,7 @@ class EvalOptions:
         quiet: log no figures at all.
     """
 
-    conf_thres: float = 0.001
-    iou_thres: float = 0.6
-    max_det: int = 300
     single_cls: bool = False
-    dtype: torch.dtype = torch.float32
     save_dir: Path | None = None
     plots: bool = False
     save_txt: bool = False
@@ -134,11 +125,10 @@ class EvalResult:
 
 
 def evaluate(
-    model: nn.Module | Predictor,
+    predictor: Any,
     loader: Any,
     *,
     names: Mapping[int, str],
-    device: torch.device | str = "cpu",
     compute_loss: Callable[[Sequence[torch.Tensor], torch.Tensor], Any] | None = None,
     callbacks: Any = None,
     **options: Any,
@@ -146,12 +136,12 @@ def evaluate(
     """Evaluates a model on a data set, logs the table of results and writes what is asked for.
 
     Args:
-        model: a predictor, or a module as `ModulePredictor` takes it; in evaluation mode while this runs.
+        predictor: `models.inference.predictor.Predictor` of the model, which says how detections are chosen; not
+            imported, since it stands above this room.
         loader: sized iterable of `Batch`es: uint8 images (b, 3, h, w), targets (m, 6), paths, shapes.
         names: name of every class.
-        device: where the module is, and the loss is computed.
-        compute_loss: for modules that return raw outputs, and `ModulePredictor`s of such: called with the outputs in
-            float32 and the targets; the second item of what it returns holds the terms (three, unless it has `terms`).
+        compute_loss: for backends that keep raw outputs (`ModuleBackend`): called with the outputs in float32 and the
+            targets; the second item of what it returns holds the terms (three, unless it has `terms`).
         callbacks: object whose `run(hook, ...)` is called at the `on_val_*` hooks.
         **options: the fields of `EvalOptions`.
 
@@ -161,40 +151,38 @@ def evaluate(
     settings = EvalOptions(**options)
     if settings.single_cls and len(names) != 1:
         names = {0: "item"}
-    device = torch.device(device)
-    running = ModulePredictor(model, device, settings.dtype) if isinstance(model, nn.Module) else None
-    predictor = running or model
-    tally = _MetricAccumulator(len(names), keep_records=settings.save_json or settings.coco_metrics)
-    terms = len(getattr(compute_loss, "terms", ("box", "obj", "cls")))
-    clock, losses = StageTimer(predictor), torch.zeros(terms, device=device)
+    metrics = _MetricAccumulator(len(names), keep_records=settings.save_json or settings.coco_metrics)
+    losses = torch.zeros(len(getattr(compute_loss, "terms", ("box", "obj", "cls"))))
+    largest_shape: tuple[int, ...] = (0, 3, 0, 0)
+    seconds_before = list(predictor.seconds.values())
     writer = LabelWriter(settings.save_dir / "labels", settings.save_conf) if settings.save_txt else None
     stems = OutputStems(_paths_of(loader) if writer else ())
-    notify = callbacks.run if callbacks else _ignore
+    notify = callbacks.run if callbacks else lambda *_: None
     notify("on_val_start")
     leave = not (settings.training or settings.quiet)
-    with running or contextlib.nullcontext(), _Pictures(settings, names) as pictures:
+    with _BatchPlots(settings, names) as plots:
         for batch in progress(loader, total=len(loader), desc=HEADER, leave=leave):
             notify("on_val_batch_start")
-            found = _detect(predictor, batch, settings, clock)
+            largest_shape = max(largest_shape, tuple(batch.images.shape))
+            found = predictor.predict(batch.images.numpy(), _known_boxes(batch) if settings.save_hybrid else ())
+            if settings.single_cls:
+                for detections in found:
+                    detections[:, 5] = 0
             if compute_loss is not None:
-                raw = [layer.float() for layer in predictor.raw]
-                losses += compute_loss(raw, batch.targets.to(device))[1].detach()
+                raw = [layer.float() for layer in predictor.backend.raw]
+                loss = compute_loss(raw, batch.targets.to(raw[0].device))[1].detach()
+                losses = losses.to(loss.device) + loss
             for record, detections in zip(_native_records(batch, found), found, strict=True):
-                tally.add(record)
+                metrics.add(record)
                 if writer:
                     writer.write(stems[record.path], record.detections, record.shape_hw)
                 notify("on_val_image_end", detections, record.detections, record.path, names, batch.images)
-            pictures.add(batch, found)
+            plots.add(batch, found)
             notify("on_val_batch_end")
-        result = _result(tally, losses / max(len(loader), 1), clock, settings)
-        if not settings.quiet:
-            _report(result, names, settings, clock.shape)
-        if writer:
-            _tell_labels(writer, stems)
-        if settings.plots:
-            _plot(result, names, settings)
-        if settings.save_json:
-            result = _save_json(result, names, settings)
+        seconds = [after - before for after, before in zip(predictor.seconds.values(), seconds_before, strict=True)]
+        speed_ms = tuple(1e3 * taken / max(metrics.seen, 1) for taken in seconds)
+        result = metrics.result(tuple((losses / max(len(loader), 1)).tolist()), speed_ms, settings.coco_metrics)
+        result = _finish(result, names, settings, largest_shape, writer, stems)
     notify("on_val_end")
     return result
 
@@ -205,55 +193,11 @@ def _paths_of(loader: Any) -> Sequence[str]:
     return () if table is None else table.image_paths
 
 
-def _ignore(*_args: Any) -> None:
-    """Stands in for callbacks that nobody gave."""
-
-
 def _known_boxes(batch: Any) -> list[torch.Tensor]:
     """Returns for each image of a batch its labels (m, 5) [class, x, y, w, h in pixels of the padded image]."""
     height, width = batch.images.shape[2:]
     scale = torch.tensor([1, width, height, width, height])
     return [batch.targets[batch.targets[:, 0] == image, 1:] * scale for image in range(len(batch.images))]
-
-
-def _detect(predictor: Predictor, batch: Any, settings: EvalOptions, clock: StageTimer) -> list[np.ndarray]:
-    """Runs the model and NMS on one batch.
-
-    Args:
-        predictor: the model.
-        batch: b images uint8 (b, 3, h, w), with targets.
-        settings: thresholds, and whether labels join the candidates of NMS.
-        clock: counts the stages' time.
-
-    Returns:
-        For each image its detections (k, 6) in pixels of the padded image.
-    """
-    nms = NMSConfig(settings.conf_thres, settings.iou_thres, settings.max_det, settings.single_cls, multi_label=True)
-    known = _known_boxes(batch) if settings.save_hybrid else []
-    clock.start(batch.images.shape)
-    inputs = predictor.preprocess(batch.images.numpy())
-    clock.lap("pre")
-    output = predictor.infer(inputs)
-    clock.lap("inference")
-    if predictor.has_nms:
-        found = [nms.narrow(detections) for detections in np.asarray(output)]
-    else:
-        rows = _tensor(output)
-        found = nms.suppress(rows, [boxes.to(rows.device) for boxes in known])
-        found = [detections.cpu().numpy() for detections in found]
-    clock.lap("nms")
-    if settings.single_cls:
-        for detections in found:
-            detections[:, 5] = 0
-    return found
-
-
-def _tensor(output: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Returns rows as a tensor: with validation's many candidates NMS is six times as fast as on NumPy arrays.
-
-    They are not copied, unless the runtime gave them read-only: then torch would not take them without a warning.
-    """
-    return output if isinstance(output, torch.Tensor) else torch.from_numpy(np.require(output, requirements="W"))
 
 
 def _native_records(batch: Any, found: Sequence[np.ndarray]) -> Iterator[ImageRecord]:
@@ -299,13 +243,29 @@ class _MetricAccumulator:
         if self._keep_records:
             self.records.append(record)
 
-    def average_precisions(self) -> APResult:
+    def result(self, losses: tuple[float, ...], speed_ms: tuple[float, ...], coco: bool) -> EvalResult:
         scores = np.concatenate(self._scores)
         labels = np.concatenate(self._label_classes)
-        return ap_per_class(np.concatenate(self._correct), scores[:, 0], scores[:, 1], labels)
+        details = ap_per_class(np.concatenate(self._correct), scores[:, 0], scores[:, 1], labels)
+        measured = 1.0 if details.label_counts.sum() else np.nan
+        return EvalResult(
+            precision=measured * details.mean_precision,
+            recall=measured * details.mean_recall,
+            map50=measured * details.map50,
+            map=measured * details.map,
+            losses=losses,
+            maps=measured * details.maps(self.nc),
+            speed_ms=speed_ms,
+            seen=self.seen,
+            alarmed=self.alarmed,
+            details=details,
+            confusion=self.confusion,
+            coco=coco_figures(self.records, self.nc) if coco else None,
+            records=self.records,
+        )
 
 
-class _Pictures:
+class _BatchPlots:
     """Draws the first batches with their labels and detections in a thread, while the next batches are computed."""
 
     def __init__(self, settings: EvalOptions, names: Mapping[int, str]):
@@ -314,9 +274,9 @@ class _Pictures:
         self._names = names
         self._count = 0
         self._pending: list[Future] = []
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="plots")
 
-    def __enter__(self) -> _Pictures:
+    def __enter__(self) -> _BatchPlots:
         if self._limit:
             self._pending.append(self._pool.submit(load_libraries))
         return self
@@ -338,25 +298,22 @@ class _Pictures:
         self._count += 1
 
 
-def _result(tally: _MetricAccumulator, losses: torch.Tensor, clock: StageTimer, settings: EvalOptions) -> EvalResult:
-    """Puts the figures together."""
-    details = tally.average_precisions()
-    measured = 1.0 if details.label_counts.sum() else np.nan
-    return EvalResult(
-        precision=measured * details.mean_precision,
-        recall=measured * details.mean_recall,
-        map50=measured * details.map50,
-        map=measured * details.map,
-        losses=tuple(losses.tolist()),
-        maps=measured * details.maps(tally.nc),
-        speed_ms=clock.per_image_ms(tally.seen),
-        seen=tally.seen,
-        alarmed=tally.alarmed,
-        details=details,
-        confusion=tally.confusion,
-        coco=coco_figures(tally.records, tally.nc) if settings.coco_metrics else None,
-        records=tally.records,
-    )
+def _finish(
+    result: EvalResult,
+    names: Mapping[int, str],
+    settings: EvalOptions,
+    shape: Sequence[int],
+    writer: LabelWriter | None,
+    stems: Mapping[str, str],
+) -> EvalResult:
+    """Logs what was found, and writes plots and the JSON; returns the result, with COCO's mAP where that applies."""
+    if not settings.quiet:
+        _report(result, names, settings, shape)
+    if writer:
+        _tell_labels(writer, stems)
+    if settings.plots:
+        plot_evaluation(result.details, result.confusion, names, settings.save_dir)
+    return _save_json(result, names, settings) if settings.save_json else result
 
 
 def _report(result: EvalResult, names: Mapping[int, str], settings: EvalOptions, shape: Sequence[int]) -> None:
@@ -388,11 +345,6 @@ def _tell_labels(writer: LabelWriter, stems: Mapping[str, str]) -> None:
         )
 
 
-def _plot(result: EvalResult, names: Mapping[int, str], settings: EvalOptions) -> None:
-    """Draws curves and confusion matrix."""
-    plot_evaluation(result.details, result.confusion, names, settings.save_dir)
-
-
 def _save_json(result: EvalResult, names: Mapping[int, str], settings: EvalOptions) -> EvalResult:
     """Writes the JSON; returns the result with COCO's mAP where there are annotations that fit."""
     paths = [record.path for record in result.records]
@@ -418,130 +370,3 @@ def _save_json(result: EvalResult, names: Mapping[int, str], settings: EvalOptio
         return result
     LOGGER.info("\n".join([f"COCO's figures by {settings.annotations}:", *figure_lines(figures)]))
     return replace(result, map=figures.ap, map50=figures.ap50, coco=figures)
-
-
-Array = Any  # np.ndarray or Tensor
-
-
-class Predictor(Protocol):
-    """A model that is ready to run.
-
-    Attributes:
-        has_nms: whether `infer` returns detections that were chosen inside the model, not raw rows.
-    """
-
-    has_nms: bool
-
-    def preprocess(self, images: np.ndarray) -> Any:
-        """Turns letterboxed images, uint8 (b, 3, h, w) RGB, into the model's input."""
-        ...
-
-    def infer(self, inputs: Any) -> Array:
-        """Returns rows (b, n, 5 + nc), or where `has_nms` detections (b, max_det, 6) filled up with zeros."""
-        ...
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        ...
-
-
-class ModulePredictor:
-    """A PyTorch module as a predictor; within `with` it is in evaluation mode and computes no gradients.
-
-    Not torch.inference_mode: what modules keep from call to call (grids of anchors) would be unusable in training.
-
-    Attributes:
-        raw: the head's raw outputs for the last images, which losses are computed from; empty where the module returns
-            decoded rows alone.
-    """
-
-    has_nms = False
-
-    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Takes a module that is on `device`; bfloat16 or float16 run it under autocast.
-
-        Args:
-            module: maps images (b, 3, h, w) in 0 to 1 to decoded rows (b, n, 5 + nc), or to (rows, raw outputs).
-            device: where it is.
-            dtype: what to compute in.
-        """
-        self.raw: Sequence[Tensor] = ()
-        self._module, self._device, self._dtype = module, device, dtype
-        self._was_training = module.training
-        self._no_grad = torch.no_grad()
-
-    def __enter__(self) -> ModulePredictor:
-        """Switches to evaluation mode."""
-        self._was_training = self._module.training
-        self._module.eval()
-        self._no_grad.__enter__()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Puts the module back into the mode that it was in."""
-        self._no_grad.__exit__(kind, error, trace)
-        self._module.train(self._was_training)
-
-    def preprocess(self, images: np.ndarray) -> Tensor:
-        """Turns images, uint8 (b, 3, h, w), into fractions on the device, channels last."""
-        # One byte per value while it is moved and laid out, four only afterwards.
-        moved = torch.from_numpy(images).to(self._device, non_blocking=True)
-        return moved.contiguous(memory_format=torch.channels_last).float().div_(255)
-
-    def infer(self, inputs: Tensor, augment: bool = False) -> Tensor:
-        """Returns decoded rows (b, n, 5 + nc), with `augment` of several views of each image; keeps the raw outputs."""
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            output = self._module(inputs, augment=True) if augment else self._module(inputs)
-        rows, raw = output if isinstance(output, tuple) else (output, None)
-        self.raw = raw or ()
-        return rows
-
-    def synchronize(self) -> None:
-        """Waits for the device's queue, where it has one."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        elif self._device.type == "mps":
-            torch.mps.synchronize()
-
-
-class AugmentedPredictor:
-    """A predictor that looks at every image in several sizes, mirrored too (`models.yolo`)."""
-
-    has_nms = False
-
-    def __init__(self, predictor: Any) -> None:
-        """Takes a checkpoint's runtime of `models.backends`, or a `ModulePredictor` of one."""
-        self._predictor = predictor
-        self.preprocess, self.synchronize = predictor.preprocess, predictor.synchronize
-
-    def infer(self, inputs: Any) -> Array:
-        """Returns the rows of all views (b, n, 5 + nc)."""
-        return self._predictor.infer(inputs, augment=True)
-
-
-class StageTimer:
-    """Adds up the time of each stage, waiting for the device at the end of each."""
-
-    def __init__(self, predictor: Predictor) -> None:
-        """Starts at zero."""
-        self.seconds = {"pre": 0.0, "inference": 0.0, "nms": 0.0}
-        self.shape: tuple[int, ...] = (0, 3, 0, 0)  # of the largest batch
-        self._wait = predictor.synchronize
-        self._last = 0.0
-
-    def start(self, shape: Sequence[int]) -> None:
-        """Begins with a batch of this shape."""
-        self.shape = max(self.shape, tuple(shape))
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Ends a stage."""
-        self._wait()
-        now = time.perf_counter()
-        self.seconds[stage] += now - self._last
-        self._last = now
-
-    def per_image_ms(self, images: int) -> tuple[float, float, float]:
-        """Returns milliseconds per image of pre-processing, inference and NMS."""
-        pre, inference, nms = (1e3 * seconds / max(images, 1) for seconds in self.seconds.values())
-        return pre, inference, nms

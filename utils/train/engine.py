@@ -14,7 +14,8 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ from utils.dataloaders.loader import Batch
 from utils.dataloaders.sampling import class_weights, image_weights
 from utils.devices import resolve_amp
 from utils.errors import UserError
-from utils.eval.evaluate import EvalResult, evaluate
+from utils.eval.evaluate import NMS, EvalResult, evaluate
 from utils.files import remove_temporaries
 from utils.log import LOGGER, colorstr, progress
 from utils.loggers import open_loggers
 from utils.loggers.base import epoch_figures
 from utils.loss import LOSSES
 from utils.loss.base import BatchReduction, LossResult
+from utils.nms import NMSConfig
 from utils.process import defer_signals
 from utils.train.distributed import ALONE, World, no_sync_unless, replicate
 from utils.train.ema import EarlyStopping, ModelEMA
@@ -67,6 +69,7 @@ class Trainer:
         loaders: Loaders,
         device: torch.device,
         callbacks: Callbacks,
+        make_predictor: Callable[[nn.Module, NMSConfig, torch.dtype | None], Any],
         checkpoint: dict | None = None,
         world: World = ALONE,
     ) -> None:
@@ -79,11 +82,12 @@ class Trainer:
             loaders: training and validation batches.
             device: where to compute.
             callbacks: hooks of the caller's.
+            make_predictor: makes what `evaluate` takes of a module, how detections are chosen, and what to compute in.
             checkpoint: the last finished epoch of the run to go on with.
             world: the processes that train together; all make a trainer.
         """
         self.options, self.hyp, self.device, self.callbacks, self.loaders = options, hyp, device, callbacks, loaders
-        self.world = world
+        self.world, self.make_predictor = world, make_predictor
         self.save_dir = Path(options.save_dir)
         self.last, self.best = (self.save_dir / "weights" / f"{name}.pt" for name in ("last", "best"))
         if world.is_main:
@@ -327,14 +331,14 @@ class Trainer:
 
         Until then it is a copy with batch norm folded, in the precision that is trained in: half the time.
         """
+        module = self.ema.ema if final else copy.deepcopy(self.ema.ema).fuse()
+        nms = replace(NMS, agnostic=self.options.single_cls)
         return evaluate(
-            self.ema.ema if final else copy.deepcopy(self.ema.ema).fuse(),
+            self.make_predictor(module, nms, None if final else self.autocast_dtype),
             self.loaders.val,
             names=self.model.names,
-            device=self.device,
             single_cls=self.options.single_cls,
             compute_loss=self.loss,
-            dtype=(None if final else self.autocast_dtype) or torch.float32,
             save_dir=self.save_dir,
             plots=final and not self.options.noplots,
             verbose=final,

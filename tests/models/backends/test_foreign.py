@@ -14,7 +14,7 @@ from models.backends import load_backend
 from models.backends.base import before_tensorflow
 from models.backends.metadata import Graph, describe
 from models.backends.tflite import _floats, _quantised
-from models.inference.predictor import Detector
+from models.inference.predictor import Predictor
 from utils.errors import UserError
 from utils.files import write_yaml
 from utils.nms import NMSConfig
@@ -116,7 +116,7 @@ def test_boxes_that_a_model_chose_itself_are_found(tmp_path):
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
     onnx.save(model, path)
-    found = Detector(load_backend(path, "cpu"), (64, 64)).detect(np.zeros((64, 64, 3), np.uint8))
+    found = Predictor(load_backend(path, "cpu"), None, 64).detect(np.zeros((64, 64, 3), np.uint8)).rounded().rows
     np.testing.assert_allclose(found, [[10, 10, 30, 40, 0.9, 0], [20, 10, 50, 60, 0.8, 0]], rtol=1e-6)
 
 

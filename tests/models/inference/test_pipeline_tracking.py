@@ -53,6 +53,7 @@ def play(monkeypatch):
             for index in range(len(answers))
         ]
         monkeypatch.setattr(models.inference.pipeline, "open_source", lambda *_: Film([frame] for frame in frames))
+        monkeypatch.setattr(models.inference.pipeline, "find_weights", list)
         monkeypatch.setattr(models.inference.pipeline, "load_backend", lambda *_: Played(answers, nms))
         options = options_from(detect.build_parser(), {"weights": "a.onnx", "source": "/in/a.mp4", **options})
         return list(open_pipeline(options))
@@ -94,6 +95,15 @@ def test_threshold_inside_a_model_is_told_where_the_user_s_own_is_lower(play, ca
     results = play([rows] * 3, nms, track=True, conf_thres=conf_thres)
     assert [result.confidences.tolist() for result in results] == [pytest.approx([0.8])] * 3
     assert ("--conf-thres at least 0.25" in caplog.text) is said
+
+
+def test_what_is_fixed_inside_a_model_is_said(play, caplog):
+    caplog.set_level("INFO", "yolov5")
+    play([[[14, 20, 26, 40, 0.8, 0]]], NMSConfig(0.25, 0.45, 4), conf_thres=0.1, iou_thres=0.6, agnostic_nms=True)
+    assert "--conf-thres at least 0.25, --iou-thres 0.45, --max-det at most 4, no --agnostic-nms holds" in caplog.text
+    caplog.clear()
+    play([[[14, 20, 26, 40, 0.8, 0]]], NMSConfig(0.25, 0.45, 4), max_det=2)
+    assert "holds" not in caplog.text
 
 
 @pytest.mark.parametrize("vid_stride", [1, 5])

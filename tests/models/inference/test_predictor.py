@@ -1,4 +1,4 @@
-"""From pictures to boxes on any runtime: letterbox to the model's size, thresholds, suppression inside the model."""
+"""From images to boxes on any runtime: letterbox to the model's size, thresholds, suppression inside the model."""
 
 from dataclasses import replace
 
@@ -7,8 +7,7 @@ import pytest
 
 from models.backends.base import ArrayBackend
 from models.backends.metadata import Metadata
-from models.inference.predictor import MAX_BATCH, Detector, shape_for
-from utils.errors import UserError
+from models.inference.predictor import MAX_BATCH, Predictor
 from utils.nms import NMSConfig
 from utils.tiles import Tiling
 
@@ -32,12 +31,12 @@ INSIDE = NMSConfig(conf_thres=0.25, iou_thres=0.45, max_det=4, agnostic=False)
 CHOSEN = [[10, 10, 30, 30, 0.9, 1], [40, 10, 60, 30, 0.5, 0], [70, 10, 90, 30, 0.3, 1], [0, 0, 0, 0, 0, 0]]
 
 
-def found(backend, picture_hw=(64, 96), **limits):
-    return Detector(backend, [64, 96], **limits).detect(np.zeros((*picture_hw, 3), np.uint8))
+def found(backend, image_hw=(64, 96), **limits):
+    return Predictor(backend, NMSConfig(**limits), [64, 96]).detect(np.zeros((*image_hw, 3), np.uint8)).rounded().rows
 
 
-def test_detections_chosen_inside_lose_the_filling_and_go_back_to_the_picture():
-    detections = found(Fixed(CHOSEN, nms=INSIDE), picture_hw=(128, 192))
+def test_detections_chosen_inside_lose_the_filling_and_go_back_to_the_image():
+    detections = found(Fixed(CHOSEN, nms=INSIDE), image_hw=(128, 192))
     np.testing.assert_array_equal(detections[:, :4], np.array([row[:4] for row in CHOSEN[:3]]) * 2)
     np.testing.assert_allclose(detections[:, 4:], np.array([row[4:] for row in CHOSEN[:3]]))
 
@@ -50,98 +49,86 @@ def test_detections_chosen_inside_can_be_narrowed(limits, kept):
     np.testing.assert_allclose(found(Fixed(CHOSEN, nms=INSIDE), **limits)[:, 4], kept)
 
 
-def test_what_is_fixed_inside_is_said(caplog):
-    caplog.set_level("INFO", "yolov5")
-    found(Fixed(CHOSEN, nms=INSIDE), conf_thres=0.1, iou_thres=0.6, max_det=1000, agnostic=True)
-    assert "--conf-thres at least 0.25, --iou-thres 0.45, --max-det at most 4, no --agnostic-nms holds" in caplog.text
-    caplog.clear()
-    found(Fixed(CHOSEN, nms=INSIDE), max_det=2)
-    assert not caplog.text
-
-
 def test_normalised_boxes_become_pixels():
     row = [0.5, 0.5, 0.25, 0.5, 1, 0.2, 0.8]  # x, y, w, h of 96x64
     np.testing.assert_allclose(found(Fixed([row], boxes_normalised=True))[0], [36, 16, 60, 48, 0.8, 1])
 
 
-def test_pictures_are_padded_to_the_one_size_of_a_fixed_model_and_to_rectangles_else():
+def test_images_are_padded_to_the_one_size_of_a_fixed_model_and_to_rectangles_else():
     for dynamic, expected in ((False, (1, 3, 64, 96)), (True, (1, 3, 64, 64))):
         backend = Fixed([[0.0] * 7], dynamic=dynamic)
-        found(backend, picture_hw=(60, 60))
+        found(backend, image_hw=(60, 60))
         assert backend.seen == [expected]
 
 
 def test_boxes_of_a_strip_whose_height_was_rounded_down_come_back_to_their_place():
     """129 x 1280 at 640 px is resized to 64 x 640, without padding: x is halved all the same."""
     backend = Fixed([[96, 32, 64, 32, 1, 1, 0]], dynamic=True)
-    (detection,) = Detector(backend, [640, 640]).detect(np.zeros((129, 1280, 3), np.uint8))
+    (detection,) = Predictor(backend, shape=640).detect(np.zeros((129, 1280, 3), np.uint8)).rounded().rows
     assert backend.seen == [(1, 3, 64, 640)]
     assert detection[:4].tolist() == [128, 32, 256, 97]  # 129 / 64 * 16 = 32.25, 96.75
 
 
-def test_size_is_what_was_asked_for_or_what_the_model_takes(caplog):
-    caplog.set_level("INFO", "yolov5")
-    fixed, free = Fixed([]), Fixed([], dynamic=True)
-    assert shape_for(free, None, 640) == [640, 640]
-    assert shape_for(free, [64], 640) == [64, 64]
-    assert shape_for(free, [60, 90], 640) == [64, 96]
-    assert shape_for(fixed, [64, 96], 640) == [64, 96]
-    assert "Image size" not in caplog.text
-    assert shape_for(fixed, None, 640) == [64, 96]
-    assert "Image size 64x96, the one that the model was exported for" in caplog.text
-    with pytest.raises(UserError, match=r"--img-size 64 64: the model was exported for 64 96 .*takes no other"):
-        shape_for(fixed, [64], 640)
-
-
-def test_pictures_of_one_shape_share_a_batch_and_each_gets_its_own_detections():
+def test_images_of_one_shape_share_a_batch_and_each_gets_its_own_detections():
     backend = Fixed([[48, 32, 20, 20, 1, 0.9, 0.1]], dynamic=True)
-    detector = Detector(backend, [64, 96])
-    pictures = [np.zeros((height, width, 3), np.uint8) for height, width in ((64, 96), (60, 60), (128, 192))]
-    batches = detector.prepare(pictures)
-    assert [(batch.images.shape, batch.pictures) for batch in batches] == [
-        ((2, 3, 64, 96), [0, 2]),
-        ((1, 3, 64, 64), [1]),
-    ]
-    for picture, found in zip(pictures, detector(batches, 3), strict=True):
-        np.testing.assert_array_equal(found, detector.detect(picture))
-    assert detector.speed().startswith("Speed: ")
+    backend.batch = None
+    predictor = Predictor(backend, shape=[64, 96])
+    images = [np.zeros((height, width, 3), np.uint8) for height, width in ((64, 96), (60, 60), (128, 192))]
+    all_found = predictor([predictor.prepare(image) for image in images])
+    assert backend.seen == [(2, 3, 64, 96), (1, 3, 64, 64)]
+    for image, found in zip(images, all_found, strict=True):
+        np.testing.assert_array_equal(found.rows, predictor.detect(image).rows)
+    assert predictor.speed().startswith("Speed: ") and predictor.speed().endswith(" per image at shape (1, 3, 64, 96)")
 
 
-def test_a_large_picture_is_run_in_batches_of_bounded_size_and_its_tiles_are_joined():
+def test_each_image_of_a_batch_is_searched_with_settings_of_its_own():
+    rows = [[48, 32, 20, 20, 1, 0.9, 0.1], [50, 32, 20, 20, 1, 0.5, 0.1], [20, 32, 20, 20, 1, 0.1, 0.2]]
+    wanted = [NMSConfig(0.3), NMSConfig(0.15), NMSConfig(0.3, 0.9), NMSConfig(0.15, classes=[1]), NMSConfig(0.15)]
+    kept = [[0.9], [0.9, 0.2], [0.9, 0.5], [0.2], [0.9, 0.2]]
+    chosen = [[10, 10, 30, 30, 0.9, 0], [40, 10, 60, 30, 0.2, 1], [0] * 6]
+    narrowed = [[0.9], [0.9, 0.2], [0.9], [0.2], [0.9, 0.2]]
+    for backend, expected in ((Fixed(rows), kept), (Fixed(chosen, nms=INSIDE), narrowed)):
+        predictor = Predictor(backend, NMSConfig(1.0), [64, 96])
+        images = [predictor.prepare(np.zeros((64, 96, 3), np.uint8))] * len(wanted)
+        confidences = [found.confidences.tolist() for found in predictor(images, wanted)]
+        assert confidences == [pytest.approx(values) for values in expected]
+        assert [len(found) for found in predictor(images)] == [0] * len(wanted)
+
+
+def test_a_large_image_is_run_in_batches_of_bounded_size_and_its_tiles_are_joined():
     backend = Fixed([[48, 32, 20, 20, 1, 0.9, 0.1]])  # in the middle of every window
-    detector = Detector(backend, [64, 96], tiling=Tiling(64, 0.0))
-    batches = detector.prepare([np.zeros((320, 448, 3), np.uint8)])
-    assert sum(len(batch.images) for batch in batches) == 5 * 7 + 1
-    assert max(len(batch.images) for batch in batches) == MAX_BATCH
-    found = detector(batches, 1)[0]
-    centres = {tuple(row) for row in ((found[:, :2] + found[:, 2:4]) / 2).tolist()}
+    backend.batch = None
+    predictor = Predictor(backend, shape=[64, 96], tiling=Tiling(64, 0.0))
+    found = predictor.detect(np.zeros((320, 448, 3), np.uint8))
+    assert [shape[0] for shape in backend.seen] == [MAX_BATCH, MAX_BATCH, 5 * 7 + 1 - 2 * MAX_BATCH]
+    corners = found.rounded().boxes_xyxy
+    centres = {tuple(row) for row in ((corners[:, :2] + corners[:, 2:]) / 2).tolist()}
     assert {(32 + 64 * x, 32 + 64 * y) for x in range(7) for y in range(5)} <= centres
-    assert np.array_equal(found[:, :4], found[:, :4].round())
 
 
 @pytest.mark.parametrize(("agnostic", "confidences"), [(False, {1: 0.9, 0: 0.8}), (True, {1: 0.9})])
 def test_agnostic_suppression_holds_between_tiles_too(agnostic, confidences):
     """Of two tiles that overlap the left one takes an object for class 1, the right one for class 0."""
-    rows = [[70, 32, 20, 20, 1, 0.1, 0.9], [22, 32, 20, 20, 1, 0.8, 0.1], [0] * 7]  # the last: the whole picture
+    rows = [[70, 32, 20, 20, 1, 0.1, 0.9], [22, 32, 20, 20, 1, 0.8, 0.1], [0] * 7]  # the last: the whole image
 
     class InTurn(Fixed):
         def run(self, inputs):
             return np.float32([[rows.pop(0)]])
 
-    detector = Detector(InTurn([[0] * 7]), [64, 96], tiling=Tiling(96, 0.5), agnostic=agnostic)
-    found = detector.detect(np.zeros((64, 144, 3), np.uint8))
-    assert not rows and dict(found[:, [5, 4]].tolist()) == pytest.approx(confidences)
-    np.testing.assert_array_equal(found[:, :4], [[60, 22, 80, 42]] * len(confidences))
+    predictor = Predictor(InTurn([[0] * 7]), NMSConfig(agnostic=agnostic), [64, 96], tiling=Tiling(96, 0.5))
+    found = predictor.detect(np.zeros((64, 144, 3), np.uint8))
+    assert not rows and dict(zip(found.classes, found.confidences, strict=True)) == pytest.approx(confidences)
+    np.testing.assert_array_equal(found.rounded().boxes_xyxy, [[60, 22, 80, 42]] * len(confidences))
 
 
-def test_layers_are_shown_for_each_picture_of_a_batch():
+def test_layers_are_shown_for_each_image_of_a_batch():
     class Showing(Fixed):
         def infer(self, inputs, visualize=None, augment=False):
             visualize(7, "Conv", np.arange(len(inputs) * 2.0).reshape(-1, 2, 1, 1))
             return super().infer(inputs)
 
     seen = []
-    detector = Detector(Showing([[0.0] * 7]), [64, 96])
-    batches = detector.prepare([np.zeros((64, 96, 3), np.uint8)] * 2)
-    detector(batches, 2, lambda *told: seen.append((*told[:3], told[3].ravel().tolist())))
+    predictor = Predictor(Showing([[0.0] * 7]), shape=[64, 96])
+    images = [predictor.prepare(np.zeros((64, 96, 3), np.uint8))] * 2
+    predictor(images, visualize=lambda *told: seen.append((*told[:3], told[3].ravel().tolist())))
     assert seen == [(0, 7, "Conv", [0, 1]), (1, 7, "Conv", [2, 3])]

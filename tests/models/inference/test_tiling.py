@@ -1,6 +1,5 @@
 """Tiles in detection and validation: small objects are found, and where one tile is enough nothing changes."""
 
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,27 +8,24 @@ import numpy as np
 import pytest
 
 import val
-from models.backends import Backend
+from models.backends import ArrayBackend, Backend, Metadata
 from models.inference.evaluation import (
     EvalModel,
-    TiledPredictor,
-    letterboxed_window,
     make_loader,
     make_tiled_loader,
     open_eval_model,
 )
-from models.inference.predictor import Detector
+from models.inference.predictor import Predictor
 from utils.boxes import xywhn2xyxy
 from utils.dataloaders.config import load_spec
-from utils.eval.evaluate import evaluate
+from utils.eval.evaluate import NMS, evaluate
 from utils.files import read_yaml, write_yaml
 from utils.images import read_image
 from utils.metrics import match_detections
 from utils.nms import NMSConfig
-from utils.tiles import Tiling, windows
+from utils.tiles import Tiling
 
 CHECKPOINT = "yolov5n-v6-coco.pt"
-VALIDATION = NMSConfig(0.001, 0.6, multi_label=True)
 GRID, CELL_PX, SEEN_PX = 4, 320, 320  # the mosaic's pictures, and the size that the model sees
 
 
@@ -104,8 +100,8 @@ def mosaic(datasets_dir, tmp_path_factory):
 
 
 def test_detection_in_tiles_finds_small_objects_that_the_plain_look_misses(golden, mosaic):
-    plain = Detector(golden.backend, [SEEN_PX, SEEN_PX]).detect(mosaic.picture)
-    tiled = Detector(golden.backend, [SEEN_PX, SEEN_PX], tiling=Tiling(SEEN_PX)).detect(mosaic.picture)
+    plain = Predictor(golden.backend, shape=SEEN_PX).detect(mosaic.picture).rows
+    tiled = Predictor(golden.backend, shape=SEEN_PX, tiling=Tiling(SEEN_PX)).detect(mosaic.picture).rows
     assert mosaic.objects_found(tiled) > 2 * mosaic.objects_found(plain) > 0
 
 
@@ -130,8 +126,8 @@ def test_a_tile_larger_than_every_picture_gives_plain_validation_s_figures(golde
     subject, backend = golden
     spec = load_spec(few)
     plain_loader = make_loader(subject, spec, shape, batch_size=1, workers=0)
-    plain = evaluate(backend, plain_loader, names=spec.names, quiet=True)
-    predictor = TiledPredictor(backend, Tiling(2000), shape, subject.stride, nms=VALIDATION)
+    plain = evaluate(Predictor(backend, NMS), plain_loader, names=spec.names, quiet=True)
+    predictor = Predictor(backend, NMS, shape, tiling=Tiling(2000), val_pad=0.5)
     tiled = evaluate(predictor, make_tiled_loader(spec, workers=0), names=spec.names, quiet=True)
     assert plain.map > 0.1
     np.testing.assert_allclose(tiled.as_tuple(), plain.as_tuple(), atol=1e-9)
@@ -145,66 +141,62 @@ def test_the_model_sees_the_pixels_that_plain_validation_shows_it(golden, few, s
     usual = {batch.paths[0]: batch for batch in loader}
     for batch in make_tiled_loader(spec, workers=0):
         (picture,) = batch.images.numpy()
-        (window,) = windows(*picture.shape[1:], Tiling(2000))
-        view = letterboxed_window(picture, window, shape, 32, pad)
-        np.testing.assert_array_equal(view.image, usual[batch.paths[0]].images[0])
-        assert view.shape == usual[batch.paths[0]].shapes[0]
+        predictor = Predictor(golden.backend, NMS, shape, tiling=Tiling(2000), val_pad=pad)
+        (window,) = predictor.prepare(picture.transpose(1, 2, 0), rgb=True)
+        np.testing.assert_array_equal(window.inputs, usual[batch.paths[0]].images[0])
+        height_width, *ratio_pad = usual[batch.paths[0]].shapes[0]
+        assert (window.xyxy[2:][::-1], window.ratio_pad) == (tuple(height_width), tuple(ratio_pad))
 
 
-class Scripted:
+class Scripted(ArrayBackend):
     """A model that has chosen its detections: the same ones in every window, then zeros."""
 
-    has_nms = True
+    device, batch, dynamic, stride = "nowhere", None, True, 32
 
-    def __init__(self, *rows):
-        self.rows, self.seen = np.array([*rows, [0] * 6], np.float32), []
+    def __init__(self, *rows, nms=NMS):
+        self.rows, self.seen = np.array([*rows, [0] * len(rows[0])], np.float32), []
+        self.metadata = Metadata({}, 32, (64, 64), nms=nms)
 
-    def preprocess(self, images):
-        assert images.dtype == np.uint8
-        self.seen.append(images.shape)
-        return images
-
-    def infer(self, inputs):
-        return np.repeat(self.rows[None], len(inputs), 0)
-
-    def synchronize(self):
-        pass
+    def run(self, inputs):
+        self.seen.append(inputs.shape)
+        found = np.repeat(self.rows[None], len(inputs), 0)
+        found.flags.writeable = False  # as some runtimes give it
+        return found
 
 
 def test_windows_are_run_in_batches_of_one_shape_and_bounded_size_and_shifted_to_their_place():
     # Tiles of 64 px at 0, 50 and 100 px; the model sees them at twice their size.
     model = Scripted([40, 20, 80, 60, 0.9, 1], [100, 20, 110, 60, 0.05, 1])
-    tiled = TiledPredictor(model, Tiling(64, 0.2), (128, 128), 32, batch_size=3, nms=NMSConfig(0.1))
-    (found,) = tiled.infer(tiled.preprocess(np.zeros((1, 3, 64, 164), np.uint8)))
+    tiled = Predictor(model, NMSConfig(0.1), (128, 128), tiling=Tiling(64, 0.2), val_pad=0.5, max_batch=3)
+    (found,) = tiled.predict(np.zeros((1, 3, 64, 164), np.uint8))
     assert model.seen == [(3, 3, 128, 128), (1, 3, 128, 128)]
-    # The whole picture is scaled to 128 x 50 px with 39 px of grey above: rows 20 to 60 are its upper 21 px.
+    # The whole image is scaled to 128 x 50 px with 39 px of grey above: rows 20 to 60 are its upper 21 px.
     whole = [40 * 164 / 128, 0, 80 * 164 / 128, 21 * 64 / 50, 0.9, 1]
     expected = [[left + 20, 10, left + 40, 30, 0.9, 1] for left in (0, 50, 100)]
     np.testing.assert_allclose(sorted(found.tolist()), sorted([*expected, whole]), atol=0.01)
 
 
+def test_windows_of_several_shapes_stay_with_their_places():
+    """Tiles of 64 px between wholes of 64 x 160 px: the model sees rectangles of two shapes."""
+    model = Scripted([10, 10, 50, 50, 0.9, 1])
+    found = Predictor(model, NMSConfig(0.1), 64, tiling=Tiling(64, 0.2)).detect(np.zeros((64, 160, 3), np.uint8))
+    assert model.seen == [(3, 3, 64, 64), (1, 3, 32, 64)]
+    assert {10, 58, 106} <= set(found.boxes_xyxy[:, 0].round().tolist())
+
+
 def test_one_class_is_suppressed_across_classes_and_the_number_of_detections_limited():
     model = Scripted([10, 10, 50, 50, 0.9, 1], [11, 10, 51, 50, 0.8, 0], [70, 10, 90, 50, 0.7, 0])
-    picture = np.zeros((1, 3, 64, 160), np.uint8)
     for agnostic, max_det, classes in ((False, 300, {0, 1}), (True, 2, {1}), (False, 1, {1})):
-        tiled = TiledPredictor(model, Tiling(64, 0.2), 64, 32, nms=NMSConfig(0.001, 0.6, max_det, agnostic))
-        (found,) = tiled.infer(tiled.preprocess(picture))
+        nms = NMSConfig(0.001, 0.6, max_det, agnostic)
+        tiled = Predictor(model, nms, 64, tiling=Tiling(64, 0.2), val_pad=0.5)
+        (found,) = tiled.predict(np.zeros((1, 3, 64, 160), np.uint8))
         assert set(found[:, 5].tolist()) == classes and len(found) <= max_det
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("shape", [(64, 96), 64])
 def test_raw_rows_are_suppressed_with_every_class_above_the_threshold(shape):
-    class Raw(Scripted):
-        has_nms = False
-
-        def infer(self, inputs):
-            inputs = np.zeros((len(inputs), 1, 7), np.float32)
-            inputs[:] = [32, 32, 20, 20, 0.9, 0.8, 0.7]
-            inputs.flags.writeable = False  # as some runtimes give it
-            return inputs
-
-    tiled = TiledPredictor(Raw(), Tiling(64), shape, 32, nms=VALIDATION)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        (found,) = tiled.infer(tiled.preprocess(np.zeros((1, 3, 64, 64), np.uint8)))
+    model = Scripted([32, 32, 20, 20, 0.9, 0.8, 0.7], nms=None)
+    tiled = Predictor(model, NMS, shape, tiling=Tiling(64), val_pad=0.5)
+    (found,) = tiled.predict(np.zeros((1, 3, 64, 64), np.uint8))
     np.testing.assert_allclose(found[:, 4:], [[0.72, 0], [0.63, 1]], rtol=1e-6)

@@ -5,20 +5,32 @@ import json
 import logging
 import weakref
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from models.backends import ArrayBackend, Metadata
+from models.inference.evaluation import module_predictor
+from models.inference.predictor import Predictor
 from utils.callbacks import Callbacks
 from utils.dataloaders.dataset import ShapeInfo
 from utils.dataloaders.loader import Batch
 from utils.errors import UserError
-from utils.eval.evaluate import AugmentedPredictor, EvalOptions, ModulePredictor, _tensor, evaluate
+from utils.eval import evaluate as evaluation
+from utils.eval.evaluate import NMS, EvalOptions
 from utils.eval.report import HEADER, speed_line
 
 NAMES = {0: "cat", 1: "dog"}
+
+
+def evaluate(model, loader, conf_thres=0.001, **options):
+    """Evaluates a PyTorch module or a runtime."""
+    nms = replace(NMS, conf_thres=conf_thres, agnostic=options.get("single_cls", False))
+    predictor = module_predictor(model, nms) if isinstance(model, nn.Module) else Predictor(model, nms)
+    return evaluation.evaluate(predictor, loader, **options)
 
 
 class Scripted(nn.Module):
@@ -50,7 +62,7 @@ ELSEWHERE = [20, 100, 30, 30, 0.8, 0, 1]
 
 
 def test_exact_detection_scores_0_995_in_native_pixels(tmp_path):
-    result = evaluate(Scripted([[EXACT]]), [wide_batch()], names=NAMES, device="cpu", coco_metrics=True)
+    result = evaluate(Scripted([[EXACT]]), [wide_batch()], names=NAMES, coco_metrics=True)
     assert result.as_tuple() == pytest.approx((1, 1, 0.995, 0.995, 0, 0, 0))
     assert result.maps == pytest.approx([0.995, 0.995])  # no dogs anywhere: the overall figure
     assert result.fitness == pytest.approx(0.995)
@@ -90,7 +102,7 @@ def test_nothing_of_a_batch_is_kept_once_it_was_evaluated():
                 pictures.append(weakref.ref(batch.images))
                 yield batch
 
-    result = evaluate(model, Batches(), names=NAMES, device="cpu", compute_loss=lambda *_: (None, torch.zeros(3)))
+    result = evaluate(model, Batches(), names=NAMES, compute_loss=lambda *_: (None, torch.zeros(3)))
     gc.collect()
     assert result.seen == 12 and result.records == [] and len(model.returned) == 36
     assert max(alive) <= 4, alive  # of the batch before: its picture, what the model had of it and returned
@@ -99,7 +111,7 @@ def test_nothing_of_a_batch_is_kept_once_it_was_evaluated():
 
 def test_images_reach_the_model_as_fractions_in_channels_last():
     model = Scripted([[EXACT]])
-    evaluate(model, [wide_batch()], names=NAMES, device="cpu")
+    evaluate(model, [wide_batch()], names=NAMES)
     (images,) = model.seen
     assert images.dtype == torch.float32 and images.unique().item() == pytest.approx(0.2)
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -110,7 +122,7 @@ def test_boxes_of_labels_and_detections_are_clipped_alike():
     batch = wide_batch()
     batch.targets[0, 2:] = torch.tensor([64, 40, 60, 36]) / 128  # 22 to 58; the image begins at 34
     model = Scripted([[[64, 46, 60, 24, 0.9, 1, 0]]])  # 34 to 58
-    assert evaluate(model, [batch], names=NAMES, device="cpu").map == pytest.approx(0.995)
+    assert evaluate(model, [batch], names=NAMES).map == pytest.approx(0.995)
 
 
 def test_boxes_of_a_long_strip_come_back_to_their_place(tmp_path):
@@ -123,7 +135,7 @@ def test_boxes_of_a_long_strip_come_back_to_their_place(tmp_path):
     batch = Batch(torch.zeros((1, 3, 64, 640), dtype=torch.uint8), target, ["x/strip.jpg"], [shape])
     model = Scripted([[[*seen_xywh, 0.9, 1, 0]]])
     options = {"save_dir": tmp_path, "save_json": True, "save_txt": True}
-    result = evaluate(model, [batch], names=NAMES, device="cpu", **options)
+    result = evaluate(model, [batch], names=NAMES, **options)
     np.testing.assert_allclose(result.records[0].labels, [[0, *label_xyxy]], atol=1e-3)
     (row,) = json.loads((tmp_path / "predictions.json").read_text())
     assert row["bbox"] == pytest.approx([2700, 20, 240, 160], abs=1e-2)
@@ -133,9 +145,9 @@ def test_boxes_of_a_long_strip_come_back_to_their_place(tmp_path):
 
 def test_single_class_ignores_classes():
     model = Scripted([[[64, 64, 60, 36, 0.9, 0, 1]]])
-    assert evaluate(model, [wide_batch()], names=NAMES, device="cpu").map == 0
+    assert evaluate(model, [wide_batch()], names=NAMES).map == 0
     model = Scripted([[[64, 64, 60, 36, 0.9, 0, 1]]])
-    result = evaluate(model, [wide_batch()], names=NAMES, device="cpu", single_cls=True)
+    result = evaluate(model, [wide_batch()], names=NAMES, single_cls=True)
     assert result.map == pytest.approx(0.995)
     assert result.maps.shape == (1,)
 
@@ -143,12 +155,12 @@ def test_single_class_ignores_classes():
 def test_labels_join_the_candidates_as_sure_detections():
     """The model sees a dog in the cat's place, half as sure: its label stands beside it, in native pixels."""
     model = Scripted([[[64, 64, 60, 36, 0.5, 0, 1]]])
-    result = evaluate(model, [wide_batch()], names=NAMES, device="cpu", save_hybrid=True, coco_metrics=True)
+    result = evaluate(model, [wide_batch()], names=NAMES, save_hybrid=True, coco_metrics=True)
     np.testing.assert_allclose(
         result.records[0].detections, [[50, 20, 150, 80, 1, 0], [50, 20, 150, 80, 0.5, 1]], atol=1e-4
     )
     model = Scripted([[[64, 64, 60, 36, 0.5, 0, 1]]])
-    assert evaluate(model, [wide_batch()], names=NAMES, device="cpu", save_hybrid=True, single_cls=True).map > 0.99
+    assert evaluate(model, [wide_batch()], names=NAMES, save_hybrid=True, single_cls=True).map > 0.99
 
 
 class Viewed(Scripted):
@@ -160,11 +172,11 @@ class Viewed(Scripted):
 
 
 def test_a_module_is_asked_for_its_views_through_the_predictor():
-    with ModulePredictor(Viewed([[EXACT]], [[EXACT]]).train(), torch.device("cpu")) as predictor:
-        assert evaluate(predictor, [wide_batch()], names=NAMES).map > 0.99
-        assert len(predictor.raw) == 1
-        assert evaluate(AugmentedPredictor(predictor), [wide_batch()], names=NAMES).map == 0
-        assert len(predictor.raw) == 0  # views have no raw outputs
+    backend = module_predictor(Viewed([[EXACT]], [[EXACT]]).train(), NMS).backend
+    assert evaluation.evaluate(Predictor(backend, NMS), [wide_batch()], names=NAMES).map > 0.99
+    assert len(backend.raw) == 1
+    assert evaluation.evaluate(Predictor(backend, NMS, augment=True), [wide_batch()], names=NAMES).map == 0
+    assert len(backend.raw) == 0  # views have no raw outputs
 
 
 def test_losses_are_means_over_batches_in_float32():
@@ -174,19 +186,17 @@ def test_losses_are_means_over_batches_in_float32():
         seen.append((raw[0].dtype, len(targets)))
         return torch.zeros(1), torch.tensor([1.0, 2.0, 3.0]) * len(seen)
 
-    result = evaluate(
-        Scripted([[EXACT]], [[EXACT]]), [wide_batch(), wide_batch()], names=NAMES, device="cpu", compute_loss=loss
-    )
+    result = evaluate(Scripted([[EXACT]], [[EXACT]]), [wide_batch(), wide_batch()], names=NAMES, compute_loss=loss)
     assert result.losses == pytest.approx((1.5, 3, 4.5))
     assert seen == [(torch.float32, 1)] * 2
 
 
 def test_training_mode_is_restored_and_no_gradients_are_kept():
     model = Scripted([[EXACT]]).train()
-    evaluate(model, [wide_batch()], names=NAMES, device="cpu", training=True)
+    evaluate(model, [wide_batch()], names=NAMES, training=True)
     assert model.training
     with pytest.raises(RuntimeError, match="stop here"):
-        evaluate(Failing().train(), [wide_batch()], names=NAMES, device="cpu")
+        evaluate(Failing().train(), [wide_batch()], names=NAMES)
 
 
 class Failing(nn.Module):
@@ -197,7 +207,7 @@ class Failing(nn.Module):
 
 def test_table_lists_classes_and_speed(caplog):
     with caplog.at_level(logging.INFO, "yolov5"):
-        evaluate(Scripted([[EXACT, ELSEWHERE]]), [wide_batch()], names=NAMES, device="cpu")
+        evaluate(Scripted([[EXACT, ELSEWHERE]]), [wide_batch()], names=NAMES)
     rows = [line.split() for line in caplog.messages]
     assert ["all", "1", "1", "1", "1", "0.995", "0.995"] in rows
     assert ["cat", "1", "1", "1", "1", "0.995", "0.995"] in rows
@@ -211,7 +221,7 @@ def test_training_logs_one_row_and_many_classes_need_verbose(caplog):
     for options, classes in (({"training": True}, 0), ({}, 0), ({"verbose": True}, 1)):
         caplog.clear()
         with caplog.at_level(logging.INFO, "yolov5"):
-            evaluate(Scripted([[[*EXACT[:5], 1, *[0] * 59]]]), [wide_batch()], names=names, device="cpu", **options)
+            evaluate(Scripted([[[*EXACT[:5], 1, *[0] * 59]]]), [wide_batch()], names=names, **options)
         assert sum("class0" in line for line in caplog.messages) == classes
 
 
@@ -221,7 +231,7 @@ def test_without_labels_detections_are_written_and_figures_absent(tmp_path, capl
     model = Scripted([[EXACT, ELSEWHERE]], [[EXACT, [0] * 7]], [[[*EXACT[:4], 0.2, 1, 0]]])
     options = {"save_dir": tmp_path, "plots": True, "save_txt": True, "save_json": True, "coco_metrics": True}
     with caplog.at_level(logging.INFO, "yolov5"):
-        result = evaluate(model, batches, names=NAMES, device="cpu", **options)
+        result = evaluate(model, batches, names=NAMES, **options)
     assert np.isnan(result.as_tuple()[:4]).all() and np.isnan(result.maps).all() and np.isnan(result.fitness)
     assert ["all", "3", "0", "-", "-", "-", "-"] in [line.split() for line in caplog.messages]
     assert result.confusion.matrix[:2, 2].tolist() == [2, 1] and result.alarmed == 2
@@ -237,7 +247,6 @@ def test_files_of_a_run(tmp_path):
         model,
         [wide_batch("000012"), wide_batch("b")],
         names=NAMES,
-        device="cpu",
         save_dir=tmp_path,
         plots=True,
         save_txt=True,
@@ -274,7 +283,7 @@ def test_annotations_replace_map_where_names_and_images_fit(tmp_path, caplog, ca
     annotations.write_text(json.dumps(dataset))
     options = {"save_dir": tmp_path, "save_json": True, "annotations": annotations}
     with caplog.at_level(logging.WARNING, "yolov5"):
-        result = evaluate(Scripted([[EXACT]]), [wide_batch("12")], names=NAMES, device="cpu", **options)
+        result = evaluate(Scripted([[EXACT]]), [wide_batch("12")], names=NAMES, **options)
     (row,) = json.loads((tmp_path / "predictions.json").read_text())
     assert result.map == pytest.approx(0.995 if said else 1)
     assert (row["image_id"], row["category_id"]) == (12 if said else 7, 2 if "cat" in categories else 0)
@@ -301,7 +310,7 @@ def test_every_image_has_a_label_file_of_its_own(tmp_path, caplog, known):
         (tmp_path / "labels" / f"{stale}.txt").write_text("1 0.5 0.5 1 1\n")
     with caplog.at_level(logging.INFO, "yolov5"):
         loader = Files(batches) if known else batches
-        evaluate(model, loader, names=NAMES, device="cpu", save_dir=tmp_path, save_txt=True)
+        evaluate(model, loader, names=NAMES, save_dir=tmp_path, save_txt=True)
     widths = {file.stem: float(file.read_text().split()[3]) for file in (tmp_path / "labels").iterdir()}
     names = ["a", "a-3", "a-2"] if known else ["a-2", "a", "a-2-2"]
     assert widths == pytest.approx(
@@ -321,7 +330,7 @@ def test_hooks_are_called_in_order():
     calls, callbacks = [], Callbacks()
     for hook in ("on_val_start", "on_val_batch_start", "on_val_image_end", "on_val_batch_end", "on_val_end"):
         callbacks.register_action(hook, callback=lambda *args, hook=hook: calls.append((hook, len(args))))
-    evaluate(Scripted([[EXACT]]), [wide_batch()], names=NAMES, device="cpu", callbacks=callbacks)
+    evaluate(Scripted([[EXACT]]), [wide_batch()], names=NAMES, callbacks=callbacks)
     expected = [("on_val_start", 0), ("on_val_batch_start", 0), ("on_val_image_end", 5), ("on_val_batch_end", 0)]
     assert calls == [*expected, ("on_val_end", 0)]
 
@@ -330,7 +339,7 @@ def test_options_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="save_dir"):
         EvalOptions(plots=True)
     with pytest.raises(TypeError):
-        evaluate(Scripted(), [], names=NAMES, device="cpu", colour="red")
+        evaluate(Scripted(), [], names=NAMES, colour="red")
 
 
 def test_speed_line_is_what_scripts_look_for():
@@ -338,19 +347,21 @@ def test_speed_line_is_what_scripts_look_for():
     assert line == "Speed: 0.5ms pre-process, 40.2ms inference, 3.0ms NMS per image at shape (16, 3, 672, 672)"
 
 
-class Runtime:
-    """A predictor that is no PyTorch module: answers NumPy arrays, and counts what it is asked."""
+class Runtime(ArrayBackend):
+    """Answers NumPy arrays that may not be written to, and counts what it is asked."""
 
-    def __init__(self, rows, chosen=False):
-        self.rows, self.has_nms, self.images, self.waited = np.float32([rows]), chosen, None, 0
+    batch, dynamic, device = None, True, "nowhere"
+
+    def __init__(self, rows, nms=None):
+        self.rows, self.images, self.waited = np.float32([rows]), None, 0
         self.rows.flags.writeable = False
+        self.metadata = Metadata(NAMES, 32, (128, 128), nms=nms)
 
     def preprocess(self, images):
         self.images = images
-        return "inputs"
+        return super().preprocess(images)
 
-    def infer(self, inputs):
-        assert inputs == "inputs"
+    def run(self, inputs):
         return self.rows
 
     def synchronize(self):
@@ -366,24 +377,16 @@ def test_a_runtime_of_numpy_rows_scores_as_a_module_does():
     assert isinstance(runtime.images, np.ndarray) and runtime.images.dtype == np.uint8 and runtime.waited == 3
 
 
-def test_rows_of_a_runtime_are_not_copied():
-    """They are 17 MB of an image at 1280 px; only what may not be written to is."""
-    rows = np.zeros((1, 2, 7), np.float32)
-    assert np.shares_memory(_tensor(rows).numpy(), rows)
-    rows.flags.writeable = False
-    assert not np.shares_memory(_tensor(rows).numpy(), rows)
-
-
 def test_detections_chosen_by_the_model_are_taken_as_they_are():
     """Two boxes that NMS would make one of stay two; the zeros that fill the list up are no detections."""
     rows = [[34, 46, 94, 82, 0.9, 0], [34, 46, 94, 82, 0.8, 0], [0, 0, 0, 0, 0, 0]]
-    result = evaluate(Runtime(rows, chosen=True), [wide_batch()], names=NAMES, coco_metrics=True)
+    result = evaluate(Runtime(rows, nms=NMS), [wide_batch()], names=NAMES, coco_metrics=True)
     np.testing.assert_allclose(result.records[0].detections[:, 4], [0.9, 0.8])
     assert result.map == pytest.approx(0.995)
-    result = evaluate(Runtime(rows, chosen=True), [wide_batch()], names=NAMES, coco_metrics=True, conf_thres=0.85)
+    result = evaluate(Runtime(rows, nms=NMS), [wide_batch()], names=NAMES, coco_metrics=True, conf_thres=0.85)
     assert len(result.records[0].detections) == 1
     rows = [[34, 46, 94, 82, 0.9, 1]]
-    assert evaluate(Runtime(rows, chosen=True), [wide_batch()], names=NAMES, single_cls=True).map50 > 0.99
+    assert evaluate(Runtime(rows, nms=NMS), [wide_batch()], names=NAMES, single_cls=True).map50 > 0.99
 
 
 def test_quiet_evaluation_logs_nothing(caplog):

@@ -105,13 +105,14 @@ def test_epochs_are_validated_folded_in_the_precision_of_training_and_the_best_o
     monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: torch.bfloat16)
     evaluate, seen = engine.evaluate, []
 
-    def evaluated(model, *arguments, **keywords):
-        seen.append((any(isinstance(part, torch.nn.BatchNorm2d) for part in model.modules()), keywords["dtype"]))
-        return evaluate(model, *arguments, **keywords)
+    def evaluated(predictor, *arguments, **keywords):
+        backend = predictor.backend
+        seen.append((any(isinstance(part, torch.nn.BatchNorm2d) for part in backend.module.modules()), backend.dtype))
+        return evaluate(predictor, *arguments, **keywords)
 
     monkeypatch.setattr(engine, "evaluate", evaluated)
     train.run(**options)
-    assert seen == [(False, torch.bfloat16)] * EPOCHS + [(True, torch.float32)]
+    assert seen == [(False, torch.bfloat16)] * EPOCHS + [(True, None)]
 
 
 @pytest.mark.parametrize("image_weights", [False, True])

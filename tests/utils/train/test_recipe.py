@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import train
+from models.inference.evaluation import module_predictor
 from models.yolo import Model
 from utils.callbacks import Callbacks
 from utils.dataloaders.loader import Batch
@@ -82,7 +83,7 @@ def trainer_of(model, hyp: Hyp, folder: Path, device: str = "cpu", **options) ->
     settings = train.build_parser().parse_args([])
     vars(settings).update(epochs=EPOCHS, batch_size=BATCH, save_dir=str(folder), noplots=True, **options)
     loaders = SimpleNamespace(train=Loader(batches()), val=None, imgsz=SIDE_PX, grid_stride=32, final={})
-    return engine.Trainer(model, hyp, settings, loaders, torch.device(device), Callbacks())
+    return engine.Trainer(model, hyp, settings, loaders, torch.device(device), Callbacks(), module_predictor)
 
 
 def trained_by_hand(model, hyp: Hyp, factor: float = 1.0) -> tuple[dict, dict, list[float]]:
