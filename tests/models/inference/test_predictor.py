@@ -24,7 +24,7 @@ class Fixed(ArrayBackend):
 
     def run(self, inputs):
         self.seen.append(inputs.shape)
-        return self.answer
+        return np.repeat(self.answer, len(inputs), 0)
 
 
 INSIDE = NMSConfig(conf_thres=0.25, iou_thres=0.45, max_det=4, agnostic=False)
