@@ -245,7 +245,7 @@ def mistakes(weights: Path, source: Path, tmp_path: Path) -> list[tuple[dict, st
         ({"weights": str(exported), "visualize": True}, r"--visualize is for checkpoints \(\.pt\); .* is an export"),
         ({"weights": str(exported), "update": True}, r"--update is for checkpoints \(\.pt\)"),
         ({"dnn": True}, r"--dnn runs ONNX files in OpenCV"),
-        ({"imgsz": [64, 64, 64]}, r"--img-size 64 64 64: one side, or height and width"),
+        ({"imgsz": [64, 64, 64]}, r"--imgsz 64 64 64: one side, or height and width"),
         ({"classes": [0, 2]}, r"--classes 2: the model has the classes 0 to 1"),
         ({"data": "nothing.yaml"}, r"--data 'nothing\.yaml'"),
         ({"device": "warp"}, r"--device 'warp'"),

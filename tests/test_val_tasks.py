@@ -403,7 +403,7 @@ class Stubborn(ArrayBackend):
     """A runtime that finds nothing, and chooses that itself."""
 
     batch, dynamic, device = None, True, "nowhere"
-    metadata = Metadata(dict(enumerate("abc")), 32, (64, 64), nms=NMSConfig())
+    metadata = Metadata({}, 32, (64, 64), nms=NMSConfig())
 
     def run(self, inputs):
         return np.zeros((len(inputs), 1, 6), np.float32)

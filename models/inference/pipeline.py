@@ -187,7 +187,7 @@ class Pipeline:
 
     def _prepare(self) -> Iterator[tuple[list[Frame], list[list[Window]]]]:
         """Yields the source's frames as they come, and what the model is to see of those that have an image."""
-        for frames in self.source:
+        for frames in self.source.read():
             yield frames, [self._predictor.prepare(frame.image) for frame in frames if frame.image is not None]
 
     def _detect(
