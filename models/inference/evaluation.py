@@ -218,7 +218,7 @@ def make_loader(
 def make_tiled_loader(
     spec: DataSpec, *, task: str = "val", workers: int = 8, single_cls: bool = False, need_labels: bool = True
 ) -> DetectionLoader:
-    """Makes the loader of a split's whole pictures, which a `TiledPredictor` takes."""
+    """Makes the loader of a split's whole images, which a predictor with tiling takes."""
     table = load_labels(getattr(spec, task), spec, single_cls, workers, f"{task}: ", need_labels)
     return full_size_loader(table, workers)
 

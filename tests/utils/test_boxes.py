@@ -277,4 +277,4 @@ def test_detections_are_rows_taken_apart_and_some_of_them_are_detections_again()
     tracked = boxes.Detections.from_rows(np.column_stack((rows, [7, -1])))
     for some in (tracked[:1], tracked[tracked.confidences > 0.6], tracked[[0]]):
         assert (some.classes.tolist(), some.track_ids.tolist(), len(some.boxes_xyxy)) == ([1], [7], 1)
-    assert tracked[:0].rows.shape == (0, 6)
+    assert tracked[:0].rows.shape == (0, 7) and found[:0].rows.shape == (0, 6)

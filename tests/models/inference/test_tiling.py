@@ -144,8 +144,8 @@ def test_the_model_sees_the_pixels_that_plain_validation_shows_it(golden, few, s
         predictor = Predictor(golden.backend, NMS, shape, tiling=Tiling(2000), val_pad=pad)
         (window,) = predictor.prepare(picture.transpose(1, 2, 0), rgb=True)
         np.testing.assert_array_equal(window.inputs, usual[batch.paths[0]].images[0])
-        height_width, *ratio_pad = usual[batch.paths[0]].shapes[0]
-        assert (window.xyxy[2:][::-1], window.ratio_pad) == (tuple(height_width), tuple(ratio_pad))
+        original_hw, ratio_pad = usual[batch.paths[0]].shapes[0]
+        assert (window.xyxy[2:][::-1], window.ratio_pad) == (tuple(original_hw), tuple(ratio_pad))
 
 
 class Scripted(ArrayBackend):
