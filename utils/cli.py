@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import numbers
 import os
 import signal
@@ -121,50 +122,37 @@ def options_from(parser: argparse.ArgumentParser, keywords: Mapping[str, Any]) -
     for name, value in keywords.items():
         if name not in vars(options):
             raise UserError(f"{parser.prog}: unknown option '{name}'.{did_you_mean(name, vars(options))}")
-        if value is not None:
-            setattr(options, name, _taken(actions[name], value))
+        action = actions[name]
+        if value is None or value is action.default:
+            continue
+        if action.nargs == 0:
+            value = bool(value)
+        elif action.nargs == "+":
+            value = [_checked(action, item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+        else:
+            value = _checked(action, value)
+        setattr(options, name, value)
     return options
 
 
-def _taken(action: argparse.Action, value: Any) -> Any:
-    """Returns a keyword's value as the command line would have made it; the default is taken as it is."""
-    if value is action.default:
-        return value
-    if action.nargs == 0:
-        return bool(value)
-    if action.nargs == "+":
-        return [_checked(action, item) for item in (value if isinstance(value, (list, tuple)) else [value])]
-    return _checked(action, value)
-
-
 def _checked(action: argparse.Action, value: Any) -> Any:
-    """Returns one value as a number where the option takes numbers, else as text; flags and dicts stay.
-
-    Raises:
-        UserError: it is no such number, no text, or none of the option's choices.
-    """
+    """Returns one value as a number where the option takes numbers, else as text; flags and dicts stay."""
+    name = action.option_strings[0]
     if action.choices is not None and value not in action.choices:
         names = ", ".join(map(str, action.choices))
-        hint = did_you_mean(value, action.choices)
-        raise UserError(f"{action.option_strings[0]} '{value}': one of {names} is expected.{hint}")
+        raise UserError(f"{name} '{value}': one of {names} is expected.{did_you_mean(value, action.choices)}")
     if action.type is None:
-        return _text(action, value)
+        return _text(name, value)
     try:
         return action.type(str(value))
     except argparse.ArgumentTypeError as error:
-        raise UserError(f"{action.option_strings[0]}: {error}.") from error
+        raise UserError(f"{name}: {error}.") from error
     except ValueError as error:
-        raise UserError(
-            f"{action.option_strings[0]} {value}: a number ({action.type.__name__}) is expected."
-        ) from error
+        raise UserError(f"{name} {value}: a number ({action.type.__name__}) is expected.") from error
 
 
-def _text(action: argparse.Action, value: Any) -> str | bool | Mapping:
-    """Returns a value as text: a path, a number (`device=0`, `source=0`) or a device; flags and dicts stay.
-
-    Raises:
-        UserError: it is something else.
-    """
+def _text(name: str, value: Any) -> str | bool | Mapping:
+    """Returns a value as text: a path, a number (`device=0`, `source=0`) or a device; flags and dicts stay."""
     if isinstance(value, (str, bool, Mapping)):
         return value
     if isinstance(value, os.PathLike):
@@ -172,7 +160,7 @@ def _text(action: argparse.Action, value: Any) -> str | bool | Mapping:
     torch = sys.modules.get("torch")  # whoever has a device has imported it
     if isinstance(value, numbers.Number) or torch and isinstance(value, torch.device):
         return str(value)
-    raise UserError(f"{action.option_strings[0]} {value!r:.80}: text or a path is expected.")
+    raise UserError(f"{name} {value!r:.80}: text or a path is expected.")
 
 
 def echo_options(script: str, options: argparse.Namespace) -> None:
@@ -190,7 +178,7 @@ def number(kind: type, minimum: float | None = None, maximum: float | None = Non
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if value != value or value in (float("inf"), float("-inf")):
+        if not abs(value) < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if minimum is not None and value < minimum:
             raise argparse.ArgumentTypeError(f"{text} is below {minimum}")

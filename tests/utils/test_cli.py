@@ -41,11 +41,19 @@ def run_python(code, *arguments):
         ("raise ReportedError()", 1, ""),
         ("raise KeyboardInterrupt('Resume with --resume.')", 130, "\ntrain.py: interrupted. Resume with --resume.\n"),
         ("raise KeyboardInterrupt", 130, "\ntrain.py: interrupted.\n"),
+        (
+            "import no_such",
+            1,
+            "train.py: error: needs no_such, which is not installed: pip install -r requirements.txt\n",
+        ),
+        ("import utils.no_such", 1, None),  # defects of ours keep their traceback
+        ("raise ValueError('a defect')", 1, None),
     ],
 )
 def test_a_mistake_prints_its_message_alone_and_sets_the_status(body, status, message):
     result = run_python(SCRIPT.format(body=body), "--epochs", "7")
-    assert (result.returncode, result.stderr, result.stdout) == (status, message, "begun\n")
+    assert (result.returncode, result.stdout) == (status, "begun\n")
+    assert result.stderr == message if message is not None else result.stderr.startswith("Traceback")
 
 
 def test_closed_streams_are_opened_to_nowhere_and_their_numbers_are_no_files(tmp_path):
@@ -55,16 +63,6 @@ def test_closed_streams_are_opened_to_nowhere_and_their_numbers_are_no_files(tmp
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["sh", "-c", line, SCRIPT.format(body=body)], cwd=tmp_path, timeout=60, env=environment)
     assert (done.returncode, (tmp_path / "f").read_bytes()) == (0, b"own")
-
-
-def test_a_defect_of_ours_keeps_its_traceback():
-    result = run_python(SCRIPT.format(body="raise ValueError('a defect')"))
-    assert result.returncode == 1 and "Traceback" in result.stderr and "a defect" in result.stderr
-
-
-def test_an_unknown_option_exits_with_2():
-    result = run_python(SCRIPT.format(body="pass"), "--epoch-count", "7")
-    assert result.returncode == 2 and "--epoch-count" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_what_the_scripts_import_first_is_light():
@@ -139,15 +137,12 @@ def test_values_are_refused_as_on_the_command_line(keyword, message):
         options_from(parser, keyword)
 
 
-@pytest.mark.parametrize("name", ["batchsize", "_get_kwargs", "__class__"])
-def test_an_unknown_keyword_is_refused(name):
-    with pytest.raises(UserError, match=f"val.py: unknown option '{name}'"):
+@pytest.mark.parametrize(
+    ("name", "hint"), [("batchsize", ". Did you mean 'batch_size'"), ("_get_kwargs", ""), ("__class__", "")]
+)
+def test_an_unknown_keyword_is_refused_with_the_nearest_name(name, hint):
+    with pytest.raises(UserError, match=f"val.py: unknown option '{name}'{hint}"):
         options_from(make_parser(), {name: 4})
-
-
-def test_an_unknown_keyword_comes_with_the_nearest_name():
-    with pytest.raises(UserError, match="Did you mean 'batch_size'"):
-        options_from(make_parser(), {"batchsize": 4})
 
 
 def test_options_are_echoed_in_their_order(caplog):
