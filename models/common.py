@@ -1,8 +1,8 @@
 """Layers that model YAMLs name: YOLOv5 6.1's blocks and the GSConv family of slim-neck.
 
-Covers every block of the standard and hub models. `Detect`, `Model` and the table that YAML rows are looked up in are
-in `models.yolo`, rarely used blocks in `models.experimental`. Class names and the attributes `cv1`, `cv2`, `m`, `bn`,
-`conv`, `act`, `gsb` ... stay as they are: YAML rows and the keys of saved weights depend on them.
+`Detect`, `Model` and the table that YAML rows are looked up in are in `models.yolo`. Class names and the attributes
+`cv1`, `cv2`, `m`, `bn`, `conv`, `act`, `gsb` ... stay as they are: YAML rows and the keys of saved weights depend on
+them.
 
 Shapes: x is (b, c1, h, w) and the result (b, c2, h / s, w / s) unless a block says otherwise. Arguments, in all blocks:
 c1, c2 channels in and out; k kernel side; s stride; p padding; g groups; e hidden channels as a fraction of c2;
@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -578,3 +579,81 @@ class VoVGSCSPC(VoVGSCSP):
     def make_inner(self, c_: int, n: int, g: int) -> nn.Module:
         """Returns the module of the first branch, c_ channels in and out."""
         return GSBottleneckC(c_, c_, g=g)
+
+
+# Rarely used blocks. Saved YOLOv5 models have them under the name that `__module__` says, where scripts find them, too.
+
+
+class CrossConv(nn.Module):
+    """A k x k convolution split into 1 x k and k x 1, residual where `shortcut` is set and c1 = c2."""
+
+    __module__ = "models.experimental"
+
+    def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, g: int = 1, e: float = 1.0, shortcut: bool = False):
+        """Takes channels c1 in, c2 * e hidden and c2 out, kernel k, stride s, groups g of the second convolution."""
+        super().__init__()
+        c_ = int(c2 * e)
+        self.cv1 = Conv(c1, c_, (1, k), (1, s))
+        self.cv2 = Conv(c_, c2, (k, 1), (s, 1), g=g)
+        self.add = shortcut and c1 == c2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (b, c1, h, w) to (b, c2, h / s, w / s)."""
+        y = self.cv2(self.cv1(x))
+        return x + y if self.add else y
+
+
+class Sum(nn.Module):
+    """Adds n maps of one shape; with `weight` all but the first are scaled by a learned factor between 0 and 2.
+
+    Source: Tan et al., "EfficientDet", https://arxiv.org/abs/1911.09070.
+    """
+
+    __module__ = "models.experimental"
+
+    def __init__(self, n: int, weight: bool = False):
+        """Takes the number n of maps, and whether to weigh them."""
+        super().__init__()
+        self.weight = weight
+        if weight:
+            self.w = nn.Parameter(-torch.arange(1.0, n) / 2)
+
+    def forward(self, x: Sequence[Tensor]) -> Tensor:
+        """Maps n tensors (b, c, h, w) to one of the same shape."""
+        factors = 2 * torch.sigmoid(self.w) if self.weight else [1.0] * (len(x) - 1)
+        total = x[0]
+        for factor, other in zip(factors, x[1:], strict=True):
+            total = total + other * factor
+        return total
+
+
+class MixConv2d(nn.Module):
+    """Convolutions of several sides beside each other, on all input channels.
+
+    With `equal_ch` they share the output channels evenly, else such that they have about equally many weights.
+
+    Source: Tan and Le, "MixConv", https://arxiv.org/abs/1907.09595.
+    """
+
+    __module__ = "models.experimental"
+
+    def __init__(self, c1: int, c2: int, k: Sequence[int] = (1, 3), s: int = 1, equal_ch: bool = True):
+        """Takes channels c1 in and c2 out, the kernel sides k, the stride s."""
+        super().__init__()
+        if equal_ch:
+            channels = np.bincount(np.floor(np.linspace(0, len(k) - 1e-6, c2)).astype(int), minlength=len(k))
+        else:  # c2 shared such that share * side^2 is about the same for every side
+            inverse_areas = 1 / np.square(np.asarray(k, dtype=float))
+            channels = (c2 * inverse_areas / inverse_areas.sum()).round().astype(int)
+            channels[channels.argmax()] += c2 - channels.sum()  # what rounding gained or lost
+        self.m = nn.ModuleList(
+            nn.Conv2d(c1, share, side, s, side // 2, groups=math.gcd(c1, share), bias=False)
+            for side, share in zip(k, channels.tolist(), strict=True)
+        )
+        self.bn = nn.BatchNorm2d(c2)
+        self.act = nn.SiLU()
+        self.default_act = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (b, c1, h, w) to (b, c2, h / s, w / s)."""
+        return self.act(self.bn(torch.cat([conv(x) for conv in self.m], dim=1)))

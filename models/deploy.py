@@ -29,8 +29,7 @@ from torch.fx import GraphModule, _symbolic_trace, graph_module
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
-from models.common import Contract, Conv, Expand, TransformerBlock, interleave_halves
-from models.experimental import Sum
+from models.common import Contract, Conv, Expand, Sum, TransformerBlock, interleave_halves
 from models.heads import Head
 
 Layout = tuple[int, ...]  # layout[place] is the channel of the trained model that stands there

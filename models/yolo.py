@@ -25,7 +25,7 @@ from torch.nn import functional as F
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import common, config, experimental  # noqa: E402
+from models import common, config  # noqa: E402
 from models.config import Totals, check_map, gather, on_meta_device, run_hollow, strides_of  # noqa: E402
 from models.deploy import fold_model  # noqa: E402
 from models.heads import Detect, Head  # noqa: E402
@@ -56,10 +56,10 @@ class Block:
 
 
 _SCALED = [common.Conv, common.DWConv, common.Focus, common.Bottleneck, common.SPP, common.SPPF, common.C3SPP]
-_SCALED += [common.GhostConv, common.GhostBottleneck, experimental.CrossConv, experimental.MixConv2d]
+_SCALED += [common.GhostConv, common.GhostBottleneck, common.CrossConv, common.MixConv2d]
 _SCALED += [common.GSConv, common.GSConvns, common.GSBottleneck, common.GSBottleneckC]
 _REPEATING = [common.BottleneckCSP, common.C3, common.C3TR, common.C3Ghost, common.VoVGSCSP, common.VoVGSCSPC]
-_SAME = [experimental.Sum, common.Classify, common.TransformerBlock]
+_SAME = [common.Sum, common.Classify, common.TransformerBlock]
 
 BLOCKS: dict[str, Block] = {
     **{cls.__name__: Block(cls, config.scaled_channels) for cls in _SCALED},

@@ -36,7 +36,7 @@ FLOOR_OF_ROOM = {
     **{f"utils.{name}": 5 for name in YOLOV5_NAMES},
 }
 # Other people's scripts import these names from here; the module's `__getattr__` finds them where they are defined.
-FORWARDING = ("models.common", "models.experimental")
+FORWARDING = ("models.common",)
 TORCH_FREE = (
     *("utils.boxes", "utils.images", "utils.nms", "utils.tiles", "utils.process", "utils.media", "utils.plots.boxes"),
     *("models.backends", "models.inference.predictor", "service"),

@@ -27,8 +27,7 @@ from PIL import Image, ImageOps, ImageShow
 from torch import Tensor, nn
 
 from models.backends.base import require
-from models.experimental import Ensemble
-from models.inference.multibackend import DetectMultiBackend, predict
+from models.inference.multibackend import DetectMultiBackend, Ensemble, predict
 from models.inference.predictor import class_summary
 from models.yolo import Model, profile_layers
 from utils.boxes import scale_boxes, xyxy2xywh

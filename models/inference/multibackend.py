@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from models.backends import Backend, load_backend
 from models.backends.pytorch import check_members
-from models.experimental import Ensemble
 from models.load import load_model
 from models.yolo import INPLACE_ACTIVATIONS, Detect, Model
 from utils.cli import find_weights
@@ -216,6 +215,27 @@ class DetectMultiBackend(nn.Module):
             self.backend.warm_up(*imgsz[2:])
         elif self.device.type == "cuda":
             self(torch.zeros(*imgsz, dtype=torch.float16 if half else torch.float32, device=self.device))
+
+
+class Ensemble(nn.ModuleList):
+    """Several detectors as one: their detections are put beside each other, for NMS to merge.
+
+    `names` are the last member's; `stride` is that of the member with the largest one.
+    """
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Class names of the last member."""
+        return self[-1].names
+
+    @property
+    def stride(self) -> Tensor:
+        """Strides (nl,) of the member whose largest stride is the largest."""
+        return max((member.stride for member in self), key=lambda stride: float(stride.max()))
+
+    def forward(self, x: Tensor, augment: bool = False) -> tuple[Tensor, None]:
+        """Maps images (b, 3, h, w) to (detections of all members (b, rows, 5 + nc), None); `augment` as in `Model`."""
+        return torch.cat([member(x, augment)[0] for member in self], dim=1), None
 
 
 def attempt_load(

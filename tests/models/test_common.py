@@ -1,6 +1,7 @@
 """Blocks: golden outputs, hand-worked reorderings, shapes, gradients, activations."""
 
 import json
+import pickle
 import warnings
 
 import numpy as np
@@ -45,9 +46,9 @@ BLOCKS_8_TO_16 = [  # every block with parameters, from 8 channels to 16; the se
     (lambda: common.GSBottleneckC(8, 16), 1),
     (lambda: common.VoVGSCSP(8, 16, 2, False, 2), 1),
     (lambda: common.VoVGSCSPC(8, 16), 1),
-    (lambda: experimental.CrossConv(8, 16, 3, 2), 2),
-    (lambda: experimental.MixConv2d(8, 16, (1, 3, 5), 2), 2),
-    (lambda: experimental.MixConv2d(8, 16, (1, 3), 1, False), 1),
+    (lambda: common.CrossConv(8, 16, 3, 2), 2),
+    (lambda: common.MixConv2d(8, 16, (1, 3, 5), 2), 2),
+    (lambda: common.MixConv2d(8, 16, (1, 3), 1, False), 1),
 ]
 
 
@@ -186,3 +187,38 @@ def test_the_models_activation_replaces_defaults_but_not_choices():
     csp = common.BottleneckCSP(8, 8)
     common.set_activation(csp, {"BottleneckCSP": "nn.LeakyReLU(0.1)"})
     assert (type(csp.act), type(csp.cv1.act)) == (nn.LeakyReLU, nn.SiLU)
+
+
+def test_mixconv_shares_channels_evenly():
+    assert [conv.out_channels for conv in common.MixConv2d(8, 16, (1, 3, 5)).m] == [6, 5, 5]
+
+
+def test_mixconv_shares_channels_for_equal_weights():
+    """Sides 1 and 3: shares s and t with s = 9t and s + t = 20 are 18 and 2; rounding never loses a channel."""
+    assert [conv.out_channels for conv in common.MixConv2d(4, 20, (1, 3), equal_ch=False).m] == [18, 2]
+    for c2 in range(30, 60):
+        assert sum(conv.out_channels for conv in common.MixConv2d(4, c2, (1, 3, 5), equal_ch=False).m) == c2
+
+
+def test_sum_adds_its_inputs_plain_or_weighted():
+    x = [torch.full((1, 1, 1, 1), value) for value in (1.0, 10.0, 100.0)]
+    assert common.Sum(3)(x).item() == 111
+    weighted = common.Sum(3, weight=True)
+    assert weighted.w.tolist() == [-0.5, -1.0]
+    expected = 1 + 10 * 2 * torch.tensor(0.5).neg().sigmoid() + 100 * 2 * torch.tensor(1.0).neg().sigmoid()
+    assert weighted(x).item() == pytest.approx(expected.item())
+
+
+def test_crossconv_adds_its_input_when_asked():
+    block = common.CrossConv(8, 8, shortcut=True).eval()
+    x = torch.randn(1, 8, 5, 5)
+    with torch.no_grad():
+        assert torch.equal(block(x), x + block.cv2(block.cv1(x)))
+
+
+def test_rare_blocks_are_pickled_under_yolov5s_names():
+    """`export.py --include yolov5` saves whole modules; YOLOv5 looks for these in its own models/experimental.py."""
+    for block in (common.CrossConv(8, 8), common.MixConv2d(8, 8), common.Sum(2)):
+        pickled = pickle.dumps(block, protocol=2)  # as torch.save
+        assert f"cmodels.experimental\n{type(block).__name__}\n".encode() in pickled
+        assert type(pickle.loads(pickled)) is type(block) is getattr(experimental, type(block).__name__)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from models.backends import load_backend
-from models.experimental import Ensemble
 from models.inference.evaluation import image_shape, open_eval_model
+from models.inference.multibackend import Ensemble
 from models.load import load_model, read_weights
 from models.yolo import Model
 from utils.checkpoint import save_checkpoint
@@ -76,7 +77,7 @@ def test_creation_is_logged_and_a_list_of_one_is_that_one(weights, caplog):
 
 
 def test_a_module_of_modules_gives_the_same_rows(ensemble, weights, other, squares):
-    """`models.experimental.Ensemble`, which scripts build themselves, plain and in several views."""
+    """`Ensemble`, which scripts build themselves, plain and in several views."""
     module = Ensemble([load_model(weights), load_model(other)])
     images = torch.from_numpy(squares).float() / 255
     for augment in (False, True):
@@ -101,3 +102,23 @@ def test_what_makes_no_ensemble_is_named(ensemble, weights, squares, tmp_path):
         load_backend([weights, weights], "cpu", dnn=True)
     with pytest.raises(UserError, match="--visualize shows the layers of one model"):
         ensemble.infer(ensemble.preprocess(squares), lambda *_: None)
+
+
+class FixedDetector(nn.Module):
+    """Gives the same rows for every image."""
+
+    def __init__(self, value: float, rows: int, strides: list[float], name: str):
+        super().__init__()
+        self.value, self.rows, self.stride, self.names = value, rows, torch.tensor(strides), {0: name}
+
+    def forward(self, x, augment=False):
+        return torch.full((x.shape[0], self.rows, 6), self.value), []
+
+
+def test_ensemble_puts_rows_side_by_side():
+    ensemble = Ensemble([FixedDetector(1.0, 3, [8, 64], "first"), FixedDetector(2.0, 2, [8, 32], "last")])
+    y, raw = ensemble(torch.zeros(2, 3, 64, 64))
+    assert raw is None
+    assert y[1, :, 0].tolist() == [1, 1, 1, 2, 2]
+    assert ensemble.names == {0: "last"}
+    assert ensemble.stride.tolist() == [8, 64]
