@@ -77,7 +77,7 @@ class ImageTooLargeError(ImageError):
 
 
 class ImageInfo(NamedTuple):
-    """What a header says, after EXIF orientation."""
+    """What a header says: the size in pixels after EXIF orientation, and the format."""
 
     width: int
     height: int
@@ -85,19 +85,9 @@ class ImageInfo(NamedTuple):
 
 
 class _Header(NamedTuple):
-    """What a header says as stored, before EXIF orientation."""
-
-    width: int
-    height: int
-    format: str
+    info: ImageInfo
     orientation: int  # EXIF, 1 to 8
     pixels_at: int  # byte where the pixel data begin, as far as known
-
-    @property
-    def upright(self) -> ImageInfo:
-        if _TURNS.get(self.orientation, (False, None))[0]:
-            return ImageInfo(self.height, self.width, self.format)
-        return ImageInfo(self.width, self.height, self.format)
 
 
 class Letterboxed(NamedTuple):
@@ -114,15 +104,6 @@ class Letterboxed(NamedTuple):
         """
         resized_h, resized_w = (side - 2 * pad for side, pad in zip(self.image.shape, self.pad[::-1], strict=False))
         return (resized_h / image_hw[0], resized_w / image_hw[1]), self.pad
-
-
-class LetterboxGeometry(NamedTuple):
-    """The numbers of a letterbox: the resized image's size and the padding around it, in pixels."""
-
-    resized_wh: tuple[int, int]
-    ratio: tuple[float, float]  # (width, height)
-    pad: tuple[float, float]  # (width, height), each side
-    borders: tuple[int, int, int, int]  # top, bottom, left, right
 
 
 def read_image(path: str | Path, min_side_hint: int | None = None) -> np.ndarray:
@@ -190,7 +171,7 @@ def image_info(data: bytes) -> ImageInfo:
     Raises:
         ImageError: not an image, or its header is damaged; `ImageTooLargeError` where Pillow refuses its size.
     """
-    return _read_header(data).upright
+    return _read_header(data).info
 
 
 def check_image(path: str | Path) -> ImageInfo:
@@ -204,7 +185,7 @@ def check_image(path: str | Path) -> ImageInfo:
     """
     data = _read_bytes(path)
     header = _read_header(data)
-    info = header.upright
+    info = header.info
     if info.format not in IMG_FORMATS:
         raise ImageError(f"is of format {info.format}, which is not one of {', '.join(sorted(IMG_FORMATS))}")
     short, long = sorted((info.width, info.height))
@@ -218,7 +199,6 @@ def check_image(path: str | Path) -> ImageInfo:
 
 
 def _read_bytes(path: str | Path) -> bytes:
-    """Reads a whole file; the errors in words."""
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
@@ -229,13 +209,9 @@ def _read_bytes(path: str | Path) -> bytes:
 
 
 def _read_header(data: bytes) -> _Header:
-    """Reads size, format and orientation without decoding pixels.
-
-    Raises:
-        ImageError: not an image, or its header is damaged; `ImageTooLargeError` beyond what is safe to decode.
-    """
+    """Reads size, format and orientation without decoding pixels, and refuses what is not safe to decode."""
     header = _read_jpeg_header(data) if data.startswith(_JPEG_START) else _read_header_with_pillow(data)
-    pixels = header.width * header.height
+    pixels = header.info.width * header.info.height
     if pixels > MAX_PIXELS:
         raise ImageTooLargeError("has too many pixels to be decoded safely")
     if pixels > max(DENSITY_FROM_PIXELS, MAX_PIXELS_PER_BYTE * len(data)):
@@ -244,14 +220,13 @@ def _read_header(data: bytes) -> _Header:
 
 
 def _read_header_with_pillow(data: bytes) -> _Header:
-    """Reads the header of what is no JPEG."""
     try:
         with Image.open(BytesIO(data)) as image:
             width, height = image.size
             kind = (image.format or "unknown").lower()
             if kind == "tiff":  # some versions of Pillow swap the sides by themselves, some do not
                 width, height = image.tag_v2[_TIFF_WIDTH_TAG], image.tag_v2[_TIFF_HEIGHT_TAG]
-            return _Header(width, height, kind, _orientation(image, data), 0)
+            return _header(width, height, kind, _orientation(image, data), 0)
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError("has too many pixels to be decoded safely") from error
     except _DAMAGE as error:
@@ -259,11 +234,7 @@ def _read_header_with_pillow(data: bytes) -> _Header:
 
 
 def _read_jpeg_header(data: bytes) -> _Header:
-    """Follows a JPEG's markers to its first scan.
-
-    Raises:
-        ImageError: the markers are damaged, or there is no frame header.
-    """
+    """Follows a JPEG's markers to its first scan."""
     position, size, orientation = 2, None, 1
     while position + 4 <= len(data):
         if data[position] != 0xFF:
@@ -283,7 +254,14 @@ def _read_jpeg_header(data: bytes) -> _Header:
         position = end
     if size is None or 0 in size:
         raise ImageError("is a damaged JPEG (no frame header)")
-    return _Header(*size, "jpeg", orientation, position)
+    return _header(*size, "jpeg", orientation, position)
+
+
+def _header(width: int, height: int, kind: str, orientation: int, pixels_at: int) -> _Header:
+    """Puts a header together; width and height are as stored."""
+    swapped, _ = _TURNS.get(orientation, (False, None))
+    info = ImageInfo(height, width, kind) if swapped else ImageInfo(width, height, kind)
+    return _Header(info, orientation, pixels_at)
 
 
 def _exif_orientation(block: bytes) -> int:
@@ -312,27 +290,19 @@ def _reason(error: Exception) -> str:
 
 
 def _check_end(data: bytes, header: _Header) -> bool:
-    """Looks for truncation without decoding; returns False for formats where only decoding tells.
-
-    Raises:
-        ImageError: a JPEG without an end marker behind its first scan, or a PNG with a part missing or damaged.
-    """
-    if header.format == "jpeg":
+    """Looks for truncation without decoding; returns False for formats where only decoding tells."""
+    if header.info.format == "jpeg":
         if data.rfind(_JPEG_END, header.pixels_at) < 0:
             raise ImageError("is a truncated JPEG (its end is missing)")
         return True
-    if header.format == "png":
+    if header.info.format == "png":
         _check_png(data)
         return True
     return False
 
 
 def _check_png(data: bytes) -> None:
-    """Follows a PNG's chunks to its end and compares the checksums of those that the pixels need.
-
-    Raises:
-        ImageError: a chunk is cut or damaged, or the last one is missing.
-    """
+    """Follows a PNG's chunks to its end and compares the checksums of those that the pixels need."""
     view, position, kind = memoryview(data), len(_PNG_START), b""
     while kind != b"IEND":
         if position + 12 > len(data):
@@ -349,26 +319,23 @@ def _check_png(data: bytes) -> None:
 
 def _decode(data: bytes, header: _Header, min_side_hint: int | None = None) -> np.ndarray:
     """Decodes bytes to uint8 (h, w, 3) BGR, upright."""
-    if header.format not in _OPENCV_FORMATS:
+    width, height, kind = header.info
+    if kind not in _OPENCV_FORMATS:
         return _decode_with_pillow(data)
     reduction = 1
-    if header.format == "jpeg" and min_side_hint:
-        long_side = max(header.width, header.height)
-        reduction = next((factor for factor in (8, 4, 2) if long_side >= factor * min_side_hint), 1)
+    if kind == "jpeg" and min_side_hint:
+        reduction = next((factor for factor in (8, 4, 2) if max(width, height) >= factor * min_side_hint), 1)
     flags = _REDUCED_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
-    if header.format == "png":  # the others have 8 bits
+    if kind == "png":  # the others have 8 bits
         flags |= cv2.IMREAD_ANYDEPTH
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise ImageError(f"cannot be decoded ({error.err})") from error
-    return _decode_with_pillow(data) if image is None else _turn(to_8_bits(image), header.orientation)
-
-
-def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns an image (h, w, 3) as its EXIF orientation asks; unknown values leave it."""
-    swapped, flip = _TURNS.get(orientation, (False, None))
-    image = cv2.transpose(image) if swapped else image
+    if image is None:
+        return _decode_with_pillow(data)
+    swapped, flip = _TURNS.get(header.orientation, (False, None))
+    image = cv2.transpose(to_8_bits(image)) if swapped else to_8_bits(image)
     return image if flip is None else cv2.flip(image, flip)
 
 
@@ -380,7 +347,10 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
             if image.mode.startswith(("F", "I")):
                 image = Image.fromarray(to_8_bits(np.asarray(image)))
             rgb = np.asarray(image.convert("RGB"))
-            if _is_cut_to_8_bits(opened) and rgb.max() <= DARKEST_DEEP:
+            several = (
+                opened.format == "TIFF" and opened.mode[:1] != "I"
+            )  # channels, of which Pillow reads the upper 8 bits
+            if several and 16 in opened.tag_v2.get(_TIFF_DEPTHS_TAG, ()) and rgb.max() <= DARKEST_DEEP:
                 raise ImageError(
                     "is a colour TIFF of 16 bits a channel with values below 4096 alone, which would be black: write "
                     "it with 8 bits a channel, or stretched to 16"
@@ -388,11 +358,6 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
     except _DAMAGE as error:
         raise ImageError(f"cannot be decoded ({_reason(error)})") from error
     return np.ascontiguousarray(rgb[:, :, ::-1])
-
-
-def _is_cut_to_8_bits(opened: Image.Image) -> bool:
-    """Says whether Pillow reads the upper 8 of 16 bits of each channel: of TIFF with several channels."""
-    return opened.format == "TIFF" and opened.mode[:1] != "I" and 16 in opened.tag_v2.get(_TIFF_DEPTHS_TAG, ())
 
 
 def exif_size(img: Image.Image) -> tuple[int, int]:
@@ -446,41 +411,6 @@ def resized_wh(size_wh: Sequence[int], new_shape: int | Sequence[int]) -> tuple[
     return (min(math.ceil(size_wh[0] * ratio), target_w), min(math.ceil(size_wh[1] * ratio), target_h))
 
 
-def letterbox_geometry(
-    image_hw: Sequence[int],
-    new_shape: int | Sequence[int] = 640,
-    auto: bool = True,
-    scaleFill: bool = False,
-    scaleup: bool = True,
-    stride: int = 32,
-) -> LetterboxGeometry:
-    """Works out a letterbox: scale to fit `new_shape`, then pad evenly to it, or just to a multiple of `stride`.
-
-    Args:
-        image_hw: (height, width) of the image.
-        new_shape: side of a square, or (height, width), in pixels.
-        auto: pad to the smallest rectangle of stride multiples instead of to `new_shape`.
-        scaleFill: stretch to `new_shape` without padding (when not `auto`).
-        scaleup: whether small images may be enlarged.
-        stride: the model's largest stride.
-    """
-    target_h, target_w = (new_shape, new_shape) if isinstance(new_shape, int) else new_shape
-    height, width = image_hw[:2]
-    scale = min(target_h / height, target_w / width)
-    scale = scale if scaleup else min(scale, 1.0)
-    ratio = (scale, scale)
-    resized = (max(round(width * scale), 1), max(round(height * scale), 1))  # 1: a strip must not vanish
-    pad_w, pad_h = target_w - resized[0], target_h - resized[1]
-    if auto:
-        pad_w, pad_h = pad_w % stride, pad_h % stride
-    elif scaleFill:
-        resized, ratio = (target_w, target_h), (target_w / width, target_h / height)
-        pad_w, pad_h = 0, 0
-    half_w, half_h = pad_w / 2, pad_h / 2
-    borders = (round(half_h - 0.1), round(half_h + 0.1), round(half_w - 0.1), round(half_w + 0.1))
-    return LetterboxGeometry(resized, ratio, (half_w, half_h), borders)
-
-
 def letterbox(
     im: np.ndarray,
     new_shape: int | Sequence[int] = (640, 640),
@@ -490,10 +420,33 @@ def letterbox(
     scaleup: bool = True,
     stride: int = 32,
 ) -> Letterboxed:
-    """Resizes an image (h, w, 3) to fit `new_shape` and pads it; see `letterbox_geometry` for the arguments."""
-    geometry = letterbox_geometry(im.shape, new_shape, auto, scaleFill, scaleup, int(stride))
-    if geometry.resized_wh != (im.shape[1], im.shape[0]):
-        im = cv2.resize(im, geometry.resized_wh, interpolation=cv2.INTER_LINEAR)
-    if any(geometry.borders):
-        im = cv2.copyMakeBorder(im, *geometry.borders, cv2.BORDER_CONSTANT, value=color)
-    return Letterboxed(im, geometry.ratio, geometry.pad)
+    """Resizes an image to fit `new_shape`, and pads it evenly to it, or just to a multiple of `stride`.
+
+    Args:
+        im: (h, w, 3).
+        new_shape: side of a square, or (height, width), in pixels.
+        color: of the padding.
+        auto: pad to the smallest rectangle of stride multiples instead of to `new_shape`.
+        scaleFill: stretch to `new_shape` without padding (when not `auto`).
+        scaleup: whether small images may be enlarged.
+        stride: the model's largest stride.
+    """
+    target_h, target_w = (new_shape, new_shape) if isinstance(new_shape, int) else new_shape
+    height, width = im.shape[:2]
+    scale = min(target_h / height, target_w / width)
+    scale = scale if scaleup else min(scale, 1.0)
+    ratio = (scale, scale)
+    resized_wh = (max(round(width * scale), 1), max(round(height * scale), 1))  # 1: a strip must not vanish
+    pad_w, pad_h = target_w - resized_wh[0], target_h - resized_wh[1]
+    if auto:
+        pad_w, pad_h = pad_w % int(stride), pad_h % int(stride)
+    elif scaleFill:
+        resized_wh, ratio = (target_w, target_h), (target_w / width, target_h / height)
+        pad_w, pad_h = 0, 0
+    half_w, half_h = pad_w / 2, pad_h / 2
+    if resized_wh != (width, height):
+        im = cv2.resize(im, resized_wh, interpolation=cv2.INTER_LINEAR)
+    if pad_w or pad_h:
+        top, bottom, left, right = (round(half + less) for half in (half_h, half_w) for less in (-0.1, 0.1))
+        im = cv2.copyMakeBorder(im, top, bottom, left, right, cv2.BORDER_CONSTANT, value=color)
+    return Letterboxed(im, ratio, (half_w, half_h))

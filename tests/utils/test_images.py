@@ -22,7 +22,6 @@ from utils.images import (
     exif_transpose,
     image_size,
     letterbox,
-    letterbox_geometry,
     read_image,
     resized_wh,
     to_8_bits,
@@ -525,25 +524,26 @@ def test_stretching_uses_a_ratio_for_each_axis():
     assert boxed.image.shape == (320, 480, 3) and boxed.ratio == (2.4, 3.2) and boxed.pad == (0, 0)
 
 
-image_sides = st.integers(1, 3000)
+image_sides = st.integers(1, 1000)
 
 
-@given(image_sides, image_sides, st.sampled_from([320, 640, (384, 640)]), st.booleans(), st.booleans())
-@settings(max_examples=200)
+@given(image_sides, image_sides, st.sampled_from([160, 320, (192, 320)]), st.booleans(), st.booleans())
+@settings(max_examples=100, deadline=None)
 def test_a_letterbox_is_filled_exactly_and_leads_back(height, width, new_shape, auto, scaleup):
-    geometry = letterbox_geometry((height, width), new_shape, auto=auto, scaleup=scaleup)
-    top, bottom, left, right = geometry.borders
-    padded_h, padded_w = geometry.resized_wh[1] + top + bottom, geometry.resized_wh[0] + left + right
-    target_h, target_w = (new_shape, new_shape) if isinstance(new_shape, int) else new_shape
-    assert min(geometry.borders) >= 0 and 0 <= bottom - top <= 1 and 0 <= right - left <= 1
+    boxed = letterbox(np.zeros((height, width, 3), np.uint8), new_shape, auto=auto, scaleup=scaleup)
+    padded_hw, target_hw = boxed.image.shape[:2], (new_shape,) * 2 if isinstance(new_shape, int) else new_shape
     if auto:
-        assert padded_h % 32 == padded_w % 32 == 0 and padded_h <= target_h and padded_w <= target_w
+        assert padded_hw[0] % 32 == padded_hw[1] % 32 == 0 and all(np.less_equal(padded_hw, target_hw))
     else:
-        assert (padded_h, padded_w) == (target_h, target_w)
+        assert padded_hw == target_hw
+    content = np.flatnonzero((boxed.image[..., 0] == 0).any(1)), np.flatnonzero((boxed.image[..., 0] == 0).any(0))
+    for lines, side, pad in zip(content, padded_hw, boxed.pad[::-1], strict=True):
+        before, after = lines[0], side - 1 - lines[-1]
+        assert 0 <= after - before <= 1 and before + after == 2 * pad
     corners = np.array([[0, 0, width, height], [width * 0.2, height * 0.3, width * 0.7, height * 0.9]])
-    there = corners * np.tile(geometry.ratio, 2) + np.tile(geometry.pad, 2)
-    recorded = (geometry.ratio[::-1], geometry.pad)
-    np.testing.assert_allclose(scale_boxes((padded_h, padded_w), there, (height, width), recorded), corners, atol=1e-6)
+    there = corners * np.tile(boxed.ratio, 2) + np.tile(boxed.pad, 2)
+    recorded = (boxed.ratio[::-1], boxed.pad)
+    np.testing.assert_allclose(scale_boxes(padded_hw, there, (height, width), recorded), corners, atol=1e-6)
     if scaleup and not auto:  # without the record, the half pixel that rounding moved the image is lost
-        back = scale_boxes((padded_h, padded_w), there, (height, width))
-        np.testing.assert_allclose(back, corners, atol=0.5 / geometry.ratio[0] + 1e-6)
+        back = scale_boxes(padded_hw, there, (height, width))
+        np.testing.assert_allclose(back, corners, atol=0.5 / boxed.ratio[0] + 1e-6)

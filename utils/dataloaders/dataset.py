@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from utils.augmentations import mixup, random_perspective
 from utils.augmentations.mosaic import Tile, compose, place_four, place_nine
@@ -45,6 +45,15 @@ class Item(NamedTuple):
     targets: torch.Tensor  # float32 (n, 6): 0 or the image's number in its batch, class, x, y, w, h in 0 to 1
     path: str
     shapes: ShapeInfo | None  # None for mosaics
+
+
+class Batch(NamedTuple):
+    """B images with all their targets."""
+
+    images: torch.Tensor  # uint8 (B, 3, H, W) RGB
+    targets: torch.Tensor  # float32 (M, 6): image's number in the batch, class, x, y, w, h in 0 to 1
+    paths: tuple[str, ...]
+    shapes: tuple[ShapeInfo | None, ...]
 
 
 class LoadImagesAndLabels(Dataset):
@@ -202,13 +211,13 @@ class LoadImagesAndLabels(Dataset):
         return self.table.sizes_wh
 
     @staticmethod
-    def collate_fn(batch: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...], tuple[Any, ...]]:
-        """Joins items to a batch, for a loader of torch's; targets get the image's number in column 0."""
+    def collate_fn(batch: Sequence[Item]) -> Batch:
+        """Stacks images, and joins targets with the image's number in column 0."""
         images, targets, paths, shapes = zip(*batch, strict=True)
-        numbers = torch.arange(len(batch)).repeat_interleave(torch.tensor([len(rows) for rows in targets]))
         joined = torch.cat(targets)
-        joined[:, 0] = numbers
-        return torch.stack(images), joined, paths, shapes
+        counts = torch.tensor([len(rows) for rows in targets])
+        joined[:, 0] = torch.repeat_interleave(torch.arange(len(batch)), counts)
+        return Batch(default_collate(list(images)), joined, paths, shapes)  # into shared memory when in a worker
 
     def set_image_weights(self, weights: np.ndarray) -> None:
         """Sets how often each image is wanted, weights (N,); worker processes must be started anew to learn of it."""

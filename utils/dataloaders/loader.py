@@ -13,16 +13,16 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from torch import distributed
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils.dataloaders.dataset import Item, LoadImagesAndLabels, ShapeInfo
+from utils.dataloaders.dataset import Batch, Item, LoadImagesAndLabels
 from utils.dataloaders.images_cache import Machine
 from utils.dataloaders.labels import LabelTable
 from utils.dataloaders.sampling import SampleKey, Shard, Stream, keyed_generator
@@ -31,15 +31,6 @@ from utils.process import defer_signals, leave_signals_to_parent
 
 QUAD = 4
 QUAD_ENLARGE_PROBABILITY = 0.5
-
-
-class Batch(NamedTuple):
-    """B images with all their targets."""
-
-    images: torch.Tensor  # uint8 (B, 3, H, W) RGB
-    targets: torch.Tensor  # float32 (M, 6): image's number in the batch, class, x, y, w, h in 0 to 1
-    paths: tuple[str, ...]
-    shapes: tuple[ShapeInfo | None, ...]
 
 
 class BatchKeys(Sampler[list[SampleKey]]):
@@ -83,13 +74,7 @@ class BatchMaker(Dataset):
             items = [self.dataset[key] for key in keys]
         except UserError as error:
             return error
-        return join_items(quad_items(items, keys, self.dataset.seed) if self.quad else items)
-
-
-def join_items(items: Sequence[Item]) -> Batch:
-    """Stacks images, and joins targets with the image's number in column 0."""
-    _, targets, paths, shapes = LoadImagesAndLabels.collate_fn(items)
-    return Batch(default_collate([item.image for item in items]), targets, paths, shapes)
+        return self.dataset.collate_fn(quad_items(items, keys, self.dataset.seed) if self.quad else items)
 
 
 def quad_items(items: Sequence[Item], keys: Sequence[SampleKey], seed: int) -> list[Item]:

@@ -19,7 +19,6 @@ from utils.dataloaders.loader import (
     create_dataloader,
     enlarge_item,
     full_size_loader,
-    join_items,
     quad_items,
     tile_items,
 )
@@ -134,11 +133,11 @@ def item(level, *boxes):
 
 def test_joined_targets_by_hand():
     first, second, third = item(10, (0.5, 0.5, 1, 1)), item(20), item(30, (0.1, 0.2, 0.1, 0.1), (0.3, 0.4, 0.1, 0.1))
-    batch = join_items([first, second, third])
+    batch = LoadImagesAndLabels.collate_fn([first, second, third])
     assert batch.targets[:, 0].tolist() == [0, 2, 2]
     assert batch.targets[:, 1].tolist() == [10, 30, 30]
     assert batch.paths == ("10.jpg", "20.jpg", "30.jpg")
-    assert join_items([second]).targets.shape == (0, 6)
+    assert LoadImagesAndLabels.collate_fn([second]).targets.shape == (0, 6)
 
 
 def test_four_tiles_by_hand():
