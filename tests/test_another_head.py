@@ -48,7 +48,7 @@ class PointDecoder(LevelDecoder):
     def decode(self, values, grid):
         sides = F.softplus(values[:, :, :4])
         before, after = sides[:, :, :2] * self.cell, sides[:, :, 2:] * self.cell
-        return torch.cat((grid + (after - before) / 2, before + after, values[:, :, 4:].sigmoid()), dim=2)
+        return torch.cat((grid + (after - before) / 2, before + after), dim=2), values[:, :, 4:].sigmoid()
 
 
 class PointHead(Head):
@@ -210,6 +210,12 @@ def test_an_export_gives_the_same(trained, tmp_path, switches):
     elif not switches.get("nms"):
         found = np.asarray(load_backend(written, "cpu").infer(image))
         np.testing.assert_allclose(found, rows.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_it_is_not_exported_for_yolov5s_own_program(trained, tmp_path, caplog):
+    weights = shutil.copy(trained.run / "weights" / "best.pt", tmp_path)
+    assert export.run(weights=str(weights), include=["yolov5"], imgsz=64) == []
+    assert "YOLOv5 has no head PointHead" in caplog.text
 
 
 def test_parts_of_a_batch_add_up_to_the_whole(trained):

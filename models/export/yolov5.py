@@ -17,6 +17,7 @@ from models.common import GSBottleneck, GSConv, GSConvns, TransformerBlock, VoVG
 from models.export.job import ExportJob
 from models.yolo import Detect, Model
 from utils.checkpoint import plain_data
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.log import LOGGER
 
@@ -26,6 +27,9 @@ OWN_ATTRIBUTES = ("arguments", "default_act", "repeats")  # of layers and blocks
 
 def export(job: ExportJob) -> Path:
     """Writes `<stem>_yolov5.pt`, float32 or with --half float16; returns its path."""
+    head = job.source.head
+    if type(head) is not Detect:
+        raise UserError(f"YOLOv5 has no head {type(head).__name__}: --include yolov5 takes models that end in Detect.")
     model = original_model(job.source, half=job.options.half)
     foreign = sorted({type(block).__name__ for block in model.modules() if isinstance(block, SLIM_NECK)})
     if foreign:

@@ -8,6 +8,7 @@ so that nothing waits for it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -158,8 +159,17 @@ class ComputeLoss(Loss):
 
     @staticmethod
     def scaled(hyp: Hyp, head: nn.Module, imgsz: int) -> Hyp:
-        """Returns hyperparameters whose gains suit the head's layers and classes and images of `imgsz` px."""
-        return hyp.scaled(head.nl, head.nc, imgsz)
+        """Returns hyperparameters whose gains suit a head and images of `imgsz` px; call it once on what a file holds.
+
+        All gains go with 3 / layers, the class gain with classes / 80, the objectness gain with (imgsz / 640) squared.
+        """
+        layers = 3 / head.nl
+        return dataclasses.replace(
+            hyp,
+            box=hyp.box * layers,
+            cls=hyp.cls * head.nc / 80 * layers,
+            obj=hyp.obj * (imgsz / 640) ** 2 * layers,
+        )
 
     @functools.cached_property
     def _anchors_on_cpu(self) -> Tensor:

@@ -1,8 +1,8 @@
-"""Training hyperparameters: read, checked, scaled.
+"""Training hyperparameters: read and checked.
 
 Covers every key of YOLOv5 6.1's `data/hyps/*.yaml`, plus `mosaic9`, `label_smoothing` and `nominal_batch`. A `Hyp` does
-not change; `scaled` returns a new one with the loss gains fitted to a model. Not here: what the augmentations do with
-their keys (`utils.augmentations`), the schedule (`utils.train.optim`).
+not change. Not here: what the augmentations do with their keys (`utils.augmentations`), how a loss fits its gains to a
+model (`utils.loss`), the schedule (`utils.train.optim`).
 """
 
 from __future__ import annotations
@@ -140,22 +140,6 @@ class Hyp:
         """Returns the values in the order of the file they came from; optional keys only where they say something."""
         told = [name for name in _KEYS if name not in self.key_order and getattr(self, name) != _KEYS[name].default]
         return {name: getattr(self, name) for name in (*self.key_order, *told) if getattr(self, name) is not None}
-
-    def scaled(self, nl: int, nc: int, imgsz: int) -> Hyp:
-        """Returns hyperparameters whose loss gains suit a model; call it once on what a file holds.
-
-        Args:
-            nl: detection layers; all gains go with 3 / nl.
-            nc: classes; the class gain goes with nc / 80.
-            imgsz: image side in pixels; the objectness gain goes with (imgsz / 640) squared.
-        """
-        layers = 3 / nl
-        return dataclasses.replace(
-            self,
-            box=self.box * layers,
-            cls=self.cls * nc / 80 * layers,
-            obj=self.obj * (imgsz / 640) ** 2 * layers,
-        )
 
 
 _KEYS: dict[str, dataclasses.Field] = {entry.name: entry for entry in dataclasses.fields(Hyp) if entry.metadata}

@@ -342,3 +342,11 @@ def test_loss_is_finite_whatever_each_output_is_beside_labels_of_any_size(seed, 
     assert torch.isfinite(result.total) and result.items.isfinite().all() and (result.items >= 0).all()
     assert result.items[0] > 0  # something was matched
     assert all(torch.isfinite(gradient).all() for gradient in gradients(loss, outputs, targets))
+
+
+@pytest.mark.parametrize(
+    ("nl", "nc", "imgsz", "box", "cls", "obj"), [(3, 1, 640, 0.05, 0.5 / 80, 1), (4, 80, 1280, 0.0375, 0.375, 3)]
+)
+def test_gains_go_with_layers_classes_and_image_size(hyp, nl, nc, imgsz, box, cls, obj):
+    scaled = ComputeLoss.scaled(hyp, SimpleNamespace(nl=nl, nc=nc), imgsz)
+    assert (scaled.box, scaled.cls, scaled.obj) == pytest.approx((box, cls, obj))

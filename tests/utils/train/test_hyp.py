@@ -101,11 +101,3 @@ def test_optional_keys_survive_a_round_trip():
     assert Hyp.from_dict(hyp.to_dict()) == hyp
     assert (hyp.mosaic9, hyp.anchors, hyp.label_smoothing) == (0.5, 3.0, 0.1)
     assert Hyp.from_dict({**plain(), "anchors": None}).anchors is None
-
-
-@pytest.mark.parametrize(
-    ("nl", "nc", "imgsz", "box", "cls", "obj"), [(3, 1, 640, 0.05, 0.5 / 80, 1), (4, 80, 1280, 0.0375, 0.375, 3)]
-)
-def test_gains_go_with_layers_classes_and_image_size(nl, nc, imgsz, box, cls, obj):
-    scaled = Hyp.from_dict(plain()).scaled(nl, nc, imgsz)
-    assert (scaled.box, scaled.cls, scaled.obj) == pytest.approx((box, cls, obj))
