@@ -1,18 +1,36 @@
-"""What `--source` may be, in which order it is read, and how damaged images and videos arrive."""
+"""What `--source` may be: files, lists, addresses, live inputs; in which order it is read, and what is refused."""
 
+import http.server
+import logging
+import math
 import os
 import shutil
-import struct
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, features
 
 from utils.errors import UserError
-from utils.images import check_image
-from utils.media.sources import find_sources, read_frames
+from utils.media import sources
+from utils.media.sources import (
+    LoadImages,
+    LoadStreams,
+    find_sources,
+    is_file_address,
+    is_live,
+    is_youtube,
+    live_inputs,
+    name_of,
+    open_source,
+    read_frames,
+    resolve_youtube,
+    without_secrets,
+)
+from utils.media.streams import Patience
 
 FRAMES = 40
 
@@ -28,19 +46,6 @@ def write_video(path: Path, codec: str = "mp4v", frames: int = FRAMES, fps: floa
     for index in range(frames):
         writer.write(np.roll(texture, 2 * index, axis=1))
     writer.release()
-    return path
-
-
-def encode(path: Path, codec: str, **options: str) -> Path:
-    """The same texture in what OpenCV does not write."""
-    av = pytest.importorskip("av")
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        for index in range(FRAMES):
-            image = np.roll(picture(1, 96, 64), 2 * index, axis=1)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="bgr24")))
-        container.mux(stream.encode())
     return path
 
 
@@ -69,14 +74,10 @@ def test_glob_is_sorted_and_goes_deeper_only_when_told(folder):
     assert names(find_sources(f"{folder}/**/*.jpg")) == ["b.jpg", "deep.jpg"]
 
 
-def test_single_file_in_upper_case_is_taken(folder):
-    assert names(find_sources(folder / "C.JPG")) == ["C.JPG"]
-
-
-def test_file_whose_name_looks_like_a_glob_is_taken_as_it_is(folder):
-    odd = folder / "x[1].jpg"
-    cv2.imwrite(str(odd), picture())
-    assert names(find_sources(odd)) == ["x[1].jpg"]
+@pytest.mark.parametrize("name", ["C.JPG", "x[1].jpg"])
+def test_file_is_taken_as_it_is_in_upper_case_and_where_its_name_looks_like_a_glob(folder, name):
+    cv2.imwrite(str(folder / name), picture())
+    assert names(find_sources(folder / name)) == [name]
 
 
 def test_list_file_keeps_its_order_and_resolves_against_both_folders(folder, monkeypatch, tmp_path_factory):
@@ -116,27 +117,6 @@ def test_images_that_cannot_be_read_are_counted_and_named(folder, caplog):
         find_sources(folder / "phone.HEIC")
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
-def test_avif_is_read_as_other_images(tmp_path):
-    Image.fromarray(picture(1, 96, 64)[:, :, ::-1]).resize((48, 32)).save(tmp_path / "a.avif", quality=95)
-    data = (tmp_path / "a.avif").read_bytes()
-    (tmp_path / "cut.avif").write_bytes(data[: len(data) // 2])
-    whole, damaged = read_frames(find_sources(tmp_path))
-    assert whole.image.shape == (32, 48, 3) and not whole.error
-    assert damaged.error
-    assert check_image(tmp_path / "a.avif") == (48, 32, "avif")
-
-
-@pytest.mark.parametrize(
-    ("name", "codec"), [("a.webm", "libvpx"), ("a.ts", "mpeg2video"), ("a.mts", "libx264"), ("a.3gp", "mpeg4")]
-)
-def test_videos_of_other_containers_are_read_whole(tmp_path, name, codec):
-    path = encode(tmp_path / name, codec)
-    frames = list(read_frames(find_sources(path)))
-    assert [frame.error for frame in frames] == [""] * FRAMES
-    assert [frame.time for frame in frames] == pytest.approx([n / 25 for n in range(FRAMES)], abs=2e-3)
-
-
 def test_empty_folder_and_empty_list_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").write_text("\n# nothing\n")
@@ -154,41 +134,6 @@ def test_folder_of_folders_is_refused_with_the_way_to_read_them_all(folder):
     assert names(find_sources(advised)) == ["deep.jpg"]
 
 
-def test_images_of_every_kind_arrive_as_8_bit_bgr(tmp_path):
-    rgb = Image.fromarray(picture()[:, :, ::-1])
-    rgb.convert("L").save(tmp_path / "grey.png")
-    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    rgb.convert("RGBA").save(tmp_path / "alpha.png")
-    cv2.imwrite(str(tmp_path / "deep.png"), picture().astype(np.uint16) * 257)
-    rgb.save(tmp_path / "moving.webp", save_all=True, append_images=[rgb.rotate(180)])
-    frames = list(read_frames(find_sources(tmp_path)))
-    assert [frame.error for frame in frames] == [""] * 5
-    assert all(frame.image.shape == (48, 64, 3) and frame.image.dtype == np.uint8 for frame in frames)
-
-
-def test_exif_orientation_is_applied_once(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(picture()).save(tmp_path / "turned.jpg", exif=exif)
-    (frame,) = read_frames(find_sources(tmp_path / "turned.jpg"))
-    assert frame.image.shape == (64, 48, 3)
-
-
-def test_damaged_images_arrive_with_the_reason_and_the_others_whole(tmp_path):
-    cv2.imwrite(str(tmp_path / "good.jpg"), picture())
-    data = (tmp_path / "good.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
-    (tmp_path / "empty.png").touch()
-    (tmp_path / "text.jpg").write_text("no image")
-    cv2.imwrite(str(tmp_path / "strip.png"), picture(width=3000, height=1))
-    frames = {Path(frame.path).name: frame for frame in read_frames(find_sources(tmp_path))}
-    assert frames["good.jpg"].error == "" and frames["good.jpg"].image is not None
-    for name, reason in (("cut.jpg", "truncated"), ("empty.png", "empty"), ("text.jpg", ""), ("strip.png", "3000x1")):
-        assert reason in frames[name].error != ""
-        assert frames[name].image is None
-    assert frames["cut.jpg"].label.startswith("image 1/5 ")
-
-
 def test_links_to_nothing_and_to_themselves_are_reported_like_damaged_images(folder):
     (folder / "dead.jpg").symlink_to(folder / "gone.jpg")
     (folder / "round.jpg").symlink_to(folder / "round.jpg")
@@ -197,119 +142,339 @@ def test_links_to_nothing_and_to_themselves_are_reported_like_damaged_images(fol
     assert len(frames) == 7
 
 
-def test_video_frames_are_numbered_from_1_with_the_source_s_rate(tmp_path):
-    path = write_video(tmp_path / "clip.mp4", frames=7, fps=12.5)
-    frames = list(read_frames([str(path)]))
-    assert [frame.number for frame in frames] == list(range(1, 8))
-    assert {(frame.count, frame.fps, frame.image.shape) for frame in frames} == {(7, 12.5, (64, 96, 3))}
-    assert frames[2].label == f"video 1/1 (3/7) {path}"
-
-
-def test_frames_say_when_their_video_shows_them(tmp_path):
-    even = write_video(tmp_path / "clip.mp4", frames=7, fps=12.5)
-    assert [frame.time for frame in read_frames([str(even)], vid_stride=2)] == pytest.approx([0, 0.16, 0.32, 0.48])
-    first, *others = [Image.fromarray(picture(seed)) for seed in range(4)]
-    first.save(tmp_path / "uneven.gif", save_all=True, append_images=others, duration=[100, 500, 200, 100])
-    assert [frame.time for frame in read_frames([str(tmp_path / "uneven.gif")])] == pytest.approx([0, 0.1, 0.6, 0.8])
-
-
-def test_times_rise_by_a_frame_where_the_file_states_none(tmp_path, monkeypatch):
-    path = write_video(tmp_path / "clip.mp4", frames=4, fps=12.5)
-    open_video = cv2.VideoCapture
-
-    class Timeless:
-        def __init__(self, path: str) -> None:
-            self.video = open_video(path)
-            self.grab, self.retrieve, self.release = self.video.grab, self.video.retrieve, self.video.release
-
-        def get(self, key: int) -> float:
-            return 0.0 if key == cv2.CAP_PROP_POS_MSEC else self.video.get(key)
-
-    monkeypatch.setattr(cv2, "VideoCapture", Timeless)
-    assert [frame.time for frame in read_frames([str(path)])] == pytest.approx([0, 0.08, 0.16, 0.24])
-
-
-def test_vid_stride_takes_every_so_many_frames_under_their_own_numbers(tmp_path):
-    path = write_video(tmp_path / "clip.mp4", frames=8)
-    every, third = list(read_frames([str(path)])), list(read_frames([str(path)], vid_stride=3))
-    assert [frame.number for frame in third] == [1, 4, 7]
-    np.testing.assert_array_equal(third[1].image, every[3].image)
-
-
-def test_animated_gif_is_read_as_a_video(tmp_path):
-    pictures = [Image.fromarray(picture(seed)) for seed in range(3)]
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=100)
-    assert [frame.error for frame in read_frames([str(tmp_path / "a.gif")])] == ["", "", ""]
-
-
-@pytest.mark.parametrize("content", [b"", b"no video"])
-def test_file_that_is_no_video_arrives_as_one_damaged_frame(tmp_path, content):
-    (tmp_path / "bad.mp4").write_bytes(content)
-    (frame,) = read_frames([str(tmp_path / "bad.mp4")])
-    assert frame.image is None
-    assert "cannot be opened as a video" in frame.error
-
-
-def test_video_that_ends_early_is_read_to_its_end_and_the_shortage_is_told(tmp_path):
-    data = write_video(tmp_path / "clip.avi", "MJPG").read_bytes()
-    (tmp_path / "cut.avi").write_bytes(data[: len(data) * 6 // 10])
-    *frames, last = read_frames([str(tmp_path / "cut.avi")])
-    assert 15 <= len(frames) <= 30
-    assert all(frame.image is not None for frame in frames)
-    assert last.error == f"{FRAMES - len(frames)} of {FRAMES} declared frames are missing or cannot be decoded"
-
-
-def cut(path: Path, first: int, last: int) -> Path:
-    """Hides all frames but these (from 1), as programs do that cut without encoding anew; at 25 a second."""
-    data = bytearray(path.read_bytes())
-    at = data.index(b"elst") + 12  # the edits' number is before it, then a duration in ms and a beginning in 1/12800 s
-    data[at : at + 8] = struct.pack(">II", (last - first + 1) * 40, (first - 1) * 512)
-    path.write_bytes(data)
+@pytest.fixture(scope="module")
+def video(tmp_path_factory, numbered) -> Path:
+    """A video of numbered pictures that can be read without jumping about in it."""
+    path = tmp_path_factory.mktemp("video") / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 25, (numbered.WIDTH, numbered.HEIGHT))
+    for number in range(1, FRAMES + 1):
+        writer.write(numbered.draw(number))
+    writer.release()
     return path
 
 
-@pytest.mark.parametrize(("first", "last"), [(1, 40), (11, 40), (1, 30), (18, 33)])
-def test_frames_that_a_video_hides_are_not_missing(tmp_path, first, last):
-    path = write_video(tmp_path / "clip.mp4")
-    whole = [frame.image for frame in read_frames([str(path)])]
-    frames = list(read_frames([str(cut(path, first, last))]))
-    assert [frame.error for frame in frames] == [""] * (last - first + 1)
-    assert all(map(np.array_equal, [frame.image for frame in frames], whole[first - 1 : last]))
+class FileHandler(http.server.BaseHTTPRequestHandler):
+    """Answers every path with what `server.content` has under its last part; `/cut/` breaks off in the middle."""
+
+    def log_message(self, *_arguments) -> None:
+        """Says nothing."""
+
+    def do_GET(self) -> None:
+        folder, name = self.path.partition("?")[0].rsplit("/", 1)
+        self.server.asked.append(self.path)
+        data = self.server.content.get(name)
+        if data is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if folder.endswith("cut") else data)
 
 
-def test_frames_that_a_video_shows_and_lacks_are_told_where_it_hides_others(tmp_path):
-    path = cut(write_video(tmp_path / "clip.mp4", frames=100), 21, 90)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2 : len(data) * 3 // 5] = bytes(len(data) * 3 // 5 - len(data) // 2)
-    path.write_bytes(data)
-    *frames, last = read_frames([str(path)])
-    assert 30 < len(frames) < 70
-    assert last.error == f"{70 - len(frames)} of 70 declared frames are missing or cannot be decoded"
+@pytest.fixture
+def server(video):
+    """Serves `clip.avi` and, as `live`, the same without a suffix."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FileHandler) as server:
+        server.content, server.asked = {"clip.avi": video.read_bytes(), "live": video.read_bytes()}, []
+        server.address = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
 
 
-def test_frames_that_are_stored_in_another_order_than_shown_are_hidden_by_their_times(tmp_path):
-    encode(tmp_path / "clip.mp4", "libx264", bf="3", g="20")
-    path = cut(tmp_path / "clip.mp4", 1, 12)  # times begin with two frames of delay
-    frames = list(read_frames([str(path)]))
-    assert b"ctts" in path.read_bytes()
-    assert [frame.error for frame in frames] == [""] * 10
+@pytest.fixture
+def cameras(monkeypatch):
+    """Cameras 0 and 1, which show ten frames and then nothing more; others cannot be opened."""
+    monkeypatch.setattr(sources, "open_camera", FakeCamera)
 
 
-@pytest.mark.parametrize("vid_stride", [1, 2])
-def test_frames_behind_a_damaged_stretch_are_read_once_and_the_lost_ones_counted(tmp_path, vid_stride):
-    path = write_video(tmp_path / "clip.mp4", frames=100)
-    whole = {frame.number: frame.image for frame in read_frames([str(path)], vid_stride)}
-    data = bytearray(path.read_bytes())
-    damage = slice(len(data) // 3, len(data) * 2 // 5)
-    data[damage] = bytes(damage.stop - damage.start)
-    path.write_bytes(data)
-    *frames, last = read_frames([str(path)], vid_stride)
-    numbers = [frame.number for frame in frames]
-    assert numbers == sorted(set(numbers))
-    assert numbers[0] == 1
-    assert numbers[-1] == max(whole)
-    np.testing.assert_array_equal(frames[-1].image, whole[numbers[-1]])
-    lost = 100 - len(set(numbers)) * vid_stride
-    assert 7 <= lost < 60
-    assert abs(int(last.error.split()[0]) - lost) <= 2 * (vid_stride - 1)
-    assert last.error.endswith(" of 100 declared frames are missing or cannot be decoded")
+class FakeCamera:
+    fps, frame_count, is_recording = 30.0, 10, True
+
+    def __init__(self, index: int) -> None:
+        if index > 1:
+            raise UserError(f"Failed to open camera {index}: there is none")
+        self.index, self.number = index, 0
+
+    def grab(self) -> bool:
+        self.number += 1
+        return self.number <= self.frame_count
+
+    def retrieve(self) -> np.ndarray:
+        return np.full((2, 2, 3), 100 * self.index + self.number, np.uint8)
+
+    def release(self) -> None:
+        """Nothing to give back."""
+
+
+def read_all(source) -> list:
+    try:
+        return [frame for frames in source.read() for frame in frames]
+    finally:
+        source.close()
+
+
+@pytest.mark.parametrize(
+    ("source", "live"),
+    [
+        *[("0", True), ("12", True), ("rtsp://a/b", True), ("RTMP://a/b", True), ("http://a:8080/", True)],
+        *[("http://a/video.mjpg", True), ("https://a/index.m3u8", True), ("screen", True), ("screen 1 0 0 9 9", True)],
+        *[("https://www.youtube.com/watch?v=x", True), ("https://youtu.be/x.mp4", True)],
+        *[("http://a/b.JPG", False), ("https://a/b.mp4?token=1", False), ("clip.mp4", False), ("-1", False)],
+        *[("screens", False), ("screen shots", False), ("1.5", False), ("²", False), ("rtsp:/a", False)],
+        *[("C:\\a\\b.mp4", False), ("ftp://a/b", False), ("http://[a/b", False)],
+    ],
+)
+def test_live_inputs_are_told_by_their_form(source, live):
+    assert is_live(source) is live
+
+
+def test_results_are_filed_under_distinct_names_without_secrets():
+    named = [
+        "0",
+        "rtsp://user:secret@10.0.0.5:554/stream1?key=secret",
+        "rtsp://10.0.0.5:554/stream1",
+        "https://www.youtube.com/watch?v=Ab-1",
+        "screen 1 0 0 64 48",
+    ]
+    assert [source.name for source in live_inputs(named)] == [
+        "0",
+        "rtsp_10_0_0_5_554_stream1",
+        "rtsp_10_0_0_5_554_stream1-2",
+        "https_www_youtube_com_watch_v_Ab-1",
+        "screen_1_0_0_64_48",
+    ]
+
+
+def test_files_are_read_as_ever_one_a_list(tmp_path, video):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "b.jpg").write_text("no image")
+    source = open_source(tmp_path)
+    assert isinstance(source, LoadImages)
+    assert source.live is False
+    assert [Path(path).name for path in source.inputs] == ["a.png", "b.jpg"]
+    batches = list(source.read())
+    assert [[bool(frame.error) for frame in frames] for frames in batches] == [[False], [True]]
+    source.close()
+    assert source.report() == []
+    assert [frame.number for frame in read_all(open_source(video, vid_stride=15))] == [1, 16, 31]
+
+
+def test_camera_is_opened_by_its_number_even_where_a_file_has_that_name(cameras, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1").touch()
+    source = open_source("1", vid_stride=4)
+    assert isinstance(source, LoadStreams)
+    assert source.inputs == ["1"]
+    assert [(frame.image[0, 0, 0], frame.label) for frame in read_all(source)] == [(101, "0"), (105, "0"), (109, "0")]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "streams"])
+def test_list_of_live_inputs_is_read_side_by_side(cameras, tmp_path, suffix):
+    path = tmp_path / f"list.{suffix}"
+    path.write_text("# the hall\n0\n\n1\n")
+    source = open_source(path)
+    frames = read_all(source)
+    assert source.inputs == ["0", "1"]
+    assert [frame.image[0, 0, 0] for frame in frames if frame.label == "0"] == [*range(1, 11)]
+    assert [frame.image[0, 0, 0] for frame in frames if frame.label == "1"] == [*range(101, 111)]
+    assert {frame.file_count for frame in frames} == {2}
+
+
+@pytest.mark.parametrize(("seconds", "give_up_s"), [(20.0, 20.0), (0.0, math.inf)])
+def test_live_inputs_are_given_up_after_the_seconds_asked_for_or_never(tmp_path, monkeypatch, seconds, give_up_s):
+    monkeypatch.setattr(sources, "LoadStreams", lambda _entries, vid_stride, patience: patience)
+    (tmp_path / "list.txt").write_text("0\n1\n")
+    for source in ("0", tmp_path / "list.txt"):
+        assert open_source(source, stream_timeout_s=seconds) == Patience(give_up_s=give_up_s)
+
+
+def test_list_of_files_may_name_addresses_of_files(tmp_path, monkeypatch, server, video):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.streams").write_text(f"{video}\n{server.address}/sub/clip.avi?size=1\n")
+    source = open_source("list.streams")
+    assert source.inputs == [str(video), str(tmp_path / "clip.avi")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["0", "a.mp4"], r"lists both live inputs \('0'\) and files \('a.mp4'\)"),
+        (["rtsp://u:secret@h/1", "http://h/a.jpg"], r"live inputs \('rtsp://h/1'\) and files \('http://h/a.jpg'\)"),
+        (["http://g/a.jpg", "http://h/A.jpg"], "http://g/a.jpg and http://h/A.jpg would both be saved as A.jpg"),
+        (["0", "7", "8"], "Failed to open camera 7: there is none\nFailed to open camera 8"),
+        (["# nothing"], "no images or videos found there"),
+        (["a.jpg", "~\0.jpg"], "cannot be read as a list of paths .*NUL"),
+    ],
+)
+def test_lists_that_cannot_be_read_are_refused(cameras, tmp_path, lines, message):
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        open_source(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("ftp://host/a.mp4", "is not a URL that can be read: it must begin with rtsp://, rtmp://, http://, https://"),
+        ("gone.mp4", "no file, folder, glob or list file"),
+        ("gone.txt", "no file, folder, glob or list file"),
+        ("9", "Failed to open camera 9"),
+        ("rtsp://user:secret@127.0.0.1:1/a?key=secret", r"^Failed to open rtsp://127.0.0.1:1/a: no video came"),
+        ("screen 1 2", "the screen is given as"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused_before_anything_is_read(cameras, source, message):
+    with pytest.raises(UserError, match=message):
+        open_source(source)
+
+
+def test_address_of_a_file_is_fetched_once_and_read(tmp_path, monkeypatch, caplog, server, numbered):
+    monkeypatch.chdir(tmp_path)
+    source = open_source(f"{server.address}/some/clip.avi?token=secret")
+    assert source.inputs == [str(tmp_path / "clip.avi")]
+    assert [numbered.read(frame.image) for frame in read_all(source)] == [*range(1, FRAMES + 1)]
+    assert os.listdir() == ["clip.avi"]
+    with caplog.at_level(logging.INFO, "yolov5"):
+        open_source(f"{server.address}/other/clip.avi")
+    assert len(server.asked) == 1
+    assert f"Using {tmp_path / 'clip.avi'}, which is there already" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/cut/clip.avi", "/gone.jpg"])
+def test_file_that_does_not_come_whole_leaves_nothing_behind(tmp_path, monkeypatch, server, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cut short|404"):
+        open_source(server.address + path)
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("vid_stride", [1, 3])
+def test_video_served_without_a_suffix_is_read_as_a_stream_to_its_end(server, numbered, vid_stride):
+    source = open_source(f"{server.address}/live", vid_stride)
+    frames = read_all(source)
+    assert [numbered.read(frame.image) for frame in frames] == [*range(1, FRAMES + 1, vid_stride)]
+    assert {(frame.fps, frame.live, frame.label) for frame in frames} == {(25.0, True, "0")}
+    assert source.report()[0].startswith(f"http_127_0_0_1_{server.server_port}_live: {len(frames)} frames received")
+    assert "ended" not in source.report()[0]
+
+
+def test_video_that_breaks_off_again_and_again_gives_what_came_once_and_says_what_is_missing(server, numbered):
+    source = open_source(f"{server.address}/cut/live")
+    *frames, last = read_all(source)
+    numbers = [numbered.read(frame.image) for frame in frames]
+    assert last.error == f"ended: only {len(numbers)} of its {FRAMES} frames come"
+    assert numbers == [*range(1, len(numbers) + 1)]
+    assert 10 <= len(numbers) <= FRAMES // 2
+    assert source.report()[0].endswith(f"ended: only {len(numbers)} of its {FRAMES} frames come")
+
+
+def test_youtube_page_is_read_through_the_address_that_it_leads_to(monkeypatch, server):
+    monkeypatch.setattr(sources, "resolve_youtube", {"https://youtu.be/x": f"{server.address}/live"}.get)
+    source = open_source("https://youtu.be/x")
+    assert source.inputs == ["https_youtu_be_x"]
+    assert len(read_all(source)) == FRAMES
+
+
+PAGE = "https://www.youtube.com/watch?v=abc"
+
+
+class YoutubeDLError(Exception):
+    pass
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """Lets a test say what yt-dlp finds on the page, or which error it raises; keeps the options it was given."""
+    asked = SimpleNamespace(found=None, options=None)
+
+    class YoutubeDL:
+        def __init__(self, options: dict) -> None:
+            asked.options = options
+
+        def __enter__(self) -> "YoutubeDL":
+            return self
+
+        def __exit__(self, *_exception) -> None:
+            """Nothing to close."""
+
+        def extract_info(self, page: str, download: bool):
+            assert (page, download) == (PAGE, False)
+            asked.options["logger"].error("what the library prints")
+            if isinstance(asked.found, Exception):
+                raise asked.found
+            return asked.found
+
+    utils = SimpleNamespace(YoutubeDLError=YoutubeDLError)
+    monkeypatch.setitem(sys.modules, "yt_dlp", SimpleNamespace(YoutubeDL=YoutubeDL, utils=utils))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("address", "is_file"),
+    [
+        *[("http://a/b.jpg", True), ("HTTPS://a/b.MP4?x=1", True), ("http://a/b.jpg/video", False)],
+        *[("rtsp://a/b.mp4", False), ("http://a/b.m3u8", False), ("http://a/?file=b.jpg", False), ("a/b.jpg", False)],
+        *[("http://a/live.flv", False), ("http://a/live.ts?x=1", False), ("http://a/live.webm", False)],
+        *[("http://a/b.avif", True), ("http://a/b.3gp", True)],
+    ],
+)
+def test_files_are_told_by_the_suffix_of_the_path(address, is_file):
+    assert is_file_address(address) is is_file
+
+
+@pytest.mark.parametrize(
+    ("address", "known"),
+    [
+        *[(PAGE, True), ("https://youtu.be/abc", True), ("http://m.YouTube.com/live/abc", True)],
+        *[("https://notyoutube.com/abc", False), ("https://a/youtube.com/", False), ("youtube.com/abc", False)],
+    ],
+)
+def test_youtube_is_told_by_the_host_alone(address, known):
+    assert is_youtube(address) is known
+
+
+def test_passwords_and_keys_are_not_shown():
+    assert without_secrets("rtsp://user:se@cret@10.0.0.5:554/a/b?key=1#x") == "rtsp://10.0.0.5:554/a/b"
+    assert without_secrets(PAGE) == PAGE
+
+
+def test_names_are_fit_for_files_of_every_system():
+    assert name_of("http://[::1]:80/a b/../c.cgi") == "http_1_80_a_b_c_cgi"
+    assert name_of("rtsp://相机/街") == "rtsp_相机_街"
+    assert len(name_of("http://a/" + "b" * 300)) == 100
+
+
+def test_page_gives_the_address_of_its_video(pages, capfd):
+    pages.found = {"url": "https://video.example/1", "title": "x"}
+    assert resolve_youtube(PAGE) == "https://video.example/1"
+    assert pages.options["noplaylist"] and "avc1" in pages.options["format"]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (YoutubeDLError("ERROR: Failed to resolve (caused by X)\nmore"), "watch.v=abc: Failed to resolve .offline"),
+        ({"entries": []}, "not the page of one video"),
+        (None, "not the page of one video"),
+    ],
+)
+def test_page_without_a_video_is_told(pages, found, message):
+    pages.found = found
+    with pytest.raises(UserError, match=message):
+        resolve_youtube(PAGE)
+
+
+def test_missing_library_is_told_with_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "yt_dlp", None)
+    with pytest.raises(UserError, match="needs yt-dlp, which finds a page's video: pip install yt-dlp"):
+        resolve_youtube(PAGE)
+
+
+def test_the_library_takes_the_options_that_it_is_given():
+    yt_dlp = pytest.importorskip("yt_dlp")
+    assert issubclass(yt_dlp.utils.DownloadError, yt_dlp.utils.YoutubeDLError)
+    with yt_dlp.YoutubeDL({"quiet": True}) as reader:
+        assert callable(reader.build_format_selector(sources._YOUTUBE_FORMAT))
