@@ -152,7 +152,7 @@ def write_all(pipeline: Pipeline, folder: Path, config: DetectConfig, window: Wi
     try:
         with writer, Background(writer.write) as sink, closing(window) if window else nullcontext():
             for result in pipeline.results(feature_sink):
-                outputs = result.frame, result.detections.rows, result.counts
+                outputs = result.frame, result.detections, result.counts
                 shown = writer.drawn(*outputs) if window else None  # then it is drawn into
                 sink.put(*outputs)  # first: what is told is in the outputs
                 height, width = result.input_hw

@@ -1,8 +1,8 @@
 """Models for `torch.hub.load`: `torch.hub.load("path/of/this/repository", "custom", path="best.pt", source="local")`.
 
 Entries: `custom` for any weights file, `yolov5n` to `yolov5x`, `yolov5n6` to `yolov5x6`, and those with a slim neck:
-`yolov5n_slimneck`, `yolov5n_slimneck_c`, `yolov5n_gsneck`, `yolov5n_gsconv` and so on. They return a model for pictures
-of any kind (`models.inference.autoshape`). As a script this file tries that out on the pictures in data/images.
+`yolov5n_slimneck`, `yolov5n_slimneck_c`, `yolov5n_gsneck`, `yolov5n_gsconv` and so on. They return a model for images
+of any kind (`models.inference.autoshape`). As a script this file tries that out on those in data/images.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def custom(
 
     Args:
         path: the file or folder; several checkpoints make an ensemble.
-        autoshape: take pictures of any kind and return `Detections`; else take tensors and return rows.
+        autoshape: take images of any kind and return `Detections`; else take tensors and return rows.
         verbose: tell what is loaded.
         device: where to run: cpu, cuda:0, ...; None takes a GPU where there is one.
         _verbose: the same as `verbose`, which `torch.hub.load` takes for itself when it is given by name.
@@ -54,11 +54,7 @@ def _create(
     verbose: bool = True,
     device: str | torch.device | None = None,
 ) -> nn.Module:
-    """Makes a model of the repository, or loads a weights file.
-
-    Args:
-        name: a model YAML's name without its suffix, or a weights file.
-        pretrained, channels, classes, autoshape, verbose, device: see `_entry`.
+    """Makes a model of the repository (`name`: its YAML's without the suffix), or loads a weights file; see `_entry`.
 
     Raises:
         UserError: no such model, no released weights for it, offline, or a file that cannot be loaded.
@@ -68,6 +64,9 @@ def _create(
         sys.path.append(str(_ROOT))  # for processes that are sent the model: they look where this one does
     import logging
 
+    from models.inference.autoshape import AutoShape
+    from models.inference.multibackend import DetectMultiBackend
+    from utils.errors import UserError
     from utils.log import LOGGER, setup_logging
 
     setup_logging()
@@ -75,35 +74,18 @@ def _create(
     if not verbose:
         LOGGER.setLevel(max(level, logging.WARNING))
     try:
-        return _load(name, pretrained, channels, classes, autoshape, device)
+        if pretrained and name in _SLIM:
+            raise UserError(
+                f"There are no released weights for {name}: train it and load your own with custom(path=...), or take "
+                "it untrained with pretrained=False."
+            )
+        if pretrained and (channels, classes) == (3, 80):
+            model = DetectMultiBackend(f"{name}.pt" if name in _RELEASED else name, device, fuse=autoshape)
+        else:
+            model = _build(str(name), pretrained, channels, classes, device)
+        return AutoShape(model) if autoshape else model
     finally:
         LOGGER.setLevel(level)  # what the caller does with the model is told as ever
-
-
-def _load(
-    name: str | pathlib.Path,
-    pretrained: bool,
-    channels: int,
-    classes: int,
-    autoshape: bool,
-    device: str | torch.device | None,
-) -> nn.Module:
-    """Makes or loads what `_create` is asked for."""
-    from models.inference.autoshape import AutoShape
-    from models.inference.multibackend import DetectMultiBackend
-    from utils.errors import UserError
-
-    if pretrained and name in _SLIM:
-        raise UserError(
-            f"There are no released weights for {name}: train it and load your own with custom(path=...), or take it "
-            "untrained with pretrained=False."
-        )
-    if pretrained and (channels, classes) == (3, 80):
-        weights = f"{name}.pt" if name in _RELEASED else name
-        model = DetectMultiBackend(weights, device, fuse=autoshape)
-    else:
-        model = _build(str(name), pretrained, channels, classes, device)
-    return AutoShape(model) if autoshape else model
 
 
 def _build(name: str, pretrained: bool, channels: int, classes: int, device: str | torch.device | None) -> nn.Module:
@@ -155,7 +137,7 @@ def _entry(name: str) -> typing.Callable[..., nn.Module]:
             pretrained: take the released weights, as far as they fit another number of channels or classes.
             channels: of the images; with another number than 3 the model takes tensors alone.
             classes: number of classes.
-            autoshape: take pictures of any kind and return `Detections`; else return a model to train, its batch norm
+            autoshape: take images of any kind and return `Detections`; else return a model to train, its batch norm
                 not folded.
             verbose: tell what is loaded.
             device: where to run: cpu, cuda:0, ...; None takes a GPU where there is one.
@@ -177,7 +159,7 @@ for _name in (*_RELEASED, *_SLIM):
 
 
 def _main() -> None:
-    """Detects in the pictures of data/images, given in every way, and saves the results."""
+    """Detects in data/images, given in every way, and saves the results."""
     import numpy
     from PIL import Image
 
@@ -185,8 +167,8 @@ def _main() -> None:
     model = custom(weights) if weights else _create("yolov5n", pretrained=False)
     print(f"yolov5n {f'from {weights}' if weights else 'with random weights: yolov5n.pt is not here'}")
     files = sorted((_ROOT / "data" / "images").glob("*.jpg"))
-    pictures = [str(files[0]), files[1], Image.open(files[2]), numpy.asarray(Image.open(files[0]))]
-    results = model(pictures)
+    images = [str(files[0]), files[1], Image.open(files[2]), numpy.asarray(Image.open(files[0]))]
+    results = model(images)
     results.print()
     results.save()
 

@@ -3,7 +3,7 @@
 Examples:
     python serve.py --weights best.onnx                                                 # then open http://127.0.0.1:5000
     curl -F image=@photo.jpg http://127.0.0.1:5000/v1/detect                            # JSON
-    curl -F image=@photo.jpg "http://127.0.0.1:5000/v1/detect?annotated=1" -o boxes.jpg # the picture with its boxes
+    curl -F image=@photo.jpg "http://127.0.0.1:5000/v1/detect?annotated=1" -o boxes.jpg # the image with its boxes
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import importlib.util
 import signal
 import socket
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.hosts import LOCAL_HOSTS, TrustedHosts
 from utils.cli import CommandParser, echo_options, find_weights, number, options_from, run_command
 from utils.errors import UserError
 from utils.log import LOGGER, colorstr
@@ -24,9 +25,11 @@ from utils.log import LOGGER, colorstr
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from service.app import ServeConfig
+    from service.guard import TrustedHosts
+
 PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 SHUTDOWN_S = 30  # that requests in progress have left when the service is stopped
-TRUSTED_HELP = "more names that requests may ask for than localhost and --host; * for all"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,20 +37,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser("serve.py", description="Serve a trained model over HTTP.")
     add = parser.add_argument
     add("--weights", default="", help="checkpoint or exported model; default: the newest runs/train/*/weights/best.pt")
-    add("--imgsz", "--img", "--img-size", nargs="+", type=number(int, 1), default=None, help="default: as exported")
+    add("--imgsz", "--img", "--img-size", nargs="+", type=number(int, 1), help="default: as exported, else 640")
     add("--conf-thres", type=number(float, 0, 1), default=0.25, help="confidence threshold where a request names none")
     add("--iou-thres", type=number(float, 0, 1), default=0.45, help="IoU threshold where a request names none")
-    add("--max-det", type=number(int, 1), default=1000, help="most detections per image")
+    add("--max-det", type=number(int, 1), default=1000, help="maximum detections per image")
     add("--device", default="", help="cpu, mps, or a CUDA device such as 0")
-    add("--half", action="store_true", help="compute in float16 (CUDA only)")
+    add("--half", action="store_true", help="half precision (CUDA only)")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     add("--port", type=number(int, 0, 65535), default=5000, help="port to listen on; 0 takes a free one")
-    add("--trusted-hosts", nargs="+", default=[], metavar="NAME", help=TRUSTED_HELP)
-    add("--batch-size", type=number(int, 1), default=8, help="most images in a batch")
-    add("--batch-wait-ms", type=number(float, 0, 1000), default=5, help="longest wait for more images of a batch")
-    add("--max-image-mb", type=number(float, 0.001, 100_000), default=16, help="largest image file in MB")
-    add("--max-pixels", type=number(float, 1), default=50e6, help="most pixels in an image")
-    add("--queue", type=number(int, 1), default=64, help="most requests in progress; more are told to come back")
+    add("--trusted-hosts", nargs="+", default=[], metavar="NAME", help="further host names to answer to; * for all")
+    add("--batch-size", type=number(int, 1), default=8, help="maximum images in a batch")
+    add("--batch-wait-ms", type=number(float, 0, 1000), default=5, help="maximum wait for more images of a batch")
+    add("--max-image-mb", type=number(float, 0.001, 100_000), default=16, help="maximum size of an image file in MB")
+    add("--max-pixels", type=number(float, 1), default=50e6, help="maximum pixels of an image")
+    add("--queue", type=number(int, 1), default=64, help="maximum requests in progress; others are told to come back")
     return parser
 
 
@@ -65,34 +68,39 @@ def main(options: argparse.Namespace) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{', '.join(missing)} is not installed: pip install -r requirements-serve.txt")
+    from service.app import ServeConfig
+    from service.guard import TrustedHosts
+
     echo_options("serve", options)
-    listener = listen(options.host, options.port)  # mistakes are told before a model is loaded
+    config = ServeConfig(**vars(options))
+    listener = listen(config.host, config.port)  # mistakes are told before a model is loaded
     try:
-        hosts = TrustedHosts((options.host, listener.getsockname()[0]), options.trusted_hosts)
-        app = build_app(options, hosts)
-        serve_forever(app, listener)
+        hosts = TrustedHosts((config.host, listener.getsockname()[0]), config.trusted_hosts)
+        serve_forever(build_app(config, hosts), listener)
     finally:
         listener.close()
 
 
-def build_app(options: argparse.Namespace, hosts: TrustedHosts) -> FastAPI:
+def build_app(config: ServeConfig, hosts: TrustedHosts) -> FastAPI:
     """Loads the model and makes the application around it."""
     from models.backends import load_backend
-    from service.app import Batching, create_app
-    from service.predictor import Predictor
-    from service.uploads import Limits
+    from models.inference.predictor import Predictor
+    from service.app import create_app
+    from utils.images import DEFAULT_IMGSZ, inference_hw
     from utils.nms import NMSConfig
 
-    (weights,) = find_weights(options.weights)
-    backend = load_backend(weights, options.device, options.half)
-    nms = NMSConfig(options.conf_thres, options.iou_thres, options.max_det)
-    predictor = Predictor(backend, options.imgsz, nms)
-    batch_size = options.batch_size if backend.dynamic else min(options.batch_size, backend.metadata.batch)
-    if batch_size < options.batch_size:
-        LOGGER.info(f"the model was exported for batches of {batch_size}: larger ones would gain nothing")
-    limits = Limits(int(options.max_image_mb * 2**20), int(options.max_pixels), options.queue)
-    batching = Batching(batch_size, options.batch_wait_ms / 1000)
-    return create_app(predictor, weights.name, limits, batching, hosts)
+    weights = find_weights(config.weights)
+    backend = load_backend(weights, config.device, config.half)
+    only_hw = None if backend.dynamic else backend.metadata.shape_hw
+    own_hw = [side for side in backend.metadata.shape_hw if side]
+    shape_hw = inference_hw(config.imgsz, backend.stride, only_hw, default=own_hw or DEFAULT_IMGSZ)
+    backend.warm_up(*shape_hw)
+    if not backend.dynamic and backend.metadata.batch < config.batch_size:
+        config = replace(config, batch_size=backend.metadata.batch)
+        LOGGER.info(f"the model was exported for batches of {config.batch_size}: larger ones would gain nothing")
+    nms = NMSConfig(config.conf_thres, config.iou_thres, config.max_det)
+    predictor = Predictor(backend, nms, shape_hw, max_batch=config.batch_size)
+    return create_app(predictor, Path(weights[0]).name, config, hosts)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -101,7 +109,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         UserError: no such address, or the port is taken.
     """
-    if host not in LOCAL_HOSTS:
+    if host not in ("127.0.0.1", "localhost", "::1"):
         LOGGER.warning(
             f"WARNING: --host {host} lets other machines in; the service knows no passwords and no encryption. "
             "Put it behind a firewall or a reverse proxy."
@@ -120,7 +128,7 @@ def serve_forever(app: FastAPI, listener: socket.socket) -> None:
     """Serves until the first SIGINT or SIGTERM, then finishes what is in progress; a second SIGINT cuts it off."""
     import uvicorn
 
-    from service.connection import Connection
+    from service.guard import Connection
 
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -134,14 +142,10 @@ def serve_forever(app: FastAPI, listener: socket.socket) -> None:
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
     for number_ in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it is done: that is no error here
-        signal.signal(number_, _ignore)
+        signal.signal(number_, lambda _signal, _frame: None)
     LOGGER.info(f"Serving on {colorstr(f'http://{shown}:{port}')} (Ctrl-C stops)")
     uvicorn.Server(config).run(sockets=[listener])
     LOGGER.info("Stopped.")
-
-
-def _ignore(_signal: int, _frame: object) -> None:
-    """Does nothing at a signal."""
 
 
 if __name__ == "__main__":

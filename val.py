@@ -133,9 +133,10 @@ def process_batch(detections: torch.Tensor, labels: torch.Tensor, iouv: torch.Te
 
 def save_one_txt(predn: torch.Tensor, save_conf: bool, shape: Sequence[int], file: str | Path) -> None:
     """Appends one image's detections `predn` (n, 6) to a label file; `shape` is the image's height and width."""
+    from utils.boxes import Detections
     from utils.media.writers import label_lines
 
-    lines = label_lines(predn.detach().cpu().numpy(), shape, save_conf)
+    lines = label_lines(Detections.from_rows(predn.detach()), shape, save_conf)
     with open(file, "a", encoding="utf-8") as stream:
         stream.writelines(f"{line}\n" for line in lines)
 

@@ -180,7 +180,7 @@ def detect_all(predictor: Any, paths: Sequence[str], names: dict[int, str]) -> N
     with tempfile.TemporaryDirectory() as folder, ResultWriter(Path(folder), paths, names, OutputOptions()) as writer:
         with Background(writer.write) as sink:
             for result in Pipeline(LoadImages(paths), predictor, names):
-                sink.put(result.frame, result.detections.rows)
+                sink.put(result.frame, result.detections)
 
 
 def table(results: Sequence[Result]) -> str:

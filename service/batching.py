@@ -1,4 +1,4 @@
-"""Requests gathered into batches: pictures of one shape that arrive together go through the model together.
+"""Requests gathered into batches: images of one shape that arrive together go through the model together.
 
 One batch runs at a time, in a thread of its own; the event loop only keeps the books. While a batch runs the next
 gathers, so a busy service fills its batches without waiting. An idle one waits for others only where some are on
@@ -15,32 +15,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
-from service.predictor import Prepared
+from models.inference.predictor import Window
+from utils.boxes import Detections
 from utils.log import LOGGER
+from utils.nms import NMSConfig
 
 TIMER_SLACK_S = 0.0005  # timers may ring a tick early, when nobody is ripe yet
-
-Detect = Callable[[Sequence[Prepared]], list[np.ndarray]]
 
 
 class InferenceError(Exception):
     """A batch failed; its cause is the runtime's error, which is logged."""
 
 
-class Outcome(NamedTuple):
-    """What came of one picture."""
+class Prepared(NamedTuple):
+    """An image ready for the model, and how its sender wants detections chosen."""
 
-    detections: np.ndarray  # (k, 6)
+    windows: list[Window]  # of `Predictor.prepare`
+    nms: NMSConfig
+
+
+class Outcome(NamedTuple):
+    """What came of one image."""
+
+    detections: Detections
     queue_s: float  # that it waited
     inference_s: float  # of its batch
-    batch: int  # pictures in it
+    batch: int  # images in it
 
 
 @dataclass
 class _Waiting:
-    """A picture in the queue."""
+    """An image in the queue."""
 
     prepared: Prepared
     result: asyncio.Future[Outcome]
@@ -51,12 +56,12 @@ class Batcher:
     """The queue before a model. Use from one event loop, between `start` and `close`.
 
     Attributes:
-        failing: whether the last batch raised an error, and each of its pictures alone as well.
+        failing: whether the last batch raised an error, and each of its images alone as well.
     """
 
     def __init__(
         self,
-        detect: Detect,
+        detect: Callable[[Sequence[Prepared]], list[Detections]],
         batch_size: int,
         wait_s: float,
         on_batch: Callable[[int], None],
@@ -65,11 +70,11 @@ class Batcher:
         """Prepares an empty queue.
 
         Args:
-            detect: runs a batch of pictures of one shape; called in one thread only.
-            batch_size: most pictures in a batch.
-            wait_s: longest wait for pictures that are still being read.
+            detect: runs a batch of images of one shape; called in one thread only.
+            batch_size: most images in a batch.
+            wait_s: longest wait for images that are still being read.
             on_batch: told the size of every batch.
-            on_drop: told how many pictures were left out because nobody waits for them any more.
+            on_drop: told how many images were left out because nobody waits for them any more.
         """
         self.failing = False
         self._detect, self._batch_size, self._wait_s = detect, batch_size, wait_s
@@ -81,7 +86,7 @@ class Batcher:
         self._loop_task: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
-        """Returns the number of pictures that wait."""
+        """Returns the number of images that wait."""
         return sum(len(queue) for queue in self._queues.values())
 
     def start(self) -> None:
@@ -98,7 +103,7 @@ class Batcher:
 
     @contextmanager
     def expected(self) -> Iterator[None]:
-        """Marks a picture as being on its way to the queue: for the time of the block others may wait for it."""
+        """Marks an image as being on its way to the queue: for the time of the block others may wait for it."""
         self._expected += 1
         try:
             yield
@@ -107,10 +112,10 @@ class Batcher:
             self._changed.set()
 
     def enqueue(self, prepared: Prepared) -> asyncio.Future[Outcome]:
-        """Queues a picture; cancelling the result takes it out. It holds an `InferenceError` if the batch fails."""
+        """Queues an image; cancelling the result takes it out. It holds an `InferenceError` if the batch fails."""
         loop = asyncio.get_running_loop()
         waiting = _Waiting(prepared, loop.create_future())
-        self._queues.setdefault(prepared.inputs.shape, []).append(waiting)
+        self._queues.setdefault(prepared.windows[0].inputs.shape, []).append(waiting)
         self._changed.set()
         loop.call_later(self._wait_s + TIMER_SLACK_S, self._changed.set)
         return waiting.result
@@ -119,22 +124,17 @@ class Batcher:
         """Runs batch after batch until closed and empty."""
         while True:
             self._changed.clear()
-            self._drop_abandoned()
-            batch = self._next_batch()
-            if batch:
+            before = len(self)
+            kept = {shape: [item for item in queue if not item.result.done()] for shape, queue in self._queues.items()}
+            self._queues = {shape: queue for shape, queue in kept.items() if queue}
+            if dropped := before - len(self):  # whose senders have left
+                self._on_drop(dropped)
+            if batch := self._next_batch():
                 await self._run(batch)
             elif self._closing and not self._queues:
                 return
             else:
                 await self._changed.wait()
-
-    def _drop_abandoned(self) -> None:
-        """Takes out of the queues what nobody waits for any more."""
-        before = len(self)
-        kept = {shape: [item for item in queue if not item.result.done()] for shape, queue in self._queues.items()}
-        self._queues = {shape: queue for shape, queue in kept.items() if queue}
-        if dropped := before - len(self):
-            self._on_drop(dropped)
 
     def _next_batch(self) -> list[_Waiting]:
         """Takes the batch that has waited longest among those that are full or need not wait; empty where none is."""
@@ -153,15 +153,15 @@ class Batcher:
         return batch
 
     async def _run(self, batch: list[_Waiting]) -> None:
-        """Runs a batch in the thread and hands out its results; where it fails, each of its pictures alone."""
+        """Runs a batch in the thread and hands out its results; where it fails, each of its images alone."""
         start_s = time.monotonic()
-        pictures = [item.prepared for item in batch]
+        images = [item.prepared for item in batch]
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._thread, self._detect, pictures)
+            found = await asyncio.get_running_loop().run_in_executor(self._thread, self._detect, images)
         except Exception as error:  # whatever a runtime raises: its sender is told, the service goes on
             if len(batch) > 1:
                 LOGGER.warning(f"WARNING: inference on {len(batch)} images failed ({error}); trying each alone")
-                del pictures  # of those that are answered nothing is to be kept
+                del images  # of those that are answered nothing is to be kept
                 works = False
                 while batch:
                     await self._run([batch.pop(0)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 from fastapi import HTTPException
@@ -17,7 +16,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from utils.images import ImageError, ImageInfo, ImageTooLargeError, decode_image, image_info
+from utils.images import ImageError, ImageTooLargeError, decode_image, image_info
 
 FIELD = "image"  # of a multipart form, as in YOLOv5's own service
 FORMATS = frozenset({"bmp", "gif", "jpeg", "mpo", "png", "tiff", "webp"})
@@ -26,15 +25,6 @@ ENVELOPE_BYTES = 64 * 1024  # what a form may hold beside the image
 MAX_FIELDS = 8
 MAX_SCANS = 100  # of a progressive JPEG, which has about ten: each costs a pass over all pixels
 BODY_TIMEOUT_S, DRAIN_TIMEOUT_S = 30.0, 2.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a request may ask for."""
-
-    image_bytes: int = 16 * 2**20
-    pixels: int = 50_000_000
-    requests: int = 64  # in progress at once
 
 
 class _MemoryParser(MultiPartParser):
@@ -46,9 +36,9 @@ class _MemoryParser(MultiPartParser):
 class Upload:
     """One request's image: `read` it once, and `drain` the rest where the request is refused."""
 
-    def __init__(self, request: Request, limits: Limits) -> None:
-        """Takes a request whose body was not read yet."""
-        self._request, self._limits = request, limits
+    def __init__(self, request: Request, max_bytes: int) -> None:
+        """Takes a request whose body was not read yet, and how long an image file may be."""
+        self._request, self._max_bytes = request, max_bytes
         self._begun = self._finished = False
 
     async def read(self) -> bytes:
@@ -68,7 +58,7 @@ class Upload:
             data = await asyncio.wait_for(reading, BODY_TIMEOUT_S)
         except asyncio.TimeoutError as error:  # its own class before Python 3.11
             raise HTTPException(408, f"the image did not arrive within {BODY_TIMEOUT_S:.0f} s") from error
-        if len(data) > self._limits.image_bytes:
+        if len(data) > self._max_bytes:
             raise self._too_long()
         if not data:
             raise HTTPException(400, "the image is empty (0 bytes)")
@@ -84,7 +74,7 @@ class Upload:
             return
 
         async def forget() -> None:
-            left = 4 * self._limits.image_bytes
+            left = 4 * self._max_bytes
             while not self._finished and left > 0:
                 left -= len(await self._receive())
 
@@ -99,7 +89,6 @@ class Upload:
             continue
 
     async def _receive(self) -> bytes:
-        """Returns the body's next piece, and notes whether it was the last."""
         self._begun = True
         message = await self._request.receive()
         if message["type"] == "http.disconnect":
@@ -122,15 +111,13 @@ class Upload:
             yield piece
 
     async def _read_plain(self) -> bytes:
-        """Reads a body that is the image."""
         data = bytearray()
-        async for piece in self._pieces(self._limits.image_bytes):
+        async for piece in self._pieces(self._max_bytes):
             data += piece
         return bytes(data)
 
     async def _read_form(self) -> bytes:
-        """Reads the image out of a form."""
-        pieces = self._pieces(self._limits.image_bytes + ENVELOPE_BYTES)
+        pieces = self._pieces(self._max_bytes + ENVELOPE_BYTES)
         parser = _MemoryParser(
             self._request.headers, pieces, max_files=1, max_fields=MAX_FIELDS, max_part_size=ENVELOPE_BYTES
         )
@@ -148,18 +135,25 @@ class Upload:
             await form.close()
 
     def _too_long(self) -> HTTPException:
-        return HTTPException(413, f"the image is larger than {self._limits.image_bytes / 2**20:g} MB")
+        return HTTPException(413, f"the image is larger than {self._max_bytes / 2**20:g} MB")
 
 
-def check_upload(data: bytes, limits: Limits) -> int:
+def check_upload(data: bytes, max_pixels: int) -> int:
     """Looks at an image file's header and returns its number of pixels.
 
     Raises:
         HTTPException: 400 no image, 413 too many pixels, 415 a format that is not taken.
     """
-    with _told():
+    with _image_errors():
         info = image_info(data)
-    _check_info(info, data, limits)
+    if info.format not in FORMATS:
+        raise HTTPException(415, f"the image is of format {info.format}: send one of {', '.join(sorted(FORMATS))}")
+    if info.width * info.height > max_pixels:
+        size = f"{info.width}x{info.height} px"
+        raise HTTPException(413, f"the image is {size}; at most {max_pixels / 1e6:g} million pixels are taken")
+    scans = data.count(b"\xff\xda") if info.format in ("jpeg", "mpo") else 0
+    if scans > MAX_SCANS:
+        raise HTTPException(400, f"the image is a JPEG of {scans} scans; at most {MAX_SCANS} are taken")
     return info.width * info.height
 
 
@@ -169,12 +163,12 @@ def decode_upload(data: bytes) -> np.ndarray:
     Raises:
         HTTPException: 400 a damaged image.
     """
-    with _told():
+    with _image_errors():
         return decode_image(data)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _image_errors() -> Iterator[None]:
     """Makes refusals of what is wrong with an image."""
     try:
         yield
@@ -182,15 +176,3 @@ def _told() -> Iterator[None]:
         raise HTTPException(413, f"the image {error}") from error
     except ImageError as error:
         raise HTTPException(400, f"the image {error}") from error
-
-
-def _check_info(info: ImageInfo, data: bytes, limits: Limits) -> None:
-    """Refuses what its header already shows to be unfit."""
-    if info.format not in FORMATS:
-        raise HTTPException(415, f"the image is of format {info.format}: send one of {', '.join(sorted(FORMATS))}")
-    if info.width * info.height > limits.pixels:
-        size = f"{info.width}x{info.height} px"
-        raise HTTPException(413, f"the image is {size}; at most {limits.pixels / 1e6:g} million pixels are taken")
-    scans = data.count(b"\xff\xda") if info.format in ("jpeg", "mpo") else 0
-    if scans > MAX_SCANS:
-        raise HTTPException(400, f"the image is a JPEG of {scans} scans; at most {MAX_SCANS} are taken")

@@ -15,10 +15,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -27,10 +27,12 @@ from PIL import Image, ImageOps, ImageShow
 from torch import Tensor, nn
 
 from models.backends.base import require
+from models.backends.pytorch import ModuleBackend
 from models.inference.multibackend import DetectMultiBackend, Ensemble, predict
-from models.inference.predictor import class_summary
+from models.inference.predictor import STAGES, Predictor, Window, class_summary
 from models.yolo import Model, profile_layers
-from utils.boxes import scale_boxes, xyxy2xywh
+from utils import boxes
+from utils.boxes import xyxy2xywh
 from utils.devices import resolve_amp
 from utils.downloads import download_file
 from utils.errors import UserError, grid_stride, printable, round_up
@@ -47,15 +49,8 @@ DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L")  # Pillow's with more than 8 b
 MOST_CHANNELS = 4  # a first axis up to this long holds channels
 
 
-class Picture(NamedTuple):
-    """A picture and the name that its results are filed under."""
-
-    image: np.ndarray  # uint8 (h, w, 3) RGB
-    file: str
-
-
 class AutoShape(nn.Module):
-    """A model for pictures as they come: files, addresses, Pillow images, arrays, tensors, and lists of them.
+    """A model for images as they come: files, addresses, Pillow images, arrays, tensors, and lists of them.
 
     The attributes may be changed at any time. Exported models that choose detections themselves (`export.py --nms`)
     keep the thresholds that they were exported with; `conf`, `classes` and `max_det` can only narrow those down.
@@ -63,10 +58,10 @@ class AutoShape(nn.Module):
     Attributes:
         conf: confidences must exceed it.
         iou: boxes of a class that overlap a more confident one by more are dropped.
-        agnostic: suppress across classes.
+        agnostic: class-agnostic NMS: boxes suppress each other whatever their classes.
         multi_label: every class above `conf` makes a detection, not only a box's best.
         classes: class numbers to keep; None keeps all.
-        max_det: most detections in a picture.
+        max_det: maximum detections per image.
         amp: compute in 16 bits where the device does so in hardware (checkpoints alone).
         model: the model that was given.
         names: class names {number: name}.
@@ -97,44 +92,56 @@ class AutoShape(nn.Module):
     def forward(
         self, imgs: Any, size: int | Sequence[int] | None = None, augment: bool = False, profile: bool = False
     ) -> Detections | Any:
-        """Detects in pictures.
+        """Detects in images.
 
         Args:
-            imgs: a picture or a list of them, of one kind or several: a file; an http or https address; a Pillow
+            imgs: an image or a list of them, of one kind or several: a file; an http or https address; a Pillow
                 image; an array or a tensor (h, w, 3), (h, w), (h, w, 1) or (3, h, w) in RGB order (of OpenCV's
-                pictures give `image[..., ::-1]`), 0 to 255, 0 to 1 or of 12 or 16 bits (`utils.images.to_8_bits`).
+                images give `image[..., ::-1]`), 0 to 255, 0 to 1 or of 12 or 16 bits (`utils.images.to_8_bits`).
                 EXIF orientation is heeded, alpha left out. A tensor (b, 3, h, w) of values 0 to 1 goes straight to
                 the model; one of other values is warned of.
-            size: the long side, px, that pictures are scaled to, or exactly (height, width); both are rounded up to
+            size: the long side, px, that images are scaled to, or exactly (height, width); both are rounded up to
                 the model's stride. None is 640, or what the model was exported for.
-            augment: look at every picture in three sizes, once mirrored (checkpoints alone).
+            augment: test-time augmentation (3 scales, flip; checkpoints alone).
             profile: log the time of every layer as well (one checkpoint alone).
 
         Returns:
-            Detections; for a tensor (b, 3, h, w) what the model returns.
+            Detections; for a tensor (b, 3, h, w) what the model returns: rows, with logits where it is no
+            DetectMultiBackend.
 
         Raises:
-            UserError: a picture that cannot be read or fetched, a size that the model does not take, or an option
-                that it does not offer.
+            UserError: an image that cannot be read or fetched, a size that the model does not take, or an option that
+                it does not offer.
         """
         if self.training:
             raise UserError("The model is in training mode, in which it detects nothing: call .eval() first.")
+        device = next(self.parameters(), torch.empty(0)).device
+        dtype = resolve_amp("auto", device) if self.amp and self.pt else None
         if isinstance(imgs, Tensor) and imgs.dim() == 4:
             self._warn_of_range(imgs)
-            return self._run(imgs, augment, profile)
-        times = [self._now()]
-        pictures = read_pictures(imgs if isinstance(imgs, (list, tuple)) else [imgs])
-        shape_hw = self._shape_for([picture.image.shape[:2] for picture in pictures], size)
-        inputs = self._letterboxed(pictures, shape_hw)
-        times.append(self._now())
-        output = self._run(inputs, augment, profile)
-        times.append(self._now())
-        found = self._suppressed(output if isinstance(output, Tensor) else output[0])
-        for detections, picture in zip(found, pictures, strict=True):
-            detections[:, :4] = scale_boxes(shape_hw, detections[:, :4], picture.image.shape[:2])
-        times.append(self._now())
-        images, files = zip(*pictures, strict=True)
-        return Detections(list(images), found, list(files), times, self.names, tuple(inputs.shape))
+            device = next(self.parameters(), imgs).device
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                if profile:
+                    self._profile(imgs)
+                return self.model(imgs, augment) if self.dmb else predict(self.model, imgs, augment)
+        start_s = time.perf_counter()
+        images, files = read_images(imgs if isinstance(imgs, (list, tuple)) else [imgs])
+        shape_hw = self._shape_for([image.shape[:2] for image in images], size)
+        windows = []
+        for image in images:
+            boxed = letterbox(image, shape_hw, auto=False).image
+            windows.append([Window(boxed.transpose(2, 0, 1), (0, 0, *image.shape[1::-1]), None)])
+        read_s = time.perf_counter() - start_s
+        checkpoint = self.model.model if self.dmb else self.model
+        backend = ModuleBackend(checkpoint, dtype) if self.pt else self.model.backend
+        if profile:
+            self._profile(backend.preprocess(np.stack([window.inputs for (window,) in windows])))
+        nms = NMSConfig(self.conf, self.iou, self.max_det, self.agnostic, self.classes, self.multi_label)
+        predictor = Predictor(backend, nms, shape_hw, augment=augment, max_batch=len(images))
+        found = [torch.from_numpy(detections.rows).to(device) for detections in predictor(windows)]
+        pre_s, *others_s = predictor.last_s.values()
+        times = list(accumulate([start_s, read_s + pre_s, *others_s]))
+        return Detections(images, found, files, times, self.names, (len(images), 3, *shape_hw))
 
     def _warn_of_range(self, images: Tensor) -> None:
         """Says, once, if images (b, 3, h, w) are not of the values that the model was trained on."""
@@ -149,11 +156,7 @@ class AutoShape(nn.Module):
             self._range_told = True
 
     def _shape_for(self, shapes_hw: Sequence[Sequence[int]], size: int | Sequence[int] | None) -> list[int]:
-        """Returns height and width that pictures of these heights and widths are letterboxed to.
-
-        Raises:
-            UserError: `size` is no size, or not the one that the model takes.
-        """
+        """Returns height and width that images of these heights and widths are letterboxed to."""
         fixed_hw = self.model.fixed_hw if self.dmb else None
         if fixed_hw and size is None:
             return list(fixed_hw)
@@ -169,23 +172,8 @@ class AutoShape(nn.Module):
         stride = self.model.stride if self.dmb else grid_stride(self.model.stride)
         return [round_up(side, stride) for side in (numbers * 2)[:2]]
 
-    def _letterboxed(self, pictures: Sequence[Picture], shape_hw: Sequence[int]) -> Tensor:
-        """Returns the model's input (b, 3, h, w), values 0 to 1."""
-        boxed = [letterbox(picture.image, shape_hw, auto=False).image.transpose(2, 0, 1) for picture in pictures]
-        weight = next(self.parameters(), torch.empty(0))
-        return torch.from_numpy(np.stack(boxed)).to(weight.device).to(weight.dtype).div_(255)
-
-    def _run(self, images: Tensor, augment: bool, profile: bool) -> Any:
-        """Returns what the model makes of images (b, 3, h, w): rows, with logits where it is no DetectMultiBackend."""
-        device = next(self.parameters(), images).device
-        dtype = resolve_amp("auto", device) if self.amp and self.pt else None
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            if profile:
-                self._profile(images)
-            return self.model(images, augment) if self.dmb else predict(self.model, images, augment)
-
     def _profile(self, images: Tensor) -> None:
-        """Logs the time of every layer.
+        """Logs the time of every layer on images (b, 3, h, w).
 
         Raises:
             UserError: the model hides its layers.
@@ -196,42 +184,31 @@ class AutoShape(nn.Module):
         weight = next(model.parameters())
         profile_layers(model, images.to(weight.device, weight.dtype))
 
-    def _suppressed(self, output: Tensor) -> list[Tensor]:
-        """Returns the detections (k, 6) of each image, in px of the model's input."""
-        nms = NMSConfig(self.conf, self.iou, self.max_det, self.agnostic, self.classes, self.multi_label)
-        return [nms.narrow(found) for found in output] if self.dmb and self.model.has_nms else nms.suppress(output)
 
-    def _now(self) -> float:
-        """Returns the time in seconds once the device has done its work."""
-        device = next(self.parameters(), torch.empty(0)).device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif not self.pt:
-            self.model.backend.synchronize()
-        return time.perf_counter()
+def read_images(items: Sequence[Any]) -> tuple[list[np.ndarray], list[str]]:
+    """Reads what `AutoShape` takes: images, uint8 (h, w, 3) RGB, and a name for each.
 
-
-def read_pictures(items: Sequence[Any]) -> list[Picture]:
-    """Reads what `AutoShape` takes, each item with a name: `STEM.jpg` of its file, or `image<number>.jpg`.
+    The name is `STEM.jpg` of an image's file, or `image<number>.jpg`.
 
     Raises:
         UserError: none, or one that cannot be read; says which.
     """
     if not items:
-        raise UserError("There are no pictures to look at: the list is empty.")
-    pictures = []
+        raise UserError("There are no images to look at: the list is empty.")
+    images, files = [], []
     for number, item in enumerate(items):
         try:
             image, name = _read(item)
         except ImageError as error:
-            where = str(item) if isinstance(item, (str, Path)) else f"Picture {number}"
+            where = str(item) if isinstance(item, (str, Path)) else f"Image {number}"
             raise UserError(f"{where}: {error}.") from error
-        pictures.append(Picture(np.ascontiguousarray(image), f"{name or f'image{number}'}.jpg"))
-    return pictures
+        images.append(np.ascontiguousarray(image))
+        files.append(f"{name or f'image{number}'}.jpg")
+    return images, files
 
 
 def _read(item: Any) -> tuple[np.ndarray, str]:
-    """Returns a picture, uint8 (h, w, 3) RGB, and its file's stem; an empty one where it comes from no file.
+    """Returns an image, uint8 (h, w, 3) RGB, and its file's stem; an empty one where it comes from no file.
 
     Raises:
         ImageError: it cannot be used.
@@ -242,7 +219,7 @@ def _read(item: Any) -> tuple[np.ndarray, str]:
         if not address.startswith(("http://", "https://")):
             return read_image(item)[..., ::-1], Path(item).stem
         with tempfile.TemporaryDirectory() as folder:
-            image = read_image(download_file(address, Path(folder) / "picture"))
+            image = read_image(download_file(address, Path(folder) / "image"))
         return image[..., ::-1], re.sub(r"[^\w.-]+", "_", Path(urlsplit(address).path).stem)
     if isinstance(item, Image.Image):
         return _from_pillow(item), Path(str(getattr(item, "filename", ""))).stem
@@ -283,7 +260,6 @@ def _from_array(array: np.ndarray) -> np.ndarray:
 
 
 SAVE_DIR = "runs/detect/exp"
-STAGES = ("pre-process", "inference", "NMS")
 COLUMNS = {  # of tables, by the attribute that they are made of
     **dict.fromkeys(("xyxy", "xyxyn"), ("xmin", "ymin", "xmax", "ymax", "confidence", "class", "name")),
     **dict.fromkeys(("xywh", "xywhn"), ("xcenter", "ycenter", "width", "height", "confidence", "class", "name")),
@@ -291,18 +267,18 @@ COLUMNS = {  # of tables, by the attribute that they are made of
 
 
 class Detections:
-    """What was found in one picture or several; indexing and iterating give that of each picture.
+    """What was found in one image or several; indexing and iterating give that of each image.
 
     Attributes:
-        imgs: the pictures, uint8 (h, w, 3) RGB; after `render` with what was found drawn in. `ims` is the same.
+        imgs: the images, uint8 (h, w, 3) RGB; after `render` with what was found drawn in. `ims` is the same.
         files: a file name for each, no two alike.
         names: class names {number: name}.
-        pred, xyxy: for each picture a tensor (k, 6) [x1, y1, x2, y2 in px, confidence, class], most confident first.
+        pred, xyxy: for each image a tensor (k, 6) [x1, y1, x2, y2 in px, confidence, class], most confident first.
         xywh: likewise [x centre, y centre, width, height in px, confidence, class].
-        xyxyn, xywhn: likewise, as fractions of the picture's width and height.
-        n: number of pictures.
+        xyxyn, xywhn: likewise, as fractions of the image's width and height.
+        n: number of images.
         times: seconds at the start and after each of STAGES.
-        t: milliseconds that each of STAGES took a picture.
+        t: milliseconds that each of STAGES took an image.
         s: shape (b, 3, h, w) of the model's input.
     """
 
@@ -315,7 +291,7 @@ class Detections:
         names: Mapping[int, str] | Sequence[str] = (),
         shape: Sequence[int] | None = None,
     ) -> None:
-        """Takes pictures and what was found in them; the arguments are the attributes of the same names, s as shape."""
+        """Takes images and what was found in them; the arguments are the attributes of the same names, s as shape."""
         self.imgs, self.pred, self.n = list(imgs), list(pred), len(pred)
         self.names = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
         self.files = _distinct(files)
@@ -330,15 +306,15 @@ class Detections:
 
     @property
     def ims(self) -> list[np.ndarray]:
-        """The pictures, by the name that they have since YOLOv5 6.2."""
+        """The images, by the name that they have since YOLOv5 6.2."""
         return self.imgs
 
     def __len__(self) -> int:
-        """Returns the number of pictures."""
+        """Returns the number of images."""
         return self.n
 
     def __getitem__(self, index: int | slice) -> Detections:
-        """Returns what was found in one picture, or in several."""
+        """Returns what was found in one image, or in several."""
         chosen = range(self.n)[index]
         chosen = [chosen] if isinstance(chosen, int) else chosen
         part = Detections(
@@ -353,19 +329,25 @@ class Detections:
         return part
 
     def __iter__(self) -> Iterator[Detections]:
-        """Yields what was found in each picture."""
+        """Yields what was found in each image."""
         return (self[number] for number in range(self.n))
 
     def __str__(self) -> str:
         """Returns what `print` shows."""
-        return "\n".join([*(printable(self._line(number)) for number in range(self.n)), self._speed()])
+        lines = []
+        for number, (image, rows) in enumerate(zip(self._given, self.pred, strict=True), start=1):
+            height, width = image.shape[:2]
+            found = class_summary(rows[:, 5].int().tolist(), self.names) or "(no detections)"
+            lines.append(printable(f"image {number}/{self.n}: {height}x{width} {found}"))
+        spent = ", ".join(f"{milliseconds:.1f}ms {stage}" for milliseconds, stage in zip(self.t, STAGES, strict=True))
+        return "\n".join([*lines, f"Speed: {spent} per image at shape {self.s}"])
 
     def __repr__(self) -> str:
-        """Returns the class and the number of pictures, with what `print` shows."""
-        return f"{type(self).__name__} of {self.n} pictures\n{self}"
+        """Returns the class and the number of images, with what `print` shows."""
+        return f"{type(self).__name__} of {self.n} images\n{self}"
 
     def tolist(self) -> list[Detections]:
-        """Returns what was found in each picture."""
+        """Returns what was found in each image."""
         return list(self)
 
     def display(
@@ -404,11 +386,11 @@ class Detections:
         return self._crops(folder) if crop else None
 
     def print(self) -> None:
-        """Prints what was found, a line for each picture, and the times."""
+        """Prints what was found, a line for each image, and the times."""
         print(self)
 
     def show(self, labels: bool = True) -> None:
-        """Shows the pictures with what was found: in the notebook, else in the system's picture viewer.
+        """Shows the images with what was found: in the notebook, else in the system's image viewer.
 
         Args:
             labels: draw class names and confidences, not boxes alone.
@@ -416,18 +398,18 @@ class Detections:
         Raises:
             UserError: there is none here.
         """
-        pictures = [Image.fromarray(image) for image in self._drawn(labels)]
+        images = [Image.fromarray(image) for image in self._drawn(labels)]
         if "ipykernel" in sys.modules:
             notebook = importlib.import_module("IPython.display")
-            notebook.display(*pictures)
+            notebook.display(*images)
             return
         screen = sys.platform in ("win32", "darwin") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-        for picture, file in zip(pictures, self.files, strict=True):
-            if not screen or not ImageShow.show(picture, title=file):
-                raise UserError("show(): there is no display or no picture viewer here; use save() or render().")
+        for image, file in zip(images, self.files, strict=True):
+            if not screen or not ImageShow.show(image, title=file):
+                raise UserError("show(): there is no display or no image viewer here; use save() or render().")
 
     def save(self, save_dir: str | Path = SAVE_DIR, labels: bool = True, exist_ok: bool | None = None) -> None:
-        """Saves the pictures with what was found drawn in.
+        """Saves the images with what was found drawn in.
 
         Args:
             save_dir: the folder.
@@ -443,7 +425,7 @@ class Detections:
     def crop(
         self, save: bool = True, save_dir: str | Path = SAVE_DIR, exist_ok: bool | None = None
     ) -> list[dict[str, Any]]:
-        """Cuts the detections out of the pictures.
+        """Cuts the detections out of the images.
 
         Args:
             save: write each to `crops/CLASS/FILE` in the folder, numbered on where that is there already.
@@ -459,7 +441,7 @@ class Detections:
         return self._crops(_output_folder(save_dir, exist_ok) if save else None)
 
     def render(self, labels: bool = True) -> list[np.ndarray]:
-        """Draws what was found into copies of the pictures, which take their places in `imgs`, and returns them.
+        """Draws what was found into copies of the images, which take their places in `imgs`, and returns them.
 
         Args:
             labels: draw class names and confidences, not boxes alone.
@@ -483,32 +465,17 @@ class Detections:
             setattr(tables, attribute, frames)
         return tables
 
-    def _line(self, number: int) -> str:
-        """Returns `image 1/2: 720x1280 2 persons, 1 tie` of one picture."""
-        height, width = self._given[number].shape[:2]
-        found = class_summary(self.pred[number][:, 5].int().tolist(), self.names)
-        return f"image {number + 1}/{self.n}: {height}x{width} {found or '(no detections)'}"
-
-    def _speed(self) -> str:
-        """Returns the line about the times."""
-        spent = ", ".join(f"{milliseconds:.1f}ms {stage}" for milliseconds, stage in zip(self.t, STAGES, strict=True))
-        return f"Speed: {spent} per image at shape {self.s}"
-
-    def _rows(self) -> list[np.ndarray]:
-        """Returns the detections (k, 6) of each picture as arrays."""
-        return [rows.cpu().numpy() for rows in self.pred]
-
     def _drawn(self, labels: bool) -> list[np.ndarray]:
-        """Returns copies of the pictures, RGB, with what was found drawn in."""
-        bgr = [np.ascontiguousarray(image[..., ::-1]) for image in self._given]
-        drawn = [
-            draw_detections(image, rows, self.names, hide_labels=not labels)
-            for image, rows in zip(bgr, self._rows(), strict=True)
-        ]
-        return [np.ascontiguousarray(image[..., ::-1]) for image in drawn]
+        """Returns copies of the images, RGB, with what was found drawn in."""
+        drawn = []
+        for image, rows in zip(self._given, self.pred, strict=True):
+            bgr = np.ascontiguousarray(image[..., ::-1])
+            draw_detections(bgr, boxes.Detections.from_rows(rows), self.names, hide_labels=not labels)
+            drawn.append(np.ascontiguousarray(bgr[..., ::-1]))
+        return drawn
 
     def _save(self, folder: Path, labels: bool) -> None:
-        """Saves the drawn pictures into a folder."""
+        """Saves the drawn images into a folder."""
         for image, file in zip(self._drawn(labels), self.files, strict=True):
             save_image(folder / file, image[..., ::-1])
         LOGGER.info(f"Saved {self.n} image{'s' * (self.n > 1)} to {folder}")
@@ -517,12 +484,12 @@ class Detections:
         """Cuts the detections out; saves them below a folder where one is given."""
         class_folders = folder_names(self.names)
         crops = []
-        for image, file, rows, array in zip(self._given, self.files, self.pred, self._rows(), strict=True):
-            for row, values, label in zip(rows, array, detection_labels(array, self.names), strict=True):
-                cut = save_one_box(values[:4], image, save=False)
+        for image, file, rows in zip(self._given, self.files, self.pred, strict=True):
+            for row, label in zip(rows, detection_labels(boxes.Detections.from_rows(rows), self.names), strict=True):
+                cut = save_one_box(row[:4], image, save=False)
                 crops.append({"box": list(row[:4]), "conf": row[4], "cls": row[5], "label": label, "im": cut})
                 if folder:
-                    class_id = int(values[5])
+                    class_id = int(row[5])
                     place = folder / "crops" / class_folders.get(class_id, str(class_id))
                     place.mkdir(parents=True, exist_ok=True)
                     save_image(increment_path(place / file), cut)

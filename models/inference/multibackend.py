@@ -7,9 +7,9 @@ commands use the runtimes directly. Not here: images of other kinds, NMS (`model
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,22 +29,6 @@ from utils.plots.boxes import feature_visualization
 DEFAULT_SHAPE = (1, 3, 640, 640)
 
 
-class ModelType(NamedTuple):
-    """Which format a weights file has; at most one is true."""
-
-    pt: bool
-    jit: bool
-    onnx: bool
-    xml: bool
-    engine: bool
-    coreml: bool
-    saved_model: bool
-    pb: bool
-    tflite: bool
-    edgetpu: bool
-    tfjs: bool
-
-
 # format -> what its files' and folders' names end in; of two that fit the longer one holds
 SUFFIXES = {
     "pt": (".pt",),
@@ -59,6 +43,7 @@ SUFFIXES = {
     "edgetpu": ("_edgetpu.tflite",),
     "tfjs": ("_web_model",),
 }
+ModelType = namedtuple("ModelType", SUFFIXES)  # which format a weights file has; at most one is true
 
 
 class DetectMultiBackend(nn.Module):
@@ -101,47 +86,36 @@ class DetectMultiBackend(nn.Module):
         """
         super().__init__()
         files = find_weights(weights)
-        kind = self.model_type(files[0])
-        for name, fits in kind._asdict().items():
+        for name, fits in self.model_type(files[0])._asdict().items():
             setattr(self, name, fits)
         self.dnn = dnn
         self.backend: Backend | None = None
-        if kind.pt:
-            self._load_checkpoints(files, device, fp16, fuse)
+        if self.pt:
+            if dnn:
+                raise UserError(f"dnn=True runs ONNX files in OpenCV, and {files[0]} is none: leave it out.")
+            place = pick_device(device)
+            prepare_cpu_memory(place)
+            LOGGER.info(device_line(place))
+            self.model = attempt_load(files, place, fuse=fuse).to(memory_format=torch.channels_last)
+            if fp16 and place.type == "cuda":
+                self.model.half()
+            elif fp16:
+                LOGGER.warning(f"WARNING: fp16 needs a CUDA device; computing in float32 on {place.type}.")
+            self.names, self.stride = dict(self.model.names), grid_stride(self.model.stride)
+            self.fixed_hw, self.batch_size, self.has_nms = None, 1, False
         else:
-            self._load_export(files, device, fp16)
+            self.backend = load_backend(files, _device_name(device), fp16, dnn)
+            self.model = nn.Identity()  # scripts write `model.model.half()` for TorchScript files as well
+            metadata = self.backend.metadata
+            self.names, self.stride = dict(metadata.names), self.backend.stride
+            self.fixed_hw = None if self.backend.dynamic else tuple(metadata.shape_hw)
+            self.batch_size, self.has_nms = metadata.batch, self.backend.has_nms
         if data and all(name == f"class{number}" for number, name in self.names.items()):
             names = load_spec(data, need=()).names
             if len(names) != len(self.names):
                 raise UserError(f"--data {data} names {len(names)} classes, but the model has {len(self.names)}.")
             self.names = names
         self.nc = len(self.names)
-
-    def _load_checkpoints(
-        self, files: Sequence[str | Path], device: str | torch.device | None, fp16: bool, fuse: bool
-    ) -> None:
-        """Makes the module of one checkpoint or several."""
-        if self.dnn:
-            raise UserError(f"dnn=True runs ONNX files in OpenCV, and {files[0]} is none: leave it out.")
-        place = pick_device(device)
-        prepare_cpu_memory(place)
-        LOGGER.info(device_line(place))
-        self.model = attempt_load(files, place, fuse=fuse).to(memory_format=torch.channels_last)
-        if fp16 and place.type == "cuda":
-            self.model.half()
-        elif fp16:
-            LOGGER.warning(f"WARNING: fp16 needs a CUDA device; computing in float32 on {place.type}.")
-        self.names, self.stride = dict(self.model.names), grid_stride(self.model.stride)
-        self.fixed_hw, self.batch_size, self.has_nms = None, 1, False
-
-    def _load_export(self, weights: Sequence[Path], device: str | torch.device | None, fp16: bool) -> None:
-        """Loads an exported model on its runtime."""
-        self.backend = load_backend(weights, _device_name(device), fp16, self.dnn)
-        self.model = nn.Identity()  # scripts write `model.model.half()` for TorchScript files as well
-        metadata = self.backend.metadata
-        self.names, self.stride = dict(metadata.names), self.backend.stride
-        self.fixed_hw = None if self.backend.dynamic else tuple(metadata.shape_hw)
-        self.batch_size, self.has_nms = metadata.batch, self.backend.has_nms
 
     @property
     def device(self) -> torch.device:
@@ -170,8 +144,8 @@ class DetectMultiBackend(nn.Module):
 
         Args:
             im: (b, 3, h, w), values 0 to 1, h and w multiples of the stride; of any type and on any device.
-            augment: look at every image in three sizes, once mirrored (checkpoints alone).
-            visualize: a folder that pictures of every layer's output are written into (one checkpoint alone).
+            augment: test-time augmentation (3 scales, flip; checkpoints alone).
+            visualize: a folder that images of every layer's output are written into (one checkpoint alone).
             val: return the logits too.
 
         Returns:
@@ -182,32 +156,26 @@ class DetectMultiBackend(nn.Module):
         Raises:
             UserError: an option that the model's format does not offer, or images of a size that it does not take.
         """
-        rows, logits = self._run_checkpoint(im, augment, visualize) if self.pt else self._run(im, augment, visualize)
+        logits: list[Tensor] = []
+        if self.pt and visualize:
+            if augment or not isinstance(self.model, Model):
+                raise UserError("visualize shows the layers of one checkpoint, without augment.")
+            folder = Path(visualize)
+            folder.mkdir(parents=True, exist_ok=True)
+
+            def show(layer: nn.Module, output: Tensor) -> None:
+                feature_visualization(output, layer.type, layer.i, save_dir=folder)
+
+            rows, logits = self.model(_as_input(self.model, im), visualize=show)
+        elif self.pt:
+            rows, logits = predict(self.model, im, augment)
+        elif visualize:
+            raise UserError("visualize shows the layers of a checkpoint (.pt); an exported model hides its own.")
+        else:
+            rows = self.backend.infer(_runtime_input(self.backend, im), augment=augment)
+            rows = torch.from_numpy(np.array(rows)) if isinstance(rows, np.ndarray) else rows
         rows = rows.to(im.device)
         return (rows, logits) if val else rows
-
-    def _run_checkpoint(
-        self, images: Tensor, augment: bool, visualize: str | Path | bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Returns rows and logits of a checkpoint."""
-        if not visualize:
-            return predict(self.model, images, augment)
-        if augment or not isinstance(self.model, Model):
-            raise UserError("visualize shows the layers of one checkpoint, without augment.")
-        folder = Path(visualize)
-        folder.mkdir(parents=True, exist_ok=True)
-
-        def show(layer: nn.Module, output: Tensor) -> None:
-            feature_visualization(output, layer.type, layer.i, save_dir=folder)
-
-        return self.model(_as_input(self.model, images), visualize=show)
-
-    def _run(self, images: Tensor, augment: bool, visualize: str | Path | bool) -> tuple[Tensor, list[Tensor]]:
-        """Returns the rows of an exported model, and no logits."""
-        if visualize:
-            raise UserError("visualize shows the layers of a checkpoint (.pt); an exported model hides its own.")
-        found = self.backend.infer(_runtime_input(self.backend, images), augment=augment)
-        return torch.from_numpy(np.array(found)) if isinstance(found, np.ndarray) else found, []
 
     def warmup(self, imgsz: Sequence[int] = DEFAULT_SHAPE, half: bool = False) -> None:
         """Runs once on empty images (b, 3, h, w) where a device's first run is slow; `half` makes them float16."""
@@ -279,7 +247,7 @@ def predict(model: Model | Ensemble, images: Tensor, augment: bool = False) -> t
     Args:
         model: one model or several.
         images: (b, ch, h, w), values 0 to 1, of any type and on any device.
-        augment: look at every image in three sizes, once mirrored (`models.yolo`).
+        augment: test-time augmentation (3 scales, flip).
 
     Returns:
         Rows (b, n, 5 + nc) [x, y, w, h in px, objectness, class probabilities], on the model's device, and the logits
@@ -298,14 +266,14 @@ def _as_input(model: nn.Module, images: Tensor) -> Tensor:
 def _runtime_input(backend: Backend, images: Tensor) -> np.ndarray | Tensor:
     """Returns images (b, 3, h, w), values 0 to 1, as a runtime's own `preprocess` would have made them.
 
-    It makes them of empty pictures, since it alone knows type, layout and device; then the values are put in.
+    It makes them of empty images, since it alone knows type, layout and device; then the values are put in.
     """
     inputs = backend.preprocess(np.zeros(images.shape, np.uint8))
     if isinstance(inputs, Tensor):
         return inputs.copy_(images)
     values = images.detach().float().cpu().numpy()
     values = values if inputs.shape == values.shape else values.transpose(0, 2, 3, 1)
-    if inputs.dtype == np.uint8:  # runtimes that take pictures
+    if inputs.dtype == np.uint8:  # runtimes that take 8-bit images
         values = np.rint(values.clip(0, 1) * 255)
     np.copyto(inputs, values, casting="unsafe")
     return inputs

@@ -211,9 +211,9 @@ class Pipeline:
         for frame, image, unrounded in zip(good, images, found, strict=True):
             detections, counts = unrounded.rounded(), None
             if self._trackers:
-                detections = Detections.from_rows(self._trackers.update(frame, detections.rows))
+                detections = self._trackers.update(frame, detections)
             if self.counter:
-                counts = self.counter.update(frame, detections.rows)
+                counts = self.counter.update(frame, detections)
             input_hw = image[0].inputs.shape[1:]
             yield Result(frame, detections, self.names, counts, input_hw, self._predictor.last_s["inference"])
 

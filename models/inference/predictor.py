@@ -47,6 +47,7 @@ class Predictor:
         nms: how detections are chosen where a call does not say.
         seconds: that each of STAGES took in all calls so far.
         last_s: in the last call.
+        shape: what images are fitted into, as given.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Predictor:
         """
         self.backend, self.nms = backend, nms or NMSConfig()
         self.seconds, self.last_s = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
-        self._shape = [shape, shape] if isinstance(shape, int) and val_pad is None else shape
+        self.shape = [shape, shape] if isinstance(shape, int) and val_pad is None else shape
         self._tiling, self._val_pad, self._max_batch = tiling, val_pad, max_batch
         self._options = {"augment": True} if augment else {}
         self._seen = 0
@@ -153,19 +154,19 @@ class Predictor:
         if not self._seen:
             return ""
         times = ", ".join(f"{1000 * self.seconds[stage] / self._seen:.1f}ms {stage}" for stage in STAGES)
-        return f"Speed: {times} per image at shape {(1, 3, *self._shape)}"
+        return f"Speed: {times} per image at shape {(1, 3, *self.shape)}"
 
     def _letterbox(self, cut: np.ndarray) -> tuple[np.ndarray, RatioPad]:
         """Returns a window (h, w, 3) as large as the model wants it, and what leads back."""
         if self._val_pad is None:
-            boxed = letterbox(cut, self._shape, auto=self.backend.dynamic, stride=self.backend.stride)
+            boxed = letterbox(cut, self.shape, auto=self.backend.dynamic, stride=self.backend.stride)
             return boxed.image, boxed.ratio_pad(cut.shape)
         height, width = cut.shape[:2]
-        fitting_wh = resized_wh((width, height), self._shape)
+        fitting_wh = resized_wh((width, height), self.shape)
         if fitting_wh != (width, height):
             shrinks = max(fitting_wh) < max(width, height)
             cut = cv2.resize(cut, fitting_wh, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-        padded_hw = self._shape
+        padded_hw = self.shape
         if isinstance(padded_hw, int):
             from utils.dataloaders.dataset import rectangular_batches
 

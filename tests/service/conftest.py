@@ -1,5 +1,6 @@
-"""A small exported model, and real servers of it in processes of their own."""
+"""A small exported model; services of it in this process, and real servers in processes of their own."""
 
+import contextlib
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ START_S = 60
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory, picture) -> Path:
-    """An ONNX file for images of any size and number, of a model that finds other boxes in every picture."""
+    """An ONNX file for images of any size and number, of a model that finds other boxes in every image."""
     for package in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "onnx", "onnxruntime"):
         pytest.importorskip(package)
     import onnx
@@ -119,9 +120,31 @@ def client(server):
         yield opened
 
 
+@pytest.fixture
+def in_process(exported):
+    """Opens services in this process; yields a client."""
+    testclient = pytest.importorskip("starlette.testclient")
+    import serve
+    from models.backends import load_backend
+    from models.inference.predictor import Predictor
+    from service.app import ServeConfig, create_app
+    from utils.cli import options_from
+    from utils.nms import NMSConfig
+
+    @contextlib.contextmanager
+    def start(kind=Predictor, backend=None, **options):
+        config = ServeConfig(**vars(options_from(serve.build_parser(), options)))
+        predictor = kind(backend or load_backend(exported, "cpu"), NMSConfig(max_det=1000), (64, 64))
+        app = create_app(predictor, "tiny", config)
+        with testclient.TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
+            yield client
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def picture():
-    """Makes pictures: coarse coloured blocks, so that JPEG keeps them, of any size."""
+    """Makes images: coarse coloured blocks, so that JPEG keeps them, of any size."""
 
     def make(seed: int = 0, height: int = 48, width: int = 64) -> np.ndarray:
         blocks = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), np.uint8)
@@ -132,7 +155,7 @@ def picture():
 
 @pytest.fixture(scope="session")
 def encoded(picture):
-    """Makes the content of picture files."""
+    """Makes the content of image files."""
 
     def make(seed: int = 0, height: int = 48, width: int = 64, suffix: str = ".png") -> bytes:
         return cv2.imencode(suffix, picture(seed, height, width))[1].tobytes()
@@ -142,7 +165,7 @@ def encoded(picture):
 
 @pytest.fixture(scope="module")
 def expected(exported):
-    """What detect.py's own function finds in a picture, as the service's records."""
+    """What detect.py finds in an image, as rows (k, 6)."""
     from models.backends import load_backend
     from models.inference.predictor import Predictor
     from utils.nms import NMSConfig

@@ -12,16 +12,19 @@ import time
 import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from models.backends.base import ArrayBackend
+from models.backends.metadata import Metadata
+from models.inference.predictor import Predictor
 from utils.nms import NMSConfig
 
 httpx = pytest.importorskip("httpx")
-LOCAL = "http://localhost"
 YOLOV5_ROUTE, ROUTE = "/v1/object-detection/yolov5s", "/v1/detect"
 
 
@@ -67,38 +70,29 @@ def test_body_that_is_the_image_gives_what_the_detector_finds(
 
 
 @pytest.mark.parametrize("annotated", [0, 1])
-def test_nothing_of_a_picture_is_kept_once_it_was_answered(exported, encoded, annotated):
-    """Of a service in this process, for six requests and one that fails."""
-    testclient = pytest.importorskip("starlette.testclient")
-    from models.backends import load_backend
-    from service.app import create_app
-    from service.predictor import Predictor
-
+def test_nothing_of_an_image_is_kept_once_it_was_answered(in_process, encoded, annotated):
+    """For six requests and one that fails."""
     references = []
 
     class Noting(Predictor):
-        def prepare(self, image, thresholds):
-            prepared = super().prepare(image, thresholds)
-            references.extend((weakref.ref(image), weakref.ref(prepared.inputs)))
-            return prepared
+        def prepare(self, image):
+            windows = super().prepare(image)
+            references.extend((weakref.ref(image), weakref.ref(windows[0].inputs)))
+            return windows
 
-    predictor = Noting(load_backend([str(exported)], "cpu"), [64], NMSConfig(0.25, 0.45, 1000))
-    with testclient.TestClient(create_app(predictor, "tiny"), LOCAL) as client:
+    with in_process(Noting) as client:
         for seed in range(6):
             assert post(client, encoded(seed), params={"annotated": annotated}).status_code == 200
-        assert post(client, b"no picture").status_code == 400
+        assert post(client, b"no image").status_code == 400
         gc.collect()
         alive = sum(reference() is not None for reference in references)
     assert len(references) == 12 and alive <= 2, alive  # a thread may hold the last one until its next
 
 
 @pytest.mark.parametrize("annotated", [0, 1])
-def test_images_of_all_requests_share_a_budget_of_decoded_pixels(exported, encoded, picture, monkeypatch, annotated):
-    """Of a service in this process that has room for two of ten images at once."""
-    testclient = pytest.importorskip("starlette.testclient")
+def test_images_of_all_requests_share_a_budget_of_decoded_pixels(in_process, encoded, monkeypatch, annotated):
+    """Of a service that has room for two of ten images at once."""
     import service.app
-    from models.backends import load_backend
-    from service.predictor import Predictor
 
     decoded, alive, peak = [], lambda: sum(reference() is not None for reference in decoded), [0]
     decode = service.app.decode_upload
@@ -110,16 +104,14 @@ def test_images_of_all_requests_share_a_budget_of_decoded_pixels(exported, encod
         return image
 
     class Slow(Predictor):
-        def detect(self, batch):
+        def __call__(self, *batch):
             time.sleep(0.05)  # the others have time to be decoded
             peak.append(alive())
-            return super().detect(batch)
+            return super().__call__(*batch)
 
     monkeypatch.setattr(service.app, "decode_upload", noting)
     monkeypatch.setattr(service.app, "DECODED_PIXELS", 2 * 48 * 64)
-    predictor = Slow(load_backend([str(exported)], "cpu"), [64], NMSConfig(0.25, 0.45, 1000))
-    app = service.app.create_app(predictor, "tiny", service.app.Limits(pixels=48 * 64))
-    with testclient.TestClient(app, LOCAL) as client, ThreadPoolExecutor(10) as pool:
+    with in_process(Slow, max_pixels=48 * 64) as client, ThreadPoolExecutor(10) as pool:
         params = {"annotated": annotated}
         answers = list(pool.map(lambda seed: post(client, encoded(seed), params=params), range(10)))
         assert post(client, encoded(1, 49, 64)).status_code == 413
@@ -128,34 +120,50 @@ def test_images_of_all_requests_share_a_budget_of_decoded_pixels(exported, encod
     assert max(peak) <= 2 + 2, "threads may hold on to what they have done"
 
 
-def test_health_is_told_while_the_model_and_the_queue_are_stuck(exported, encoded):
-    """Of a service in this process that takes two requests and whose model never returns until it is let go."""
-    testclient = pytest.importorskip("starlette.testclient")
-    from models.backends import load_backend
-    from service.app import Limits, create_app
-    from service.predictor import Predictor
-
+def test_health_is_told_while_the_model_and_the_queue_are_stuck(in_process, encoded):
+    """Of a service that takes two requests and whose model never returns until it is let go."""
     entered, free = threading.Event(), threading.Event()
 
     class Stuck(Predictor):
-        def detect(self, batch):
+        def __call__(self, *batch):
             entered.set()
             assert free.wait(20)
-            return super().detect(batch)
+            return super().__call__(*batch)
 
-    predictor = Stuck(load_backend([str(exported)], "cpu"), [64], NMSConfig(0.25, 0.45, 1000))
-    with testclient.TestClient(create_app(predictor, "tiny", Limits(requests=2)), LOCAL) as client:
-        with ThreadPoolExecutor(2) as pool:
-            try:
-                waiting = [pool.submit(post, client, encoded(seed)) for seed in range(2)]
-                assert entered.wait(20)
-                while metric(client, "yolov5_requests_in_progress") < 2:
-                    time.sleep(0.005)
-                assert post(client, encoded()).status_code == 503
-                assert client.get("/health").status_code == 200
-            finally:
-                free.set()
-            assert [answer.result().status_code for answer in waiting] == [200, 200]
+    with in_process(Stuck, queue=2) as client, ThreadPoolExecutor(2) as pool:
+        try:
+            waiting = [pool.submit(post, client, encoded(seed)) for seed in range(2)]
+            assert entered.wait(20)
+            while metric(client, "yolov5_requests_in_progress") < 2:
+                time.sleep(0.005)
+            assert post(client, encoded()).status_code == 503
+            assert client.get("/health").status_code == 200
+        finally:
+            free.set()
+        assert [answer.result().status_code for answer in waiting] == [200, 200]
+
+
+class ChoosingBackend(ArrayBackend):
+    """Stands in for an export with NMS inside: the same three boxes in every image, then zeros."""
+
+    dynamic, device, batch = False, "here", None
+    metadata = Metadata({0: "cat"}, 32, (64, 64), nms=NMSConfig(conf_thres=0.2, iou_thres=0.5, max_det=4))
+
+    def run(self, inputs):
+        rows = [[0, 16, 48, 48, 0.9, 0], [10, 20, 30, 40, 0.5, 0], [1, 17, 9, 25, 0.3, 0], [0, 0, 0, 0, 0, 0]]
+        return np.array([rows] * len(inputs), np.float32)
+
+
+def test_boxes_chosen_inside_the_model_are_thinned_out_and_other_thresholds_refused(in_process, encoded):
+    with in_process(backend=ChoosingBackend()) as client:
+        image = encoded(0, 32, 64)  # padded by 16 px above and below
+        _, second = post(client, image, params={"conf": 0.4, "iou": 0.5}).json()
+        weak, other_iou = (post(client, image, params=asked) for asked in ({"conf": 0.1}, {"iou": 0.6}))
+        assert '"lowestConf": 0.2' in client.get("/").text
+    box = {"xmin": 10.0, "ymin": 4.0, "xmax": 30.0, "ymax": 24.0}
+    assert second == {**box, "confidence": 0.5, "class": 0, "name": "cat"}
+    assert weak.status_code == 422 and "drops boxes below 0.2" in weak.json()["detail"]
+    assert other_iou.status_code == 422 and "inside this model, with IoU 0.5" in other_iou.json()["detail"]
 
 
 def test_budget_is_shared_in_the_order_of_asking_and_by_those_who_wait():
@@ -187,12 +195,10 @@ def test_budget_is_shared_in_the_order_of_asking_and_by_those_who_wait():
 
 def test_no_more_than_four_images_are_decoded_at_once_however_many_cores_there_are(monkeypatch):
     pytest.importorskip("fastapi")
-    from types import SimpleNamespace
-
-    from service.app import Batching, Limits, Service
+    from service.app import Service
 
     monkeypatch.setattr("os.cpu_count", lambda: 64)
-    service = Service(SimpleNamespace(detect=None), Limits(), Batching())
+    service = Service(None, SimpleNamespace(batch_size=1, batch_wait_ms=0, max_pixels=1))
     four, fifth = threading.Barrier(4, timeout=5), threading.Barrier(5, timeout=0.2)
 
     async def at_once(barrier, count):
@@ -203,19 +209,15 @@ def test_no_more_than_four_images_are_decoded_at_once_however_many_cores_there_a
     assert asyncio.run(at_once(fifth, 5)) == 0, "a fifth came while four were at it"
 
 
-def test_an_error_of_the_program_is_answered_without_its_words_and_with_the_headers(exported, encoded):
-    testclient = pytest.importorskip("starlette.testclient")
-    from models.backends import load_backend
-    from service.app import create_app
+def test_an_error_of_the_program_is_answered_without_its_words_and_with_the_headers(in_process, encoded, monkeypatch):
+    import service.app
     from service.guard import HEADERS
-    from service.predictor import Predictor
 
-    class Broken(Predictor):
-        def records(self, detections):
-            raise RuntimeError("/home/somebody/secret")
+    def broken(*_arguments):
+        raise RuntimeError("/home/somebody/secret")
 
-    predictor = Broken(load_backend([str(exported)], "cpu"), [64], NMSConfig(0.25, 0.45, 1000))
-    with testclient.TestClient(create_app(predictor, "tiny"), LOCAL, raise_server_exceptions=False) as client:
+    monkeypatch.setattr(service.app, "records", broken)
+    with in_process() as client:
         answer = post(client, encoded(1))
         assert client.get("/health").status_code == 200
     assert answer.status_code == 500 and answer.json() == {"detail": "the service failed: its log says why"}

@@ -8,8 +8,8 @@ import weakref
 import numpy as np
 import pytest
 
-from service.batching import Batcher, InferenceError
-from service.predictor import Prepared
+from models.inference.predictor import Window
+from service.batching import Batcher, InferenceError, Prepared
 from utils.nms import NMSConfig
 
 LIMIT_S = 20
@@ -26,15 +26,16 @@ class Model:
     def __call__(self, batch):
         assert self.free.wait(LIMIT_S)
         self.threads.add(threading.current_thread().name)
-        self.batches.append([int(item.inputs.flat[0]) for item in batch])
-        assert len({item.inputs.shape for item in batch}) == 1
+        inputs = [item.windows[0].inputs for item in batch]
+        self.batches.append([int(image.flat[0]) for image in inputs])
+        assert len({image.shape for image in inputs}) == 1
         if 13 in self.batches[-1]:
             raise RuntimeError("no luck")
-        return [item.inputs.reshape(-1)[:1].astype(float) for item in batch]
+        return [image.reshape(-1)[:1].astype(float) for image in inputs]
 
 
 def prepared(value, width=32):
-    return Prepared(np.full((3, 32, width), value, np.uint8), (32, width), NMSConfig(0.25, 0.45, 1000))
+    return Prepared([Window(np.full((3, 32, width), value, np.uint8), (0, 0, width, 32), None)], NMSConfig())
 
 
 def play(scene, batch_size=4, wait_s=0.01):
@@ -69,7 +70,7 @@ def test_nothing_of_an_answered_picture_is_kept():
         references = []
         for round_ in range(5):
             pictures = [prepared(20 * round_ + value) for value in range(6)]
-            references += [weakref.ref(picture.inputs) for picture in pictures]
+            references += [weakref.ref(picture.windows[0].inputs) for picture in pictures]
             queued = [batcher.enqueue(picture) for picture in pictures]
             outcomes = [await item for item in queued]
             references += [weakref.ref(outcome.detections) for outcome in outcomes]

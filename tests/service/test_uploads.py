@@ -12,7 +12,7 @@ uploads = pytest.importorskip("service.uploads")
 NEVER = object()
 
 
-def upload(messages, kind="image/png", limits=None, more=()):
+def upload(messages, kind="image/png", max_bytes=100, more=()):
     """A request whose messages arrive one by one; NEVER stands for silence."""
     pending = iter(messages)
 
@@ -23,7 +23,7 @@ def upload(messages, kind="image/png", limits=None, more=()):
         return message
 
     scope = {"type": "http", "method": "POST", "headers": [(b"content-type", kind.encode()), *more]}
-    return uploads.Upload(requests.Request(scope, receive), limits or uploads.Limits(image_bytes=100))
+    return uploads.Upload(requests.Request(scope, receive), max_bytes)
 
 
 def piece(size, more=True):
@@ -73,9 +73,8 @@ def test_client_that_asks_before_it_sends_is_not_waited_for():
 def test_no_upload_goes_to_disk(monkeypatch):
     import tempfile
 
-    limits = uploads.Limits(image_bytes=2**22)
     data = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + bytes(3 * 2**20)
     message = {"type": "http.request", "body": data + b"\r\n--x--\r\n", "more_body": False}
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda *_, **__: pytest.fail("a temporary file was opened"))
-    form = upload([message], kind="multipart/form-data; boundary=x", limits=limits)
+    form = upload([message], kind="multipart/form-data; boundary=x", max_bytes=2**22)
     assert len(asyncio.run(form.read())) == 3 * 2**20

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.boxes import scale_boxes, xywhn2xyxy
+from utils.boxes import Detections, scale_boxes, xywhn2xyxy
 from utils.errors import UserError
 from utils.eval.coco import (
     Annotations,
@@ -175,7 +175,7 @@ def evaluate(
             for record, detections in zip(_native_records(batch, found), found, strict=True):
                 metrics.add(record)
                 if writer:
-                    writer.write(stems[record.path], record.detections, record.shape_hw)
+                    writer.write(stems[record.path], Detections.from_rows(record.detections), record.shape_hw)
                 notify("on_val_image_end", detections, record.detections, record.path, names, batch.images)
             plots.add(batch, found)
             notify("on_val_batch_end")

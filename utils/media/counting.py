@@ -14,18 +14,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
+from utils.boxes import Detections
 from utils.errors import UserError
 
 if TYPE_CHECKING:
-    from utils.media.sources import Frame
+    from utils.media.capture import Frame
 
 
 LOGGER = logging.getLogger("yolov5")
 CLEARANCE = 0.25  # of the box's shorter side, beyond the line
 FORGET_AFTER_S = 2.0  # no tracker remembers an object out of sight for so long, so its number never comes back
-FARTHEST_PX = 1e6  # no picture is larger
+FARTHEST_PX = 1e6  # no image is larger
 LINE_HEADINGS, ZONE_HEADINGS = ("in", "out"), ("inside so far", "inside now")
 
 Point = tuple[float, float]  # x, y
@@ -42,7 +41,7 @@ class Tally(NamedTuple):
 class Counts(NamedTuple):
     """What was counted in one input up to one of its frames."""
 
-    points_xy: tuple[Point, ...]  # px of the picture: two are a line's ends, more a zone's corners
+    points_xy: tuple[Point, ...]  # px of the image: two are a line's ends, more a zone's corners
     tallies: tuple[Tally, ...]  # of every class that was tracked, in the order of the classes
 
     @property
@@ -61,10 +60,12 @@ class Counts(NamedTuple):
         Args:
             names: of the classes; the number stands for one that is not in there.
         """
-        return [
-            _describe(heading, {tally.class_id: tally[1 + column] for tally in self.tallies}, names)
-            for column, heading in enumerate(self.headings)
-        ]
+        known, texts = dict(names) if isinstance(names, Mapping) else dict(enumerate(names)), []
+        for column, heading in enumerate(self.headings, start=1):
+            shares = [f"{tally[column]} {known.get(tally[0], tally[0])}" for tally in self.tallies if tally[column]]
+            total = f"{heading} {sum(tally[column] for tally in self.tallies)}"
+            texts.append(f"{total} ({', '.join(shares)})" if shares else total)
+        return texts
 
 
 class Counter:
@@ -75,7 +76,7 @@ class Counter:
 
         Args:
             points_xy: two ends of a line, or three or more corners of a zone.
-            in_fractions: whether they are fractions of the picture's width and height, else px.
+            in_fractions: whether they are fractions of the image's width and height, else px.
         """
         self._points_xy, self._in_fractions = tuple(points_xy), in_fractions
         self._states: dict[str, _State] = {}
@@ -84,8 +85,8 @@ class Counter:
     def parse(cls, text: str) -> Counter:
         """Reads `--count`: `x1,y1,x2,y2` is a line, three or more points are a zone.
 
-        The numbers are px, or fractions of the picture where none is above 1. Whoever walks along the line from the
-        first point to the second and is crossed from left to right, as seen on the picture, sees objects go in: a line
+        The numbers are px, or fractions of the image where none is above 1. Whoever walks along the line from the
+        first point to the second and is crossed from left to right, as seen on the image, sees objects go in: a line
         drawn from left to right counts what moves down as in.
 
         Raises:
@@ -101,12 +102,12 @@ class Counter:
             raise _refusal(text, "its points, joined in this order, enclose no area")
         return cls(points, max(values) <= 1)
 
-    def update(self, frame: Frame, tracked: np.ndarray) -> Counts:
+    def update(self, frame: Frame, tracked: Detections) -> Counts:
         """Counts on with the next frame of an input.
 
         Args:
-            frame: with its picture; the frames of an input come in order.
-            tracked: (k, 7) [x1, y1, x2, y2 in px, confidence, class, track or -1].
+            frame: with its image; the frames of an input come in order.
+            tracked: what was found in it, with `track_ids`.
 
         Returns:
             The counts of this input so far.
@@ -114,10 +115,13 @@ class Counter:
         shape_hw = frame.image.shape[:2]
         state = self._states.setdefault(frame.path, _State())
         if state.shape_hw != shape_hw:
-            points_px = self._points_in(shape_hw)
-            _warn_if_outside(frame.path, points_px, shape_hw)
+            height, width = shape_hw
+            scale_x, scale_y = (width, height) if self._in_fractions else (1, 1)
+            points_px = tuple((x * scale_x, y * scale_y) for x, y in self._points_xy)
+            if min(x for x, _ in points_px) > width or min(y for _, y in points_px) > height:
+                LOGGER.warning(f"WARNING: --count: the points lie outside {frame.path}, which has {width}x{height} px")
             state.resize(points_px, shape_hw)
-        state.update(frame.time, tracked[tracked[:, 6] >= 0])
+        state.update(frame.time, tracked[tracked.track_ids >= 0])
         return state.counts()
 
     def summary(self, names: Mapping[int, str] | Sequence[str] = ()) -> list[str]:
@@ -129,11 +133,6 @@ class Counter:
         return [
             f"Counted in {path}: {', '.join(state.counts().describe(names))}" for path, state in self._states.items()
         ]
-
-    def _points_in(self, shape_hw: tuple[int, int]) -> tuple[Point, ...]:
-        """Returns the points in px of a picture of (height, width)."""
-        height, width = shape_hw if self._in_fractions else (1, 1)
-        return tuple((x * width, y * height) for x, y in self._points_xy)
 
 
 class _Path(NamedTuple):
@@ -152,14 +151,13 @@ class _State:
         """Starts from nothing; `resize` comes before the first `update`."""
         self.shape_hw: tuple[int, int] = (1, 1)
         self._points_xy: tuple[Point, ...] = ()
-        self._now_s = 0.0  # the frame's time
         self._paths: dict[int, _Path] = {}  # by track
         self._classes: set[int] = set()
         self._first: collections.Counter[int] = collections.Counter()  # by class, as in a `Tally`
         self._second: collections.Counter[int] = collections.Counter()
 
     def resize(self, points_xy: tuple[Point, ...], shape_hw: tuple[int, int]) -> None:
-        """Goes over to pictures of (height, width), in whose px the points are; the paths are stretched."""
+        """Goes over to images of (height, width), in whose px the points are; the paths are stretched."""
         scale_y, scale_x = shape_hw[0] / self.shape_hw[0], shape_hw[1] / self.shape_hw[1]
         for track, path in self._paths.items():
             x, y = path.center_xy
@@ -171,43 +169,35 @@ class _State:
         tallies = [Tally(class_id, self._first[class_id], self._second[class_id]) for class_id in sorted(self._classes)]
         return Counts(self._points_xy, tuple(tallies))
 
-    def update(self, now_s: float, tracked: np.ndarray) -> None:
-        """Counts on with the tracked objects (k, 7) of the next frame, which is of that time."""
-        self._now_s = now_s
+    def update(self, now_s: float, tracked: Detections) -> None:
+        """Counts on with the tracked objects of the next frame, which is of that time."""
         zone = len(self._points_xy) > 2
         if zone:
             self._second.clear()
-        for x1, y1, x2, y2, _, class_id, track in tracked.tolist():
+        columns = (tracked.boxes_xyxy.tolist(), tracked.classes.tolist(), tracked.track_ids.tolist())
+        for (x1, y1, x2, y2), class_id, track in zip(*columns, strict=True):
             center_xy = ((x1 + x2) / 2, (y1 + y2) / 2)
-            self._classes.add(int(class_id))
-            former = self._paths.get(int(track))
+            self._classes.add(class_id)
+            crossings, been_inside = 0, False
+            former = self._paths.get(track)
             if zone:
-                path = self._step_in_zone(int(class_id), center_xy, former)
+                inside, been_inside = _is_inside(center_xy, self._points_xy), former is not None and former.inside
+                self._second[class_id] += inside
+                self._first[class_id] += inside and not been_inside
+                been_inside |= inside
             else:
-                path = self._step_over_line(int(class_id), center_xy, min(x2 - x1, y2 - y1), former)
-            self._paths[int(track)] = path
+                if former is not None:
+                    crossings = former.crossings + _crossing(former.center_xy, center_xy, self._points_xy)
+                if abs(_distance(center_xy, self._points_xy)) >= CLEARANCE * min(x2 - x1, y2 - y1):
+                    self._first[class_id] += crossings > 0
+                    self._second[class_id] += crossings < 0
+                    crossings = 0
+            self._paths[track] = _Path(center_xy, crossings, been_inside, now_s)
         self._paths = {track: path for track, path in self._paths.items() if now_s - path.seen_s < FORGET_AFTER_S}
-
-    def _step_in_zone(self, class_id: int, center_xy: Point, former: _Path | None) -> _Path:
-        """Counts a track that is inside, and the first time that it is."""
-        inside = _is_inside(center_xy, self._points_xy)
-        been_inside = former is not None and former.inside
-        self._second[class_id] += inside
-        self._first[class_id] += inside and not been_inside
-        return _Path(center_xy, 0, inside or been_inside, self._now_s)
-
-    def _step_over_line(self, class_id: int, center_xy: Point, side_px: float, former: _Path | None) -> _Path:
-        """Notes a crossing; counts it once the track is clear of the line. `side_px`: its box's shorter side."""
-        crossings = 0 if former is None else former.crossings + _crossing(former.center_xy, center_xy, self._points_xy)
-        if abs(_distance(center_xy, self._points_xy)) >= CLEARANCE * side_px:
-            self._first[class_id] += crossings > 0
-            self._second[class_id] += crossings < 0
-            crossings = 0
-        return _Path(center_xy, crossings, False, self._now_s)
 
 
 def _distance(point_xy: Point, line_xy: Sequence[Point]) -> float:
-    """Returns a point's distance from the line through two points: positive on its right as seen on the picture."""
+    """Returns a point's distance from the line through two points: positive on its right as seen on the image."""
     (x1, y1), (x2, y2) = line_xy
     return ((x2 - x1) * (point_xy[1] - y1) - (y2 - y1) * (point_xy[0] - x1)) / math.hypot(x2 - x1, y2 - y1)
 
@@ -254,7 +244,7 @@ def _number(part: str, text: str) -> float:
     except ValueError:
         raise _refusal(text, f"'{part.strip()}' is no number") from None
     if not 0 <= value <= FARTHEST_PX:
-        raise _refusal(text, f"{part.strip()} is no place in a picture")
+        raise _refusal(text, f"{part.strip()} lies outside every image")
     return value
 
 
@@ -262,17 +252,3 @@ def _refusal(text: str, why: str) -> UserError:
     """Returns the error about a value of --count."""
     expected = "x1,y1,x2,y2 for a line, or three or more points for a zone, in pixels or all from 0 to 1"
     return UserError(f"--count '{text}': {why}. Expected: {expected}.")
-
-
-def _warn_if_outside(path: str, points_xy: Sequence[Point], shape_hw: tuple[int, int]) -> None:
-    """Says if nothing can be counted because all points lie beyond the same edge of the picture."""
-    height, width = shape_hw
-    if min(x for x, _ in points_xy) > width or min(y for _, y in points_xy) > height:
-        LOGGER.warning(f"WARNING: --count: the points lie outside {path}, which has {width}x{height} px")
-
-
-def _describe(heading: str, numbers: Mapping[int, int], names: Mapping[int, str] | Sequence[str]) -> str:
-    """Returns `heading total (number name, ...)`, without the classes that have none."""
-    known = names if isinstance(names, Mapping) else dict(enumerate(names))
-    shares = [f"{number} {known.get(class_id, class_id)}" for class_id, number in numbers.items() if number]
-    return f"{heading} {sum(numbers.values())}" + (f" ({', '.join(shares)})" if shares else "")

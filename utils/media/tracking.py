@@ -11,17 +11,19 @@ import importlib
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils.boxes import Detections
 from utils.errors import UserError
 from utils.images import VID_FORMATS
 
 if TYPE_CHECKING:
-    from utils.media.sources import Frame
+    from utils.media.capture import Frame
 
 
 LOGGER = logging.getLogger("yolov5")
@@ -35,7 +37,7 @@ _LIBRARY_FPS = 30  # the library tells its memory in frames at this rate
 
 
 def require_video(inputs: Sequence[str], live: bool = False) -> None:
-    """Refuses pictures: nothing can be followed from one to the next.
+    """Refuses images: nothing can be followed from one to the next.
 
     Args:
         inputs: paths of files, or names of live inputs.
@@ -44,12 +46,12 @@ def require_video(inputs: Sequence[str], live: bool = False) -> None:
     Raises:
         UserError: some of the files are no videos; the first is named.
     """
-    pictures = [path for path in inputs if not live and Path(path).suffix.lower().lstrip(".") not in VID_FORMATS]
-    if pictures:
-        others = f" and {len(pictures) - 1} more inputs are pictures" if len(pictures) > 1 else " is a picture"
+    images = [path for path in inputs if not live and Path(path).suffix.lower().lstrip(".") not in VID_FORMATS]
+    if images:
+        others = f" and {len(images) - 1} more inputs are images" if len(images) > 1 else " is an image"
         raise UserError(
-            f"--track follows objects through videos and streams, but {pictures[0]}{others}: leave --track out, "
-            "or give videos alone."
+            f"--track follows objects through videos and streams, but {images[0]}{others}: leave --track out, or give "
+            "videos alone."
         )
 
 
@@ -76,16 +78,16 @@ class Trackers:
         self._tracks: dict[str, _InputTracks] = {}
         self._file = ""  # the video file that is being read
 
-    def update(self, frame: Frame, detections: np.ndarray) -> np.ndarray:
+    def update(self, frame: Frame, detections: Detections) -> Detections:
         """Takes what was found in the next frame of an input.
 
         Args:
             frame: the frames of an input come in order; those of live inputs may alternate.
-            detections: (k, 6) [x1, y1, x2, y2 in px, confidence, class], those down to WEAKEST among them.
+            detections: those down to WEAKEST among them.
 
         Returns:
-            (m, 7), in the same order, without the weak ones that prolong no track: the last column is the object's
-            number, -1 for none (yet). The class of one that has a number is its object's.
+            The same in the same order with `track_ids`, without the weak ones that prolong no track. The class of one
+            that has a track is the track's.
         """
         if not frame.live and frame.path != self._file:
             self._tracks.pop(self._file, None)
@@ -94,7 +96,7 @@ class Trackers:
             rate = frame.fps / self._vid_stride
             self._tracks[frame.path] = _InputTracks(frame.path, self._library, self._conf_thres, rate)
         tracked = self._tracks[frame.path].update(frame.time, detections)
-        return tracked[(tracked[:, 4] > self._conf_thres) | (tracked[:, 6] != NO_TRACK)]
+        return tracked[(tracked.confidences > self._conf_thres) | (tracked.track_ids != NO_TRACK)]
 
 
 class _InputTracks:
@@ -114,8 +116,8 @@ class _InputTracks:
         self._votes: dict[int, dict[int, float]] = {}  # {the library's number: {class: sum of confidences}}
         self._name, self._last_s, self._seldom = name, math.inf, 0  # how many frames in a row came too late
 
-    def update(self, time_s: float, detections: np.ndarray) -> np.ndarray:
-        """Returns the detections (k, 6) of the frame of that time as (k, 7), with class and number of their tracks."""
+    def update(self, time_s: float, detections: Detections) -> Detections:
+        """Returns the detections of the frame of that time with class and number of their tracks."""
         self._seldom = self._seldom + 1 if time_s - self._last_s > MEMORY_S else 0
         self._last_s = time_s
         if self._seldom == SELDOM:
@@ -124,22 +126,20 @@ class _InputTracks:
                 "can be followed: take a smaller model or --imgsz, or a smaller --vid-stride."
             )
         found = self._supervision.Detections(
-            xyxy=detections[:, :4], confidence=detections[:, 4], data={"row": np.arange(len(detections))}
+            xyxy=detections.boxes_xyxy, confidence=detections.confidences, data={"row": np.arange(len(detections))}
         )
         found = self._tracker.update(found, timestamp=time_s)
-        tracked = np.column_stack((detections, np.full(len(detections), NO_TRACK, detections.dtype)))
+        classes, tracks = detections.classes.copy(), np.full(len(detections), NO_TRACK)
         for row, number in zip(found.data.get("row", ()), found.tracker_id.tolist(), strict=True):
             if number != NO_TRACK:
-                tracked[row, 5:] = self._vote(number, *detections[row, 4:].tolist()), number + 1
+                votes = self._votes.setdefault(number, {})
+                taken_for = int(classes[row])
+                votes[taken_for] = votes.get(taken_for, 0.0) + float(detections.confidences[row])
+                classes[row] = max(votes, key=votes.__getitem__)  # of equal ones the first
+                tracks[row] = number + 1
         alive = set(self._tracker.tracked_objects.tracker_id.tolist())  # a stream that runs for months has many dead
         self._votes = {number: votes for number, votes in self._votes.items() if number in alive}
-        return tracked
-
-    def _vote(self, number: int, confidence: float, class_id: float) -> int:
-        """Counts what a track was taken for; returns the class that leads, of equal ones the one it had first."""
-        votes = self._votes.setdefault(number, {})
-        votes[int(class_id)] = votes.get(int(class_id), 0.0) + confidence
-        return max(votes, key=votes.__getitem__)
+        return replace(detections, classes=classes, track_ids=tracks)
 
 
 def _load_library() -> tuple[ModuleType, ModuleType]:

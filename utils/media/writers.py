@@ -28,7 +28,7 @@ from typing import IO, Any
 import cv2
 import numpy as np
 
-from utils.boxes import xyxy2xywhn
+from utils.boxes import Detections, xyxy2xywhn
 from utils.errors import UserError, printable
 from utils.files import atomic_write, native_path
 from utils.images import IMG_FORMATS, VID_FORMATS
@@ -61,7 +61,7 @@ class OutputOptions:
     save_conf: bool = False  # confidences in the label files
     save_crop: bool = False
     save_csv: bool = False
-    track: bool = False  # detections have the number of their track in a seventh column
+    track: bool = False  # detections have tracks
     line_width: int | None = None  # px; None suits the image
     hide_labels: bool = False
     hide_conf: bool = False
@@ -115,20 +115,21 @@ class OutputStems(dict[str, str]):
         return unique
 
 
-def label_lines(detections: np.ndarray, shape_hw: Sequence[int], save_conf: bool = False) -> list[str]:
+def label_lines(detections: Detections, shape_hw: Sequence[int], save_conf: bool = False) -> list[str]:
     """Returns lines `class x y w h[ confidence][ track]`, box normalised, of one image's detections, in their order.
 
     Args:
-        detections: (n, 6) [x1, y1, x2, y2 in the image's pixels, confidence, class], or (n, 7) with tracks.
+        detections: in px of the image.
         shape_hw: the image's (height, width).
         save_conf: whether lines have the confidence.
     """
-    boxes_norm = xyxy2xywhn(detections[:, :4], w=shape_hw[1], h=shape_hw[0])
-    columns = [detections[:, 5:6], boxes_norm] + ([detections[:, 4:5]] if save_conf else [])
-    lines = [" ".join(f"{value:g}" for value in row) for row in np.concatenate(columns, 1).tolist()]
-    if detections.shape[1] > 6:
-        lines = [f"{line} {int(track)}" for line, track in zip(lines, detections[:, 6], strict=True)]
-    return lines
+    numbers = xyxy2xywhn(detections.boxes_xyxy, w=shape_hw[1], h=shape_hw[0])
+    numbers = np.column_stack((numbers, detections.confidences)) if save_conf else numbers
+    tracks = [""] * len(detections) if detections.track_ids is None else [f" {track}" for track in detections.track_ids]
+    return [
+        f"{class_id} {' '.join(f'{number:g}' for number in row)}{track}"
+        for class_id, row, track in zip(detections.classes, numbers.tolist(), tracks, strict=True)
+    ]
 
 
 class LabelWriter:
@@ -150,7 +151,7 @@ class LabelWriter:
         with _explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, stem: str, detections: np.ndarray, shape_hw: Sequence[int]) -> None:
+    def write(self, stem: str, detections: Detections, shape_hw: Sequence[int]) -> None:
         """Writes one image's file, a line for each detection; see `label_lines`.
 
         Raises:
@@ -238,13 +239,12 @@ class ResultWriter:
                 ends.callback(self._table_file.close)
             ends.callback(self._keep_counts)
 
-    def write(self, frame: Frame, detections: np.ndarray, counts: Counts | None = None) -> None:
+    def write(self, frame: Frame, detections: Detections, counts: Counts | None = None) -> None:
         """Writes everything asked for about one frame.
 
         Args:
             frame: with its image, which is drawn into.
-            detections: (k, 6) [x1, y1, x2, y2 in whole px of the image, confidence, class], most confident first, or
-                with tracking (k, 7): the last column is the number of the track, -1 for none.
+            detections: in whole px of the image, most confident first.
             counts: what was counted in this input up to this frame.
 
         Raises:
@@ -271,7 +271,7 @@ class ResultWriter:
             with _explained(self._folder / "predictions.csv"):
                 self._keep_tables()
 
-    def _write(self, frame: Frame, detections: np.ndarray, counts: Counts | None) -> None:
+    def _write(self, frame: Frame, detections: Detections, counts: Counts | None) -> None:
         stem = self._stems[frame.path]
         name = stem + Path(frame.path).suffix
         if counts is not None:
@@ -286,11 +286,11 @@ class ResultWriter:
         if self._options.save_images:
             self._write_image(frame, self._draw(np.ascontiguousarray(frame.image), detections, counts), stem)
 
-    def drawn(self, frame: Frame, detections: np.ndarray, counts: Counts | None = None) -> np.ndarray:
+    def drawn(self, frame: Frame, detections: Detections, counts: Counts | None = None) -> np.ndarray:
         """Returns the image (h, w, 3) as `write` saves it, drawn into a copy; from any thread."""
         return self._draw(frame.image.copy(), detections, counts)
 
-    def _draw(self, image: np.ndarray, detections: np.ndarray, counts: Counts | None) -> np.ndarray:
+    def _draw(self, image: np.ndarray, detections: Detections, counts: Counts | None) -> np.ndarray:
         look = (self._options.line_width, self._options.hide_labels, self._options.hide_conf)
         return draw_detections(image, detections, self._names, *look, counts)
 
@@ -312,12 +312,13 @@ class ResultWriter:
             folder.mkdir(parents=True, exist_ok=True)
         feature_visualization(maps, block, row, save_dir=folder)
 
-    def _write_rows(self, name: str, detections: np.ndarray, frame: Frame) -> None:
+    def _write_rows(self, name: str, detections: Detections, frame: Frame) -> None:
         """Adds the detections to the table, the least confident first, as in the label files."""
         number = [frame.number or ""] * self._with_frames
-        for row in detections[::-1]:
-            track = [int(row[6])] if self._options.track else []
-            found = (class_name(self._names, int(row[5])), f"{row[4]:.4f}")
+        least_first = detections[::-1]
+        tracks = [[]] * len(least_first) if least_first.track_ids is None else least_first.track_ids[:, None].tolist()
+        for class_id, confidence, track in zip(least_first.classes, least_first.confidences, tracks, strict=True):
+            found = (class_name(self._names, class_id), f"{confidence:.4f}")
             self._table.writerow((printable(name), *found, *track, *number))
         self._table_file.flush()  # a run that is killed leaves them
 
@@ -342,12 +343,13 @@ class ResultWriter:
                 csv.writer(file).writerows(rows)
         self._kept_counts = dict(self._counts)
 
-    def _write_crops(self, frame: Frame, detections: np.ndarray, stem: str) -> None:
+    def _write_crops(self, frame: Frame, detections: Detections, stem: str) -> None:
         """Cuts the detections out of the image: `crops/CLASS/STEM.jpg`, then `STEM2.jpg` and so on."""
         if not frame.live and not any(stem == former for former, _ in self._crop_numbers):
             self._crop_numbers.clear()
-        for row in detections[::-1]:
-            folder = self._folder / "crops" / self._crop_folders.get(int(row[5]), str(int(row[5])))
+        least_first = detections[::-1]
+        for box_xyxy, class_id in zip(least_first.boxes_xyxy, least_first.classes.tolist(), strict=True):
+            folder = self._folder / "crops" / self._crop_folders.get(class_id, str(class_id))
             folder.mkdir(parents=True, exist_ok=True)
             taken = True
             while taken:  # by another input's crops
@@ -355,7 +357,7 @@ class ResultWriter:
                 number = self._crop_numbers[stem, folder]
                 digits = "" if number == 1 else str(number)
                 taken = any((stem + digits[:end]).casefold() in self._taken for end in range(1, len(digits) + 1))
-            save_image(folder / f"{stem}{digits}.jpg", save_one_box(row[:4], frame.image, BGR=True, save=False))
+            save_image(folder / f"{stem}{digits}.jpg", save_one_box(box_xyxy, frame.image, BGR=True, save=False))
 
     def _write_image(self, frame: Frame, image: np.ndarray, stem: str) -> None:
         """Saves the drawn image (h, w, 3), or adds it to its video."""

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.boxes import clip_boxes, xywh2xyxy, xyxy2xywh
+from utils.boxes import Detections, clip_boxes, xywh2xyxy, xyxy2xywh
 from utils.errors import UserError, printable
 from utils.files import increment_path
 
@@ -203,18 +203,20 @@ def as_mapping(names: Names) -> dict[int, str]:
     return dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
 
 
-def detection_labels(detections: np.ndarray, names: Names, hide_conf: bool = False) -> list[str]:
-    """Returns `name 0.87`, `name`, or `id:3 name 0.87` for detections (k, 6) or (k, 7), see `draw_detections`."""
-    labels = []
-    for row in np.asarray(detections):
-        track = f"id:{int(row[6])} " if len(row) > 6 and row[6] >= 0 else ""
-        labels.append(track + class_name(names, int(row[5])) + ("" if hide_conf else f" {row[4]:.2f}"))
-    return labels
+def detection_labels(detections: Detections, names: Names, hide_conf: bool = False) -> list[str]:
+    """Returns `name 0.87`, `name`, or `id:3 name 0.87` for each detection."""
+    tracks = [-1] * len(detections) if detections.track_ids is None else detections.track_ids
+    return [
+        (f"id:{track} " if track >= 0 else "")
+        + class_name(names, class_id)
+        + ("" if hide_conf else f" {confidence:.2f}")
+        for class_id, confidence, track in zip(detections.classes, detections.confidences, tracks, strict=True)
+    ]
 
 
 def draw_detections(
     image: np.ndarray,
-    detections: np.ndarray,
+    detections: Detections,
     names: Names,
     line_width: int | None = None,
     hide_labels: bool = False,
@@ -225,8 +227,7 @@ def draw_detections(
 
     Args:
         image: uint8 (h, w, 3) BGR, contiguous.
-        detections: (k, 6) [x1, y1, x2, y2 in px of the image, confidence, class], or (k, 7) with the track, -1 for
-            none: colours then tell tracks apart, not classes.
+        detections: where they have tracks, colours tell these apart, not classes.
         names: the classes' names.
         line_width: of the boxes, in pixels; None suits the image.
         hide_labels: draw boxes alone.
@@ -237,10 +238,11 @@ def draw_detections(
         The same image.
     """
     labels = [""] * len(detections) if hide_labels else detection_labels(detections, names, hide_conf)
-    items = []
-    for row, label in zip(detections, labels, strict=True):
-        number = int(row[-1])  # of the class, or of the track where there are tracks
-        items.append(Annotation(row[:4], label, colors(number, bgr=True) if number >= 0 else NO_TRACK_COLOR))
+    numbers = detections.classes if detections.track_ids is None else detections.track_ids
+    items = [
+        Annotation(box_xyxy, label, colors(number, bgr=True) if number >= 0 else NO_TRACK_COLOR)
+        for box_xyxy, label, number in zip(detections.boxes_xyxy, labels, numbers, strict=True)
+    ]
     captions = [] if counts is None else _draw_counting(image, counts, names)
     Annotator(image, line_width).annotate(items, [caption.box_xyxy for caption in captions])
     for caption in captions:

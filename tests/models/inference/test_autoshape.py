@@ -1,4 +1,4 @@
-"""Pictures of every kind give the same boxes, which equal golden ones and those made by hand."""
+"""Images of every kind give the same boxes, which equal golden ones and those made by hand."""
 
 import http.server
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.inference.autoshape import AutoShape, read_pictures
+from models.inference.autoshape import AutoShape, read_images
 from models.inference.multibackend import DetectMultiBackend
 from models.load import load_model
 from models.yolo import Model
@@ -219,7 +219,7 @@ def test_the_wrapper_has_the_models_attributes(model, small):
     assert "left" in str(wrapped(np.full((64, 64, 3), 90, np.uint8), size=64))
 
 
-def test_the_callers_picture_stays_as_it_is(small):
+def test_the_callers_image_stays_as_it_is(small):
     image = np.full((96, 96, 3), 100, np.uint8)
     results = AutoShape(small)(image, size=96)
     results.render()
@@ -227,8 +227,8 @@ def test_the_callers_picture_stays_as_it_is(small):
 
 
 def read(item):
-    (picture,) = read_pictures([item])
-    return picture.image
+    ((image,), _) = read_images([item])
+    return image
 
 
 def test_grey_alpha_palette_and_16_bits_become_rgb():
@@ -270,8 +270,8 @@ def test_orientation_is_heeded_in_files_and_images(tmp_path):
 def test_images_from_memory_have_no_file_name():
     content = BytesIO()
     Image.new("RGB", (64, 48)).save(content, "PNG")
-    first, second = read_pictures([Image.open(content), Image.new("RGB", (64, 48))])
-    assert (first.file, second.file) == ("image0.jpg", "image1.jpg")
+    _, files = read_images([Image.open(content), Image.new("RGB", (64, 48))])
+    assert files == ["image0.jpg", "image1.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -279,18 +279,18 @@ def test_images_from_memory_have_no_file_name():
     [
         ("nowhere.jpg", "nowhere.jpg: cannot be read"),
         (__file__, "not a readable image"),
-        (np.random.default_rng(0).normal(0, 1, (48, 64, 3)), "Picture 0: has values from -[34]"),
+        (np.random.default_rng(0).normal(0, 1, (48, 64, 3)), "Image 0: has values from -[34]"),
         (torch.full((3, 48, 64), torch.nan), "has values from nan to nan"),
         (np.full((48, 64, 3), 70_000), "has values from 70000 to 70000; 0 to 1 .floats., 0 to 255, or 0 to 4095 or"),
-        (np.zeros((2, 48, 64, 3), np.uint8), r"Picture 0: is an array \(2, 48, 64, 3\)"),
+        (np.zeros((2, 48, 64, 3), np.uint8), r"Image 0: is an array \(2, 48, 64, 3\)"),
         (np.zeros((0, 64, 3), np.uint8), "is an array"),
         (7, "is a int"),
         ("http://127.0.0.1:9/picture.jpg", "cannot be reached"),
     ],
 )
-def test_what_is_no_picture_is_named(item, words):
+def test_what_is_no_image_is_named(item, words):
     with pytest.raises(UserError, match=words):
-        read_pictures([item])
+        read_images([item])
 
 
 def test_an_empty_list_is_refused(small):

@@ -1,4 +1,4 @@
-"""Detections worked out by hand: lines, formats, tables, files; the caller's pictures stay as they are."""
+"""Detections worked out by hand: lines, formats, tables, files; the caller's images stay as they are."""
 
 import builtins
 import sys
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from models.inference.autoshape import Detections
+from utils.boxes import Detections as Found
 from utils.errors import UserError
 from utils.plots.boxes import draw_detections
 
@@ -17,7 +18,7 @@ NAMES = {0: "person", 1: "a/b", 2: "tie"}
 
 
 def detections(**changes):
-    """Two pictures: 200 x 400 px (height x width) with two persons and a tie, and 300 x 250 px with nothing."""
+    """Two images: 200 x 400 px (height x width) with two persons and a tie, and 300 x 250 px with nothing."""
     found = torch.tensor([[40.0, 20, 120, 100, 0.9, 0], [200, 50, 400, 150, 0.8, 0], [0, 0, 50, 50, 0.5, 2]])
     given = {
         "imgs": [np.full((200, 400, 3), (200, 100, 50), np.uint8), np.zeros((300, 250, 3), np.uint8)],
@@ -30,7 +31,7 @@ def detections(**changes):
     return Detections(**given | changes)
 
 
-def test_prints_a_line_for_each_picture_and_the_times(capsys):
+def test_prints_a_line_for_each_image_and_the_times(capsys):
     results = detections()
     expected = (
         "image 1/2: 200x400 2 persons, 1 tie\n"
@@ -73,7 +74,7 @@ def test_says_when_pandas_is_missing(monkeypatch):
         detections().pandas()
 
 
-def test_indexing_and_iterating_give_single_pictures():
+def test_indexing_and_iterating_give_single_images():
     results = detections()
     assert len(results) == 2 and len(results.tolist()) == 2
     single = results[-1]
@@ -99,8 +100,8 @@ def test_render_draws_into_copies():
 
 
 def test_save_never_overwrites_a_picture_of_the_same_name(tmp_path):
-    pictures = [np.full((20, 20, 3), level, np.uint8) for level in (0, 80, 160)]
-    results = detections(imgs=pictures, pred=[torch.zeros(0, 6)] * 3, files=["bus.jpg", "bus.jpg", "bus-2.jpg"])
+    images = [np.full((20, 20, 3), level, np.uint8) for level in (0, 80, 160)]
+    results = detections(imgs=images, pred=[torch.zeros(0, 6)] * 3, files=["bus.jpg", "bus.jpg", "bus-2.jpg"])
     assert len(set(results.files)) == 3 and results.files[0] == "bus.jpg"
     for _ in range(2):  # a folder of the user's own is used again
         results.save(tmp_path / "out")
@@ -130,7 +131,7 @@ def test_the_default_folder_is_numbered_on(tmp_path, monkeypatch):
 def test_labels_are_left_out_on_demand(tmp_path, monkeypatch):
     """As in 7.0. Boxes alone leave the picture as it is inside and outside of their lines."""
     boxes_alone = np.full((200, 400, 3), (50, 100, 200), np.uint8)
-    draw_detections(boxes_alone, detections().pred[0].numpy(), NAMES, hide_labels=True)
+    draw_detections(boxes_alone, Found.from_rows(detections().pred[0]), NAMES, hide_labels=True)
     boxes_alone = boxes_alone[..., ::-1]
     results, shown = detections(), []
     assert not np.array_equal(results.render()[0], boxes_alone)

@@ -21,14 +21,14 @@ from utils.media.sources import find_sources, open_source
 FRAMES = 40
 
 
-def picture(seed: int = 0, width: int = 64, height: int = 48) -> np.ndarray:
+def noise(seed: int = 0, width: int = 64, height: int = 48) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
 
 
 def write_video(path: Path, codec: str = "mp4v", frames: int = FRAMES, fps: float = 25) -> Path:
     """A noisy texture that moves, so that every frame differs and takes room in the file."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), fps, (96, 64))
-    texture = picture(1, 96, 64)
+    texture = noise(1, 96, 64)
     for index in range(frames):
         writer.write(np.roll(texture, 2 * index, axis=1))
     writer.release()
@@ -42,7 +42,7 @@ def encode(path: Path, codec: str, **options: str) -> Path:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         for index in range(FRAMES):
-            image = np.roll(picture(1, 96, 64), 2 * index, axis=1)
+            image = np.roll(noise(1, 96, 64), 2 * index, axis=1)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="bgr24")))
         container.mux(stream.encode())
     return path
@@ -50,7 +50,7 @@ def encode(path: Path, codec: str, **options: str) -> Path:
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
 def test_avif_is_read_as_other_images(tmp_path):
-    Image.fromarray(picture(1, 96, 64)[:, :, ::-1]).resize((48, 32)).save(tmp_path / "a.avif", quality=95)
+    Image.fromarray(noise(1, 96, 64)[:, :, ::-1]).resize((48, 32)).save(tmp_path / "a.avif", quality=95)
     data = (tmp_path / "a.avif").read_bytes()
     (tmp_path / "cut.avif").write_bytes(data[: len(data) // 2])
     whole, damaged = read_frames(find_sources(tmp_path))
@@ -70,11 +70,11 @@ def test_videos_of_other_containers_are_read_whole(tmp_path, name, codec):
 
 
 def test_images_of_every_kind_arrive_as_8_bit_bgr(tmp_path):
-    rgb = Image.fromarray(picture()[:, :, ::-1])
+    rgb = Image.fromarray(noise()[:, :, ::-1])
     rgb.convert("L").save(tmp_path / "grey.png")
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
     rgb.convert("RGBA").save(tmp_path / "alpha.png")
-    cv2.imwrite(str(tmp_path / "deep.png"), picture().astype(np.uint16) * 257)
+    cv2.imwrite(str(tmp_path / "deep.png"), noise().astype(np.uint16) * 257)
     rgb.save(tmp_path / "moving.webp", save_all=True, append_images=[rgb.rotate(180)])
     frames = list(read_frames(find_sources(tmp_path)))
     assert [frame.error for frame in frames] == [""] * 5
@@ -84,18 +84,18 @@ def test_images_of_every_kind_arrive_as_8_bit_bgr(tmp_path):
 def test_exif_orientation_is_applied_once(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(picture()).save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(noise()).save(tmp_path / "turned.jpg", exif=exif)
     (frame,) = read_frames(find_sources(tmp_path / "turned.jpg"))
     assert frame.image.shape == (64, 48, 3)
 
 
 def test_damaged_images_arrive_with_the_reason_and_the_others_whole(tmp_path):
-    cv2.imwrite(str(tmp_path / "good.jpg"), picture())
+    cv2.imwrite(str(tmp_path / "good.jpg"), noise())
     data = (tmp_path / "good.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("no image")
-    cv2.imwrite(str(tmp_path / "strip.png"), picture(width=3000, height=1))
+    cv2.imwrite(str(tmp_path / "strip.png"), noise(width=3000, height=1))
     frames = {Path(frame.path).name: frame for frame in read_frames(find_sources(tmp_path))}
     assert frames["good.jpg"].error == "" and frames["good.jpg"].image is not None
     for name, reason in (("cut.jpg", "truncated"), ("empty.png", "empty"), ("text.jpg", ""), ("strip.png", "3000x1")):
@@ -115,7 +115,7 @@ def test_video_frames_are_numbered_from_1_with_the_source_s_rate(tmp_path):
 def test_frames_say_when_their_video_shows_them(tmp_path):
     even = write_video(tmp_path / "clip.mp4", frames=7, fps=12.5)
     assert [frame.time for frame in read_frames([str(even)], vid_stride=2)] == pytest.approx([0, 0.16, 0.32, 0.48])
-    first, *others = [Image.fromarray(picture(seed)) for seed in range(4)]
+    first, *others = [Image.fromarray(noise(seed)) for seed in range(4)]
     first.save(tmp_path / "uneven.gif", save_all=True, append_images=others, duration=[100, 500, 200, 100])
     assert [frame.time for frame in read_frames([str(tmp_path / "uneven.gif")])] == pytest.approx([0, 0.1, 0.6, 0.8])
 
@@ -144,8 +144,8 @@ def test_vid_stride_takes_every_so_many_frames_under_their_own_numbers(tmp_path)
 
 
 def test_animated_gif_is_read_as_a_video(tmp_path):
-    pictures = [Image.fromarray(picture(seed)) for seed in range(3)]
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=100)
+    images = [Image.fromarray(noise(seed)) for seed in range(3)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100)
     assert [frame.error for frame in read_frames([str(tmp_path / "a.gif")])] == ["", "", ""]
 
 
@@ -234,7 +234,7 @@ class ScreenShotError(Exception):
 
 
 class FakeDisplay:
-    """A desktop whose blue is the column and whose green is the row; it refuses after three pictures."""
+    """A desktop whose blue is the column and whose green is the row; it refuses after three images."""
 
     def __init__(self) -> None:
         self.monitors, self.left = MONITORS, 3
@@ -243,10 +243,10 @@ class FakeDisplay:
         if not self.left:
             raise ScreenShotError("gone")
         self.left -= 1
-        picture = np.full((place["height"], place["width"], 4), 255, np.uint8)
-        picture[:, :, 0] = (place["left"] + np.arange(place["width"]))[None] % 256
-        picture[:, :, 1] = (place["top"] + np.arange(place["height"]))[:, None]
-        return picture
+        image = np.full((place["height"], place["width"], 4), 255, np.uint8)
+        image[:, :, 0] = (place["left"] + np.arange(place["width"]))[None] % 256
+        image[:, :, 1] = (place["top"] + np.arange(place["height"]))[:, None]
+        return image
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -344,7 +344,7 @@ def test_absent_display_is_told(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("Xvfb") is None, reason="needs Xvfb, a display without a screen")
-def test_real_display_gives_pictures_of_the_size_asked_for(monkeypatch):
+def test_real_display_gives_images_of_the_size_asked_for(monkeypatch):
     pytest.importorskip("mss")
     reader, writer = os.pipe()
     command = ["Xvfb", "-displayfd", str(writer), "-screen", "0", "320x240x24", "-nolisten", "tcp"]

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utils.boxes import Detections
 from utils.errors import UserError
 from utils.media.counting import CLEARANCE, Counter, Counts
 from utils.media.sources import Frame
@@ -20,20 +21,19 @@ def frame(number: int, path: str = "/in/a.mp4", height: int = HEIGHT, width: int
     return Frame(path, 1, 1, np.zeros((height, width, 3), np.uint8), number=number, fps=FPS, time=(number - 1) / FPS)
 
 
-def rows(objects: dict[int, tuple[float, float]], class_id: int = 0, side: float = SIDE) -> np.ndarray:
-    """Squares (k, 7) round the centres {track: (x, y)}."""
-    half = side / 2
-    boxes = [(x - half, y - half, x + half, y + half, 0.9, class_id, track) for track, (x, y) in objects.items()]
-    return np.array(boxes, np.float64).reshape(-1, 7)
+def rows(objects: dict[int, tuple[float, float]], classes: dict[int, int] | None = None, side=SIDE) -> Detections:
+    """Squares round the centres {track: (x, y)}."""
+    half, classes = side / 2, classes or {}
+    boxes = [(x - half, y - half, x + half, y + half, 0.9, classes.get(of, 0), of) for of, (x, y) in objects.items()]
+    return Detections.from_rows(np.array(boxes, np.float64).reshape(-1, 7))
 
 
 def walk(text: str, paths: dict[int, list], classes: dict[int, int] | None = None, side: float = SIDE) -> Counts:
     """Counts tracks along their paths, a point for each frame, None where it is out of sight."""
-    counter, classes = Counter.parse(text), classes or {}
+    counter = Counter.parse(text)
     for index in range(max(map(len, paths.values()))):
         seen = {track: path[index] for track, path in paths.items() if index < len(path) and path[index] is not None}
-        one_frame = [rows({track: point}, classes.get(track, 0), side) for track, point in seen.items()]
-        counts = counter.update(frame(index + 1), np.concatenate([rows({}), *one_frame]))
+        counts = counter.update(frame(index + 1), rows(seen, classes, side))
     return counts
 
 
@@ -130,7 +130,7 @@ def test_inputs_are_counted_apart():
     counter = Counter.parse(MIDDLE)
     for number, (there, back) in enumerate(zip(FORTH, BACK, strict=True), start=1):
         counter.update(frame(number, "/in/a.mp4"), rows({1: there}))
-        counter.update(frame(number, "/in/b.mp4"), rows({1: back}, class_id=1))
+        counter.update(frame(number, "/in/b.mp4"), rows({1: back}, {1: 1}))
     assert counter.summary(NAMES) == [
         "Counted in /in/a.mp4: in 1 (1 person), out 0",
         "Counted in /in/b.mp4: in 0, out 1 (1 car)",
@@ -187,9 +187,9 @@ def test_in_less_out_is_how_many_changed_sides(paths):
         ("1,2,3,4,5", "5 numbers are no list"),
         ("10,20,thirty,40", "'thirty' is no number"),
         ("10;20;30;40", "'10;20;30;40' is no number"),
-        ("10,20,-30,40", "-30 is no place in a picture"),
-        ("10,20,nan,40", "nan is no place in a picture"),
-        ("10,20,inf,40", "inf is no place in a picture"),
+        ("10,20,-30,40", "-30 lies outside every image"),
+        ("10,20,nan,40", "nan lies outside every image"),
+        ("10,20,inf,40", "inf lies outside every image"),
         ("10,20,10,20", "some of its points are the same"),
         ("10,20,50,60,10,20", "some of its points are the same"),
         ("10,10,20,20,30,30", "enclose no area"),

@@ -7,14 +7,24 @@ import warnings
 import numpy as np
 import pytest
 
+from utils.boxes import Detections
 from utils.errors import UserError
 from utils.media.counting import Counter
 from utils.media.sources import Frame
-from utils.media.tracking import NO_TRACK, Trackers, require_video
+from utils.media.tracking import NO_TRACK, require_video
+from utils.media.tracking import Trackers as TrackersOfDetections
 
 pytest.importorskip("trackers")
 
 FPS = 25.0
+
+
+class Trackers(TrackersOfDetections):
+    """The same for rows (k, 6), and with rows (m, 7)."""
+
+    def update(self, frame: Frame, rows: np.ndarray) -> np.ndarray:
+        found = super().update(frame, Detections.from_rows(rows))
+        return np.column_stack((found.rows, found.track_ids))
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +44,8 @@ def box(x: float, y: float, class_id: int = 0, confidence: float = 0.8, width: i
 
 
 def detections(*boxes: list) -> np.ndarray:
-    return np.rint(np.array(boxes, np.float32).reshape(-1, 6) * [1, 1, 1, 1, 100, 1]) / [1, 1, 1, 1, 100, 1]
+    rounded = np.rint(np.array(boxes, np.float32).reshape(-1, 6) * [1, 1, 1, 1, 100, 1]) / [1, 1, 1, 1, 100, 1]
+    return rounded.astype(np.float32)
 
 
 class Scene:
@@ -183,7 +194,7 @@ def test_object_whose_class_is_in_doubt_has_one_number_and_counts_once(class_in,
         one = frame(number)
         tracked = trackers.update(one, detections(box(320, 60 + 6 * number, class_in(number))))
         numbers.append(tracked[0, 6])
-        counts = counter.update(one, tracked)
+        counts = counter.update(one, Detections.from_rows(tracked))
     assert numbers == [NO_TRACK, *[1] * 59]
     assert {tally.class_id: tally[1:] for tally in counts.tallies if any(tally[1:])} == {counted_as: (1, 0)}
 
@@ -247,17 +258,17 @@ def test_counting_what_is_tracked_equals_the_count_by_hand():
     trackers, counter, shuffle = Trackers(), Counter.parse("320,480,320,0"), np.random.default_rng(0)
     for number in range(1, 91):
         one = frame(number)
-        counts = counter.update(one, trackers.update(one, CROSSING.at(number, shuffle)[0]))
+        counts = counter.update(one, Detections.from_rows(trackers.update(one, CROSSING.at(number, shuffle)[0])))
     # upwards line, so in is to the right: objects 0 and 2 of class 0, object 3 of class 1; object 1 goes out
     assert [tuple(tally) for tally in counts.tallies] == [(0, 2, 1), (1, 1, 0)]
 
 
-def test_pictures_are_refused_before_the_work():
+def test_images_are_refused_before_the_work():
     require_video(["/in/a.mp4", "/in/B.MOV"])
     require_video(["rtsp_camera", "0"], live=True)
-    with pytest.raises(UserError, match=r"--track follows objects through videos .* but /in/a\.jpg is a picture"):
+    with pytest.raises(UserError, match=r"--track follows objects through videos .* but /in/a\.jpg is an image"):
         require_video(["/in/a.jpg"])
-    with pytest.raises(UserError, match=r"but /in/a\.jpg and 1 more inputs are pictures"):
+    with pytest.raises(UserError, match=r"but /in/a\.jpg and 1 more inputs are images"):
         require_video(["/in/v.mp4", "/in/a.jpg", "/in/b.png"])
 
 

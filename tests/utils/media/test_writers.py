@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
+from utils.boxes import Detections
 from utils.errors import UserError
 from utils.media import writers as sinks
 from utils.media.counting import Counts, Tally
@@ -21,9 +22,11 @@ from utils.media.writers import OutputOptions, OutputStems, ResultWriter, folder
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = {0: "cat", 1: "a/b"}
-FOUND = np.array([[10, 20, 50, 60, 0.9, 0], [0, 0, 100, 50, 0.5, 1], [20, 20, 40, 40, 0.25, 0]], np.float32)
-NOTHING = np.zeros((0, 6), np.float32)
-TRACKED = np.concatenate([FOUND, [[7], [-1], [1234567]]], axis=1)
+FOUND = Detections.from_rows(
+    np.array([[10, 20, 50, 60, 0.9, 0], [0, 0, 100, 50, 0.5, 1], [20, 20, 40, 40, 0.25, 0]], np.float32)
+)
+NOTHING, MANY = FOUND[:0], FOUND[np.zeros(40, int)]
+TRACKED = replace(FOUND, track_ids=np.array([7, -1, 1234567]))
 LINE = ((0.0, 50.0), (100.0, 50.0))
 
 
@@ -31,7 +34,7 @@ def frame(path: str = "/in/photo.jpg", **fields) -> Frame:
     return Frame(path, 1, 1, np.full((100, 100, 3), 60, np.uint8), **fields)
 
 
-def write(folder: Path, results: list[tuple[Frame, np.ndarray]], **options) -> ResultWriter:
+def write(folder: Path, results: list[tuple[Frame, Detections]], **options) -> ResultWriter:
     paths = list(dict.fromkeys(frame.path for frame, _ in results))
     with ResultWriter(folder, paths, NAMES, OutputOptions(**options)) as writer:
         for one, detections in results:
@@ -120,7 +123,7 @@ def test_numbered_crops_do_not_overwrite_those_of_an_image_of_that_name(tmp_path
 def test_no_two_inputs_write_crops_of_one_name(tmp_path):
     """The third of `bus1` would be the first of `bus13`, and the 12th of `bus` the first of `bus12`."""
     paths = ["/a/bus.jpg", "/a/bus1.jpg", "/a/BUS12.jpg", "/a/bus13.jpg", "/a/bus02.jpg"]
-    write(tmp_path, [(frame(path), np.repeat(FOUND[:1], 40, axis=0)) for path in paths], save_crop=True)
+    write(tmp_path, [(frame(path), MANY) for path in paths], save_crop=True)
     assert len({name.casefold() for name in files(tmp_path / "crops/cat")}) == 40 * len(paths)
 
 
@@ -141,7 +144,7 @@ def test_format_that_opencv_cannot_write_becomes_jpg(tmp_path):
     assert files(tmp_path) == ["PHOTO2.TIF", "photo.jpg"]
 
 
-def video_frames(path: str, count: int, step: int = 1) -> list[tuple[Frame, np.ndarray]]:
+def video_frames(path: str, count: int, step: int = 1) -> list[tuple[Frame, Detections]]:
     numbers = range(1, count + 1, step)
     return [(frame(path, number=n, count=count, fps=12.5, time=(n - 1) / 12.5), FOUND) for n in numbers]
 
@@ -227,7 +230,7 @@ def test_names_that_leave_no_room_for_what_is_derived_from_them_are_cut_and_stay
     folder.mkdir()
     paths = [f"/in/{long}{end}.{kind}" for end, kind in (("1", "jpg"), ("2", "jpg"), ("2", "png"), ("3", "avi"))]
     numbers = {path: 123456 if path.endswith("avi") else 0 for path in paths}
-    results = [(frame(path, number=numbers[path], fps=25.0), np.repeat(FOUND[:1], 12, axis=0)) for path in paths]
+    results = [(frame(path, number=numbers[path], fps=25.0), MANY[:12]) for path in paths]
     write(folder, results, save_txt=True, save_crop=True, segment=0.1)
     names = files(folder)
     assert len(names) == len(paths) * (1 + 1 + 12)
@@ -237,7 +240,7 @@ def test_names_that_leave_no_room_for_what_is_derived_from_them_are_cut_and_stay
 
 def test_crops_of_a_stream_take_no_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(sinks, "save_image", lambda path, _image: names.append(path.name))
-    names, many = [], np.repeat(FOUND[:1], 100, axis=0)
+    names, many = [], FOUND[np.zeros(100, int)]
     with ResultWriter(tmp_path, ["hall"], NAMES, OutputOptions(save_crop=True, save_images=False)) as writer:
         writer.write(frame("hall", number=1, live=True), many)
         names.clear()
@@ -295,7 +298,7 @@ def test_crops_do_not_depend_on_tracks(tmp_path):
     assert all((tmp_path / "plain" / name).read_bytes() == (tmp_path / "tracked" / name).read_bytes() for name in crops)
 
 
-def live_frames(count: int, height: int = 100, first: int = 1) -> list[tuple[Frame, np.ndarray]]:
+def live_frames(count: int, height: int = 100, first: int = 1) -> list[tuple[Frame, Detections]]:
     """Two cameras by turns; each picture's brightness tells the camera and the frame."""
     results = []
     for number in range(first, first + count):
@@ -347,7 +350,7 @@ def test_stream_whose_pictures_change_their_size_goes_on(tmp_path):
     assert [one.image.shape for one in read_frames([str(tmp_path / "hall.mp4")])] == [(100, 100, 3)] * 4
 
 
-def camera(*times_s: float) -> list[tuple[Frame, np.ndarray]]:
+def camera(*times_s: float) -> list[tuple[Frame, Detections]]:
     """A camera that declares 25 frames a second and gives them at these times; brightness tells them apart."""
     frames = [frame("hall", number=n, fps=25.0, live=True, time=5e5 + at) for n, at in enumerate(times_s, start=1)]
     for one in frames:
@@ -387,6 +390,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
+from utils.boxes import Detections
 from utils.media.counting import Counts, Tally
 from utils.media.writers import OutputOptions, ResultWriter
 from utils.media.sources import Frame
@@ -395,7 +399,8 @@ with ResultWriter(Path(sys.argv[1]), ["hall"], {0: "cat"}, OutputOptions(save_cs
     for n in range(1, 41):
         image = np.full((48, 64, 3), n, np.uint8)
         one = Frame("hall", 1, 1, image, number=n, fps=25.0, live=True, time=10.0 * n)
-        writer.write(one, np.array([[1, 1, 9, 9, 0.9, 0]]), Counts(((0.0, 5.0), (9.0, 5.0)), (Tally(0, n, 0),)))
+        found = Detections.from_rows(np.array([[1, 1, 9, 9, 0.9, 0]]))
+        writer.write(one, found, Counts(((0.0, 5.0), (9.0, 5.0)), (Tally(0, n, 0),)))
     os.kill(os.getpid(), signal.SIGKILL)
 """
 

@@ -9,14 +9,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from utils import plots
+from utils.boxes import Detections
 from utils.errors import UserError
 from utils.media.counting import Counts, Tally
 from utils.plots import Annotator, boxes, colors, output_to_target, plot_images, save_one_box
 from utils.plots.boxes import Annotation
 
 SIDE = 200
-NOTHING, NO_TARGETS = np.zeros((0, 6), np.float32), np.zeros((0, 6), np.float32)
+NO_TARGETS = np.zeros((0, 6), np.float32)
 DARK_BLUE = colors(14, bgr=True)
+
+
+def detections(*rows: list) -> Detections:
+    return Detections.from_rows(np.array(rows, np.float32).reshape(len(rows), -1 if rows else 6))
 
 
 def blank(height: int = SIDE, width: int = SIDE, value: int = 114) -> np.ndarray:
@@ -114,21 +119,21 @@ def test_annotator_draws_shapes_and_text():
 
 
 def test_hidden_labels_leave_only_the_outline():
-    picture = boxes.draw_detections(blank(), np.array([[50, 60, 150, 160, 0.9, 0]]), {0: "x"}, 1, hide_labels=True)
+    picture = boxes.draw_detections(blank(), detections([50, 60, 150, 160, 0.9, 0]), {0: "x"}, 1, hide_labels=True)
     inside_and_above = [picture[62:158, 52:148], picture[:57]]
     assert all((part == 114).all() for part in inside_and_above)
     assert (picture[60, 60:140] == colors(0, bgr=True)).all()
 
 
 def test_confidence_is_shown_with_two_digits_and_can_be_hidden():
-    detections = np.array([[0, 0, 9, 9, 0.876, 1], [0, 0, 9, 9, 0.5, 7]])
-    assert boxes.detection_labels(detections, ["a", "b"]) == ["b 0.88", "7 0.50"]
-    assert boxes.detection_labels(detections, {1: "b"}, hide_conf=True) == ["b", "7"]
+    found = detections([0, 0, 9, 9, 0.876, 1], [0, 0, 9, 9, 0.5, 7])
+    assert boxes.detection_labels(found, ["a", "b"]) == ["b 0.88", "7 0.50"]
+    assert boxes.detection_labels(found, {1: "b"}, hide_conf=True) == ["b", "7"]
 
 
 def test_track_stands_before_the_name_and_gives_the_colour():
-    tracked = np.array(
-        [[50, 60, 90, 100, 0.876, 1, 3], [110, 60, 150, 100, 0.5, 1, -1], [110, 120, 150, 160, 0.5, 1, 23]]
+    tracked = detections(
+        [50, 60, 90, 100, 0.876, 1, 3], [110, 60, 150, 100, 0.5, 1, -1], [110, 120, 150, 160, 0.5, 1, 23]
     )
     assert boxes.detection_labels(tracked, ["a", "b"]) == ["id:3 b 0.88", "b 0.50", "id:23 b 0.50"]
     assert boxes.detection_labels(tracked[:1], ["a", "b"], hide_conf=True) == ["id:3 b"]
@@ -137,10 +142,10 @@ def test_track_stands_before_the_name_and_gives_the_colour():
     assert tuple(picture[60, 130]) == boxes.NO_TRACK_COLOR
 
 
-def with_counts(points, detections=NOTHING, height=SIDE, width=SIDE):
+def with_counts(points, found=None, height=SIDE, width=SIDE):
     """Draws a line or zone with one crossing of class x and nothing else but the detections."""
     counts = Counts(tuple(points), (Tally(0, 1, 0),))
-    return boxes.draw_detections(blank(height, width), detections, {0: "x"}, counts=counts)
+    return boxes.draw_detections(blank(height, width), found or detections(), {0: "x"}, counts=counts)
 
 
 def yellow(picture):
@@ -170,8 +175,8 @@ def test_zone_is_drawn_closed():
 
 
 def test_labels_keep_off_the_numbers_and_boxes_do_not_strike_them():
-    box = np.array([[2, 2, 150, 150, 0.9, 0]])
-    plain, crowded = (with_counts([(20, 190), (180, 190)], found) for found in (NOTHING, box))
+    box = detections([2, 2, 150, 150, 0.9, 0])
+    plain, crowded = (with_counts([(20, 190), (180, 190)], found) for found in (None, box))
     panel = (plain[:60] == boxes.WHITE).all(2)
     assert panel.any()
     assert (crowded[:60][panel] == boxes.WHITE).all()

@@ -1,4 +1,4 @@
-"""Connections that wait: for heads that do not come, for requests, for answers to be read."""
+"""Connections that wait, for heads, for requests, for answers to be read; and the names that a service answers to."""
 
 import asyncio
 import socket
@@ -6,9 +6,11 @@ import time
 
 import pytest
 
+from utils.errors import UserError
+
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
-connection = pytest.importorskip("service.connection")
+guard = pytest.importorskip("service.guard")
 
 HEAD = b"GET / HTTP/1.1\r\nHost: a\r\n"
 LIMIT_S = 20
@@ -27,14 +29,14 @@ async def app(scope, receive, send):
 @pytest.fixture
 def play(monkeypatch):
     """Runs a scene with a server of short deadlines; the scene is given a function that connects to it."""
-    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(connection, "STALLED_S", 0.3)
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(guard, "HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(guard, "STALLED_S", 0.3)
+    monkeypatch.setattr(guard, "MAX_CONNECTIONS", 4)
 
     def run(scene):
         async def main():
             listener = socket.create_server(("127.0.0.1", 0))
-            config = uvicorn.Config(app, http=connection.Connection, ws="none", lifespan="off", log_level="error")
+            config = uvicorn.Config(app, http=guard.Connection, ws="none", lifespan="off", log_level="error")
             server = uvicorn.Server(config)
             serving = asyncio.ensure_future(server.serve([listener]))
             await scene(lambda: asyncio.open_connection(*listener.getsockname(), limit=2**10))
@@ -132,7 +134,7 @@ def test_answer_that_nobody_reads_does_not_stay_and_one_that_is_read_slowly_does
 
 def test_where_many_come_at_once_each_takes_another_s_place(play, monkeypatch):
     """All are accepted in one turn of the server's loop, before it hears of any end."""
-    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(guard, "HEAD_TIMEOUT_S", 60.0)
 
     async def scene(connect):
         clients = await asyncio.gather(*(connect() for _ in range(12)))
@@ -145,3 +147,27 @@ def test_where_many_come_at_once_each_takes_another_s_place(play, monkeypatch):
             writer.close()
 
     play(scene)
+
+
+@pytest.mark.parametrize(
+    ("bound", "more", "trusted", "untrusted"),
+    [
+        ((), (), ["localhost", "127.0.0.1:5000", "[::1]:5000", "::1", "Localhost.", ""], ["evil.example", "10.0.0.7"]),
+        (("10.0.0.7",), (), ["10.0.0.7:5000", "localhost"], ["10.0.0.8", "0.0.0.0", "10.0.0.7.evil.example"]),
+        (("gate", "10.0.0.7"), (), ["gate:80", "10.0.0.7"], ["gate.evil.example", "evil.example"]),
+        (("0.0.0.0",), (), ["10.0.0.7", "192.168.1.2:5000", "[fe80::1]:5000"], ["evil.example", "gate"]),
+        (("::",), (), ["10.0.0.7", "[2001:db8::1]"], ["evil.example"]),
+        (("0", "0.0.0.0"), ("Gate.Example.org", "b"), ["gate.example.org:443", "b"], ["example.org"]),
+        ((), ("*",), ["evil.example", "10.0.0.7"], []),
+    ],
+)
+def test_known_names_are_trusted_and_others_are_not(bound, more, trusted, untrusted):
+    hosts = guard.TrustedHosts(bound, more)
+    assert [host for host in trusted if not hosts.trusts(host)] == []
+    assert [host for host in untrusted if hosts.trusts(host)] == []
+
+
+@pytest.mark.parametrize("name", ["", "http://gate", "a b", "a,b", "n" * 300, "tür"])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(UserError, match=r"--trusted-hosts '.*a name such as"):
+        guard.TrustedHosts(more=[name])
