@@ -210,30 +210,33 @@ def _read_bytes(path: str | Path) -> bytes:
 
 def _read_header(data: bytes) -> _Header:
     """Reads size, format and orientation without decoding pixels, and refuses what is not safe to decode."""
-    header = _read_jpeg_header(data) if data.startswith(_JPEG_START) else _read_header_with_pillow(data)
-    pixels = header.info.width * header.info.height
+    read = _read_jpeg_header if data.startswith(_JPEG_START) else _read_header_with_pillow
+    width, height, kind, orientation, pixels_at = read(data)
+    pixels = width * height
     if pixels > MAX_PIXELS:
         raise ImageTooLargeError("has too many pixels to be decoded safely")
     if pixels > max(DENSITY_FROM_PIXELS, MAX_PIXELS_PER_BYTE * len(data)):
         raise ImageTooLargeError(f"claims {pixels} pixels in {len(data)} bytes, as only a decompression bomb does")
-    return header
+    if _TURNS.get(orientation, (False, None))[0]:
+        width, height = height, width
+    return _Header(ImageInfo(width, height, kind), orientation, pixels_at)
 
 
-def _read_header_with_pillow(data: bytes) -> _Header:
+def _read_header_with_pillow(data: bytes) -> tuple[int, int, str, int, int]:
     try:
         with Image.open(BytesIO(data)) as image:
             width, height = image.size
             kind = (image.format or "unknown").lower()
             if kind == "tiff":  # some versions of Pillow swap the sides by themselves, some do not
                 width, height = image.tag_v2[_TIFF_WIDTH_TAG], image.tag_v2[_TIFF_HEIGHT_TAG]
-            return _header(width, height, kind, _orientation(image, data), 0)
+            return width, height, kind, _orientation(image, data), 0
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError("has too many pixels to be decoded safely") from error
     except _DAMAGE as error:
         raise ImageError(f"is not a readable image ({_reason(error)})") from error
 
 
-def _read_jpeg_header(data: bytes) -> _Header:
+def _read_jpeg_header(data: bytes) -> tuple[int, int, str, int, int]:
     """Follows a JPEG's markers to its first scan."""
     position, size, orientation = 2, None, 1
     while position + 4 <= len(data):
@@ -254,14 +257,7 @@ def _read_jpeg_header(data: bytes) -> _Header:
         position = end
     if size is None or 0 in size:
         raise ImageError("is a damaged JPEG (no frame header)")
-    return _header(*size, "jpeg", orientation, position)
-
-
-def _header(width: int, height: int, kind: str, orientation: int, pixels_at: int) -> _Header:
-    """Puts a header together; width and height are as stored."""
-    swapped, _ = _TURNS.get(orientation, (False, None))
-    info = ImageInfo(height, width, kind) if swapped else ImageInfo(width, height, kind)
-    return _Header(info, orientation, pixels_at)
+    return *size, "jpeg", orientation, position
 
 
 def _exif_orientation(block: bytes) -> int:
@@ -294,22 +290,18 @@ def _check_end(data: bytes, header: _Header) -> bool:
     if header.info.format == "jpeg":
         if data.rfind(_JPEG_END, header.pixels_at) < 0:
             raise ImageError("is a truncated JPEG (its end is missing)")
-        return True
-    if header.info.format == "png":
+    elif header.info.format == "png":
         _check_png(data)
-        return True
-    return False
+    return header.info.format in ("jpeg", "png")
 
 
 def _check_png(data: bytes) -> None:
     """Follows a PNG's chunks to its end and compares the checksums of those that the pixels need."""
     view, position, kind = memoryview(data), len(_PNG_START), b""
     while kind != b"IEND":
-        if position + 12 > len(data):
-            raise ImageError("is a truncated PNG (its end is missing)")
-        length, kind = struct.unpack_from(">I4s", data, position)
+        length, kind = struct.unpack_from(">I4s", data, position) if position + 12 <= len(data) else (0, b"")
         end = position + 8 + length
-        if end + 4 > len(data):
+        if not kind or end + 4 > len(data):
             raise ImageError("is a truncated PNG (its end is missing)")
         needed = kind[:1].isupper()
         if needed and zlib.crc32(view[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:

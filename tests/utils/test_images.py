@@ -32,7 +32,7 @@ LOSSLESS = {"png": {}, "webp": {"lossless": True}, "tiff": {}, "bmp": {}, "jpg":
 
 
 def scene_rgb(width=64, height=48):
-    """A picture without symmetry, smooth enough for JPEG: uint8 (h, w, 3)."""
+    """An image without symmetry, smooth enough for JPEG: uint8 (h, w, 3)."""
     rows, columns = np.mgrid[0:height, 0:width]
     blue = 127 + 100 * np.sin(5 * columns / width) * np.cos(4 * rows / height)
     return np.stack([columns * 255 / width, rows * 255 / height, blue], axis=-1).astype(np.uint8)
@@ -45,7 +45,7 @@ ALPHA = np.full_like(GREY, 100)
 
 
 def encoded(image=None, kind="JPEG", several=False, **options):
-    """The bytes of an image file; with `several`, the picture's negative is a second frame or page."""
+    """The bytes of an image file; with `several`, the image's negative is a second frame or page."""
     if several:
         options |= {"save_all": True, "append_images": [Image.fromarray(255 - SCENE)]}
     buffer = io.BytesIO()
@@ -144,24 +144,15 @@ BIT_PIC = GREY_PIC.convert("1", dither=Image.Dither.NONE)
 BIT_BGR = np.repeat(np.where(GREY > 127, 255, 0)[:, :, None], 3, axis=2)
 FLOAT_PIC, LONG_PIC = Image.fromarray(GREY.astype(np.float32) / 255), Image.fromarray(GREY.astype(np.int32) * 257)
 
-KINDS = {  # file name: (its bytes, the pixels expected, tolerance)
+KINDS = {  # file name: (its bytes, the pixels expected, tolerance); the usual ones are in test_bad_data.py
     "grey.png": (encoded(GREY_PIC, "PNG"), GREY_BGR, 0),
-    "grey16.png": (encoded(Image.fromarray(sixteen_bits(GREY)), "PNG"), GREY_BGR, 0),
-    "colour16.png": (cv_encoded(".png", sixteen_bits(SCENE_BGR)), SCENE_BGR, 0),
     "grey_alpha.png": (encoded(Image.fromarray(np.dstack([GREY, ALPHA])), "PNG"), GREY_BGR, 0),
-    "rgba.png": (encoded(RGBA_PIC, "PNG"), SCENE_BGR, 0),
-    "palette.png": (encoded(PALETTE_PIC, "PNG"), PALETTE_BGR, 0),
-    "palette_transparent.png": (encoded(PALETTE_PIC, "PNG", transparency=3), PALETTE_BGR, 0),
     "bits.png": (encoded(BIT_PIC, "PNG"), BIT_BGR, 0),
     "animated.png": (encoded(kind="PNG", several=True), SCENE_BGR, 0),
-    "grey.jpg": (encoded(GREY_PIC, quality=95), GREY_BGR, 3),
-    "cmyk.jpg": (encoded(Image.fromarray(SCENE).convert("CMYK"), quality=95), SCENE_BGR, 8),
     "progressive.jpg": (encoded(progressive=True, quality=95), SCENE_BGR, 8),
     "trailing.jpg": (encoded(quality=95) + b"left by a camera", SCENE_BGR, 8),
     "several.mpo": (encoded(kind="MPO", quality=95, several=True), SCENE_BGR, 8),
     "rgba.webp": (encoded(RGBA_PIC, "WEBP", lossless=True, exact=True), SCENE_BGR, 0),
-    "animated.webp": (encoded(kind="WEBP", lossless=True, several=True), SCENE_BGR, 0),
-    "colour.bmp": (encoded(kind="BMP"), SCENE_BGR, 0),
     "palette.bmp": (encoded(PALETTE_PIC, "BMP"), PALETTE_BGR, 0),
     "bits.bmp": (encoded(BIT_PIC, "BMP"), BIT_BGR, 0),
     "rgba.tiff": (encoded(RGBA_PIC, "TIFF"), SCENE_BGR, 0),
@@ -179,7 +170,6 @@ KINDS = {  # file name: (its bytes, the pixels expected, tolerance)
     "alpha12.png": (cv_encoded(".png", twelve_bits(np.dstack([SCENE_BGR, ALPHA]))), SCENE_BGR, 0),
     "bits.tif": (encoded(BIT_PIC, "TIFF"), BIT_BGR, 0),
     "cmyk.tif": (encoded(Image.fromarray(SCENE).convert("CMYK"), "TIFF"), SCENE_BGR, 1),
-    "pages.tif": (encoded(kind="TIFF", compression="tiff_lzw", several=True), SCENE_BGR, 0),
 }
 
 
@@ -234,22 +224,14 @@ def test_values_of_no_known_range_are_refused(values):
 
 
 def test_files_of_no_known_range_are_found_when_checked_and_when_read(tmp_path):
-    for name, array, words in (
-        ("heights.tif", GREY.astype(np.float32) * 1000, "has values from"),
-        ("normal.tif", GREY.astype(np.float32) / 60 - 2, "has values from -2 to"),
-        ("colour12.tif", twelve_bits(SCENE_BGR), "16 bits a channel with values below 4096"),
+    for data, words in (
+        (encoded(Image.fromarray(GREY.astype(np.float32) * 1000), "TIFF"), "has values from"),
+        (encoded(Image.fromarray(GREY.astype(np.float32) / 60 - 2), "TIFF"), "has values from -2 to"),
+        (cv_encoded(".tiff", twelve_bits(SCENE_BGR)), "16 bits a channel with values below 4096"),
     ):
-        array = array if array.ndim == 2 else array
-        data = encoded(Image.fromarray(array), "TIFF") if array.ndim == 2 else cv_encoded(".tiff", array)
         for look in (check_image, read_image):
             with pytest.raises(ImageError, match=words):
-                look(write(tmp_path / name, data))
-
-
-def test_the_content_counts_not_the_suffix(tmp_path):
-    path = write(tmp_path / "image.jpg", encoded(kind="PNG"))
-    assert check_image(path) == (64, 48, "png")
-    assert_reads_as(path, SCENE_BGR)
+                look(write(tmp_path / "image.tif", data))
 
 
 # Damage
@@ -312,8 +294,6 @@ def test_one_flipped_bit_in_a_png_is_found(tmp_path, function):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "is empty"),
-        (b"not a picture at all", "not a readable image"),
         (b"\xff\xd8\xff\xd9", "no frame header"),
         (b"\xff\xd8" + b"\xff\xe0\x00\x10" + bytes(40), "no marker where one must stand"),
         (
@@ -377,7 +357,7 @@ def test_a_small_file_that_claims_many_pixels_is_refused_undecoded(tmp_path, mon
             function(path)
 
 
-def test_a_large_blank_picture_is_no_bomb():
+def test_a_large_blank_image_is_no_bomb():
     data = cv2.imencode(".png", np.zeros((4200, 4200, 3), np.uint8))[1].tobytes()
     assert images.decode_image(data).shape == (4200, 4200, 3)
 
@@ -408,11 +388,6 @@ def test_strips_are_refused_for_training_but_can_be_read(tmp_path, width, height
         with pytest.raises(ImageError, match=reason):
             check_image(path)
     assert read_image(path).shape == (height, width, 3)
-
-
-def test_a_gif_is_no_training_image(tmp_path):
-    with pytest.raises(ImageError, match="is of format gif, which is not one of avif, bmp, dng"):
-        check_image(write(tmp_path / "image.jpg", encoded(kind="GIF")))
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged headers

@@ -21,7 +21,7 @@ from utils.augmentations.mosaic import Tile, compose, place_four, place_nine
 from utils.augmentations.pixels import AugmentParams, albumentations_available, augment_pixels, to_planes
 from utils.augmentations.warp import random_matrix
 from utils.boxes import xywh2xyxy, xyxy2xywhn
-from utils.dataloaders.images_cache import DiskImages, ImageFiles, ImageSource, Machine, RamImages, RecentImages
+from utils.dataloaders.images_cache import Machine, RamImages, RecentImages, make_source
 from utils.dataloaders.labels import LabelTable, PathList, load_labels
 from utils.dataloaders.paths import img2label_paths
 from utils.dataloaders.sampling import MosaicSampler, SampleKey, Stream, epoch_order, keyed_generator
@@ -317,30 +317,3 @@ def rectangular_batches(
         elif members[0] > 1:
             shares_hw[batch] = 1, 1 / members[0]
     return order, (np.ceil(shares_hw * imgsz / stride + pad) * stride).astype(np.int64)
-
-
-def make_source(
-    table: LabelTable,
-    imgsz: int | tuple[int, int] | None,
-    augment: bool,
-    cache: str | None,
-    prefix: str,
-    machine: Machine | None = None,
-) -> ImageSource:
-    """Returns where images are read from; a cache is filled before, of several processes by the machine's first.
-
-    Raises:
-        UserError: the cache cannot be filled, or not be shared.
-    """
-    files = ImageFiles(table, imgsz, augment)
-    if cache is None:
-        return files
-    if machine and machine.local_rank > 0:
-        return DiskImages(files) if cache == "disk" else RamImages(files, machine.broadcast_str_local())
-    cached = {"ram": RamImages, "disk": DiskImages}[cache](files)
-    if isinstance(cached, RamImages) and machine and machine.local_size > 1:
-        if not cached.address:
-            raise UserError("--cache ram: only on Linux do several processes share one. Use --cache disk, or none.")
-        machine.broadcast_str_local(cached.address)
-    cached.fill(prefix)
-    return cached

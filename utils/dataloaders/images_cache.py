@@ -195,7 +195,6 @@ class DiskImages:
 
 
 def _beside(folder: str) -> Path:
-    """Returns where the copies of a folder's images are."""
     return Path(folder).with_name(f"{os.path.basename(folder)}_npy")
 
 
@@ -303,6 +302,33 @@ class RecentImages:
         while self._bytes > self.max_bytes:
             self._bytes -= self._images.popitem(last=False)[1].nbytes
         return image
+
+
+def make_source(
+    table: LabelTable,
+    imgsz: int | tuple[int, int] | None,
+    augment: bool,
+    cache: str | None,
+    prefix: str,
+    machine: Machine | None = None,
+) -> ImageSource:
+    """Returns where images are read from; a cache is filled before, of several processes by the machine's first.
+
+    Raises:
+        UserError: the cache cannot be filled, or not be shared.
+    """
+    files = ImageFiles(table, imgsz, augment)
+    if cache is None:
+        return files
+    if machine and machine.local_rank > 0:
+        return DiskImages(files) if cache == "disk" else RamImages(files, machine.broadcast_str_local())
+    cached = {"ram": RamImages, "disk": DiskImages}[cache](files)
+    if isinstance(cached, RamImages) and machine and machine.local_size > 1:
+        if not cached.address:
+            raise UserError("--cache ram: only on Linux do several processes share one. Use --cache disk, or none.")
+        machine.broadcast_str_local(cached.address)
+    cached.fill(prefix)
+    return cached
 
 
 def _in_order(work: Callable[[int], Result], count: int) -> Iterator[Result]:

@@ -117,12 +117,6 @@ class LabelTable:
         bounds = self.seg_offsets[self.offsets[index] : self.offsets[index + 1] + 1]
         return [self.seg_points[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
 
-    def with_single_class(self) -> LabelTable:
-        """Returns a table whose labels are all of class 0 (`--single-cls`)."""
-        rows = self.rows.copy()
-        rows[:, 0] = 0
-        return replace(self, rows=rows)
-
     def subset(self, indices: Sequence[int] | np.ndarray) -> LabelTable:
         """Returns the images at `indices`, in that order, with their labels; counts and messages stay the scan's."""
         indices = np.asarray(indices, np.int64)
@@ -372,7 +366,7 @@ def load_labels(
     if kpt_shape is None:
         _refuse_keypoints(table, spec)
     if single_cls:
-        return table.with_single_class()
+        return replace(table, rows=table.rows * np.float32([0, 1, 1, 1, 1]))
     if spec is not None:
         check_classes(table, spec)
     return table

@@ -136,7 +136,7 @@ class DetectionLoader:
     Attributes:
         dataset: what they are made of.
         workers: its processes.
-        epoch: of the next iteration; each iteration counts on.
+        keys: of each batch; `keys.epoch` is that of the next iteration, and each iteration counts on.
     """
 
     def __init__(
@@ -154,21 +154,11 @@ class DetectionLoader:
         self.keys = BatchKeys(dataset, shuffle, shard or Shard(), QUAD if quad else 1)
         self._quad = quad
         self._loader: DataLoader | None = None
-        self._ahead: Iterator[Batch | UserError] | None = None  # of `epoch`, started but not entered yet
+        self._ahead: Iterator[Batch | UserError] | None = None  # of `keys.epoch`, started but not entered yet
 
     def __len__(self) -> int:
         """Returns the number of batches; the last may be short."""
         return len(self.keys)
-
-    @property
-    def epoch(self) -> int:
-        """Number of the epoch that the next iteration is of."""
-        return self.keys.epoch
-
-    @property
-    def shuffle(self) -> bool:
-        """Whether each epoch has an order of its own."""
-        return self.keys.shuffle
 
     @property
     def sampler(self) -> DetectionLoader:
@@ -181,7 +171,7 @@ class DetectionLoader:
         return self.keys.shard.of(min(size, len(self.dataset) - index * size), self.keys.unit).own
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches of `epoch`; the next iteration is of the next one.
+        """Yields the batches of an epoch; the next iteration is of the next one.
 
         Raises:
             UserError: an image is gone or was damaged since the labels were read.
@@ -193,7 +183,7 @@ class DetectionLoader:
         return self._received(batches)
 
     def start(self) -> DetectionLoader:
-        """Lets the workers begin with `epoch`, ahead of its iteration; returns the loader."""
+        """Lets the workers begin with the epoch, ahead of its iteration; returns the loader."""
         with defer_signals():  # it may start processes
             if self._loader is None:
                 self._loader = self._make_loader()
@@ -203,7 +193,7 @@ class DetectionLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch the next iteration is of."""
-        if epoch != self.epoch:
+        if epoch != self.keys.epoch:
             self._ahead = None
         self.keys.epoch = epoch
 

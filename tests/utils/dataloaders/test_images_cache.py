@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from utils.dataloaders import images_cache
-from utils.dataloaders.dataset import make_source
-from utils.dataloaders.images_cache import DiskImages, ImageFiles, RamImages, RecentImages
+from utils.dataloaders.images_cache import DiskImages, ImageFiles, RamImages, RecentImages, make_source
 from utils.errors import UserError
 from utils.files import temporary_beside
 

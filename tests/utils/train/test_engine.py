@@ -122,8 +122,8 @@ def test_the_next_epochs_batches_are_begun_before_validation(options, monkeypatc
     start, evaluate = DetectionLoader.start, engine.evaluate
 
     def started(loader):
-        if loader.shuffle and loader._ahead is None:
-            events.append(f"epoch {loader.epoch}")
+        if loader.keys.shuffle and loader._ahead is None:
+            events.append(f"epoch {loader.keys.epoch}")
         return start(loader)
 
     monkeypatch.setattr(DetectionLoader, "start", started)
