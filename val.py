@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,10 +106,11 @@ def run(
     Raises:
         UserError: an unknown option, or a mistake that it names.
     """
-    from models.inference.evaluation import Overrides, run_validation
+    from models.inference.evaluation import ValConfig, run_validation
 
     parsed = options_from(build_parser(), {"data": data, "weights": weights, **options})
-    result = run_validation(parsed, Overrides(model, dataloader, save_dir, callbacks, compute_loss))
+    config = ValConfig(**vars(parsed), model=model, dataloader=dataloader, save_dir=save_dir)
+    result = run_validation(replace(config, callbacks=callbacks, compute_loss=compute_loss))
     return result.as_tuple(), result.maps, result.speed_ms
 
 
@@ -150,13 +152,13 @@ def save_one_json(predn: torch.Tensor, jdict: list[dict[str, Any]], path: Path, 
 
 def main(options: argparse.Namespace) -> EvalResult:
     """Validates as the parsed `options` say."""
-    from models.inference.evaluation import run_validation
+    from models.inference.evaluation import ValConfig, run_validation
 
     echo_options("val", options)
     run_folder(options.project, options.name)  # refused, if at all, before anything is opened
     sizes = {"--batch-size": options.batch_size, "--imgsz": options.imgsz, "--workers": options.workers}
     with explain_resource_errors(sizes):
-        return run_validation(options)
+        return run_validation(ValConfig(**vars(options)))
 
 
 if __name__ == "__main__":

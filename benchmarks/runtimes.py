@@ -152,20 +152,18 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     path = file_of(row, args)
     figures = {"bytes": size_of(path), "peak_rss_bytes": peak_memory(row, path, args.imgsz)}
 
-    import torch
-
-    from models.inference.evaluation import check_classes, make_loader, open_eval_model
+    from models.backends import open_model
+    from models.inference.evaluation import check_classes, make_loader
     from models.inference.predictor import Predictor
     from utils.dataloaders.config import load_spec
     from utils.eval.evaluate import NMS, evaluate
 
     spec = load_spec(args.data, need=("val",))
-    dtype = torch.bfloat16 if row.half else torch.float32
-    subject = open_eval_model(path, "cpu", dtype, dnn=row.dnn)
-    check_classes(subject, spec)
+    opened = open_model(path, "cpu", dnn=row.dnn, bf16=row.half)
+    check_classes(opened, spec)
     shape = args.imgsz if row.dynamic else (args.imgsz, args.imgsz)
-    model = subject.build()
-    loader = make_loader(subject, spec, shape, batch_size=args.batch_size, workers=0)
+    model = opened.build()
+    loader = make_loader(spec, shape, opened.metadata.stride, batch_size=args.batch_size, workers=0)
     result = evaluate(Predictor(model, NMS), loader, names=spec.names, quiet=True)
     difference = raw_difference(row, model, args, spec.val) if row.include else {}
     speed = dict(zip(("pre_ms", "inference_ms", "nms_ms"), result.speed_ms, strict=True))

@@ -86,8 +86,8 @@ def test_a_dynamic_export_gets_the_checkpoints_rectangles(run, checkpoint, expor
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"imgsz": 128}, "--imgsz 128: .* takes images of 96x128 px .* only"),
-        ({"imgsz": [128, 96]}, "--imgsz 128x96"),
+        ({"imgsz": 128}, "--imgsz 128: .* exported for 96 128 .* takes no other"),
+        ({"imgsz": [128, 96]}, "--imgsz 128 96: .* exported for 96 128"),
         ({"imgsz": [1, 2, 3]}, "one side, or height and width"),
         ({"half": True}, "--half: .* precision that it was exported in"),
         ({"bf16": True}, "--bf16: .* precision that it was exported in"),

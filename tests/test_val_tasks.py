@@ -14,7 +14,7 @@ import torch
 import val
 from models.backends import ArrayBackend, Metadata
 from models.inference import evaluation as val_tasks
-from models.inference.evaluation import given_eval_model, make_loader
+from models.inference.evaluation import make_loader
 from models.load import load_model
 from utils.callbacks import Callbacks
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -81,7 +81,7 @@ def model(weights):
 def batches(model, data):
     """The batches of the five pictures at 128 px."""
     spec = load_spec(str(data), need=("val",))
-    return list(make_loader(given_eval_model(model), spec, SIDE_PX, workers=0))
+    return list(make_loader(spec, SIDE_PX, 32, workers=0))
 
 
 def images_of(batches):
@@ -219,17 +219,17 @@ def test_study_writes_a_row_for_each_size_and_a_table_for_each_model(tmp_path, r
 def test_tables_of_models_named_alike_do_not_overwrite_each_other():
     tables = []
     for stem in ("a_2", "a", "a", "a_2"):
-        tables.append(val_tasks._unused(stem, tables))
-    assert [table.name for table in tables] == ["a_2.txt", "a.txt", "a_3.txt", "a_2_2.txt"]
+        tables.append(val_tasks.unused_name(stem, tables))
+    assert tables == ["a_2", "a", "a_3", "a_2_2"]
 
 
 def test_a_study_goes_from_256_to_1536(tmp_path, run, weights, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes, measured = [], val_tasks.validate
 
-    def validate(options, subject):
-        sizes.extend(options.imgsz)
-        return measured(val_tasks.changed(options, imgsz=[64]), subject)
+    def validate(config, model):
+        sizes.extend(config.imgsz)
+        return measured(replace(config, imgsz=[64]), model)
 
     monkeypatch.setattr(val_tasks, "validate", validate)
     run(weights, task="study", imgsz=None, single_cls=True)
@@ -250,15 +250,16 @@ def test_the_data_of_the_training_that_is_gone_is_named_and_asked_for(run, more_
         run([moved], data="")
 
 
-def test_a_study_refuses_a_model_of_one_size_before_it_begins(run, weights, calls, monkeypatch):
-    opened = val_tasks.open_eval_model
+def test_a_study_refuses_a_model_of_one_size_before_it_begins(tmp_path, run, weights, calls, monkeypatch):
+    opened, fixed = val_tasks.open_model, shutil.copy(weights, tmp_path / "fixed.pt")
 
-    def open_eval_model(files, *options):
-        return replace(opened([weights], *options), shape_hw=(64, 64) if files == ["fixed.pt"] else None)
+    def open_model(file, *options):
+        found = opened(file, *options)
+        return replace(found, metadata=replace(found.metadata, dynamic=found.path.name != "fixed.pt"))
 
-    monkeypatch.setattr(val_tasks, "open_eval_model", open_eval_model)
+    monkeypatch.setattr(val_tasks, "open_model", open_model)
     with pytest.raises(UserError, match=r"fixed\.pt takes one: export it with --dynamic"):
-        run([weights, "fixed.pt"], task="study")
+        run([weights, fixed], task="study")
     assert not calls
 
 
@@ -271,7 +272,11 @@ def test_a_study_refuses_a_model_of_one_size_before_it_begins(run, weights, call
         ({"task": "benchmark"}, "--task 'benchmark': one of train, val, test, speed, study is expected"),
     ],
 )
-def test_series_refuse_what_they_cannot_do_before_anything_is_evaluated(run, calls, options, message):
+def test_series_refuse_what_they_cannot_do_before_anything_is_evaluated(
+    tmp_path, monkeypatch, run, calls, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("a.onnx").touch()
     with pytest.raises(UserError, match=message):
         run(**options)
     assert not calls
@@ -344,7 +349,9 @@ def test_views_are_the_same_for_the_model_and_for_what_is_made_of_it(run, weight
     assert augmented != pytest.approx(run(weights)[0], abs=1e-3)
 
 
-def test_exports_have_no_views(run):
+def test_exports_have_no_views(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    Path("best.onnx").touch()
     with pytest.raises(UserError, match=r"--augment is for checkpoints \(\.pt\), not for exported models"):
         run("best.onnx", augment=True)
 
@@ -364,7 +371,7 @@ def test_labels_among_the_detections_win_and_are_written(tmp_path, run, weights,
 
 
 def test_labels_join_raw_rows_only(run, weights):
-    with pytest.raises(UserError, match="--save-hybrid puts labels among the rows of whole pictures, which --tile"):
+    with pytest.raises(UserError, match="--save-hybrid puts labels among the rows of whole images, which --tile"):
         run(weights, save_hybrid=True, tile=64)
 
 
@@ -422,7 +429,7 @@ def test_any_runtime_will_do(run, batches):
         ({"model": Stubborn(), "bf16": True}, "this model computes as it was made"),
         ({"model": Stubborn(), "save_hybrid": True}, "labels among the rows .* NMS inside model"),
         ({"model": torch.nn.Identity(), "dataloader": [], "data": ""}, "does not name its classes: give data"),
-        ({"model": torch.nn.Identity(), "dataloader": [1], "tile": 64}, "--tile cuts pictures of full size"),
+        ({"model": torch.nn.Identity(), "dataloader": [1], "tile": 64}, "--tile cuts images of full size"),
         ({"model": torch.nn.Identity(), "half": True}, "--half .* needs a CUDA GPU, this is cpu"),
     ],
 )

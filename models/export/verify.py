@@ -17,10 +17,10 @@ import cv2
 import numpy as np
 import torch
 
-from models.backends import load_backend
+from models.backends import load_backend, open_model
 from models.export.formats import Tolerance
 from models.export.job import ExportJob
-from models.inference.evaluation import check_classes, image_shape, make_loader, open_eval_model
+from models.inference.evaluation import check_classes, make_loader
 from models.inference.predictor import Predictor
 from utils.boxes import box_iou, xywh2xyxy
 from utils.dataloaders.config import load_spec
@@ -301,15 +301,14 @@ def compare_map(
         UserError: a file, the data set or the device is not there, or the classes are not the data set's.
     """
     spec = load_spec(data, need=("val",), download=False)
-    subjects = [open_eval_model(weights, device), open_eval_model(exported, device)]
-    for subject in subjects:
-        check_classes(subject, spec)
-    export = subjects[1]
-    shape = export.shape_hw or image_shape(export, max(shape_hw))
-    loader = make_loader(export, spec, shape, batch_size=BATCH_SIZE, workers=WORKERS)
+    models = [open_model(weights, device), open_model(exported, device)]
+    for model in models:
+        check_classes(model, spec)
+    said = models[1].metadata
+    shape = max(shape_hw) if said.dynamic else said.shape_hw
+    loader = make_loader(spec, shape, said.stride, batch_size=BATCH_SIZE, workers=WORKERS)
     try:
-        checkpoint, exported = (subject.build() for subject in subjects)
-        judged = Predictor(checkpoint, export.nms or NMS), Predictor(exported, NMS)
+        judged = [Predictor(model.build(), nms) for model, nms in zip(models, (said.nms or NMS, NMS), strict=True)]
         found = [evaluate(predictor, loader, names=spec.names, quiet=True).map for predictor in judged]
     finally:
         loader.close()

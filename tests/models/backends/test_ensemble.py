@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.backends import load_backend
-from models.inference.evaluation import image_shape, open_eval_model
+from models.backends import load_backend, open_model
+from models.inference.evaluation import val_shape
 from models.inference.multibackend import Ensemble
 from models.load import load_model, read_weights
 from models.yolo import Model
@@ -57,8 +57,8 @@ def test_images_must_suit_the_largest_stride_and_classes_are_the_members(ensembl
 
 def test_validation_sizes_images_for_the_largest_stride_whichever_member_has_it(weights, other):
     for files in ([weights, other], [other, weights]):
-        subject = open_eval_model([str(file) for file in files], "cpu")
-        assert (subject.stride, image_shape(subject, 96)) == (64, 128)
+        opened = open_model([str(file) for file in files], "cpu")
+        assert (opened.metadata.stride, val_shape(opened, 96)) == (64, 128)
 
 
 def test_each_member_looks_at_every_view(ensemble, squares):

@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 
 import val
-from models.backends import ArrayBackend, Backend, Metadata
+from models.backends import ArrayBackend, Metadata, load_backend
 from models.inference.evaluation import (
-    EvalModel,
     make_loader,
-    make_tiled_loader,
-    open_eval_model,
 )
 from models.inference.predictor import Predictor
 from utils.boxes import xywhn2xyxy
@@ -29,17 +26,9 @@ CHECKPOINT = "yolov5n-v6-coco.pt"
 GRID, CELL_PX, SEEN_PX = 4, 320, 320  # the mosaic's pictures, and the size that the model sees
 
 
-class Golden(NamedTuple):
-    """The golden checkpoint, opened and built."""
-
-    subject: EvalModel
-    backend: Backend
-
-
 @pytest.fixture(scope="module")
 def golden(golden_dir):
-    subject = open_eval_model(golden_dir / CHECKPOINT, "cpu")
-    return Golden(subject, subject.build())
+    return load_backend(golden_dir / CHECKPOINT, "cpu")
 
 
 def write_set(root: Path, pictures: dict[str, np.ndarray], labels: dict[str, np.ndarray], names) -> Path:
@@ -100,8 +89,8 @@ def mosaic(datasets_dir, tmp_path_factory):
 
 
 def test_detection_in_tiles_finds_small_objects_that_the_plain_look_misses(golden, mosaic):
-    plain = Predictor(golden.backend, shape=SEEN_PX).detect(mosaic.picture).rows
-    tiled = Predictor(golden.backend, shape=SEEN_PX, tiling=Tiling(SEEN_PX)).detect(mosaic.picture).rows
+    plain = Predictor(golden, shape=SEEN_PX).detect(mosaic.picture).rows
+    tiled = Predictor(golden, shape=SEEN_PX, tiling=Tiling(SEEN_PX)).detect(mosaic.picture).rows
     assert mosaic.objects_found(tiled) > 2 * mosaic.objects_found(plain) > 0
 
 
@@ -123,12 +112,11 @@ def test_validation_in_tiles_finds_them_too_and_writes_what_it_finds(mosaic, gol
 
 @pytest.mark.parametrize("shape", [160, (128, 192)])
 def test_a_tile_larger_than_every_picture_gives_plain_validation_s_figures(golden, few, shape):
-    subject, backend = golden
     spec = load_spec(few)
-    plain_loader = make_loader(subject, spec, shape, batch_size=1, workers=0)
-    plain = evaluate(Predictor(backend, NMS), plain_loader, names=spec.names, quiet=True)
-    predictor = Predictor(backend, NMS, shape, tiling=Tiling(2000), val_pad=0.5)
-    tiled = evaluate(predictor, make_tiled_loader(spec, workers=0), names=spec.names, quiet=True)
+    plain_loader = make_loader(spec, shape, 32, batch_size=1, workers=0)
+    plain = evaluate(Predictor(golden, NMS), plain_loader, names=spec.names, quiet=True)
+    predictor = Predictor(golden, NMS, shape, tiling=Tiling(2000), val_pad=0.5)
+    tiled = evaluate(predictor, make_loader(spec, None, 32, workers=0), names=spec.names, quiet=True)
     assert plain.map > 0.1
     np.testing.assert_allclose(tiled.as_tuple(), plain.as_tuple(), atol=1e-9)
     np.testing.assert_allclose(tiled.maps, plain.maps, atol=1e-9)
@@ -137,11 +125,11 @@ def test_a_tile_larger_than_every_picture_gives_plain_validation_s_figures(golde
 @pytest.mark.parametrize(("shape", "pad"), [(160, 0.5), (1280, 0.0), ((128, 192), 0.5)])
 def test_the_model_sees_the_pixels_that_plain_validation_shows_it(golden, few, shape, pad):
     spec = load_spec(few)
-    loader = make_loader(golden.subject, spec, shape, batch_size=1, workers=0, pad=pad)
+    loader = make_loader(spec, shape, 32, batch_size=1, workers=0, pad=pad)
     usual = {batch.paths[0]: batch for batch in loader}
-    for batch in make_tiled_loader(spec, workers=0):
+    for batch in make_loader(spec, None, 32, workers=0):
         (picture,) = batch.images.numpy()
-        predictor = Predictor(golden.backend, NMS, shape, tiling=Tiling(2000), val_pad=pad)
+        predictor = Predictor(golden, NMS, shape, tiling=Tiling(2000), val_pad=pad)
         (window,) = predictor.prepare(picture.transpose(1, 2, 0), rgb=True)
         np.testing.assert_array_equal(window.inputs, usual[batch.paths[0]].images[0])
         original_hw, ratio_pad = usual[batch.paths[0]].shapes[0]
