@@ -1,7 +1,7 @@
 """Files of data sets made to run something, to reach other files or to fill the memory: archives, caches, images, ...
 
 Each is refused in one line, or said to be damaged; a canary file shows that nothing ran. More of archives is in
-utils/test_download.py.
+utils/test_archives.py.
 """
 
 import io

@@ -211,10 +211,10 @@ def find_weights(weights: str | Path | Sequence[str | Path] | None = None) -> li
 def _existing(path: Path) -> Path:
     if os.path.isfile(path) or os.path.isdir(path):  # a pipe would be waited for; Path's own raise for names too long
         return path
-    from utils.downloads import RELEASES, download_weights
+    from utils.downloads import RELEASES, attempt_download
 
     if path.name in RELEASES:
-        return download_weights(path)
+        return Path(attempt_download(path))
     nearby = [str(path.parent / name) for name in os.listdir(path.parent)] if os.path.isdir(path.parent) else []
     nearby += [str(file) for pattern in ("*.pt", "runs/*/*/weights/*.pt") for file in ROOT.glob(pattern)]
     hint = did_you_mean(path.name, {*map(os.path.basename, nearby), *RELEASES})

@@ -61,44 +61,30 @@ RELEASES = {  # COCO weights of the original project, release 7.0 (the architect
 }
 
 
-def download_weights(name: str | Path) -> Path:
-    """Fetches released weights by name (`yolov5s.pt`, or `some/folder/yolov5s.pt` to put them there).
-
-    A file that is already there is returned as it is.
+def attempt_download(file: str | Path, repo: str = RELEASE_REPOSITORY) -> str:
+    """Returns the path of weights: a file as it is; a URL or a released name (`some/folder/yolov5s.pt`) is downloaded.
 
     Raises:
-        UserError: not in the release list (the nearest names are shown), offline, or the hash does not agree.
+        UserError: no such file and no released one (the nearest names are shown), offline, the hash does not agree, or
+            another repository than YOLOv5's, whose files are not known here.
     """
-    target = Path(name)
-    if target.is_file():
-        return target
+    target = Path(str(file).strip().replace("'", ""))
+    if target.exists():
+        return str(target)
+    if str(file).startswith(("http://", "https://")):
+        target = Path(file_name_of(str(file)))
+        if not target.is_file():
+            safe_download(target, str(file), min_bytes=MIN_WEIGHTS_BYTES)
+        return str(target)
+    if repo != RELEASE_REPOSITORY:
+        raise UserError(f"{file}: releases of {repo} are not known here; give the file's URL instead.")
     release = RELEASES.get(target.name)
     if release is None:
         raise UserError(
-            f"Weights '{name}': no such file, and not one of the released weights ({', '.join(RELEASES)})."
+            f"Weights '{file}': no such file, and not one of the released weights ({', '.join(RELEASES)})."
             f"{did_you_mean(target.name, RELEASES)}"
         )
-    return download_file(release.url, target, release.sha256)
-
-
-def attempt_download(file: str | Path, repo: str = RELEASE_REPOSITORY) -> str:
-    """Returns the path of weights: a file as it is; a URL or a released name (`yolov5s.pt`) is downloaded.
-
-    Raises:
-        UserError: no such file and no released one, offline, or another repository than YOLOv5's, whose files are not
-            known here.
-    """
-    text = str(file).strip().replace("'", "")
-    if Path(text).exists():
-        return text
-    if text.startswith(("http://", "https://")):
-        target = Path(file_name_of(text))
-        if not target.is_file():
-            safe_download(target, text, min_bytes=MIN_WEIGHTS_BYTES)
-        return str(target)
-    if repo != RELEASE_REPOSITORY:
-        raise UserError(f"{text}: releases of {repo} are not known here; give the file's URL instead.")
-    return str(download_weights(text))
+    return str(download_file(release.url, target, release.sha256))
 
 
 def safe_download(

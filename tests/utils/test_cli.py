@@ -221,7 +221,7 @@ def test_weights_that_yolov5_publishes_are_fetched_where_they_are_missing(tmp_pa
         raise UserError(f"{name}: offline")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.downloads.download_weights", offline)
+    monkeypatch.setattr("utils.downloads.attempt_download", offline)
     with pytest.raises(UserError, match="yolov5s.pt: offline"):
         find_weights("yolov5s.pt")
     Path("yolov5s.pt").touch()

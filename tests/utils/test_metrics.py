@@ -24,50 +24,26 @@ def labels(*values):
     return np.array(values, np.float32).reshape(-1, 5)
 
 
-def hits(found, truth):
-    """How many thresholds each detection reaches."""
-    return match_detections(found, truth).sum(1).tolist()
+LABEL = [0, 0, 0, 10, 10]
 
 
-def test_each_threshold_is_matched_on_its_own():
-    """Two detections of one label, the confident one loose, the other exact.
-
-    Label 10 x 10. First detection 10 x 14 around it: IoU 100/140 = 0.714, right at 0.5 to 0.7 (5 thresholds). The
-    second has IoU 1: at the thresholds where the first falls short, 0.75 to 0.95, it is right (5 thresholds). Matched
-    once at 0.5, it would be wrong everywhere.
-    """
-    truth = labels([0, 0, 0, 10, 10])
-    found = detections([0, 0, 10, 14, 0.9, 0], [0, 0, 10, 10, 0.8, 0])
-    assert hits(found, truth) == [5, 5]
-
-
-def test_a_detection_has_no_second_choice():
-    """Both detections overlap label A most (IoU 0.9 and 0.8) and label B enough (IoU 0.55 or more).
-
-    A goes to the more confident; the other is wrong at 0.5 although B is free.
-    """
-    truth = labels([0, 0, 0, 10, 10], [0, 0, 0, 10, 6])
-    found = detections([0, 0, 10, 9, 0.9, 0], [0, 0, 10, 8.1, 0.8, 0])
-    assert box_iou(truth[1:, 1:], found[:, :4]).min() > 0.5
-    assert match_detections(found, truth)[:, 0].tolist() == [True, False]
-
-
-def test_other_classes_do_not_match_and_iou_equal_to_the_threshold_does():
-    truth = labels([1, 0, 0, 10, 10])
-    assert hits(detections([0, 0, 10, 10, 0.9, 0]), truth) == [0]
-    assert match_detections(detections([0, 0, 10, 5, 0.9, 1]), truth)[0].tolist() == [True] + [False] * 9  # IoU 0.5
-
-
-def test_of_equal_labels_the_first_is_taken():
-    """Two identical labels: both detections choose the first one, so the second detection is wrong."""
-    truth = labels([0, 0, 0, 10, 10], [0, 0, 0, 10, 10])
-    found = detections([0, 0, 10, 10, 0.9, 0], [0, 0, 10, 10, 0.8, 0])
-    assert hits(found, truth) == [10, 0]
-
-
-@pytest.mark.parametrize("n, m", [(0, 0), (0, 3), (3, 0)])
-def test_nothing_to_match(n, m):
-    assert not match_detections(np.ones((n, 6), np.float32), np.ones((m, 5), np.float32)).any()
+@pytest.mark.parametrize(
+    ("found", "truth", "thresholds"),
+    [
+        # IoU 100/140 = 0.714, right at 0.5 to 0.7; where it falls short, the exact one of lower confidence is right
+        ([[0, 0, 10, 14, 0.9, 0], [0, 0, 10, 10, 0.8, 0]], [LABEL], [5, 5]),
+        # both overlap the first label most (0.92, 0.81): the second gets no second choice, though it overlaps the other
+        ([[0, 0, 10, 9.2, 0.9, 0], [0, 0, 10, 8.1, 0.8, 0]], [LABEL, [0, 0, 0, 10, 6]], [9, 0]),
+        ([[0, 0, 10, 10, 0.9, 1], [0, 0, 10, 5, 0.9, 0]], [LABEL], [0, 1]),  # another class; exactly 0.5
+        ([[0, 0, 10, 10, 0.9, 0], [0, 0, 10, 10, 0.8, 0]], [LABEL, LABEL], [10, 0]),  # of equal labels the first
+        ([[0, 0, 10, 10, 0.9, 0]], [], [0]),
+        ([], [LABEL], []),
+        ([], [], []),
+    ],
+)
+def test_each_threshold_is_matched_on_its_own(found, truth, thresholds):
+    """How many of the ten thresholds each detection reaches."""
+    assert match_detections(detections(*found), labels(*truth)).sum(1).tolist() == thresholds
 
 
 def slow_match(found, truth, threshold):
@@ -106,25 +82,24 @@ def test_matching_equals_plain_loops(seed, n, m):
     assert (np.diff(matched.sum(0)) <= 0).all()  # stricter thresholds never find more
 
 
-def test_perfect_detections_score_0_995():
-    """The closing point (recall 1, precision 0) takes half of the last of 100 trapezoids: 1 - 0.5/100."""
-    result = ap_per_class(np.ones((4, 10), bool), np.full(4, 0.9), np.zeros(4), np.zeros(4))
-    assert result.map50 == pytest.approx(0.995)
-    assert result.map == pytest.approx(0.995)
-    assert (result.mean_precision, result.mean_recall) == (1, 1)
-
-
-def test_one_false_between_two_right():
-    """Right, wrong, right of two labels: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1.
-
-    The envelope is 1 below recall 1/2, 2/3 from there on, and 0 at 1. Of the 101 recalls 50 (0 to 0.49) read 1, 50
-    (0.50 to 0.99) read 2/3, the last 0. Trapezoids: (1/2 + 49 + 50 * 2/3 + 0) / 100 = 0.828333.
-    """
-    correct = np.array([[1], [0], [1]], bool)
-    result = ap_per_class(correct, np.array([0.9, 0.8, 0.7]), np.zeros(3), np.zeros(2))
-    assert result.map50 == pytest.approx((1 / 2 + 49 + 50 * 2 / 3) / 100)
-    assert result.true_positives.tolist() == [2]
-    assert result.false_positives.tolist() == [1]
+@pytest.mark.parametrize(
+    ("right", "confidence", "label_count", "expected"),
+    [
+        # The closing point (recall 1, precision 0) takes half of the last of 100 trapezoids.
+        ([1, 1, 1, 1], [0.9, 0.8, 0.7, 0.6], 4, 1 - 0.5 / 100),
+        # Precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1: the envelope is 1 at recalls 0 to 0.49, 2/3 at 0.50 to 0.99.
+        ([1, 0, 1], [0.9, 0.8, 0.7], 2, (1 / 2 + 49 + 50 * 2 / 3) / 100),
+        ([1, 0], [0.7, 0.7], 1, 1 - 0.5 / 100),  # of equal confidence: ranked as given
+        ([0, 1], [0.7, 0.7], 1, (1 / 4 + 99 / 2) / 100),  # the envelope is 1/2 up to recall 0.99
+    ],
+)
+def test_average_precision_worked_by_hand(right, confidence, label_count, expected):
+    correct = np.tile(np.array(right, bool)[:, None], (1, 10))
+    result = ap_per_class(correct, np.array(confidence), np.zeros(len(right)), np.zeros(label_count))
+    assert result.map50 == pytest.approx(expected) and result.map == pytest.approx(expected)
+    assert (result.true_positives.tolist(), result.mean_recall) == ([sum(right)], 1)
+    assert result.false_positives.tolist() == [len(right) - sum(right)]
+    assert result.mean_precision == pytest.approx(sum(right) / len(right))
 
 
 def test_classes_without_detections_count_as_zero_and_without_labels_not_at_all():
@@ -135,16 +110,6 @@ def test_classes_without_detections_count_as_zero_and_without_labels_not_at_all(
     assert result.label_counts.tolist() == [1, 2]
     assert result.map50 == pytest.approx(0.995 / 2)
     np.testing.assert_allclose(result.maps(4), [0.995, 0.995 / 2, 0, 0.995 / 2])
-
-
-def test_equal_confidences_rank_in_the_order_given():
-    """One label, two detections of equal confidence: right first gives 0.995, wrong first precision 1/2.
-
-    With wrong first the envelope is 1/2 for 100 of the recalls and 0 at the last: (1/4 + 99 * 1/2) / 100 = 0.4975.
-    """
-    confidence, classes, target = np.full(2, 0.7), np.zeros(2), np.zeros(1)
-    assert ap_per_class(np.array([[1], [0]], bool), confidence, classes, target).map50 == pytest.approx(0.995)
-    assert ap_per_class(np.array([[0], [1]], bool), confidence, classes, target).map50 == pytest.approx(0.4975)
 
 
 @pytest.mark.parametrize("detected, labelled", [(0, 0), (0, 3), (3, 0)])
