@@ -154,13 +154,14 @@ def test_fitness_weighs_map50_a_tenth():
 def test_overlap_takes_boxes_as_yolov5_does(golden_dir, name):
     """The first box is 4 x n, or one to be compared with all."""
     golden = json.loads((golden_dir / "iou.json").read_text())
-    first, second = torch.tensor(golden["box1_xywh"]), torch.tensor(golden["box2_xywh"])
+    first, second, expected = (torch.tensor(golden[key]) for key in ("box1_xywh", "box2_xywh", name))
     option = {} if name == "IoU" else {name: True}
     found = metrics.bbox_iou(first.T, second, x1y1x2y2=False, **option)
-    torch.testing.assert_close(found, torch.tensor(golden[name]), rtol=0, atol=1e-5)
-    one = metrics.bbox_iou(boxes.xywh2xyxy(first[0]), boxes.xywh2xyxy(second), **option)
-    torch.testing.assert_close(one[0], found[0], rtol=0, atol=1e-5)
-    assert one.shape == (len(second),)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    first, second = boxes.xywh2xyxy(first), boxes.xywh2xyxy(second)
+    torch.testing.assert_close(metrics.bbox_iou(first.T, second, **option), expected, rtol=0, atol=1e-5)
+    one = metrics.bbox_iou(first[0], second, **option)
+    torch.testing.assert_close(one, metrics.bbox_iou(first[:1].expand(len(second), 4).T, second, **option))
 
 
 def test_confusion_matrix_counts_every_image(tmp_path, caplog):
