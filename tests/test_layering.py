@@ -11,32 +11,35 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train", "val", "detect", "export", "serve", "hubconf")
-PLAIN = (
-    "archives",
-    "autobatch",
-    "callbacks",
-    "checkpoint",
-    "cli",
-    "devices",
-    "downloads",
-    "errors",
-    "files",
-    "log",
-    "process",
-)
-GEOMETRY = ("boxes", "nms", "images", "tiles")
-ROOMS = ("augmentations", "autoanchor", "dataloaders", "eval", "loggers", "loss", "media", "metrics", "plots", "tools")
-# What scripts written for YOLOv5 import: on top of all, and for them alone
-YOLOV5_NAMES = ("datasets", "general", "torch_utils")
-FLOOR_OF_ROOM = {
-    **{f"utils.{name}": 0 for name in PLAIN},
-    **{f"utils.{name}": 1 for name in GEOMETRY},
-    **{f"utils.{name}": 2 for name in ROOMS},
-    "utils.train": 3,
-    **{f"utils.{name}": 5 for name in YOLOV5_NAMES},
+FLOORS = [  # from the ground: imports go to the same floor or a lower one
+    "utils.archives utils.autobatch utils.callbacks utils.checkpoint utils.cli utils.devices utils.downloads "
+    "utils.errors utils.files utils.log utils.process",
+    "utils.boxes utils.images utils.nms utils.tiles",
+    "utils.augmentations utils.autoanchor utils.dataloaders utils.loggers utils.loss utils.metrics utils.plots",
+    "utils.eval utils.media utils.tools",
+    "utils.train",
+    "utils.datasets utils.general utils.torch_utils",
+    "models.common models.heads",
+    "models.config models.deploy",
+    "models.yolo",
+    "models.load",
+    "models.backends",
+    "models.inference models.experimental",
+    "models.export",
+    "service",
+    "train val detect export serve hubconf",
+    "benchmarks",
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
+OTHERS = ("utils.datasets", "utils.general", "utils.torch_utils", "models.experimental")  # for other people's scripts
+USERS = {  # of what not everything above may import
+    "utils.train": ("utils.train", "utils.torch_utils", "train", "benchmarks"),
+    **dict.fromkeys(OTHERS, ("utils.general",)),
+    "service": ("serve", "service"),
+    **dict.fromkeys(SCRIPTS, ("hubconf",)),  # it is called from Python
+    "benchmarks": ("benchmarks",),
+    "tests": (),
 }
-# Other people's scripts import these names from here; the module's `__getattr__` finds them where they are defined.
-FORWARDING = ("models.common",)
 TORCH_FREE = (
     *("utils.boxes", "utils.images", "utils.nms", "utils.tiles", "utils.process", "utils.media", "utils.plots.boxes"),
     *("models.backends", "models.inference.predictor", "service"),
@@ -83,8 +86,8 @@ class ImportReader(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_FunctionDef(self, node):
-        if node.name == "__getattr__" and self.depth == 0 and self.module in FORWARDING:
-            return
+        if (self.module, node.name, self.depth) == ("models.common", "__getattr__", 0):
+            return  # it finds names that other people's scripts import from here where they are defined
         self.visit_body_run_later(node)
 
     def visit_AsyncFunctionDef(self, node):
@@ -130,8 +133,9 @@ def ours(module):
     return [item for item in IMPORTS[module] if item.module in MODULES]
 
 
-def room_of(module):
-    return next((room for room in FLOOR_OF_ROOM if module == room or module.startswith(f"{room}.")), None)
+def floor_of(module):
+    parts = module.split(".")
+    return next((FLOOR[name] for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in FLOOR), None)
 
 
 def inside(module, packages):
@@ -178,55 +182,19 @@ def test_the_reader_sees_lazy_relative_and_dynamic_imports(tmp_path):
     }
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("utils.")])
-def test_utils_point_down(module):
-    room = room_of(module)
-    if room is None:
-        assert MODULES[module].name == "__init__.py", f"{module} belongs to no room: add it to the table on purpose"
-        return
-    for item in ours(module):
-        where = f"{module}:{item.line} imports {item.module}"
-        assert item.module.startswith("utils"), f"{where}: utils knows neither models nor scripts"
-        assert FLOOR_OF_ROOM.get(room_of(item.module), 0) <= FLOOR_OF_ROOM[room], f"{where}: an arrow back up"
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[0] == "models"])
-def test_models_use_utils_but_not_training(module):
-    for item in ours(module):
-        assert inside(item.module, ("models", "utils")), f"{module}:{item.line} imports {item.module}"
-        assert not inside(item.module, ("utils.train",)), f"{module}:{item.line} imports {item.module}"
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if inside(name, ("service",))])
-def test_the_service_uses_models_and_utils_but_not_training(module):
-    for item in ours(module):
-        assert inside(item.module, ("models", "utils", "service")), f"{module}:{item.line} imports {item.module}"
-        assert not inside(item.module, ("utils.train",)), f"{module}:{item.line} imports {item.module}"
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if not inside(name, ("serve", "service"))])
-def test_only_its_script_imports_the_service(module):
-    wrong = [item for item in ours(module) if inside(item.module, ("service",))]
-    assert not wrong, f"{module} imports {wrong}"
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if name != "hubconf"])  # it is called from Python
-def test_nobody_imports_a_script(module):
-    wrong = [item for item in ours(module) if item.module in SCRIPTS]
-    assert not wrong, f"{module} imports {wrong}"
-
-
-def test_the_program_knows_neither_tests_nor_benchmarks():
-    for module, found in IMPORTS.items():
-        outside = ("tests",) if inside(module, ("benchmarks",)) else ("tests", "benchmarks")
-        wrong = [item for item in found if inside(item.module, outside)]
-        assert not wrong, f"{module} imports {wrong}"
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if FLOOR_OF_ROOM.get(room_of(name), 0) < 4])
-def test_the_names_of_yolov5_are_for_scripts_alone(module):
-    wrong = [item for item in ours(module) if FLOOR_OF_ROOM.get(room_of(item.module), 0) >= 4]
-    assert not wrong, f"{module} imports {wrong}"
+def test_imports_point_down():
+    wrong = []
+    for module, path in MODULES.items():
+        floor = floor_of(module)
+        assert floor is not None or path.name == "__init__.py", f"{module} has no floor: add it to the table on purpose"
+        for item in IMPORTS[module]:
+            above = floor is not None and (floor_of(item.module) or 0) > floor
+            closed = [
+                room for room, users in USERS.items() if inside(item.module, (room,)) and not inside(module, users)
+            ]
+            if above or closed:
+                wrong.append(f"{module}:{item.line} imports {item.module}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_there_is_no_circle():
