@@ -14,25 +14,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import multiprocessing
 import os
 import random
+import resource
+import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import torch
 
-from tests.campaigns.disturbances import KINDS, PATIENCE_S, TRAINING, Kind, Place, Process, small_disk
 from utils.checkpoint import load_checkpoint
 from utils.cli import ReportedError, run_command
 from utils.errors import UserError
+from utils.files import ROOT
 from utils.tools.shapes import SPLITS, label_text, scene_of
 
 EPOCHS, IMAGES = 3, (12, 4)
@@ -41,21 +46,168 @@ nc: 4
 depth_multiple: 1.0
 width_multiple: 1.0
 anchors: [[6, 8, 12, 10, 16, 20], [20, 28, 32, 24, 40, 44]]
-backbone:
-  - [-1, 1, Conv, [8, 6, 2, 2]]
-  - [-1, 1, Conv, [16, 3, 2]]
-  - [-1, 1, GSConv, [32, 3, 2]]
-head:
-  - [-1, 1, GSConv, [32, 3, 2]]
-  - [[2, 3], 1, Detect, [nc, anchors]]
+backbone: [[-1, 1, Conv, [8, 6, 2, 2]], [-1, 1, Conv, [16, 3, 2]], [-1, 1, GSConv, [32, 3, 2]]]
+head: [[-1, 1, GSConv, [32, 3, 2]], [[2, 3], 1, Detect, [nc, anchors]]]
 """
 RUN = ["--img", "64", "--batch-size", "4", "--epochs", str(EPOCHS), "--save-period", "1", "--amp", "off"]
 RUN += ["--device", "cpu", "--noautoanchor", "--noplots", "--exist-ok"]
 IMPORTED_BEFORE = ("models.load", "models.yolo", "utils.train.engine", "utils.train.resume", "utils.train.prepare")
 IMPORTED_BEFORE += ("utils.dataloaders.config", "torch.utils.tensorboard", "torch._dynamo", "thop", "tqdm", "yaml")
+PATIENCE_S = 120  # a run that takes longer hangs
+TRAINING = "Starting training"
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+DISK_BYTES = 4 << 20
 
 
-# ------------------------------------------------------------------------------------------------------------ promises
+# ---------------------------------------------------------------------------------------------------- runs and blows
+
+
+class Process:
+    """A training run in a forked process, at the head of a session of its own; what it says goes to a file."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.log = log
+        self.log.write_text("")
+        self._process = multiprocessing.get_context("fork").Process(target=_train, args=(arguments, log))
+        held_back = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its own answers
+        self._process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
+        self.pid = self._process.pid
+
+    def wait(self, seconds: float = PATIENCE_S) -> int | None:
+        """Returns the exit status, negative for a signal; None while the process runs after so many seconds."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def wait_for(self, words: str = "") -> None:
+        """Waits until the process has said this, or anything, or has ended."""
+        while self.wait(0.005) is None:
+            said = self.said()
+            if said and words in said:
+                return
+
+    def send(self, number: int, group: bool = False) -> bool:
+        """Sends a signal to the process, or to its workers too, as a terminal or a cluster does."""
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(self.pid, number)
+        return True
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def _train(arguments: list[str], log: Path) -> None:
+    """Runs train.py as the command line does."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    sys.argv = ["train.py", *arguments]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+class Place(NamedTuple):
+    """Where a run is and what is done to it."""
+
+    data: Path
+    project: Path  # holds the run's folder
+    disk: bool = False  # whether `project` is a small file system of its own
+
+    @property
+    def run(self) -> Path:
+        return self.project / "exp"
+
+    @property
+    def view(self) -> Path:
+        """Where the run's folder can be seen read-only."""
+        return self.project / "view"
+
+    @property
+    def last(self) -> Path:
+        return self.run / "weights" / "last.pt"
+
+    def has_ended(self) -> bool:
+        """Tells whether there is nothing to resume: the checkpoint is stripped."""
+        return self.last.exists() and load_checkpoint(self.last)["optimizer"] is None
+
+
+def kill_worker(process: Process, _place: Place) -> bool:
+    """Kills a loader's process, the next one that there is."""
+    while process.wait(0.002) is None:
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            if children:
+                os.kill(int(children[-1]), signal.SIGKILL)
+                return True
+    return False
+
+
+def fill_disk(process: Process, place: Place) -> bool:
+    """Leaves no byte free on the run's disk; without a disk of its own, no file may grow any more."""
+    if not place.disk:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1024, 1024))
+        return True
+    with contextlib.suppress(OSError), open(place.project / "ballast", "wb", buffering=0) as ballast:
+        for size in (1 << 16, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    ballast.write(bytes(size))
+    return True
+
+
+def lock_folder(process: Process, place: Place) -> bool:
+    """Makes the run's folder read-only, once it is there, by mounting a read-only view of it on itself."""
+    while process.wait(0.002) is None:
+        if place.run.exists():
+            place.view.mkdir(exist_ok=True)
+            mount("--bind", place.run, place.view)
+            mount("-o", "remount,bind,ro", place.view)
+            mount("--bind", place.view, place.run)
+            return True
+    return False
+
+
+def unlock_folder(place: Place) -> None:
+    for folder in (place.run, place.view):
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def mount(*arguments: str | Path, check: bool = True) -> bool:
+    return subprocess.run(["mount", *arguments], capture_output=True, check=check).returncode == 0
+
+
+def take_images(_process: Process, place: Place) -> bool:
+    """Moves the images away, as when a disk is unplugged."""
+    (place.data / "images").rename(place.data / "gone")
+    return True
+
+
+class Kind(NamedTuple):
+    """A sort of blow."""
+
+    statuses: tuple[int, ...]  # how a run may end; 0: it has come to its end, the blow came too late to matter
+    strike: Callable[[Process, Place], bool]  # deals it; False when there is nothing to hit
+    mend: Callable[[Place], object] = lambda place: None  # undoes it, so that the run can be resumed
+    workers: tuple[int, ...] = (0, 1, 2)  # how many loader's processes the run may have
+
+
+KINDS = {
+    "SIGKILL": Kind((-9, 0), lambda process, _: process.send(signal.SIGKILL)),
+    "SIGTERM": Kind((143, 0, -15), lambda process, _: process.send(signal.SIGTERM)),
+    "SIGTERM to all": Kind((143, 0, -15), lambda process, _: process.send(signal.SIGTERM, group=True)),
+    "SIGINT to all": Kind((130, 0), lambda process, _: process.send(signal.SIGINT, group=True)),
+    "full disk": Kind((1, 0), fill_disk, lambda place: (place.project / "ballast").unlink(missing_ok=True)),
+    "read-only folder": Kind((1, 0), lock_folder, unlock_folder),
+    "images gone": Kind((1, 0), take_images, lambda place: (place.data / "gone").rename(place.data / "images")),
+    "worker killed": Kind((1, 0), kill_worker, workers=(1, 2)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- promises
 
 
 def tensors(value: object, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -80,53 +232,37 @@ def files(run: Path) -> list[str]:
     return sorted(name for name in found if not name.startswith("events.out."))
 
 
-def saved_epochs(last: Path) -> int:
-    """Returns how many epochs the last checkpoint holds, all of them once it is stripped; it must open."""
-    if not last.exists():
-        return 0
-    checkpoint = load_checkpoint(last)
-    return EPOCHS if is_stripped(checkpoint) else checkpoint["epoch"] + 1
-
-
-def is_stripped(checkpoint: dict) -> bool:
-    """Tells whether a checkpoint is one of a run that has come to its end."""
-    return checkpoint["optimizer"] is None
-
-
-def has_ended(place: Place) -> bool:
-    """Tells whether there is nothing to resume."""
-    return place.last.exists() and is_stripped(load_checkpoint(place.last))
-
-
 def after_blow(process: Process, place: Place, kind: Kind, status: int, seconds: float) -> Iterator[str]:
     """Yields what is wrong with what a blow has left."""
-    said = process.said()
-    if status not in kind.statuses or (status in (0, -15) and not has_ended(place)):
-        yield f"status {status}, {seconds:.2f} s after the blow"
+    said, saved = process.said(), 0
     if "Traceback" in said or "Exception ignored" in said:
         yield "a traceback"
     try:
-        saved, recorded = saved_epochs(place.last), len(rows(place.run))
+        ended = place.has_ended()
+        if place.last.exists():
+            saved = EPOCHS if ended else load_checkpoint(place.last)["epoch"] + 1
     except UserError as error:
         yield str(error)
         return
-    if recorded - saved not in (0, 1):  # one: between results.csv and the checkpoint
-        yield f"{recorded} epochs on record, {saved} saved"
+    if status not in kind.statuses or (status in (0, -15) and not ended):
+        yield f"status {status}, {seconds:.2f} s after the blow"
+    if len(rows(place.run)) - saved not in (0, 1):  # one: between results.csv and the checkpoint
+        yield f"{len(rows(place.run))} epochs on record, {saved} saved"
     if status > 0 and 0 < saved < EPOCHS and TRAINING in said and f"--resume {place.last}" not in said:
         yield "not told how to resume"
     if status > 0 and "train.py: " not in said:
         yield "no message"
 
 
-def after_end(place: Place, whole: Path) -> Iterator[str]:
+def after_end(run: Path, whole: Path) -> Iterator[str]:
     """Yields where a resumed run ended otherwise than an undisturbed one."""
-    if files(place.run) != files(whole):
-        yield f"files differ: {sorted(set(files(place.run)) ^ set(files(whole)))}"
+    if files(run) != files(whole):
+        yield f"files differ: {sorted(set(files(run)) ^ set(files(whole)))}"
         return
-    if rows(place.run) != rows(whole):
+    if rows(run) != rows(whole):
         yield "results.csv differs"
     for name in (f"epoch{EPOCHS - 1}.pt", "best.pt", "last.pt"):
-        mine, other = (load_checkpoint(run / "weights" / name) for run in (place.run, whole))
+        mine, other = (load_checkpoint(folder / "weights" / name) for folder in (run, whole))
         ours, theirs = tensors(mine), tensors(other)
         different = [key for key in theirs if key not in ours or not torch.equal(ours[key], theirs[key])]
         if different or ours.keys() != theirs.keys():
@@ -136,7 +272,7 @@ def after_end(place: Place, whole: Path) -> Iterator[str]:
                 yield f"{name}: {key} differs"
 
 
-# ------------------------------------------------------------------------------------------------------------ campaign
+# ---------------------------------------------------------------------------------------------------------- campaign
 
 
 @dataclass
@@ -193,8 +329,8 @@ class Campaign:
 
     def start(self, place: Place, workers: int) -> Process:
         """Starts a run, or goes on with the one that stands there."""
-        arguments = ["--resume", str(place.last)] if place.last.exists() else [*self.common]
-        arguments += [] if place.last.exists() else ["--project", str(place.project)]
+        new = [*self.common, "--project", str(place.project)]
+        arguments = ["--resume", str(place.last)] if place.last.exists() else new
         process = Process([*arguments, "--workers", str(workers)], self.folder / "log.txt")
         self.sessions.append(process.pid)
         return process
@@ -203,15 +339,15 @@ class Campaign:
         """Disturbs a run once, one time in four twice, and lets it end."""
         while not self.strike(kind, place, tally):
             shutil.rmtree(place.run)
-        if not has_ended(place) and self.moments.random() < 0.25:
+        if not place.has_ended() and self.moments.random() < 0.25:
             self.strike(kind, place, tally)
-        if not tally.problems and not has_ended(place):
+        if not tally.problems and not place.has_ended():
             process = self.start(place, self.moments.choice((0, 1, 2)))
             status = self.measured(process)
             if status != 0:
                 tally.problems.append(f"resumed, it ended with status {status}:\n{process.said()[-2000:]}")
         if not tally.problems:
-            tally.problems.extend(after_end(place, self.whole.run))
+            tally.problems.extend(after_end(place.run, self.whole.run))
         tally.runs += 1
 
     def strike(self, kind: Kind, place: Place, tally: Tally) -> bool:
@@ -225,40 +361,36 @@ class Campaign:
         started = time.monotonic()
         status = process.wait()
         kind.mend(place)
-        if status is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            tally.problems.append(f"still running after {PATIENCE_S} s:\n{process.said()[-2000:]}")
-            return True
-        tally.blows += 1
-        tally.statuses[status] += 1
-        tally.unsaved += not place.last.exists()
         seconds = time.monotonic() - started
-        tally.slowest_s = max(tally.slowest_s, seconds)
-        problems = list(after_blow(process, place, kind, status, seconds))
+        if status is None:
+            process.send(signal.SIGKILL, group=True)
+            problems = [f"still running after {PATIENCE_S} s"]
+        else:
+            tally.blows += 1
+            tally.statuses[status] += 1
+            tally.unsaved += not place.last.exists()
+            tally.slowest_s = max(tally.slowest_s, seconds)
+            problems = after_blow(process, place, kind, status, seconds)
         tally.problems.extend(f"{problem}:\n{process.said()[-2000:]}" for problem in problems)
         return True
 
-    def leftover_processes(self) -> int:
-        """Returns how many processes of the runs still live, ten seconds after the last."""
-        until = time.monotonic() + 10
-        while (count := len(living(set(self.sessions)))) and time.monotonic() < until:
-            time.sleep(0.2)
-        return count
 
-
-def living(sessions: set[int]) -> list[int]:
-    """Returns the processes of these sessions that are no zombies."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _parent, _group, session = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(session) in sessions and state != "Z":
-                found.append(int(stat.parent.name))
-    return found
+def living(sessions: set[int], patience_s: float = 0) -> list[int]:
+    """Returns the processes of these sessions that are no zombies, once they had some time to end."""
+    until = time.monotonic() + patience_s
+    while True:
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _parent, _group, session = stat.read_text().rpartition(")")[2].split()[:4]
+                found += [int(stat.parent.name)] if int(session) in sessions and state != "Z" else []
+        if not found or time.monotonic() >= until:
+            return found
+        time.sleep(0.05)
 
 
 def write_data(root: Path) -> None:
-    """Writes a few pictures of the embedded data set, with a data set YAML."""
+    """Writes a few images of the embedded data set, with a data set YAML."""
     for split, count in zip(SPLITS, IMAGES, strict=True):
         for kind in ("images", "labels"):
             (root / kind / split.name).mkdir(parents=True)
@@ -268,6 +400,18 @@ def write_data(root: Path) -> None:
             (root / "labels" / split.name / f"{index}.txt").write_text(label_text(scene))
     names = "names: [circle, square, triangle, star]"
     (root / "shapes.yaml").write_text(f"path: {root}\ntrain: images/train\nval: images/val\n{names}\n")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """Mounts a small file system on `folder`, where that is allowed; tells whether it was."""
+    folder.mkdir()
+    mounted = mount("-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder, check=False)
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def campaign(folder: Path, options: argparse.Namespace) -> bool:
@@ -290,27 +434,19 @@ def campaign(folder: Path, options: argparse.Namespace) -> bool:
             for problem in tallies[name].problems[before:]:
                 print(f"run {number}, {name}: {problem}", flush=True)
             shutil.rmtree(place.run, ignore_errors=True)
-        leftover = runs.leftover_processes()
-    report(tallies)
-    print(f"{time.monotonic() - started:.0f} s; {leftover} processes left over; torch {torch.__version__}")
-    return not leftover and not any(tally.problems for tally in tallies.values())
-
-
-def report(tallies: dict[str, Tally]) -> None:
-    """Prints the table."""
-    print(
-        f"\n{'blow':<18}{'runs':>6}{'blows':>7}{'unsaved':>9}{'too late':>10}{'slowest':>9}{'problems':>10}  statuses"
-    )
+        leftover = len(living(set(runs.sessions), patience_s=10))
+    print(f"\n{'blow':<18}  runs  blows  unsaved  too late  slowest  problems  statuses")
     for name, tally in tallies.items():
         statuses = ", ".join(f"{status}: {count}" for status, count in sorted(tally.statuses.items()))
         figures = f"{tally.runs:6}{tally.blows:7}{tally.unsaved:9}{tally.missed:10}{tally.slowest_s:7.1f} s"
         print(f"{name:<18}{figures}{len(tally.problems):10}  {statuses}")
-    total = [sum(getattr(tally, name) for tally in tallies.values()) for name in ("runs", "blows")]
-    print(f"{'all':<18}{total[0]:6}{total[1]:7}{sum(len(tally.problems) for tally in tallies.values()):35}")
+    problems = sum(len(tally.problems) for tally in tallies.values())
+    print(f"all: {options.count} runs, {sum(tally.blows for tally in tallies.values())} blows, {problems} problems")
+    print(f"{time.monotonic() - started:.0f} s; {leftover} processes left over; torch {torch.__version__}")
+    return not leftover and not problems
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Declares the options."""
     parser = argparse.ArgumentParser("interruptions.py", description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200, help="runs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the numbers of workers")
@@ -319,11 +455,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Runs the campaign.
-
-    Raises:
-        ReportedError: a promise did not hold.
-    """
     torch.set_num_threads(1)
     sys.modules["tensorflow"] = None  # TensorBoard would import it, and what it starts does not survive a fork
     for name in IMPORTED_BEFORE:
