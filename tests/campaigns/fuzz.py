@@ -36,9 +36,12 @@ try:
     import resource
 except ImportError:  # Windows: memory is not watched there
     resource = None
+try:
+    import atheris
+except ImportError:
+    atheris = None
 
 ROOT = Path(__file__).resolve().parents[2]
-
 TARGET_NAMES = ("labels", "yaml", "data", "model", "hyp", "checkpoint", "cache", "image", "archive", "coco", "voc")
 TARGET_NAMES += ("visdrone", "options", "lists")
 SLOW_S, LARGE_BYTES = 1.0, 500 << 20  # of processor time and of memory, for one input
@@ -60,45 +63,29 @@ class Finding(NamedTuple):
     data: bytes
 
 
-class Outcome(NamedTuple):
-    """How one target's run ended."""
-
-    tried: int
-    accepted: int
-    refused: int
-    findings: dict[str, int]  # place and kind -> inputs
-    seconds: float
-    coverage: str
-
-
 class State:
     """How far a process has come, in a file that outlives it: counts, and the input that is being tried."""
 
     def __init__(self, path: Path):
-        """Opens the file, made where it does not exist."""
         if not path.exists():
             path.write_bytes(bytes(_STATE_BYTES))
         with open(path, "r+b") as file:
             self._map = mmap.mmap(file.fileno(), _STATE_BYTES)
 
     def begin(self, counts: tuple[int, int, int], data: bytes) -> None:
-        """Notes what is about to be tried."""
         self._map[: _STATE.size + len(data)] = _STATE.pack(*counts, len(data)) + data
 
     def counts(self) -> tuple[int, int, int]:
-        """Returns tried, accepted and refused."""
         return _STATE.unpack_from(self._map)[:3]
 
     def last_input(self) -> bytes:
-        """Returns the input tried last."""
         return self._map[_STATE.size : _STATE.size + _STATE.unpack_from(self._map)[3]]
 
 
 class Judge:
-    """Tries inputs on a target and tells findings from what is allowed."""
+    """Tries inputs on a target's probe and tells findings from what is allowed."""
 
     def __init__(self, probe: Any, refusals: tuple[type[Exception], ...], folder: Path):
-        """Takes the target's probe, the exceptions that it may raise, and an empty folder."""
         self.probe, self.refusals, self.folder = probe, refusals, folder
         self.tried = self.accepted = self.refused = 0
         self._accepted, self._usual_bytes = False, _forget_peak()
@@ -116,7 +103,6 @@ class Judge:
         return finding
 
     def _measured(self, data: bytes) -> Finding | None:
-        """Runs the probe and looks at what it took."""
         start = time.process_time()
         try:
             self._accepted = self.probe(data, self.folder)
@@ -168,17 +154,19 @@ def changed_inputs(target: Any, seed: int) -> Iterator[bytes]:
             yield data
 
 
-def run_child(options: argparse.Namespace) -> None:
-    """Runs one target until `--count` inputs have been tried; the parent reads what it leaves in `--child`."""
-    atheris = _import_atheris()
+# The process of one target --------------------------------------------------------------------------------------------
+
+
+def run_child(name: str, count: int, seed: int, folder: Path) -> None:
+    """Runs one target until `count` inputs have been tried; the parent reads what it leaves in `folder`."""
     with atheris.instrument_imports(include=["utils", "models", "PIL"]) if atheris else contextlib.nullcontext():
         from tests.campaigns.fuzz_targets import REFUSALS, TARGETS
 
-        for module in TARGETS[options.target].modules:
+        for module in TARGETS[name].modules:
             importlib.import_module(module)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    target, folder = TARGETS[options.target], options.child
+    target, corpus = TARGETS[name], folder / "corpus"
     (folder / "files").mkdir(exist_ok=True)
     judge, state = Judge(target.probe, REFUSALS, folder / "files"), State(folder / "state")
     log = open(folder / "findings.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - open as long as the process
@@ -188,75 +176,62 @@ def run_child(options: argparse.Namespace) -> None:
         finding = judge.try_one(data)
         if finding:
             print(json.dumps(finding._replace(data=data.hex())), file=log, flush=True)
-        if judge.tried >= options.count:
+        if judge.tried >= count:
             state.begin((judge.tried, judge.accepted, judge.refused), b"")
             os._exit(0)
-
-    if atheris is None:
-        for data in changed_inputs(target, options.seed):
-            try_one(data)
-    corpus = folder / "corpus"
-    corpus.mkdir(exist_ok=True)
-    for number, data in enumerate(target.seeds()):
-        (corpus / f"seed{number}").write_bytes(data)
 
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         return target.mutate(data, random.Random(seed), target.tokens)[:max_size]
 
-    flags = [
-        f"-max_len={target.longest}",
-        "-len_control=0",
-        "-mutate_depth=2",
-        "-rss_limit_mb=0",
-        "-timeout=300",
-        f"-artifact_prefix={folder}/",
-        f"-seed={options.seed + 1}",
-    ]
+    if atheris is None:
+        for data in changed_inputs(target, seed):
+            try_one(data)
+    corpus.mkdir(exist_ok=True)
+    for number, data in enumerate(target.seeds()):
+        (corpus / f"seed{number}").write_bytes(data)
+    flags = ["-len_control=0", "-mutate_depth=2", "-rss_limit_mb=0", "-timeout=300"]
+    flags += [f"-max_len={target.longest}", f"-artifact_prefix={folder}/", f"-seed={seed + 1}"]
     atheris.Setup(["fuzz", *flags, str(corpus)], try_one, custom_mutator=mutate)
     atheris.Fuzz()
 
 
-def _import_atheris() -> Any:
-    """Returns atheris, or None where it is not installed."""
-    try:
-        import atheris
-    except ImportError:
-        return None
-    return atheris
+# The campaign ---------------------------------------------------------------------------------------------------------
 
 
-def run_target(name: str, count: int, seed: int, out: Path) -> Outcome:
-    """Runs one target in processes of its own; one that ends early is a finding, and another goes on."""
+def run_target(name: str, count: int, seed: int, out: Path) -> dict[str, int]:
+    """Runs one target in processes of its own; one that ends early is a finding, and another goes on.
+
+    Prints a line of the table; returns how many inputs led to each kind of finding.
+    """
+    totals, findings, start, coverage = [0, 0, 0], {}, time.monotonic(), "-"
     base = RAM_FOLDER if RAM_FOLDER.is_dir() else None
-    totals, findings, start = [0, 0, 0], {}, time.monotonic()
-    coverage = "-"
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=base) as folder:
-        folder = Path(folder)
+        folder, command = Path(folder), [sys.executable, "-m", "tests.campaigns.fuzz", "--target", name]
         for restart in range(MOST_RESTARTS):
             (folder / "state").unlink(missing_ok=True)
-            state = State(folder / "state")
-            end = _watch(_start_child(name, count - totals[0], seed + restart, folder), state)
+            state, left = State(folder / "state"), count - totals[0]
+            line = [*command, "--count", str(left), "--seed", str(seed + restart), "--child", str(folder)]
+            with open(folder / "log", "wb") as log:
+                environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+                end = _watch(subprocess.Popen(line, stdout=log, stderr=log, env=environment), state)
+            said = (folder / "log").read_text(errors="replace")
             totals = [total + part for total, part in zip(totals, state.counts(), strict=True)]
-            met = _COVERAGE.findall((folder / "log").read_text(errors="replace"))
-            coverage = "/".join(met[-1]) if met else coverage
+            coverage = "/".join((_COVERAGE.findall(said) or [[coverage]])[-1])
             if end:
                 totals[0] += 1
-                _keep(Finding(end, "", _tail(folder / "log"), state.last_input()), name, out, findings)
+                last_words = "\n".join(said.splitlines()[-12:])
+                _keep(Finding(end, "", last_words, state.last_input()), name, out, findings)
             if totals[0] >= count:
                 break
         with contextlib.suppress(FileNotFoundError):
             for line in (folder / "findings.jsonl").read_text(encoding="utf-8").splitlines():
                 finding = Finding(*json.loads(line))
                 _keep(finding._replace(data=bytes.fromhex(finding.data)), name, out, findings)
-    return Outcome(*totals, findings, time.monotonic() - start, coverage)
-
-
-def _start_child(name: str, count: int, seed: int, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.campaigns.fuzz", "--target", name, "--count", str(count)]
-    command += ["--seed", str(seed), "--child", str(folder)]
-    with open(folder / "log", "wb") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    figures = "".join(f"{value:>9.0f}" for value in (*totals, len(findings), time.monotonic() - start))
+    print(f"{name:<12}{figures}  {coverage}", flush=True)
+    for key, times in findings.items():
+        print(f"    {key}: {times} inputs", flush=True)
+    return findings
 
 
 def _watch(process: subprocess.Popen, state: State) -> str:
@@ -274,11 +249,6 @@ def _watch(process: subprocess.Popen, state: State) -> str:
             return "hung"
 
 
-def _tail(path: Path) -> str:
-    """Returns the last lines of a log."""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-12:])
-
-
 def _keep(finding: Finding, target: str, out: Path, findings: dict[str, int]) -> None:
     """Counts a finding, and writes the first of its kind and place to `out`."""
     key = f"{finding.kind} {finding.place}".strip()
@@ -291,7 +261,6 @@ def _keep(finding: Finding, target: str, out: Path, findings: dict[str, int]) ->
 
 
 def main() -> None:
-    """Runs the campaign and prints its table; exits with status 1 where there are findings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=(*TARGET_NAMES, "all"), default=["all"])
     parser.add_argument("--count", type=int, default=200_000, help="inputs for each target")
@@ -300,26 +269,15 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        options.target = options.target[0]
-        run_child(options)
-    engine = "atheris, guided by coverage" if _import_atheris() else "blind changes (atheris cannot be imported here)"
+        run_child(options.target[0], options.count, options.seed, options.child)
+    engine = "atheris, guided by coverage" if atheris else "blind changes (atheris cannot be imported here)"
     print(f"{options.count} inputs for each target, seed {options.seed}, {engine}, Python {sys.version.split()[0]}")
-    print(
-        f"{'target':<12}{'inputs':>9}{'accepted':>10}{'refused':>9}{'findings':>9}{'seconds':>9}  edges/features/corpus"
-    )
-    total: dict[str, int] = {}
-    for name in TARGET_NAMES if "all" in options.target else options.target:
-        outcome = run_target(name, options.count, options.seed, options.out)
-        print(
-            f"{name:<12}{outcome.tried:>9}{outcome.accepted:>10}{outcome.refused:>9}{len(outcome.findings):>9}"
-            f"{outcome.seconds:>9.0f}  {outcome.coverage}",
-            flush=True,
-        )
-        for key, times in outcome.findings.items():
-            print(f"    {key}: {times} inputs", flush=True)
-        total |= {f"{name}: {key}": times for key, times in outcome.findings.items()}
-    if total:
-        sys.exit(f"{len(total)} kinds of findings; their inputs are in {options.out}")
+    heads = ("inputs", "accepted", "refused", "findings", "seconds")
+    print(f"{'target':<12}{''.join(f'{head:>9}' for head in heads)}  edges/features/corpus")
+    names = TARGET_NAMES if "all" in options.target else options.target
+    kinds = sum(len(run_target(name, options.count, options.seed, options.out)) for name in names)
+    if kinds:
+        sys.exit(f"{kinds} kinds of findings; their inputs are in {options.out}")
 
 
 if __name__ == "__main__":

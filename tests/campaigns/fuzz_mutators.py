@@ -32,17 +32,18 @@ TAR_BLOCK, TAR_CHECKSUM = 512, slice(148, 156)
 
 def mutate_text(data: bytes, rng: random.Random, tokens: Sequence[bytes]) -> bytes:
     """Makes one or a few changes: words, numbers, lines and single bytes."""
-    text = bytearray(data)
-    for _ in range(rng.choice(CHANGES)):
-        rng.choice(_TEXT_CHANGES)(text, rng, tokens)
-    return bytes(text[:MAX_BYTES])
+    return _changed(_TEXT_CHANGES, data, rng, tokens)
 
 
 def mutate_bytes(data: bytes, rng: random.Random, tokens: Sequence[bytes]) -> bytes:
     """Makes one or a few changes, most of them near the beginning, where headers are."""
+    return _changed(_BYTE_CHANGES, data, rng, tokens)
+
+
+def _changed(changes: Sequence[Callable], data: bytes, rng: random.Random, tokens: Sequence[bytes]) -> bytes:
     content = bytearray(data)
     for _ in range(rng.choice(CHANGES)):
-        rng.choice(_BYTE_CHANGES)(content, rng, tokens)
+        rng.choice(changes)(content, rng, tokens or NUMBERS)
     return bytes(content[:MAX_BYTES])
 
 
@@ -62,14 +63,17 @@ def _repeat(content: bytearray, rng: random.Random, _: Sequence[bytes]) -> None:
     content[run.start : run.start] = content[run] * rng.choice((1, 1, 2, 8, 64))
 
 
+def _truncate(content: bytearray, rng: random.Random, _: Sequence[bytes]) -> None:
+    del content[rng.randint(0, len(content)) :]
+
+
 def _insert_token(content: bytearray, rng: random.Random, tokens: Sequence[bytes]) -> None:
     start = _span(content, rng).start
-    content[start:start] = rng.choice(tokens or NUMBERS)
+    content[start:start] = rng.choice(tokens)
 
 
 def _overwrite_with_token(content: bytearray, rng: random.Random, tokens: Sequence[bytes]) -> None:
-    token = rng.choice(tokens or NUMBERS)
-    start = _span(content, rng).start
+    start, token = _span(content, rng).start, rng.choice(tokens)
     content[start : start + len(token)] = token
 
 
@@ -82,16 +86,12 @@ def _replace_token(content: bytearray, rng: random.Random, tokens: Sequence[byte
         content[start : start + len(old)] = rng.choice(tokens)
 
 
-def _flip_bit(content: bytearray, rng: random.Random, _: Sequence[bytes]) -> None:
+def _change_byte(content: bytearray, rng: random.Random, _: Sequence[bytes]) -> None:
+    """Flips a bit, or sets a byte to an extreme or any value."""
     if content:
-        content[min(_span(content, rng).start, len(content) - 1)] ^= 1 << rng.randrange(8)
-
-
-def _set_byte(content: bytearray, rng: random.Random, _: Sequence[bytes]) -> None:
-    if content:
-        content[min(_span(content, rng).start, len(content) - 1)] = rng.choice(
-            (0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256))
-        )
+        at = min(_span(content, rng).start, len(content) - 1)
+        flipped = content[at] ^ 1 << rng.randrange(8)
+        content[at] = flipped if rng.random() < 0.5 else rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
 
 
 def _set_number(content: bytearray, rng: random.Random, _: Sequence[bytes]) -> None:
@@ -102,20 +102,16 @@ def _set_number(content: bytearray, rng: random.Random, _: Sequence[bytes]) -> N
     content[start : start + width] = value.to_bytes(width, rng.choice(("little", "big")))
 
 
-def _truncate(content: bytearray, rng: random.Random, _: Sequence[bytes]) -> None:
-    del content[rng.randint(0, len(content)) :]
-
-
 def _replace_word(content: bytearray, rng: random.Random, tokens: Sequence[bytes]) -> None:
-    """Puts a number or a word of the format in the place of a word."""
+    """Puts a number, a word of the format or nothing in the place of a word."""
     words = bytes(content).translate(_SEPARATORS).split()
     if words:
         old = rng.choice(words)
         start = content.find(old)
-        content[start : start + len(old)] = rng.choice(NUMBERS if rng.random() < 0.6 else tokens or NUMBERS)
+        content[start : start + len(old)] = rng.choice(rng.choice((NUMBERS, NUMBERS, tokens, (b"",))))
 
 
-def _swap_lines(content: bytearray, rng: random.Random, _: Sequence[bytes]) -> None:
+def _move_line(content: bytearray, rng: random.Random, _: Sequence[bytes]) -> None:
     """Moves, doubles or drops a line."""
     lines = bytes(content).split(b"\n")
     line = lines.pop(rng.randrange(len(lines)))
@@ -124,23 +120,10 @@ def _swap_lines(content: bytearray, rng: random.Random, _: Sequence[bytes]) -> N
     content[:] = b"\n".join(lines)
 
 
-def _drop_word(content: bytearray, rng: random.Random, _: Sequence[bytes]) -> None:
-    words = bytes(content).translate(_SEPARATORS).split()
-    if words:
-        old = rng.choice(words)
-        start = content.find(old)
-        del content[start : start + len(old)]
-
-
 _SEPARATORS = bytes(32 if chr(code) in "\n\r\t,:;[]{}()<>\"'=" else code for code in range(256))
-_TEXT_CHANGES = (
-    *(_replace_word, _replace_word, _replace_word, _drop_word, _swap_lines, _insert_token, _insert_token),
-    *(_replace_token, _delete, _repeat, _flip_bit, _set_byte, _truncate),
-)
-_BYTE_CHANGES = (
-    *(_delete, _repeat, _insert_token, _overwrite_with_token, _replace_token, _flip_bit, _flip_bit),
-    *(_set_byte, _set_byte, _set_number, _set_number, _truncate),
-)
+_SHARED = (_delete, _repeat, _insert_token, _replace_token, _truncate, _change_byte, _change_byte)
+_TEXT_CHANGES = (*_SHARED, *(_replace_word,) * 4, _insert_token, _move_line)
+_BYTE_CHANGES = (*_SHARED, *(_change_byte, _set_number) * 2, _overwrite_with_token)
 
 
 def mutate_image(data: bytes, rng: random.Random, tokens: Sequence[bytes]) -> bytes:
@@ -152,13 +135,12 @@ def mutate_image(data: bytes, rng: random.Random, tokens: Sequence[bytes]) -> by
         length, kind = struct.unpack_from(">I4s", data, position)
         chunks.append((kind, data[position + 8 : position + 8 + length]))
         position += 12 + length
-    change = rng.random()
-    index = rng.randrange(len(chunks)) if chunks else 0
+    change, index = rng.random(), rng.randrange(max(len(chunks), 1))
     if chunks and change < 0.7:
         kind, content = chunks[index]
         chunks[index] = (kind, mutate_bytes(content, rng, tokens))
     elif chunks and change < 0.8:
-        chunks.insert(index, chunks[rng.randrange(len(chunks))])
+        chunks.insert(index, rng.choice(chunks))
     elif chunks and change < 0.9:
         del chunks[index]
     else:
@@ -179,13 +161,12 @@ def read_zip(data: bytes) -> list[tuple[str, bytes]]:
     return members
 
 
-def write_zip(members: Sequence[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """Returns a zip of these members."""
+def write_zip(members: Sequence[tuple[str | zipfile.ZipInfo, bytes]], compression: int = zipfile.ZIP_STORED) -> bytes:
     target = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(target, "w", compression) as archive:
         warnings.simplefilter("ignore")  # names that stand twice are wanted
         for name, content in members:
-            archive.writestr(zipfile.ZipInfo(name), content)
+            archive.writestr(zipfile.ZipInfo(name) if isinstance(name, str) else name, content, compression)
     return target.getvalue()
 
 
@@ -195,8 +176,8 @@ def mutate_zip(data: bytes, rng: random.Random, tokens: Sequence[bytes]) -> byte
     if not members:
         return mutate_bytes(data, rng, tokens)
     # the pickle of a checkpoint is worth more tries than the numbers beside it
-    index = next((at for at, (name, _) in enumerate(members) if name.endswith("data.pkl")), 0)
-    index = index if rng.random() < 0.5 else rng.randrange(len(members))
+    pickles = [at for at, (name, _) in enumerate(members) if name.endswith("data.pkl")]
+    index = rng.choice(pickles) if pickles and rng.random() < 0.5 else rng.randrange(len(members))
     name, content = members[index]
     change = rng.random()
     if change < 0.8:
@@ -217,19 +198,14 @@ _NPY_TYPES = (b"<f4", b"<f8", b"|u1", b"<i8", b"<i4", b"<U64", b"|O", b"|S4", b"
 def mutate_npy(data: bytes, rng: random.Random, tokens: Sequence[bytes]) -> bytes:
     """Changes a `.npy` file's numbers, or writes another kind and shape into its header."""
     end = 10 + int.from_bytes(data[8:10], "little")
-    body = data[end:]
     if rng.random() < 0.5:
-        return data[:end] + mutate_bytes(body, rng, NUMBERS)
-    shape = b", ".join(
-        rng.choice((b"0", b"1", b"2", b"3", b"5", b"9" * rng.randint(1, 20))) for _ in range(rng.randint(0, 3))
-    )
-    header = b"{'descr': '%s', 'fortran_order': %s, 'shape': (%s,), }" % (
-        rng.choice(_NPY_TYPES),
-        rng.choice((b"False", b"True", b"None")),
-        shape,
-    )
+        return data[:end] + mutate_bytes(data[end:], rng, NUMBERS)
+    sides = [rng.choice((b"0", b"1", b"2", b"3", b"5", b"9" * rng.randint(1, 20))) for _ in range(rng.randint(0, 3))]
+    order = rng.choice((b"False", b"True", b"None"))
+    parts = (rng.choice(_NPY_TYPES), order, b", ".join(sides))
+    header = b"{'descr': '%s', 'fortran_order': %s, 'shape': (%s,), }" % parts
     header = mutate_text(header, rng, tokens) if rng.random() < 0.3 else header
-    return b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + body
+    return b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + data[end:]
 
 
 def mutate_archive(data: bytes, rng: random.Random, tokens: Sequence[bytes]) -> bytes:
@@ -248,14 +224,12 @@ def mutate_archive(data: bytes, rng: random.Random, tokens: Sequence[bytes]) -> 
 
 
 def _new_zip(names: Sequence[str], rng: random.Random) -> bytes:
-    target = io.BytesIO()
-    with warnings.catch_warnings(), zipfile.ZipFile(target, "w") as archive:
-        warnings.simplefilter("ignore")
-        for name in names:
-            info = zipfile.ZipInfo(name)
-            info.external_attr = rng.choice((0, 0o100644, 0o120777, 0o040755, 0o020666, rng.randrange(1 << 16))) << 16
-            archive.writestr(info, b"x" * rng.randrange(64), rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
-    return target.getvalue()
+    members = []
+    for name in names:
+        info = zipfile.ZipInfo(name)
+        info.external_attr = rng.choice((0, 0o100644, 0o120777, 0o040755, 0o020666, rng.randrange(1 << 16))) << 16
+        members.append((info, b"x" * rng.randrange(64)))
+    return write_zip(members, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
 
 
 def _new_tar(names: Sequence[str], rng: random.Random) -> bytes:

@@ -89,7 +89,6 @@ XML_WORDS = words(
 
 
 def labels() -> list[bytes]:
-    """Label files: boxes, polygons, and what editors put around them."""
     return [
         b"0 0.5 0.5 0.2 0.3\n1 0.1 0.1 0.2 0.2\n",
         b"\xef\xbb\xbf2 .5 .5 1 1\r\n\r\n2 .5 .5 1 1\r\n",
@@ -100,7 +99,6 @@ def labels() -> list[bytes]:
 
 
 def yamls() -> list[bytes]:
-    """YAML of every construction."""
     return [
         b"a: 1\nb: [1, 2.5, 1e-3, x]\nc: {d: null, e: true}\n",
         b"- - 1\n  - 'q'\n- \"\\x41\"\n- |\n  text\n",
@@ -111,7 +109,6 @@ def yamls() -> list[bytes]:
 
 
 def data_yamls() -> list[bytes]:
-    """Data set descriptions."""
     return [
         b"path: .\ntrain: train\nval: train\nnames: [cat, dog]\n",
         b"train: train\nval: [train, a.txt]\nnc: 2\nnames: {0: cat, 1: dog}\n",
@@ -123,7 +120,6 @@ def data_yamls() -> list[bytes]:
 
 
 def model_yamls() -> list[bytes]:
-    """Model YAMLs of a few rows."""
     return [TINY_MODEL.encode(), BRANCHED_MODEL.encode()]
 
 
@@ -160,7 +156,6 @@ def checkpoints() -> list[bytes]:
 
 
 def caches() -> list[bytes]:
-    """A label cache of two images, one with a box and a polygon."""
     table = LabelTable(
         PathList.from_strings(["/a/images/1.jpg", "/a/images/2.jpg"]),
         np.array([[10, 20], [30, 40]], np.int32),
@@ -177,41 +172,38 @@ def caches() -> list[bytes]:
         return [path.read_bytes()]
 
 
-def picture(kind: str, size: int = 12, mode: str = "RGB", **options: object) -> bytes:
-    """Returns a small picture in one of Pillow's formats."""
-    values = np.arange(size * size * 4, dtype=np.uint8).reshape(size, size, 4)
-    image = (
-        Image.fromarray(values, "RGBA") if mode == "RGBA" else Image.fromarray(values[:, :, :3].copy()).convert(mode)
-    )
+def image(kind: str, mode: str = "RGB", **options: object) -> bytes:
+    """Returns a small image in one of Pillow's formats."""
+    values = np.arange(12 * 12 * 4, dtype=np.uint8).reshape(12, 12, 4)
+    pixels = Image.fromarray(values if mode == "RGBA" else values[:, :, :3].copy())
     target = io.BytesIO()
-    image.save(target, kind, **options)
+    pixels.convert(mode).save(target, kind, **options)
     return target.getvalue()
 
 
 def images() -> list[bytes]:
-    """Pictures of every format that is read, in several modes, some turned by EXIF."""
+    """Images of every format that is read, in several modes, some turned by EXIF."""
     exif = Image.Exif()
     exif[0x0112] = 6
     second = Image.new("RGB", (12, 12))
     found = [
-        *(picture(kind) for kind in ("jpeg", "png", "bmp", "webp", "tiff", "gif")),
-        *(picture("png", mode=mode) for mode in ("RGBA", "L", "P", "1", "I;16", "LA")),
-        *(picture("tiff", mode=mode) for mode in ("L", "I", "F", "CMYK", "RGBA")),
-        picture("jpeg", exif=exif),
-        picture("jpeg", progressive=True, mode="L"),
-        picture("png", exif=exif),
-        picture("webp", lossless=True, exif=exif),
-        picture("tiff", exif=exif),
-        picture("tiff", compression="tiff_lzw"),
-        picture("mpo", save_all=True, append_images=[second]),
-        picture("ppm"),
+        *(image(kind) for kind in ("jpeg", "png", "bmp", "webp", "tiff", "gif")),
+        *(image("png", mode=mode) for mode in ("RGBA", "L", "P", "1", "I;16", "LA")),
+        *(image("tiff", mode=mode) for mode in ("L", "I", "F", "CMYK", "RGBA")),
+        image("jpeg", exif=exif),
+        image("jpeg", progressive=True, mode="L"),
+        image("png", exif=exif),
+        image("webp", lossless=True, exif=exif),
+        image("tiff", exif=exif),
+        image("tiff", compression="tiff_lzw"),
+        image("mpo", save_all=True, append_images=[second]),
+        image("ppm"),
     ]
     deep = cv2.imencode(".png", np.full((12, 12, 3), 40000, np.uint16))[1].tobytes()
     return [*found, deep]
 
 
 def archives() -> list[bytes]:
-    """Zip and tar archives of a few short files."""
     found = [
         write_zip([("set/a.txt", b"hello"), ("set/b/", b"")], kind)
         for kind in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -228,7 +220,6 @@ def archives() -> list[bytes]:
 
 
 def cocos() -> list[bytes]:
-    """A COCO detection file of one picture."""
     content = {
         "images": [{"id": 1, "file_name": "a.png", "width": 12, "height": 12}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3.5, 4], "iscrowd": 0}],
@@ -238,7 +229,7 @@ def cocos() -> list[bytes]:
 
 
 def vocs() -> list[bytes]:
-    """A Pascal VOC annotation, and one whose size must be read from the picture."""
+    """A Pascal VOC annotation, and one whose size must be read from the image."""
     text = """<annotation><size><width>{side}</width><height>{side}</height><depth>3</depth></size>
 <object><name>cat</name><difficult>0</difficult><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>5</xmax><ymax>6</ymax></bndbox>
 </object></annotation>"""
@@ -246,17 +237,14 @@ def vocs() -> list[bytes]:
 
 
 def visdrones() -> list[bytes]:
-    """VisDrone annotations."""
     return [b"1,2,3,4,1,1,0,0\n5,5,4,4,0,0,0,0\n", b"0,0,12,12,1,2,0,0,\n"]
 
 
 def options() -> list[bytes]:
-    """Option texts, behind the option's name."""
     return [b"count 0.1,0.5,0.9,0.5", b"count 0,0,10,0,10,10", b"imgsz 640 320", b"tile 64 0.2", b"tile 640"]
 
 
 def lists() -> list[bytes]:
-    """Lists of sources."""
     return [
         b"images/a.jpg\n./b.png\n# a word\n\n/abs/c.mp4\n",
         b"rtsp://user:pw@host.example/live\n0\nscreen 1 0 0 100 100\nhttps://www.youtube.com/watch?v=x\n",

@@ -94,7 +94,6 @@ def probe_yaml(data: bytes, folder: Path) -> bool:
 
 
 def _check_plain(value: object, depth: int) -> None:
-    """Finds what is no plain data."""
     assert depth <= 200
     if isinstance(value, dict):
         for key, item in value.items():
@@ -240,97 +239,56 @@ def probe_image(data: bytes, folder: Path) -> bool:
 # Annotations of other kinds -------------------------------------------------------------------------------------------
 
 
-def _converted(root: Path, convert: Callable[[Path, dict[int, str]], int]) -> bool:
-    """Converts what lies under `root`; the labels that come out must be readable. Leaves the folder as it was."""
-    before = {entry.name for entry in root.iterdir()}
-    try:
-        count = convert(root, NAMES)
-        texts = list(root.rglob("labels/**/*.txt"))
-        for text in texts:
-            labels = read_label_file(text)
-            check_labels(labels)
-            assert not labels.problems, labels.problems[0]
-        return count > 0
-    finally:
-        for name in {entry.name for entry in root.iterdir()} - before:
-            shutil.rmtree(root / name)
+def converting(convert: Callable, annotation: str, image: str, listed: str = "") -> Callable[[bytes, Path], bool]:
+    """Returns a probe that converts an annotation file beside an image; the labels that come out must be readable."""
 
+    def probe(data: bytes, folder: Path) -> bool:
+        if not (folder / annotation).exists():
+            for name, content in {annotation: b"", image: seeds.image("png"), listed: b"a\n"}.items():
+                if name:
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_bytes(content)
+        (folder / annotation).write_bytes(data)
+        before = set(folder.rglob("*"))
+        try:
+            count = convert(folder, NAMES)
+            for path in folder.rglob("labels/**/*.txt"):
+                labels = read_label_file(path)
+                check_labels(labels)
+                assert not labels.problems, labels.problems[0]
+            return count > 0
+        finally:
+            for path in set(folder.rglob("*")) - before:
+                shutil.rmtree(path, ignore_errors=True)
+                path.unlink(missing_ok=True)
 
-def probe_coco(data: bytes, folder: Path) -> bool:
-    """Converts a COCO file."""
-    annotations = folder / "annotations" / "instances_train.json"
-    if not annotations.parent.exists():
-        annotations.parent.mkdir()
-        (folder / "train").mkdir()
-        (folder / "train" / "a.png").write_bytes(seeds.picture("png"))
-    annotations.write_bytes(data)
-    return _converted(folder, convert_coco)
-
-
-def probe_voc(data: bytes, folder: Path) -> bool:
-    """Converts a Pascal VOC annotation."""
-    annotation = folder / "set" / "Annotations" / "a.xml"
-    if not annotation.parent.exists():
-        for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
-            (folder / "set" / name).mkdir(parents=True)
-        (folder / "set" / "JPEGImages" / "a.png").write_bytes(seeds.picture("png"))
-        (folder / "set" / "ImageSets" / "Main" / "train.txt").write_text("a\n")
-    annotation.write_bytes(data)
-    return _converted(folder, convert_voc)
-
-
-def probe_visdrone(data: bytes, folder: Path) -> bool:
-    """Converts a VisDrone annotation."""
-    base = folder / "set"
-    if not base.exists():
-        for name in ("annotations", "images"):
-            (base / name).mkdir(parents=True)
-        (base / "images" / "a.png").write_bytes(seeds.picture("png"))
-    (base / "annotations" / "a.txt").write_bytes(data)
-    try:
-        return _converted(folder, convert_visdrone)
-    finally:
-        shutil.rmtree(base / "labels", ignore_errors=True)
+    return probe
 
 
 # Options and lists ----------------------------------------------------------------------------------------------------
 
 
 def probe_options(data: bytes, _: Path) -> bool:
-    """Reads `--count`, and `--imgsz`, `--tile` and `--tile-overlap`, from words of a text."""
-    text = data.decode(errors="surrogateescape")
-    kind, _, value = text.partition(" ")
-    return OPTIONS.get(kind, _probe_count)(value)
+    """Reads `--count`, or `--imgsz`, or `--tile` and `--tile-overlap`, from words of a text."""
+    kind, _, value = data.decode(errors="surrogateescape").partition(" ")
+    if kind == "imgsz":
+        sides = check_image_size([_parsed(int, 1, None, word) for word in value.split()] or [1], 32)
+        assert all(side % 32 == 0 and side > 0 for side in sides)
+    elif kind == "tile":
+        size, _, overlap = value.partition(" ")
+        tiling = Tiling(_parsed(int, 32, None, size), _parsed(float, 0, 0.9, overlap or "0.2"))
+        tiles = windows(480, 640, tiling)
+        assert tiles.dtype == np.int64 and (tiles >= 0).all() and tiles[-1].tolist() == [0, 0, 640, 480]
+    else:
+        assert Counter.parse(value).summary() == []
+    return True
 
 
 def _parsed(kind: type, minimum: float, maximum: float | None, text: str) -> float:
-    """Parses a number as argparse does, which makes usage errors of these exceptions."""
     try:
         return number(kind, minimum, maximum)(text)
-    except (argparse.ArgumentTypeError, ValueError) as error:
+    except (argparse.ArgumentTypeError, ValueError) as error:  # argparse makes usage errors of them
         raise UserError(str(error)) from error
-
-
-def _probe_count(value: str) -> bool:
-    assert Counter.parse(value).summary() == []
-    return True
-
-
-def _probe_imgsz(value: str) -> bool:
-    sides = check_image_size([_parsed(int, 1, None, word) for word in value.split()] or [1], 32)
-    assert all(side % 32 == 0 and side > 0 for side in sides)
-    return True
-
-
-def _probe_tile(value: str) -> bool:
-    size, _, overlap = value.partition(" ")
-    tiling = Tiling(_parsed(int, 32, None, size), _parsed(float, 0, 0.9, overlap or "0.2"))
-    tiles = windows(480, 640, tiling)
-    assert tiles.dtype == np.int64 and (tiles >= 0).all() and tiles[-1].tolist() == [0, 0, 640, 480]
-    return True
-
-
-OPTIONS = {"count": _probe_count, "imgsz": _probe_imgsz, "tile": _probe_tile}
 
 
 def probe_lists(data: bytes, folder: Path) -> bool:
@@ -369,13 +327,22 @@ TARGETS: dict[str, Target] = {
     "image": Target(probe_image, seeds.images, seeds.IMAGE_WORDS, mutate_image, 4096),
     "archive": Target(probe_archive, seeds.archives, seeds.MEMBER_WORDS, mutate_archive, 8192),
     "coco": Target(
-        probe_coco,
+        converting(convert_coco, "annotations/instances_train.json", "train/a.png"),
         seeds.cocos,
         seeds.words('[ ] { } , : " null true NaN Infinity "../a" "a.png" "id": {} [[]]'),
         longest=600,
     ),
-    "voc": Target(probe_voc, seeds.vocs, (*seeds.XML_WORDS, *seeds.SPACES), longest=600),
-    "visdrone": Target(probe_visdrone, seeds.visdrones, (*NUMBERS, *seeds.SPACES, b",", b",,", b"\n1,1,1,1,1,1")),
+    "voc": Target(
+        converting(convert_voc, "set/Annotations/a.xml", "set/JPEGImages/a.png", "set/ImageSets/Main/train.txt"),
+        seeds.vocs,
+        (*seeds.XML_WORDS, *seeds.SPACES),
+        longest=600,
+    ),
+    "visdrone": Target(
+        converting(convert_visdrone, "set/annotations/a.txt", "set/images/a.png"),
+        seeds.visdrones,
+        (*NUMBERS, *seeds.SPACES, b",", b",,", b"\n1,1,1,1,1,1"),
+    ),
     "options": Target(
         probe_options, seeds.options, (*NUMBERS, *seeds.SPACES, b"count ", b"imgsz ", b"tile ", b",", b"-")
     ),
