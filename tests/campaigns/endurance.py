@@ -1,7 +1,7 @@
-"""Whether long work takes ever more memory or open files: training, pictures, videos, streams, openings, the service.
+"""Whether long work takes ever more memory or open files: training, images, videos, streams, openings, the service.
 
 Every part runs in a process of its own and is sampled all along (`usage.py` says what is sampled and what counts as
-flat). Damaged pictures, refused requests and clients that leave are among the items, since errors leak most. Without
+flat). Damaged images, refused requests and clients that leave are among the items, since errors leak most. Without
 --weights a small model is trained on the embedded data set first. Needs Linux.
 
     python -m tests.campaigns.endurance  # all parts in full: about an hour on two cores
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 CFG, TRAINING_EPOCHS = "yolov5n-slimneck.yaml", 20  # of the model that detects
 CONF_THRES = 0.05  # finds much with little training
-PICTURE_WH = (160, 128)
+IMAGE_WH = (160, 128)
 SCENES, FRAMES_A_SCENE, STEP_PX = 24, 25, 2
-DAMAGED_EVERY = 20  # pictures
+DAMAGED_EVERY = 20  # images
 AT_ONCE = 8  # requests
 START_S = 120
-LINE = f"{PICTURE_WH[0] // 2},0,{PICTURE_WH[0] // 2},{PICTURE_WH[1]}"
+LINE = f"{IMAGE_WH[0] // 2},0,{IMAGE_WH[0] // 2},{IMAGE_WH[1]}"
 
 
 class Part(NamedTuple):
@@ -55,7 +55,6 @@ class Part(NamedTuple):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Declares the options."""
     parser = argparse.ArgumentParser("endurance", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="kinds of work; default: all")
@@ -67,20 +66,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Runs every part in a process of its own and prints a table; in such a process, one part.
-
-    Raises:
-        ReportedError: a part grew or failed.
-    """
+    """Runs every part in a process of its own and prints a table; in such a process, one part."""
     require_linux()
     with tempfile.TemporaryDirectory(prefix="endurance-") as folder:
         if options.measure:
-            run_part(options, Path(folder))
+            LOGGER.setLevel(logging.ERROR)
+            part = PARTS[options.measure]
+            watch = part.run(options, max(round(part.items * options.scale), 1), Path(folder))
+            kind = f" {Path(options.weights[0]).suffix}" if part.detects else ""
+            print(row(options.measure + kind, watch), flush=True)
+            if complaints(watch.samples):
+                raise ReportedError(options.measure)
             return
         weights = options.weights or make_weights(Path(folder), options)
         print(f"{HEADING}\n{UNITS}", flush=True)
-        works = [(part, path) for part in options.parts for path in (weights if PARTS[part].detects else weights[:1])]
-        failed = [f"{part} ({Path(path).suffix})" for part, path in works if not run_apart(part, path, options)]
+        failed = []
+        for part in options.parts:
+            for path in weights if PARTS[part].detects else weights[:1]:
+                line = [sys.executable, "-m", "tests.campaigns.endurance", "--measure", part, "--weights", path]
+                line += ["--scale", str(options.scale), "--imgsz", str(options.imgsz)]
+                if subprocess.run(line).returncode:
+                    failed.append(f"{part} ({Path(path).suffix})")
     if failed:
         LOGGER.error(f"Not flat: {', '.join(failed)}.")
         raise ReportedError("memory or open files grew")
@@ -97,36 +103,9 @@ def make_weights(folder: Path, options: argparse.Namespace) -> list[str]:
 
 
 def run_script(arguments: list[str]) -> None:
-    """Runs one of the root scripts.
-
-    Raises:
-        UserError: it failed; its last line is passed on.
-    """
     done = subprocess.run([sys.executable, str(ROOT / arguments[0]), *arguments[1:]], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{arguments[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-
-
-def run_apart(part: str, weights: str, options: argparse.Namespace) -> bool:
-    """Runs a part in a process of its own, which prints its line; returns whether it was flat."""
-    line = [sys.executable, "-m", "tests.campaigns.endurance", "--measure", part, "--weights", weights]
-    line += ["--scale", str(options.scale), "--imgsz", str(options.imgsz)]
-    return subprocess.run(line).returncode == 0
-
-
-def run_part(options: argparse.Namespace, folder: Path) -> None:
-    """Runs a part here and prints its line.
-
-    Raises:
-        ReportedError: it grew.
-    """
-    LOGGER.setLevel(logging.ERROR)
-    part = PARTS[options.measure]
-    watch = part.run(options, max(round(part.items * options.scale), 1), folder)
-    kind = f" {Path(options.weights[0]).suffix}" if part.detects else ""
-    print(row(options.measure + kind, watch), flush=True)
-    if complaints(watch.samples):
-        raise ReportedError(options.measure)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -150,39 +129,38 @@ def train_epochs(options: argparse.Namespace, items: int, folder: Path) -> Watch
 # ----------------------------------------------------------------------------------------------------------- detection
 
 
-def moving_pictures() -> Iterator[np.ndarray]:
-    """Yields without end pictures (h, w, 3) of shapes that move to the right and make room for others."""
+def moving_images() -> Iterator[np.ndarray]:
+    """Yields without end images (h, w, 3) of shapes that move to the right and make room for others."""
     import numpy as np
 
     from utils.tools.shapes import render_scene
 
-    scenes = [render_scene(np.random.default_rng(seed), *PICTURE_WH).image for seed in range(SCENES)]
+    scenes = [render_scene(np.random.default_rng(seed), *IMAGE_WH).image for seed in range(SCENES)]
     while True:
         for scene in scenes:
             for step in range(FRAMES_A_SCENE):
                 yield np.roll(scene, step * STEP_PX, axis=1)
 
 
-def write_pictures(folder: Path, count: int) -> Path:
-    """Writes pictures of several sizes, every DAMAGED_EVERY-th cut short; returns their folder."""
+def write_images(folder: Path, count: int) -> Path:
+    """Writes images of several sizes, every DAMAGED_EVERY-th cut short; returns their folder."""
     import cv2
 
     folder.mkdir()
-    for index, picture in zip(range(count), moving_pictures(), strict=False):
-        height = PICTURE_WH[1] - 16 * (index % 3)
-        data = cv2.imencode(".jpg", picture[:height])[1].tobytes()
+    for index, image in zip(range(count), moving_images(), strict=False):
+        height = IMAGE_WH[1] - 16 * (index % 3)
+        data = cv2.imencode(".jpg", image[:height])[1].tobytes()
         cut = len(data) // 2 if index % DAMAGED_EVERY == DAMAGED_EVERY - 1 else len(data)
         (folder / f"{index:06}.jpg").write_bytes(data[:cut])
     return folder
 
 
 def write_video(path: Path, count: int) -> Path:
-    """Writes a video of so many frames; returns its path."""
     import cv2
 
-    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 25, PICTURE_WH)
-    for _, picture in zip(range(count), moving_pictures(), strict=False):
-        video.write(picture)
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 25, IMAGE_WH)
+    for _, image in zip(range(count), moving_images(), strict=False):
+        video.write(image)
     video.release()
     return path
 
@@ -191,12 +169,10 @@ class WatchedSource:
     """A `Source` whose frames are counted as they are read."""
 
     def __init__(self, source: Source, watch: Watch) -> None:
-        """Stands before `source`."""
         self.inputs, self.live, self.close, self.report = source.inputs, source.live, source.close, source.report
         self._source, self._watch = source, watch
 
     def read(self) -> Iterator[list[Frame]]:
-        """Yields what the source yields."""
         for frames in self._source.read():
             yield frames
             self._watch.passed(len(frames))
@@ -208,26 +184,22 @@ class EndlessCapture:
     fps, is_recording = 25.0, True
 
     def __init__(self, frames: int) -> None:
-        """Will give so many frames."""
         self.frame_count = self._left = frames
-        self._pictures = moving_pictures()
+        self._images = moving_images()
 
     def grab(self) -> bool:
-        """Returns whether there is another frame."""
         self._left -= 1
         return self._left >= 0
 
     def retrieve(self) -> np.ndarray:
-        """Returns it."""
-        return next(self._pictures)
+        return next(self._images)
 
     def release(self) -> None:
-        """Closes the generator."""
-        self._pictures.close()
+        self._images.close()
 
 
 def detect_all(options: argparse.Namespace, items: int, folder: Path, source: Path, **more: Any) -> Watch:
-    """Detects in files, or with `live` in a stand-in for a camera, writing pictures or video and a table.
+    """Detects in files, or with `live` in a stand-in for a camera, writing images or video and a table.
 
     Raises:
         UserError: nothing was found, so that drawing and writing were not at work.
@@ -249,18 +221,16 @@ def detect_all(options: argparse.Namespace, items: int, folder: Path, source: Pa
     out.mkdir()
     detect.write_all(pipeline, out, wanted)
     if len((out / "predictions.csv").read_text().splitlines()) < 2:
-        raise UserError(f"{options.weights[0]} finds nothing in the pictures made here: give other --weights.")
+        raise UserError(f"{options.weights[0]} finds nothing in the images made here: give other --weights.")
     return watch
 
 
-def detect_pictures(options: argparse.Namespace, items: int, folder: Path) -> Watch:
-    """Detects in pictures, some of them damaged."""
-    source = write_pictures(folder / "pictures", items)
+def detect_images(options: argparse.Namespace, items: int, folder: Path) -> Watch:
+    source = write_images(folder / "images", items)
     return detect_all(options, items, folder, source, save_txt=True, save_crop=True)
 
 
 def detect_video(options: argparse.Namespace, items: int, folder: Path) -> Watch:
-    """Detects in a video."""
     return detect_all(options, items, folder, write_video(folder / "clip.mp4", items))
 
 
@@ -288,11 +258,6 @@ def open_again(options: argparse.Namespace, items: int, folder: Path) -> Watch:
 
 
 def serve_requests(options: argparse.Namespace, items: int, folder: Path) -> Watch:
-    """Puts requests of all kinds to a server in a process of its own, whose memory is watched.
-
-    Raises:
-        UserError: it does not start, or did not answer as it should.
-    """
     log = folder / "serve.log"
     command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", "--imgsz", str(options.imgsz)]
     with open(log, "w") as errors:
@@ -328,15 +293,15 @@ async def send_all(url: str, items: int, watch: Watch) -> Counter[str]:
     import cv2
     import httpx
 
-    picture = cv2.imencode(".jpg", next(moving_pictures()))[1].tobytes()
-    whole = {"content": picture, "headers": {"Content-Type": "image/jpeg"}}
+    image = cv2.imencode(".jpg", next(moving_images()))[1].tobytes()
+    whole = {"content": image, "headers": {"Content-Type": "image/jpeg"}}
     requests = [
         whole,
-        {"files": {"image": ("picture.jpg", picture)}},
+        {"files": {"image": ("image.jpg", image)}},
         {**whole, "params": {"annotated": 1}},
         {**whole, "params": {"conf": 0.01}},
         whole,
-        {**whole, "content": picture[:200]},
+        {**whole, "content": image[:200]},
         {**whole, "headers": {"Content-Type": "text/plain"}},
         {**whole, "timeout": 0.005},  # a client that leaves
     ]
@@ -358,7 +323,7 @@ async def send_all(url: str, items: int, watch: Watch) -> Counter[str]:
 
 PARTS = {
     "training": Part(train_epochs, 50, False),
-    "pictures": Part(detect_pictures, 5000, True),
+    "images": Part(detect_images, 5000, True),
     "video": Part(detect_video, 20_000, True),
     "stream": Part(detect_stream, 5000, True),
     "openings": Part(open_again, 100, True),

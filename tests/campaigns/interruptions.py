@@ -17,7 +17,6 @@ import importlib
 import multiprocessing
 import os
 import random
-import resource
 import runpy
 import shutil
 import signal
@@ -148,6 +147,8 @@ def kill_worker(process: Process, _place: Place) -> bool:
 def fill_disk(process: Process, place: Place) -> bool:
     """Leaves no byte free on the run's disk; without a disk of its own, no file may grow any more."""
     if not place.disk:
+        import resource
+
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1024, 1024))
         return True

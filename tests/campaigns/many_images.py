@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ CLASSES = 5
 CUT_EVERY = 1000  # images
 A_FOLDER = 10_000  # images
 BATCH_SIZE = 64
-SAMPLES = 40  # an epoch
+SAMPLES, FIFTH = 40, 8  # an epoch; of them the first and the last fifth are compared
 STAGES = ("first scan", "second start", "epochs")
 # Epochs by the share of mosaics; the last one counts. In the first, a worker makes its own copies of the pages that it
 # shares with its parent and writes to, once for all, and with mosaics fills its memory.
@@ -50,13 +50,11 @@ class Aim(NamedTuple):
     at_least: bool = False
 
     def line(self, value: float) -> str:
-        """Returns a line of the table."""
         sign = ">=" if self.at_least else "<="
         verdict = "reached" if self.reached(value) else "MISSED"
         return f"{self.name:46} {value:10.1f} {self.unit:9} {sign} {self.limit:6g}  {verdict}"
 
     def reached(self, value: float) -> bool:
-        """Tells whether a value is good enough."""
         return value >= self.limit if self.at_least else value <= self.limit
 
 
@@ -72,7 +70,6 @@ AIMS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Declares the options."""
     parser = argparse.ArgumentParser("many_images", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--count", type=number(int, 100), default=100_000, help="images")
@@ -85,11 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Writes the data set, measures all stages and prints a table; in a process of its own, one stage.
-
-    Raises:
-        ReportedError: an aim was missed.
-    """
+    """Writes the data set, measures all stages and prints a table; in a process of its own, one stage."""
     require_linux()
     if options.measure:
         print(json.dumps(STAGE_FUNCTIONS[options.measure](options)))
@@ -135,11 +128,7 @@ def write_images(root: Path, count: int, seed: int) -> int:
 
 
 def run_apart(stage: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs a stage in a process of its own, showing what it prints; returns its figures, which come last.
-
-    Raises:
-        UserError: it failed.
-    """
+    """Runs a stage in a process of its own, showing what it prints; returns its figures, which come last."""
     line = [sys.executable, "-m", "tests.campaigns.many_images", "--measure", stage, "--folder", options.folder]
     line += ["--workers", str(options.workers), "--imgsz", str(options.imgsz), "--seed", str(options.seed)]
     last = ""
@@ -156,7 +145,6 @@ def run_apart(stage: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(options: argparse.Namespace) -> tuple[Any, float]:
-    """Loads the labels as train.py does; returns the table and the seconds it took."""
     from utils.dataloaders.labels import load_labels
 
     LOGGER.setLevel("ERROR")
@@ -190,35 +178,35 @@ def second_start(options: argparse.Namespace) -> dict[str, Any]:
 def epochs(options: argparse.Namespace) -> dict[str, Any]:
     """Measures memory over epochs of the training loader, without mosaics and with them; prints a line for each."""
     table, _ = load(options)
-    print(f"{'private MB':26} {'main RSS':>9}  workers at the start -> end, slope in MB/10,000 images")
-    growth_by_mosaics, main_mb = {}, 0.0
+    print(f"{'private MB':26} {'main RSS':>9}  workers at the start -> end, growth")
+    growth_by_mosaics, mains_mb = {}, []
     for mosaics, count in EPOCHS.items():
         loader = make_loader(table, options, mosaics)
         bound_mb = loader.dataset.plan.recent_bytes(options.workers, options.imgsz) / 2**20 if mosaics else 0
         for epoch in range(count):
             loader.set_epoch(epoch)
-            samples = sampled_epoch(loader)
-            growths = growth_mb(samples)
-            growth_by_mosaics[mosaics] = max(growths)
-            main_mb = max(main_mb, *(sample[0].resident_mb for sample in samples))
-            print(describe(f"mosaics {mosaics:.0%}, epoch {epoch + 1}", samples, growths, len(table)), flush=True)
+            main, *workers = zip(*sampled_epoch(loader), strict=True)
+            mains_mb.append(max(usage.resident_mb for usage in main))
+            ends_mb = [[median_mb(part) for part in (worker[:FIFTH], worker[-FIFTH:])] for worker in workers]
+            growth_by_mosaics[mosaics] = max(end - start for start, end in ends_mb)
+            told = "; ".join(f"{start:.1f} -> {end:.1f}, {end - start:+.2f}" for start, end in ends_mb)
+            print(f"{f'mosaics {mosaics:.0%}, epoch {epoch + 1}':26} {mains_mb[-1]:9.0f}  {told}", flush=True)
         print(f"{'':37} decoded images that a worker keeps: {bound_mb:.0f} MB at most", flush=True)
-        print(f"{'':37} in the last epoch: {', '.join(f'{growth:+.2f} MB' for growth in growths)}", flush=True)
         loader.close()
-    return {
-        "epochs_main_mb": main_mb,
-        "plain_growth_mb": growth_by_mosaics[0.0],
-        "filled_growth_mb": growth_by_mosaics[1.0],
-    }
+    growths = {"plain_growth_mb": growth_by_mosaics[0.0], "filled_growth_mb": growth_by_mosaics[1.0]}
+    return {"epochs_main_mb": max(mains_mb), **growths}
+
+
+def median_mb(usages: Sequence[Usage]) -> float:
+    return statistics.median(usage.private_mb for usage in usages)
 
 
 def make_loader(table: Any, options: argparse.Namespace, mosaic: float) -> Any:
-    """Makes the training loader with the default augmentations."""
     from utils.dataloaders.loader import create_dataloader
 
     hyp = {"hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4, "translate": 0.1, "scale": 0.5, "fliplr": 0.5, "mosaic": mosaic}
-    loading = {"workers": options.workers, "shuffle": True, "seed": options.seed}
-    return create_dataloader(table, options.imgsz, BATCH_SIZE, 32, hyp=hyp, augment=True, **loading)[0]
+    shared = {"workers": options.workers, "shuffle": True, "seed": options.seed}
+    return create_dataloader(table, options.imgsz, BATCH_SIZE, 32, hyp=hyp, augment=True, **shared)[0]
 
 
 def sampled_epoch(loader: Iterable[Any]) -> list[list[Usage]]:
@@ -230,28 +218,6 @@ def sampled_epoch(loader: Iterable[Any]) -> list[list[Usage]]:
             workers = sorted(process.pid for process in multiprocessing.active_children())
             samples.append([usage_of(pid) for pid in ("self", *workers)])
     return samples
-
-
-def growth_mb(samples: list[list[Usage]]) -> list[float]:
-    """Returns each worker's private memory at the end of an epoch less that at its start: medians of a fifth of it."""
-    fifth = max(len(samples) // 5, 1)
-    ends = [statistics.median(column) for column in _private(samples[-fifth:])]
-    return [end - statistics.median(column) for end, column in zip(ends, _private(samples[:fifth]), strict=True)]
-
-
-def _private(samples: list[list[Usage]]) -> list[list[float]]:
-    """Returns the private memory of each worker over time."""
-    return [[usage.private_mb for usage in column] for column in list(zip(*samples, strict=True))[1:]]
-
-
-def describe(name: str, samples: list[list[Usage]], growths: list[float], images: int) -> str:
-    """Returns an epoch's line."""
-    workers = [
-        f"{column[0]:.1f} -> {column[-1]:.1f}, {growth / images * 10_000:+.2f}"
-        for column, growth in zip(_private(samples), growths, strict=True)
-    ]
-    main_mb = max(sample[0].resident_mb for sample in samples)
-    return f"{name:26} {main_mb:9.0f}  {'; '.join(workers)}"
 
 
 STAGE_FUNCTIONS = dict(zip(STAGES, (first_scan, second_start, epochs), strict=True))

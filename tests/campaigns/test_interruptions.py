@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import train
+from tests.campaigns.interruptions import MODEL, living
 from utils.callbacks import Callbacks
 from utils.checkpoint import load_checkpoint
 from utils.dataloaders.labels import load_labels, scan_chunk
@@ -28,14 +29,6 @@ from utils.errors import UserError
 from utils.process import process_map
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = """
-nc: 4
-depth_multiple: 1.0
-width_multiple: 1.0
-anchors: [[6, 8, 12, 10, 16, 20], [20, 28, 32, 24, 40, 44]]
-backbone: [[-1, 1, Conv, [8, 6, 2, 2]], [-1, 1, Conv, [16, 3, 2]], [-1, 1, GSConv, [32, 3, 2]]]
-head: [[-1, 1, GSConv, [32, 3, 2]], [[2, 3], 1, Detect, [nc, anchors]]]
-"""
 
 
 @pytest.fixture
@@ -189,20 +182,6 @@ def scan_at_once(images, together, answers):
     answers.put(answer)
 
 
-def living(session: int, patience_s: float = 0) -> list[int]:
-    """The processes of a session that are no zombies, once they had some time to end."""
-    until = time.monotonic() + patience_s
-    while True:
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                state, _parent, _group, own = stat.read_text().rpartition(")")[2].split()[:4]
-                found += [int(stat.parent.name)] if int(own) == session and state != "Z" else []
-        if not found or time.monotonic() >= until:
-            return found
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def long_scan(tiny_shapes, tmp_path) -> Path:
     """A data set YAML whose labels take two processes seconds: pictures that must be decoded, each listed often."""
@@ -221,7 +200,7 @@ def long_scan(tiny_shapes, tmp_path) -> Path:
 def wait_for_scan(process: subprocess.Popen, log: Path) -> None:
     """Waits until two workers are at the labels."""
     until = time.monotonic() + 240
-    while "images and labels..." not in log.read_text() or len(living(process.pid)) < 3:
+    while "images and labels..." not in log.read_text() or len(living({process.pid})) < 3:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.02)
@@ -242,12 +221,12 @@ def test_a_scan_of_labels_that_is_ended_leaves_nothing(number, words, options, l
         process = subprocess.Popen(line, env=environment, stderr=file, start_new_session=True)
     try:
         wait_for_scan(process, log)
-        assert len(living(process.pid)) == 3, log.read_text()
+        assert len(living({process.pid})) == 3, log.read_text()
         (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
         started = time.monotonic()
         status = process.wait(timeout=60)
         assert time.monotonic() - started < 10
-        assert not living(process.pid, patience_s=5)
+        assert not living({process.pid}, patience_s=5)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -264,15 +243,15 @@ def test_a_scan_of_labels_that_is_ended_leaves_nothing(number, words, options, l
 def test_a_scan_after_one_that_was_ended_finds_all_labels(long_scan):
     """Here Ctrl-C comes between two results; the processes do no more than the image that they are at."""
     source = long_scan.with_name("train.txt")
-    source.write_text("".join(source.read_text().splitlines(keepends=True)[:6000]))
+    source.write_text("".join(source.read_text().splitlines(keepends=True)[:3000]))
     images = list_images([source])
-    parts = process_map(scan_chunk, [images[start : start + 1000] for start in range(0, len(images), 1000)], 2)
+    parts = process_map(scan_chunk, [images[start : start + 500] for start in range(0, len(images), 500)], 2)
     next(parts)
     started = time.monotonic()
     parts.close()
     ended = time.monotonic()
     table = load_labels([source], workers=2)
-    assert len(table) == table.counts.found == 6000
+    assert len(table) == table.counts.found == 3000
     assert ended - started < (time.monotonic() - ended) / 4  # half of the images were handed out
     assert source.with_name("train.cache.npz").is_file()
 
@@ -306,7 +285,7 @@ except UserError as error:
 def test_sigterm_closes_detects_videos_and_exits_143(weights, tmp_path):
     source = tmp_path / "long.avi"
     writer = cv2.VideoWriter(str(source), cv2.VideoWriter_fourcc(*"MJPG"), 25, (64, 64))
-    for _ in range(3000):
+    for _ in range(1000):
         writer.write(np.full((64, 64, 3), 90, np.uint8))
     writer.release()
     arguments = ["--weights", weights, "--source", source, "--img", 64, "--project", tmp_path, "--device", "cpu"]
@@ -314,11 +293,11 @@ def test_sigterm_closes_detects_videos_and_exits_143(weights, tmp_path):
     command = [sys.executable, str(ROOT / "detect.py"), *map(str, arguments)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     for line in process.stderr:
-        if "(20/3000)" in line:
+        if "(20/1000)" in line:
             break
     process.send_signal(signal.SIGTERM)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 143
     assert stderr.endswith(f"detect.py: ended by SIGTERM. Results so far are in {tmp_path / 'exp'}\n")
     video = cv2.VideoCapture(str(tmp_path / "exp" / "long.mp4"))
-    assert 1 <= video.get(cv2.CAP_PROP_FRAME_COUNT) < 3000 and video.read()[0]
+    assert 1 <= video.get(cv2.CAP_PROP_FRAME_COUNT) < 1000 and video.read()[0]

@@ -56,21 +56,14 @@ class Growth(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """Second less first."""
         return self.second - self.first
 
     @property
     def per_thousand(self) -> float:
-        """The difference for every 1000 items."""
         return 1000 * self.difference / self.items
 
 
 def require_linux() -> None:
-    """Refuses other systems, where nothing is known of private memory without a library.
-
-    Raises:
-        UserError: there is no /proc with what is needed.
-    """
     if not Path("/proc/self/smaps_rollup").exists():
         raise UserError(f"memory is read from Linux' /proc (4.14 or later), which {sys.platform} here does not have.")
 
@@ -108,7 +101,6 @@ class Watch:
 
     @property
     def seconds(self) -> float:
-        """How long the run has taken."""
         return time.perf_counter() - self._start_s
 
     def passed(self, items: int = 1, children: Sequence[int] = ()) -> None:
@@ -121,7 +113,6 @@ class Watch:
 
 
 def after_warm_up(samples: Sequence[Sample], warm_up: float = WARM_UP) -> list[Sample]:
-    """Returns a series without the samples of its first part."""
     return [sample for sample in samples if sample.items > warm_up * samples[-1].items]
 
 
@@ -182,7 +173,6 @@ def complaints(samples: Sequence[Sample]) -> list[str]:
 
 
 def row(part: str, watch: Watch) -> str:
-    """Returns a part's line of the table."""
     memory, descriptors = memory_growth(watch.samples), growth_of(watch.samples, "descriptors")
     verdict = f"GROWS: {', '.join(complaints(watch.samples))}" if complaints(watch.samples) else "flat"
     _, step_mb = largest_step_mb(after_warm_up(watch.samples))
