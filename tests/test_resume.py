@@ -215,20 +215,16 @@ def test_a_path_to_resume_may_be_a_path_object(tmp_path, monkeypatch):
         find_resumable(Path("gone.pt"))
 
 
-def checkpoint_at(path: Path, optimizer: dict | None, **options) -> Path:
-    path.parent.mkdir(parents=True)
-    needed = dict.fromkeys("model ema scaler schedule stopper generators hyp yaml".split(), {})
-    needed |= {"updates": 0, "epoch": 0, "best_fitness": 0.0}
-    save_checkpoint(path, {**needed, "optimizer": optimizer, "opt": options})
-    return path
-
-
 def test_resume_takes_the_newest_run_its_options_and_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shapes.yaml").touch()
-    same = {"data": str(tmp_path / "shapes.yaml"), "batch_size": 4, "imgsz": 64, "workers": 8}
+    content = dict.fromkeys("model ema scaler schedule stopper generators hyp yaml optimizer".split(), {"state": {}})
+    content |= {"updates": 0, "epoch": 0, "best_fitness": 0.0}
     for number, name in enumerate(("a", "b", "c")):
-        path = checkpoint_at(tmp_path / "runs" / name / "weights" / "last.pt", {"state": {}}, **same, epochs=number)
+        path = tmp_path / "runs" / name / "weights" / "last.pt"
+        path.parent.mkdir(parents=True)
+        opt = {"data": str(tmp_path / "shapes.yaml"), "batch_size": 4, "imgsz": 64, "workers": 8, "epochs": number}
+        save_checkpoint(path, {**content, "opt": opt})
         os.utime(path, (1000 + number % 2, 1000 + number % 2))  # b is the newest
     defaults = vars(train.build_parser().parse_args([]))
     config = TrainConfig(**{**defaults, "resume": True, "workers": 2})
@@ -236,12 +232,6 @@ def test_resume_takes_the_newest_run_its_options_and_its_folder(tmp_path, monkey
     assert (config.epochs, config.batch_size) == (1, 4)
     assert config.workers == 2  # given anew
     assert (Path(config.resume), Path(config.save_dir)) == (Path("runs/b/weights/last.pt"), Path("runs/b"))
-
-
-def test_a_stripped_checkpoint_has_nothing_to_resume(tmp_path):
-    path = checkpoint_at(tmp_path / "run" / "last.pt", None, epochs=7)
-    with pytest.raises(UserError, match="finished 7 epochs, nothing to resume"):
-        train.run(resume=str(path))
 
 
 def test_of_a_checkpoint_without_a_record_of_its_data_it_is_said(caplog):

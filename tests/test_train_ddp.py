@@ -270,16 +270,16 @@ def launched(module: str, *arguments: object) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_torchrun_writes_and_tells_everything_once(tiny_shapes, tmp_path):
-    arguments = ["--cfg", "yolov5n-slimneck.yaml", "--img", 64, "--device", "cpu", "--workers", 1, "--epochs", 2]
+    arguments = ["--cfg", "yolov5n-slimneck.yaml", "--img", 64, "--device", "cpu", "--workers", 1, "--epochs", 1]
     done = launched("torch.distributed.run", *arguments, "--data", tiny_shapes, "--project", tmp_path)
     assert done.returncode == 0, done.stderr
-    for line in ("Starting training for 2 epochs", "Model Summary", "2 epochs completed", "Results saved to"):
+    for line in ("Starting training for 1 epochs", "Model Summary", "1 epochs completed", "Results saved to"):
         assert done.stderr.count(line) == 1, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["exp"]
     names = {path.name for path in (tmp_path / "exp").rglob("*") if path.is_file()}
     assert {"opt.yaml", "hyp.yaml", "results.png", "train_batch0.jpg", "labels.jpg", "best.pt", "last.pt"} <= names
     rows = (tmp_path / "exp" / "results.csv").read_text().splitlines()[1:]
-    assert [int(row.split(",")[0]) for row in rows] == [0, 1]
+    assert [int(row.split(",")[0]) for row in rows] == [0]
     assert len(list((tmp_path / "exp").glob("events.*"))) == 1
 
 
