@@ -111,21 +111,19 @@ class World:
         return bool(decision.item())
 
     def broadcast_str(self, text: str) -> str:
-        """Returns the text that the first process hands in; the others wait for it."""
+        """Returns the text that the first process hands in, once in a run; the others wait for it."""
         if self.size == 1:
             return text
-        content = torch.tensor(list(os.fsencode(text)), dtype=torch.uint8)
-        length = torch.tensor(len(content))
-        dist.broadcast(length, src=0)
-        content = content if self.is_main else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(content, src=0)
-        return os.fsdecode(content.numpy().tobytes())
+        if self.is_main:
+            self.store.set("text", os.fsencode(text))
+        self.barrier()  # has more patience than the store
+        return os.fsdecode(self.store.get("text"))
 
     def broadcast_str_local(self, text: str = "") -> str:
         """Returns the text that the first process of this machine hands in, once in a run; the others wait for it."""
         if self.local_size == 1:
             return text
-        key = f"told by {self.rank - self.local_rank}"
+        key = f"text of {self.rank - self.local_rank}"
         if self.local_rank == 0:
             self.store.set(key, text)
         return self.store.get(key).decode()
@@ -230,11 +228,7 @@ def lost_processes(world: World) -> Iterator[None]:
 
 
 def own_device(name: str, world: World) -> torch.device:
-    """Returns the device of this process: a GPU of its own, or the CPU that all share.
-
-    Args:
-        name: `--device`; empty means all GPUs, or the CPU where there are none.
-        world: the run's processes.
+    """Returns the device of this process, as `--device` says: a GPU of its own, or the CPU that all share.
 
     Raises:
         UserError: no such device, fewer GPUs than processes, or several GPUs named to a single process.
@@ -242,13 +236,14 @@ def own_device(name: str, world: World) -> torch.device:
     devices = select_devices(name)
     kind, count = devices[0].type, len(devices)
     if world.size == 1:
+        command = World(0, count, 0, count).command
         if count > 1 and name:
             raise UserError(
                 f"--device {name} names {count} GPUs, and one process trains on one. Start one for each: "
-                f"{World(0, count, 0, count).command} --device {name}, with the other options as they are."
+                f"{command} --device {name}, with the other options as they are."
             )
         if count > 1:
-            LOGGER.info(f"{count} GPUs are here, one is used. To use all: {World(0, count, 0, count).command} ...")
+            LOGGER.info(f"{count} GPUs are here, one is used. To use all: {command} ...")
         return current(devices[0])
     if kind == "mps":
         raise UserError("--device mps: several processes train on CUDA GPUs or on the CPU, not on Metal.")
@@ -266,13 +261,8 @@ def replicate(model: nn.Module, device: torch.device, world: World, sync_bn: boo
     """Returns what to run forward so that gradients are averaged over the processes; a process alone runs the model.
 
     All take the first process's weights and buffers, at once and (buffers) at every forward pass: so without
-    `sync_bn` the running statistics are those of the first process's images.
-
-    Args:
-        model: on `device`; keeps its parameters and names.
-        device: this process's.
-        world: the run's processes.
-        sync_bn: take batch statistics over all processes (CUDA).
+    `sync_bn`, batch statistics over all processes (CUDA), the running statistics are those of the first process's
+    images. The model, on `device`, keeps its parameters and names.
     """
     if world.size == 1:
         return model
