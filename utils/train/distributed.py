@@ -148,7 +148,7 @@ class World:
 
     @contextlib.contextmanager
     def rank_zero_logging(self) -> Iterator[None]:
-        """Keeps what all processes find out alike from being told by each: others tell errors alone meanwhile."""
+        """Lets rank 0 alone log what all processes find out alike; the others log errors only meanwhile."""
         before = LOGGER.level
         if not self.is_main:
             LOGGER.setLevel(logging.ERROR)

@@ -50,8 +50,8 @@ class Part(NamedTuple):
     """One line of a fingerprint."""
 
     name: str
-    digest: str | None  # SHA-256, hexadecimal; None where the content is not to be had
-    detail: str  # what went into it, or why it is not to be had
+    digest: str | None  # SHA-256, hexadecimal; None where the content is not available
+    detail: str  # what went into it, or why it is not available
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -95,7 +95,7 @@ def fingerprint(run: str | Path, data: str | Path = "", images: bool = True) -> 
         spec, tables = read_data(data or newest["data"] or "")
         parts += [labels_part(spec, tables), images_part(tables)][: 1 + images]
     except UserError as error:
-        parts += [Part(name, None, f"not to be had: {error}") for name in ("labels", "images")[: 1 + images]]
+        parts += [Part(name, None, f"not available: {error}") for name in ("labels", "images")[: 1 + images]]
     options = {name: value for name, value in newest["opt"].items() if name not in NOT_COUNTED}
     content = {"options": options, "hyperparameters": newest["hyp"], "model": newest["yaml"]}
     versions = newest["versions"]
@@ -105,14 +105,14 @@ def fingerprint(run: str | Path, data: str | Path = "", images: bool = True) -> 
     ]
     missing = [part.name for part in parts if part.digest is None]
     if missing:
-        return [*parts, Part("all", None, f"not to be had without {' and '.join(missing)}")]
+        return [*parts, Part("all", None, f"not available without {' and '.join(missing)}")]
     return [*parts, Part("all", json_digest([[part.name, part.digest] for part in parts]), "all lines above")]
 
 
 def summary(run: str | Path) -> str:
     """Returns a finished run's fingerprint, less the images, on one line with shortened digests."""
     before = LOGGER.level
-    LOGGER.setLevel(logging.ERROR)  # what is only read again is not told again
+    LOGGER.setLevel(logging.ERROR)  # what is read again need not be logged again
     try:
         *parts, _ = fingerprint(run, images=False)
     finally:
@@ -236,7 +236,7 @@ def dataset_record(spec: DataSpec, tables: Mapping[str, LabelTable]) -> dict[str
 
 def dataset_changes(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> str:
     """Returns how the images of two `dataset_record`s differ: "train: 8 removed, 1 added; val: 3 relabelled", or ""."""
-    told = []
+    changes = []
     for split in now:
         old, new = before[split].tolist(), now[split].tolist()
         old_images, new_images = (Counter(image for image, _ in rows) for rows in (old, new))
@@ -247,8 +247,8 @@ def dataset_changes(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.
             "relabelled": sum(new_labels.get(image, labels) != labels for image, labels in old_labels.items()),
         }
         if any(counts.values()):
-            told.append(f"{split}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
-    return "; ".join(told)
+            changes.append(f"{split}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
+    return "; ".join(changes)
 
 
 def versions_here(device: torch.device) -> dict[str, str | int]:

@@ -138,8 +138,8 @@ class Hyp:
 
     def to_dict(self) -> dict[str, float]:
         """Returns the values in the order of the file they came from; optional keys only where they say something."""
-        told = [name for name in _KEYS if name not in self.key_order and getattr(self, name) != _KEYS[name].default]
-        return {name: getattr(self, name) for name in (*self.key_order, *told) if getattr(self, name) is not None}
+        added = [name for name in _KEYS if name not in self.key_order and getattr(self, name) != _KEYS[name].default]
+        return {name: getattr(self, name) for name in (*self.key_order, *added) if getattr(self, name) is not None}
 
 
 _KEYS: dict[str, dataclasses.Field] = {entry.name: entry for entry in dataclasses.fields(Hyp) if entry.metadata}

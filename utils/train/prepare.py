@@ -90,7 +90,7 @@ class Loaders(NamedTuple):
     val: Any  # None on other processes than the first
     imgsz: int  # image side in pixels
     grid_stride: int  # sides are multiples of it
-    final: dict[str, Any]  # what the last validation is told beside the usual; something on COCO only
+    final: dict[str, Any]  # more keywords of `evaluate` for the last validation; on COCO only
     dataset: dict[str, torch.Tensor]  # by which a checkpoint knows its data again; see `dataset_record`
 
 
@@ -151,7 +151,7 @@ def prepare_device(config: TrainConfig, device: torch.device, processes: int = 1
     """Refuses options that PyTorch does not have on `device`; tells cuBLAS to be deterministic before its first use.
 
     Raises:
-        UserError: `--amp`, `--batch-size -1`, `--sync-bn` or `--deterministic` is not to be had.
+        UserError: `--amp`, `--batch-size -1`, `--sync-bn` or `--deterministic` is not available.
     """
     resolve_amp(config.amp, device)
     if config.batch_size == -1 and device.type != "cuda":
@@ -275,7 +275,7 @@ def freeze_layers(model: nn.Module, freeze: Sequence[int]) -> None:
 def deterministic_algorithms(device: torch.device, asked: bool = False) -> Iterator[None]:
     """Makes equal runs equal to the bit: on the CPU always, where it costs nothing, elsewhere if `asked`.
 
-    A layer of somebody's that has no such algorithm then raises RuntimeError.
+    A foreign layer that has no such algorithm then raises RuntimeError.
     """
     if device.type != "cpu" and not asked:
         yield
@@ -312,7 +312,7 @@ def checkpoint_header(model: nn.Module, hyp: Hyp, config: TrainConfig) -> dict[s
 def rescaled(images: Tensor, imgsz: int, stride: int, seed: int, iteration: int) -> Tensor:
     """Resizes a batch (B, 3, H, W) to a random size between half and one and a half times the image side.
 
-    The longer side is two strides at least: of a single cell of a single image batch norm can reckon no variance.
+    The longer side is two strides at least: batch norm has no variance of a single cell of a single image.
 
     Args:
         images: float, any memory format.

@@ -111,7 +111,7 @@ def resume_options(config: TrainConfig, given: set[str], defaults: Mapping[str, 
 
 
 def check_names(checkpoint: Mapping[str, Any], names: Mapping[int, str], resume: str, data: Any) -> None:
-    """Refuses to resume where the data set's classes are not those that the interrupted run has learnt.
+    """Refuses to resume where the data set's classes are not those that the interrupted run was trained on.
 
     Args:
         checkpoint: of the run.
@@ -159,7 +159,7 @@ def check_dataset(checkpoint: Mapping[str, Any], record: Mapping[str, Tensor], r
         )
         LOGGER.warning(
             f"WARNING: images have changed since the run was begun: {changes}. It was on "
-            f"{_data_name(checkpoint['data'])} ({was}) and goes on with {_data_name(data)} ({now}): it will not end "
+            f"{_data_name(checkpoint['data'])} ({was}) and is resumed with {_data_name(data)} ({now}): it will not end "
             "like one that was not interrupted"
         )
 

@@ -190,7 +190,7 @@ def test_without_its_data_the_rest_is_told_and_why(run):
     assert parts["last.pt"].digest and parts["options"].digest
     for name in ("labels", "images"):
         assert parts[name].digest is None and "not found" in parts[name].detail.lower()
-    assert parts["all"] == fingerprint.Part("all", None, "not to be had without labels and images")
+    assert parts["all"] == fingerprint.Part("all", None, "not available without labels and images")
 
 
 def test_the_line_at_the_end_shortens_the_digests_and_is_quiet(run, caplog):
