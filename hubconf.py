@@ -85,7 +85,7 @@ def _create(
             model = _build(str(name), pretrained, channels, classes, device)
         return AutoShape(model) if autoshape else model
     finally:
-        LOGGER.setLevel(level)  # what the caller does with the model is told as ever
+        LOGGER.setLevel(level)  # what the caller does with the model is logged as ever
 
 
 def _build(name: str, pretrained: bool, channels: int, classes: int, device: str | torch.device | None) -> nn.Module:

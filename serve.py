@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-wait-ms", type=number(float, 0, 1000), default=5, help="maximum wait for more images of a batch")
     add("--max-image-mb", type=number(float, 0.001, 100_000), default=16, help="maximum size of an image file in MB")
     add("--max-pixels", type=number(float, 1), default=50e6, help="maximum pixels of an image")
-    add("--queue", type=number(int, 1), default=64, help="maximum requests in progress; others are told to come back")
+    add("--queue", type=number(int, 1), default=64, help="maximum requests in progress; others get 503 and Retry-After")
     return parser
 
 
@@ -73,7 +73,7 @@ def main(options: argparse.Namespace) -> None:
 
     echo_options("serve", options)
     config = ServeConfig(**vars(options))
-    listener = listen(config.host, config.port)  # mistakes are told before a model is loaded
+    listener = listen(config.host, config.port)  # mistakes are reported before a model is loaded
     try:
         hosts = TrustedHosts((config.host, listener.getsockname()[0]), config.trusted_hosts)
         serve_forever(build_app(config, hosts), listener)

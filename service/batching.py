@@ -73,8 +73,8 @@ class Batcher:
             detect: runs a batch of images of one shape; called in one thread only.
             batch_size: most images in a batch.
             wait_s: longest wait for images that are still being read.
-            on_batch: told the size of every batch.
-            on_drop: told how many images were left out because nobody waits for them any more.
+            on_batch: called with the size of every batch.
+            on_drop: called with how many images were left out because nobody waits for them any more.
         """
         self.failing = False
         self._detect, self._batch_size, self._wait_s = detect, batch_size, wait_s
@@ -158,7 +158,7 @@ class Batcher:
         images = [item.prepared for item in batch]
         try:
             found = await asyncio.get_running_loop().run_in_executor(self._thread, self._detect, images)
-        except Exception as error:  # whatever a runtime raises: its sender is told, the service goes on
+        except Exception as error:  # whatever a runtime raises: its sender learns of it, the service goes on
             if len(batch) > 1:
                 LOGGER.warning(f"WARNING: inference on {len(batch)} images failed ({error}); trying each alone")
                 del images  # of those that are answered nothing is to be kept

@@ -170,7 +170,7 @@ class Guard:
         Args:
             app: what to guard.
             hosts: the names that requests may ask for.
-            answered: told path, status and seconds of every answer.
+            answered: called with path, status and seconds of every answer.
             paths: the paths that are counted by name; all others count as one.
             max_image_bytes: see `Upload`.
         """

@@ -68,7 +68,7 @@ class Upload:
         """Reads and forgets what a refused client still sends, for a short while, so that it gets to see the answer.
 
         A connection that is closed with unread data is reset, and many clients then drop the answer. A client that
-        asked first (`Expect: 100-continue`) was not told to send, and sends nothing.
+        asked first (`Expect: 100-continue`) was not asked to send, and sends nothing.
         """
         if not self._begun and "expect" in self._request.headers:
             return

@@ -74,7 +74,7 @@ class AutoShape(nn.Module):
     classes: Sequence[int] | None = None
     max_det = 1000
     amp = False
-    _range_told = False
+    _range_warned = False
 
     def __init__(self, model: Model | Ensemble | DetectMultiBackend) -> None:
         """Takes a model, and puts it into evaluation mode."""
@@ -145,7 +145,7 @@ class AutoShape(nn.Module):
 
     def _warn_of_range(self, images: Tensor) -> None:
         """Says, once, if images (b, 3, h, w) are not of the values that the model was trained on."""
-        if self._range_told or not images.numel():
+        if self._range_warned or not images.numel():
             return
         low, high = (value.item() for value in images.aminmax())
         if low < -SLACK or high > 1 + SLACK:
@@ -153,7 +153,7 @@ class AutoShape(nn.Module):
                 f"WARNING: the tensor has values from {low:g} to {high:g}, but the model was trained on 0 to 1: divide "
                 "by 255, and leave normalisation by mean and deviation out."
             )
-            self._range_told = True
+            self._range_warned = True
 
     def _shape_for(self, shapes_hw: Sequence[Sequence[int]], size: int | Sequence[int] | None) -> list[int]:
         """Returns height and width that images of these heights and widths are letterboxed to."""
@@ -173,11 +173,7 @@ class AutoShape(nn.Module):
         return [round_up(side, stride) for side in (numbers * 2)[:2]]
 
     def _profile(self, images: Tensor) -> None:
-        """Logs the time of every layer on images (b, 3, h, w).
-
-        Raises:
-            UserError: the model hides its layers.
-        """
+        """Logs the time of every layer on images (b, 3, h, w)."""
         model = self.model.model if self.dmb else self.model
         if not isinstance(model, Model):
             raise UserError("profile=True shows the layers of one checkpoint (.pt), and this is no such model.")
@@ -208,12 +204,7 @@ def read_images(items: Sequence[Any]) -> tuple[list[np.ndarray], list[str]]:
 
 
 def _read(item: Any) -> tuple[np.ndarray, str]:
-    """Returns an image, uint8 (h, w, 3) RGB, and its file's stem; an empty one where it comes from no file.
-
-    Raises:
-        ImageError: it cannot be used.
-        UserError: an address that cannot be fetched.
-    """
+    """Returns an image, uint8 (h, w, 3) RGB, and its file's stem, empty without a file; raises ImageError if unfit."""
     if isinstance(item, (str, Path)):
         address = str(item)
         if not address.startswith(("http://", "https://")):

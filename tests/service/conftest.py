@@ -20,7 +20,7 @@ START_S = 60
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory, picture) -> Path:
+def exported(tmp_path_factory, draw) -> Path:
     """An ONNX file for images of any size and number, of a model that finds other boxes in every image."""
     for package in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "onnx", "onnxruntime"):
         pytest.importorskip(package)
@@ -44,8 +44,8 @@ def exported(tmp_path_factory, picture) -> Path:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # measure: an untrained model answers all images alike
     with torch.no_grad():
-        pictures = torch.from_numpy(np.stack([picture(seed, 64, 64) for seed in range(16)]))
-        model.train()(pictures.permute(0, 3, 1, 2) / 255)
+        images = torch.from_numpy(np.stack([draw(seed, 64, 64) for seed in range(16)]))
+        model.train()(images.permute(0, 3, 1, 2) / 255)
     model.eval()
     for conv in model.head.m:
         conv.bias.data.view(3, -1)[:, 4:] = torch.tensor([0.0, 1.0, 1.0])
@@ -143,7 +143,7 @@ def in_process(exported):
 
 
 @pytest.fixture(scope="session")
-def picture():
+def draw():
     """Makes images: coarse coloured blocks, so that JPEG keeps them, of any size."""
 
     def make(seed: int = 0, height: int = 48, width: int = 64) -> np.ndarray:
@@ -154,11 +154,11 @@ def picture():
 
 
 @pytest.fixture(scope="session")
-def encoded(picture):
+def encoded(draw):
     """Makes the content of image files."""
 
     def make(seed: int = 0, height: int = 48, width: int = 64, suffix: str = ".png") -> bytes:
-        return cv2.imencode(suffix, picture(seed, height, width))[1].tobytes()
+        return cv2.imencode(suffix, draw(seed, height, width))[1].tobytes()
 
     return make
 

@@ -50,20 +50,18 @@ def png_header(width, height):
     )
 
 
-def test_form_on_the_route_of_yolov5_gives_the_records_of_its_hub(client, encoded, picture, expected, agrees):
+def test_form_on_the_route_of_yolov5_gives_the_records_of_its_hub(client, encoded, draw, expected, agrees):
     answer = client.post(YOLOV5_ROUTE, files={"image": ("../../etc/passwd", encoded(1), "image/png")})
     assert answer.status_code == 200, answer.text
     records = answer.json()
     assert list(records[0]) == ["xmin", "ymin", "xmax", "ymax", "confidence", "class", "name"]
     assert {record["name"] for record in records} <= {"cat", "红绿灯"}
-    assert agrees(records, expected(picture(1)))
+    assert agrees(records, expected(draw(1)))
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 33), (300, 20), (1, 90)])
-def test_body_that_is_the_image_gives_what_the_detector_finds(
-    client, encoded, picture, expected, agrees, height, width
-):
-    found = expected(picture(2, height, width))
+def test_body_that_is_the_image_gives_what_the_detector_finds(client, encoded, draw, expected, agrees, height, width):
+    found = expected(draw(2, height, width))
     answer = post(client, encoded(2, height, width))
     assert agrees(answer.json(), found)
     assert len(found) or (height, width) == (1, 90)
@@ -224,14 +222,14 @@ def test_an_error_of_the_program_is_answered_without_its_words_and_with_the_head
     assert {name: answer.headers.get(name) for name in HEADERS} == HEADERS
 
 
-def test_query_sets_the_thresholds_of_one_request(client, encoded, picture, expected, agrees):
+def test_query_sets_the_thresholds_of_one_request(client, encoded, draw, expected, agrees):
     few, many = (post(client, encoded(3), params={"conf": conf, "iou": 0.9}).json() for conf in (0.5, 0.1))
-    assert agrees(few, expected(picture(3), 0.5, 0.9)) and agrees(many, expected(picture(3), 0.1, 0.9))
+    assert agrees(few, expected(draw(3), 0.5, 0.9)) and agrees(many, expected(draw(3), 0.1, 0.9))
     assert len(few) < len(many)
 
 
-def test_turned_photograph_is_read_upright(client, picture, expected, agrees):
-    upright = picture(4, 40, 64)
+def test_turned_photograph_is_read_upright(client, draw, expected, agrees):
+    upright = draw(4, 40, 64)
     stored = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn me clockwise"
@@ -240,12 +238,12 @@ def test_turned_photograph_is_read_upright(client, picture, expected, agrees):
 
 
 @pytest.mark.parametrize("how", [{"params": {"annotated": 1}}, {"headers": {"Accept": "image/jpeg"}}])
-def test_annotated_picture_comes_as_jpeg_of_the_same_size(client, encoded, picture, how):
+def test_annotated_image_comes_as_jpeg_of_the_same_size(client, encoded, draw, how):
     answer = post(client, encoded(5, 96, 128), **how)
     assert answer.headers["content-type"] == "image/jpeg"
     drawn = cv2.imdecode(np.frombuffer(answer.content, np.uint8), cv2.IMREAD_COLOR)
     assert drawn.shape == (96, 128, 3)
-    assert np.abs(drawn.astype(int) - picture(5, 96, 128)).max() > 100, "nothing was drawn"
+    assert np.abs(drawn.astype(int) - draw(5, 96, 128)).max() > 100, "nothing was drawn"
 
 
 def test_answer_tells_the_time_of_every_stage(client, encoded):

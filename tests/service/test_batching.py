@@ -53,7 +53,7 @@ def play(scene, batch_size=4, wait_s=0.01):
     return model, sum(dropped), result
 
 
-def test_pictures_of_one_shape_go_together_up_to_the_batch_size_and_get_their_own_answers():
+def test_images_of_one_shape_go_together_up_to_the_batch_size_and_get_their_own_answers():
     async def scene(batcher, model):
         queued = [batcher.enqueue(prepared(value, 32 + 32 * (value % 2))) for value in range(12)]
         return [await item for item in queued]
@@ -65,16 +65,16 @@ def test_pictures_of_one_shape_go_together_up_to_the_batch_size_and_get_their_ow
     assert len(model.threads) == 1
 
 
-def test_nothing_of_an_answered_picture_is_kept():
+def test_nothing_of_an_answered_image_is_kept():
     async def scene(batcher, model):
         references = []
         for round_ in range(5):
-            pictures = [prepared(20 * round_ + value) for value in range(6)]
-            references += [weakref.ref(picture.windows[0].inputs) for picture in pictures]
-            queued = [batcher.enqueue(picture) for picture in pictures]
+            images = [prepared(20 * round_ + value) for value in range(6)]
+            references += [weakref.ref(image.windows[0].inputs) for image in images]
+            queued = [batcher.enqueue(image) for image in images]
             outcomes = [await item for item in queued]
             references += [weakref.ref(outcome.detections) for outcome in outcomes]
-            del pictures, queued, outcomes
+            del images, queued, outcomes
         await batcher.enqueue(prepared(0))  # so the thread has let go of the last batch
         gc.collect()
         return [reference() is None for reference in references]
@@ -83,14 +83,14 @@ def test_nothing_of_an_answered_picture_is_kept():
     assert len(model.batches) >= 6 and gone == [True] * 60
 
 
-def test_lone_picture_does_not_wait():
+def test_lone_image_does_not_wait():
     async def scene(batcher, model):
         return await batcher.enqueue(prepared(1))
 
     assert play(scene, wait_s=LIMIT_S)[2].batch == 1
 
 
-def test_picture_waits_for_one_that_is_expected():
+def test_image_waits_for_one_that_is_expected():
     async def scene(batcher, model):
         with batcher.expected():
             first = batcher.enqueue(prepared(1))
@@ -113,7 +113,7 @@ def test_wait_ends_when_the_expected_one_does_not_come_or_comes_too_late():
     assert play(scene, wait_s=0.05)[2] == (1, 1)
 
 
-def test_abandoned_picture_never_reaches_the_model():
+def test_abandoned_image_never_reaches_the_model():
     async def scene(batcher, model):
         model.free.clear()
         first = batcher.enqueue(prepared(1))
@@ -139,7 +139,7 @@ def test_error_reaches_its_batch_alone_and_the_next_batch_runs():
     assert play(scene)[2] is False
 
 
-def test_picture_that_fails_leaves_the_others_of_its_batch_alone():
+def test_image_that_fails_leaves_the_others_of_its_batch_alone():
     async def scene(batcher, model):
         queued = [batcher.enqueue(prepared(value)) for value in (1, 2, 13)]
         outcomes = await asyncio.gather(*queued, return_exceptions=True)

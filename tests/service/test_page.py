@@ -89,8 +89,8 @@ def text_of(browser, element):
     return browser.run(f"return document.getElementById('{element}').textContent")
 
 
-def test_chosen_image_shows_its_boxes_and_the_slider_thins_them_out(open_page, picture, expected, tmp_path):
-    image = picture(1, 96, 128)
+def test_chosen_image_shows_its_boxes_and_the_slider_thins_them_out(open_page, draw, expected, tmp_path):
+    image = draw(1, 96, 128)
     found = expected(image, 0.05)
     cv2.imwrite(str(tmp_path / "scene.png"), image)
     page = open_page()
@@ -128,8 +128,8 @@ def test_boxes_are_drawn_where_they_were_found(open_page, expected, tmp_path):
 
 
 def test_file_that_is_no_image_is_told_in_words(open_page, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
-    (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    (tmp_path / "notes.txt").write_text("not an image")
     page = open_page()
     for name, words in (("broken.png", "is not a readable image"), ("notes.txt", "is not an image")):
         page.choose(tmp_path / name)

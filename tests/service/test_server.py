@@ -39,9 +39,7 @@ def send_and_keep_open(url, data):
     return connection
 
 
-def test_64_requests_at_once_all_get_their_own_answer_and_share_batches(
-    start_server, encoded, picture, expected, agrees
-):
+def test_64_requests_at_once_all_get_their_own_answer_and_share_batches(start_server, encoded, draw, expected, agrees):
     shapes = [(48, 64), (64, 64), (64, 40)]
     cases = [(seed, *shapes[seed % 3]) for seed in range(64)]
     server = start_server("--batch-wait-ms", "20")
@@ -50,10 +48,10 @@ def test_64_requests_at_once_all_get_their_own_answer_and_share_batches(
         answers = list(pool.map(lambda content: fetch(server.url, content), data))
     assert {answer.status_code for answer in answers} == {200}
     wrong = [
-        case for case, answer in zip(cases, answers, strict=True) if not agrees(answer.json(), expected(picture(*case)))
+        case for case, answer in zip(cases, answers, strict=True) if not agrees(answer.json(), expected(draw(*case)))
     ]
     assert not wrong
-    assert len({answer.text for answer in answers}) == 64, "pictures are told apart"
+    assert len({answer.text for answer in answers}) == 64, "images are told apart"
     seen = metrics(server.url)
     assert seen["yolov5_images_total"] == 64
     assert seen["yolov5_batch_size_count"] < 50, "few shared a batch"
@@ -71,7 +69,7 @@ def test_full_service_says_when_to_come_back_and_recovers(start_server, encoded)
     assert fetch(server.url, encoded()).status_code == 200
 
 
-def test_picture_of_a_client_that_leaves_is_dropped(start_server, encoded):
+def test_image_of_a_client_that_leaves_is_dropped(start_server, encoded):
     server = start_server("--batch-size", "1", "--imgsz", "640")
     connections = [send_and_keep_open(server.url, encoded(seed, 640, 640)) for seed in range(16)]
     wait_for(server.url, "yolov5_queue_length", 2)

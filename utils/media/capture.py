@@ -125,17 +125,10 @@ def _read_video(path: str, file_number: int, file_count: int, vid_stride: int) -
 
 
 def _resume(path: str, position: int, count: int, last: np.ndarray | None) -> tuple[cv2.VideoCapture | None, int]:
-    """Looks for readable frames behind a damaged stretch.
+    """Looks for readable frames behind a damaged stretch, behind `position` of `count` frames.
 
-    Args:
-        path: the video.
-        position: how many frames were passed.
-        count: how many the video declares.
-        last: the last image read, (h, w, 3), if any was.
-
-    Returns:
-        The video opened where reading can go on and the number of frames before that place; (None, `position`) where
-        there is nothing more: the decoder reached the end, having skipped frames on the way, or the rest is damaged.
+    Returns the video opened where reading can go on and the number of frames before that place; (None, `position`)
+    where there is nothing more: the decoder reached the end, having skipped frames on the way, or the rest is damaged.
     """
     final = _open_at(path, count - 1) if last is not None and count - position > 1 else None
     if final is None:

@@ -1,4 +1,4 @@
-"""Pictures in windows on the screen: whether one can be opened at all, and showing them.
+"""Images in windows on the screen: whether one can be opened at all, and showing them.
 
 OpenCV ends the whole process when it is asked for a window and there is no display, so `display_problem` is asked
 first. Not here: capturing the screen, drawing boxes.

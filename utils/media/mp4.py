@@ -87,11 +87,7 @@ def frames_shown(path: str | Path) -> int | None:
 
 
 def _read_index(path: str | Path) -> tuple[int, bytes | None, int | None]:
-    """Returns where a file's index begins, its content, and the bytes of the frames; None for what is not there.
-
-    Raises:
-        Mp4Error: the last box is cut, or the index too large to be believed.
-    """
+    """Returns where a file's index begins, its content, and the bytes of the frames; None for what is not there."""
     at, index, data_bytes = 0, None, None
     if not os.path.getsize(path):
         return at, index, data_bytes
@@ -109,11 +105,7 @@ def _read_index(path: str | Path) -> tuple[int, bytes | None, int | None]:
 
 
 def _boxes(content: bytes | memoryview) -> Iterator[tuple[bytes, int, bytes | memoryview]]:
-    """Yields the kinds of the boxes in a content, where each begins, and what is in it.
-
-    Raises:
-        Mp4Error: the last one is cut.
-    """
+    """Yields the kinds of the boxes in a content, where each begins, and what is in it."""
     at = 0
     while at < len(content):
         head = bytes(content[at : at + 16]).ljust(16, b"\0")
@@ -132,11 +124,7 @@ def _box(kind: bytes, content: bytes) -> bytes:
 
 
 def _found(content: bytes, *kinds: bytes) -> bytes:
-    """Returns the content of the first box of that kind, in one of the kind before it, and so on.
-
-    Raises:
-        Mp4Error: there is none.
-    """
+    """Returns the content of the first box of that kind, in one of the kind before it, and so on."""
     for kind in kinds:
         inner = next((inner for found, _, inner in _boxes(content) if found == kind), None)
         if inner is None:
@@ -146,11 +134,7 @@ def _found(content: bytes, *kinds: bytes) -> bytes:
 
 
 def _runs(content: bytes, form: str) -> np.ndarray:
-    """Returns the values (n,) of a box of rows: how often, and which.
-
-    Raises:
-        ValueError: there are more than MAX_FRAMES.
-    """
+    """Returns the values (n,) of a box of rows: how often, and which."""
     rows = np.frombuffer(content, form, 2 * struct.unpack_from(">I", content, 4)[0], 8).reshape(-1, 2).astype(np.int64)
     if not 0 <= rows[:, 0].sum() <= MAX_FRAMES or rows[:, 0].min(initial=0) < 0:
         raise ValueError

@@ -2,7 +2,7 @@
 
 Each loader yields frames as they come (`read()`: what the commands use), or, iterated, YOLOv5's tuples (path, image
 for the model, original, capture, message); images for the model are letterboxed uint8 (3, h, w) RGB, originals uint8
-(h, w, 3) BGR. `open_source` chooses one and opens what was named, so that every mistake is told before a model is
+(h, w, 3) BGR. `open_source` chooses one and opens what was named, so that every mistake is reported before a model is
 loaded. Nothing is fetched unless the user named an address. Not here: training's images (`utils.dataloaders.dataset`).
 """
 

@@ -184,7 +184,7 @@ class _Reader(threading.Thread):
         self.opened = self.ended = False
         self.error: BaseException | None = None  # why it could not be opened, or what went wrong within
         self.ending = ""  # why it ended before its time
-        self._is_told = False  # in a frame
+        self._reported = False  # in a frame
 
     def begin(self) -> None:
         """Forgets what passed while nobody could use it: a model was being loaded. A recording has waited."""
@@ -192,11 +192,11 @@ class _Reader(threading.Thread):
             self.tally = Tally(received=int(self.image is not None))
 
     def has_news(self) -> bool:
-        """Whether a frame waits, or something went wrong that was not told yet."""
+        """Whether a frame waits, or something went wrong that was not reported yet."""
         return self.image is not None or self.error is not None or self._has_farewell()
 
     def _has_farewell(self) -> bool:
-        return bool(self.ended and self.ending and not self._is_told)
+        return bool(self.ended and self.ending and not self._reported)
 
     def take(self, file_number: int, file_count: int) -> Frame | None:
         """Hands out the frame that waits, if one does; where none does any more, once one that says why it ended."""
@@ -209,7 +209,7 @@ class _Reader(threading.Thread):
             number = self.tally.used
             return Frame(self.source.name, image=image, number=number, fps=self.fps, time=self.time_s, **place)
         if self._has_farewell():
-            self._is_told = True
+            self._reported = True
             return Frame(self.source.name, error=self.ending, time=time.monotonic(), **place)
         return None
 
@@ -251,18 +251,14 @@ class _Reader(threading.Thread):
             wait_s = min(2 * wait_s, self._patience.longest_wait_s)
             try:
                 self._read_session()
-            except UserError:  # the silence was told; how long it lasted will be
+            except UserError:  # the silence was reported; how long it lasted will be
                 continue
             if self._is_recording and self._lost_s is not None and not self._stopped.is_set():
                 return f"only {self._whole} of its {self._frame_count} frames come"
         return ""
 
     def _read_session(self) -> None:
-        """Opens the input and reads until nothing comes any more.
-
-        Raises:
-            UserError: it cannot be opened.
-        """
+        """Opens the input and reads until nothing comes any more."""
         capture = self.source.open()
         try:
             self._frame_count, self._is_recording = capture.frame_count, capture.is_recording

@@ -107,7 +107,7 @@ class _InputTracks:
         trackers, self._supervision = library
         self._tracker = trackers.ByteTrackTracker(
             lost_track_buffer=round(MEMORY_S * _LIBRARY_FPS),
-            frame_rate=rate,  # the unit of its model of motion; how much time passed is told with every frame
+            frame_rate=rate,  # the unit of its model of motion; the time is given with every frame
             track_activation_threshold=conf_thres,
             high_conf_det_threshold=conf_thres,
             minimum_consecutive_frames=CONFIRMED_AFTER,

@@ -85,7 +85,7 @@ def _stem_of(path: str) -> str:
 
 
 class OutputStems(dict[str, str]):
-    """Gives each input a stem of its own for the files made from it, told apart without regard to case.
+    """Gives each input a stem of its own for the files made from it, distinct without regard to case.
 
     The first input of a stem keeps it, later ones become `stem-2`, `stem-3`, ... Of the inputs that are known at the
     beginning, none loses its own stem to such a number, and a video gives way to images that are named like its
@@ -188,7 +188,7 @@ def folder_names(names: Mapping[int, str]) -> dict[int, str]:
 class ResultWriter:
     """Writes the results of a run of detection into one folder; use in a `with` block, which ends videos properly.
 
-    What cannot be written of one file, for its name or because another program has it open, is told and stands in
+    What cannot be written of one file, for its name or because another program has it open, is logged and stands in
     `failed`; the others go on.
 
     Calls of `write` come from one thread at a time, the frames of a video in order; those of live inputs may alternate.

@@ -304,12 +304,7 @@ def _place_label(
 ) -> tuple[int, int]:
     """Returns the top left corner for a label: above its box if there is room, else the next best place.
 
-    Args:
-        box_xyxy: the object's box, in pixels.
-        label_wh: the label's width and height.
-        shape_hw: the image's height and width.
-        line_width: of the box; labels cover its outer half.
-        placed_xyxy: (n, 4) the labels that stand already.
+    Labels cover the outer half of the box's line; `placed_xyxy` (n, 4) are those that stand already.
     """
     (label_w, label_h), (height, width) = label_wh, shape_hw
     half = line_width / 2
@@ -516,7 +511,6 @@ def plot_images(
 
 
 def _to_numpy(array: Array) -> np.ndarray:
-    """Returns an array, or a tensor on any device, as an array."""
     return array if isinstance(array, np.ndarray) else array.detach().cpu().float().numpy()
 
 

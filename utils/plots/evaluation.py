@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: precision, recall and F1 curves, the confusion matrix; and of a study of image sizes.
+"""Curves of an evaluation: precision, recall and F1 curves, the confusion matrix; and of a study of image sizes.
 
 Drawn on matplotlib figures of their own (Agg), so that no display, window or global state is involved; matplotlib is
 imported when something is drawn. Names in any script are shown where an installed font has their characters.

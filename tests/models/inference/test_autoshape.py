@@ -87,7 +87,7 @@ def test_boxes_are_the_golden_ones(model, golden_dir, name):
     assert found[:, 5].tolist() == golden[:, 5].tolist()
 
 
-def test_every_kind_of_picture_gives_the_same_boxes(model, bus, address):
+def test_every_kind_of_image_gives_the_same_boxes(model, bus, address):
     opened, array = Image.open(bus), np.asarray(Image.open(bus))
     floats = torch.from_numpy(array.transpose(2, 0, 1) / np.float32(255))
     kinds = [str(bus), bus, f"{address}/bus.jpg?size=1", opened, array, cv2.imread(str(bus))[..., ::-1]]
@@ -100,7 +100,7 @@ def test_every_kind_of_picture_gives_the_same_boxes(model, bus, address):
         assert np.array_equal(image, array)
         assert torch.allclose(rows, results.xyxy[0], atol=0.05)
     alone = model(array, size=320)
-    assert torch.allclose(alone.xyxy[0], results.xyxy[0], atol=0.05), "a batch and a picture alone agree"
+    assert torch.allclose(alone.xyxy[0], results.xyxy[0], atol=0.05), "a batch and a image alone agree"
 
 
 def test_results_are_those_of_letterbox_model_and_suppression(model, weights, golden_dir):
@@ -285,7 +285,7 @@ def test_images_from_memory_have_no_file_name():
         (np.zeros((2, 48, 64, 3), np.uint8), r"Image 0: is an array \(2, 48, 64, 3\)"),
         (np.zeros((0, 64, 3), np.uint8), "is an array"),
         (7, "is a int"),
-        ("http://127.0.0.1:9/picture.jpg", "cannot be reached"),
+        ("http://127.0.0.1:9/image.jpg", "cannot be reached"),
     ],
 )
 def test_what_is_no_image_is_named(item, words):

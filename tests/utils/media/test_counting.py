@@ -114,7 +114,7 @@ def test_fractions_are_of_the_picture():
     assert walk("0,0,2,2", {1: FORTH}).points_xy == ((0, 0), (2, 2))
 
 
-def test_numbers_survive_a_stream_whose_pictures_change_their_size():
+def test_numbers_survive_a_stream_whose_images_change_their_size():
     line, zone = Counter.parse("0,0.5,1,0.5"), Counter.parse("0,0.5,1,0.5,1,1,0,1")
     sizes = [(HEIGHT, WIDTH)] * 3 + [(2 * HEIGHT, 2 * WIDTH)] * 3
     for number, ((height, width), y) in enumerate(zip(sizes, (0.3, 0.6, 0.7, 0.7, 0.6, 0.2), strict=True), 1):
@@ -170,7 +170,7 @@ def test_turning_the_line_round_exchanges_in_and_out(paths):
 @settings(max_examples=60, deadline=None)
 @given(walks)
 def test_in_less_out_is_how_many_changed_sides(paths):
-    """Of a line right across the picture; ends near to it are left out, as they may count or not."""
+    """Of a line right across the image; ends near to it are left out, as they may count or not."""
     paths = [path for path in paths if min(abs(path[0][1] - 150), abs(path[-1][1] - 150)) >= CLEARANCE * SIDE]
     if paths:
         (tally,) = walk(MIDDLE, dict(enumerate(paths, start=1))).tallies
@@ -206,7 +206,7 @@ def test_spaces_between_the_numbers_are_allowed():
     assert walk(" 0, 150 ,400 , 150", {1: FORTH}).points_xy == ((0, 150), (400, 150))
 
 
-def test_line_outside_the_picture_is_told_once(caplog):
+def test_line_outside_the_image_is_told_once(caplog):
     counter = Counter.parse("0,500,400,500")
     for number in range(1, 4):
         counter.update(frame(number), rows({1: (100, 100)}))

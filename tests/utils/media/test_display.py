@@ -84,7 +84,7 @@ def show_on(screen, imports, body):
 
 
 @linux_only
-def test_a_picture_is_on_the_screen(virtual_screen):
+def test_a_image_is_on_the_screen(virtual_screen):
     pytest.importorskip("mss")
     done = show_on(virtual_screen, "import cv2, mss", PHOTOGRAPH)
     assert done.stdout == "True\n" * 3, done.stderr

@@ -27,10 +27,10 @@ def times(path: Path) -> list[float]:
 
 
 def test_every_frame_is_shown_at_its_own_time(video):
-    pictures = [frame.image for frame in read_frames([str(video)])]
+    images = [frame.image for frame in read_frames([str(video)])]
     set_times(video, [7.0, 7.04, 7.5, 8.0, 60.0, 60.04], 100.0)
     assert times(video) == pytest.approx([0, 0.04, 0.5, 1, 53, 53.04])
-    assert all(map(np.array_equal, pictures, [frame.image for frame in read_frames([str(video)])]))
+    assert all(map(np.array_equal, images, [frame.image for frame in read_frames([str(video)])]))
     opened = cv2.VideoCapture(str(video))
     assert opened.get(cv2.CAP_PROP_FRAME_COUNT) / opened.get(cv2.CAP_PROP_FPS) == pytest.approx(93)
 

@@ -35,14 +35,14 @@ from utils.media.streams import Patience
 FRAMES = 40
 
 
-def picture(seed: int = 0, width: int = 64, height: int = 48) -> np.ndarray:
+def noise(seed: int = 0, width: int = 64, height: int = 48) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
 
 
 def write_video(path: Path, codec: str = "mp4v", frames: int = FRAMES, fps: float = 25) -> Path:
     """A noisy texture that moves, so that every frame differs and takes room in the file."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), fps, (96, 64))
-    texture = picture(1, 96, 64)
+    texture = noise(1, 96, 64)
     for index in range(frames):
         writer.write(np.roll(texture, 2 * index, axis=1))
     writer.release()
@@ -52,11 +52,11 @@ def write_video(path: Path, codec: str = "mp4v", frames: int = FRAMES, fps: floa
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in ("b.jpg", "a.png", "C.JPG"):
-        cv2.imwrite(str(tmp_path / name), picture())
+        cv2.imwrite(str(tmp_path / name), noise())
     write_video(tmp_path / "0.mp4", frames=2)
     (tmp_path / "notes.md").write_text("x")
     (tmp_path / "sub").mkdir()
-    cv2.imwrite(str(tmp_path / "sub" / "deep.jpg"), picture())
+    cv2.imwrite(str(tmp_path / "sub" / "deep.jpg"), noise())
     return tmp_path
 
 
@@ -76,13 +76,13 @@ def test_glob_is_sorted_and_goes_deeper_only_when_told(folder):
 
 @pytest.mark.parametrize("name", ["C.JPG", "x[1].jpg"])
 def test_file_is_taken_as_it_is_in_upper_case_and_where_its_name_looks_like_a_glob(folder, name):
-    cv2.imwrite(str(folder / name), picture())
+    cv2.imwrite(str(folder / name), noise())
     assert names(find_sources(folder / name)) == [name]
 
 
 def test_list_file_keeps_its_order_and_resolves_against_both_folders(folder, monkeypatch, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    cv2.imwrite(str(elsewhere / "here.jpg"), picture())
+    cv2.imwrite(str(elsewhere / "here.jpg"), noise())
     monkeypatch.chdir(elsewhere)
     lines = ["# a comment", "./b.jpg", "", "here.jpg", str(folder / "a.png"), "sub/deep.jpg", "./b.jpg", "gone.jpg"]
     (folder / "list.txt").write_text("\n".join(lines))
@@ -144,7 +144,7 @@ def test_links_to_nothing_and_to_themselves_are_reported_like_damaged_images(fol
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory, numbered) -> Path:
-    """A video of numbered pictures that can be read without jumping about in it."""
+    """A video of numbered images that can be read without jumping about in it."""
     path = tmp_path_factory.mktemp("video") / "clip.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 25, (numbered.WIDTH, numbered.HEIGHT))
     for number in range(1, FRAMES + 1):

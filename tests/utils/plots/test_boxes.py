@@ -119,10 +119,10 @@ def test_annotator_draws_shapes_and_text():
 
 
 def test_hidden_labels_leave_only_the_outline():
-    picture = boxes.draw_detections(blank(), detections([50, 60, 150, 160, 0.9, 0]), {0: "x"}, 1, hide_labels=True)
-    inside_and_above = [picture[62:158, 52:148], picture[:57]]
+    image = boxes.draw_detections(blank(), detections([50, 60, 150, 160, 0.9, 0]), {0: "x"}, 1, hide_labels=True)
+    inside_and_above = [image[62:158, 52:148], image[:57]]
     assert all((part == 114).all() for part in inside_and_above)
-    assert (picture[60, 60:140] == colors(0, bgr=True)).all()
+    assert (image[60, 60:140] == colors(0, bgr=True)).all()
 
 
 def test_confidence_is_shown_with_two_digits_and_can_be_hidden():
@@ -137,9 +137,9 @@ def test_track_stands_before_the_name_and_gives_the_colour():
     )
     assert boxes.detection_labels(tracked, ["a", "b"]) == ["id:3 b 0.88", "b 0.50", "id:23 b 0.50"]
     assert boxes.detection_labels(tracked[:1], ["a", "b"], hide_conf=True) == ["id:3 b"]
-    picture = boxes.draw_detections(blank(), tracked, ["a", "b"], 1, hide_labels=True)
-    assert tuple(picture[60, 70]) == colors(3, bgr=True) == tuple(picture[120, 130]) != colors(1, bgr=True)
-    assert tuple(picture[60, 130]) == boxes.NO_TRACK_COLOR
+    image = boxes.draw_detections(blank(), tracked, ["a", "b"], 1, hide_labels=True)
+    assert tuple(image[60, 70]) == colors(3, bgr=True) == tuple(image[120, 130]) != colors(1, bgr=True)
+    assert tuple(image[60, 130]) == boxes.NO_TRACK_COLOR
 
 
 def with_counts(points, found=None, height=SIDE, width=SIDE):
@@ -148,8 +148,8 @@ def with_counts(points, found=None, height=SIDE, width=SIDE):
     return boxes.draw_detections(blank(height, width), found or detections(), {0: "x"}, counts=counts)
 
 
-def yellow(picture):
-    return (picture == boxes.COUNTING_COLOR).all(2)
+def yellow(image):
+    return (image == boxes.COUNTING_COLOR).all(2)
 
 
 def test_line_is_drawn_with_an_arrow_to_the_side_that_is_in():
@@ -169,9 +169,9 @@ def test_arrow_s_word_stays_in_the_picture(points):
 
 
 def test_zone_is_drawn_closed():
-    picture = yellow(with_counts([(40, 80), (160, 80), (160, 160), (40, 160)]))
-    assert picture[80, 40:161].all() and picture[160, 40:161].all() and picture[80:161, 40].all()
-    assert not picture[90:150, 50:150].any()
+    image = yellow(with_counts([(40, 80), (160, 80), (160, 160), (40, 160)]))
+    assert image[80, 40:161].all() and image[160, 40:161].all() and image[80:161, 40].all()
+    assert not image[90:150, 50:150].any()
 
 
 def test_labels_keep_off_the_numbers_and_boxes_do_not_strike_them():
@@ -183,7 +183,7 @@ def test_labels_keep_off_the_numbers_and_boxes_do_not_strike_them():
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (8, 300), (300, 8), (40, 60)])
-def test_numbers_are_drawn_on_pictures_of_any_size(height, width):
+def test_numbers_are_drawn_on_images_of_any_size(height, width):
     for points in ([(0, 0), (width, height)], [(1e6, 0), (0, 1e6)], [(0, 0), (1e6, 0), (0, 1e6)]):
         assert with_counts(points, height=height, width=width).shape == (height, width, 3)
 
