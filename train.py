@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import CommandParser, echo_options, number, options_from, run_command, with_hint
-from utils.errors import MAX_IMAGE_SIDE_PX, UserError, check_image_size, explain_resource_errors, grid_stride
+from utils.errors import MAX_IMAGE_SIDE_PX, UserError, check_img_size, explain_resource_errors, grid_stride
 from utils.files import ROOT, find_file, increment_path, run_folder, write_yaml
 from utils.log import LOGGER
 
@@ -203,7 +203,7 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
         LOGGER.warning("WARNING: --label-smoothing has no effect: one class (as of --single-cls) has no class loss")
     freeze_layers(model, config.freeze)
     model, stride = model.to(device), grid_stride(model.stride)
-    config.imgsz = check_image_size(config.imgsz, stride, floor=2 * stride)
+    config.imgsz = check_img_size(config.imgsz, stride, floor=2 * stride)
     if config.batch_size == -1:
         config.batch_size = fitting_batch_size(model, config, stride)
     loaders = build_loaders(spec, stride, hyp, config, world)

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from models.common import is_activation, parse_activation
-from utils.errors import UserError, did_you_mean, round_up, shown
+from utils.errors import UserError, did_you_mean, make_divisible, shown
 from utils.files import find_file, read_yaml
 
 CONFIG_KEYS = {
@@ -170,7 +170,7 @@ def channel_scale(config: Mapping[str, Any]) -> Callable[[int], int]:
     anchors = config.get("anchors", 0)  # a head may have none
     outputs = (anchors if isinstance(anchors, int) else len(anchors[0]) // 2) * (config["nc"] + 5)
     multiple = config.get("channel_multiple", 8)
-    return lambda width: width if width == outputs else round_up(width * config["width_multiple"], multiple)
+    return lambda width: width if width == outputs else make_divisible(width * config["width_multiple"], multiple)
 
 
 class RowInputs(NamedTuple):

@@ -49,9 +49,10 @@ def printable(text: Any) -> str:
     return UNPRINTABLE.sub("\ufffd", str(text))
 
 
-def round_up(value: float, divisor: int) -> int:
-    """Returns the smallest multiple of `divisor` that is not below `value`."""
-    return math.ceil(value / divisor) * divisor
+def make_divisible(x: float, divisor: Any) -> int:
+    """Returns the smallest multiple of `divisor` (of a tensor, its largest value) that is not below `x`."""
+    divisor = int(divisor.max()) if hasattr(divisor, "max") else divisor
+    return math.ceil(x / divisor) * divisor
 
 
 def grid_stride(strides: Iterable[float]) -> int:
@@ -62,12 +63,12 @@ def grid_stride(strides: Iterable[float]) -> int:
     return max([MIN_GRID_STRIDE, *(int(stride) for stride in strides)])
 
 
-def check_image_size(imgsz: int | Sequence[int], stride: int, floor: int = 0) -> int | list[int]:
+def check_img_size(imgsz: int | Sequence[int], s: Any = 32, floor: int = 0) -> int | list[int]:
     """Rounds image sides up to multiples of the model's stride and says so when that changes them.
 
     Args:
         imgsz: one side for squares, or (height, width), in pixels.
-        stride: the model's largest stride.
+        s: the model's largest stride, a number or a tensor.
         floor: the smallest side allowed, in pixels.
 
     Returns:
@@ -76,7 +77,7 @@ def check_image_size(imgsz: int | Sequence[int], stride: int, floor: int = 0) ->
     Raises:
         UserError: a side is not positive, or beyond MAX_IMAGE_SIDE_PX.
     """
-    sides = [imgsz] if isinstance(imgsz, int) else list(imgsz)
+    sides, stride = [imgsz] if isinstance(imgsz, int) else list(imgsz), int(s)
     if any(side < 1 for side in sides):
         raise UserError(f"--img-size {imgsz}: image sides must be at least 1 pixel.")
     if any(side > MAX_IMAGE_SIDE_PX for side in sides):
@@ -84,14 +85,14 @@ def check_image_size(imgsz: int | Sequence[int], stride: int, floor: int = 0) ->
             f"--img-size {imgsz}: image sides must be at most {MAX_IMAGE_SIDE_PX} pixels; larger images are scaled "
             "down, or cut into tiles with --tile."
         )
-    rounded = [max(round_up(side, stride), floor) for side in sides]
+    rounded = [max(make_divisible(side, stride), floor) for side in sides]
+    result = rounded[0] if isinstance(imgsz, int) else rounded
     if rounded != sides:
-        shown = rounded[0] if isinstance(imgsz, int) else rounded
         LOGGER.warning(
             f"WARNING: --img-size {imgsz} must be a multiple of the model's stride {stride}"
-            f"{f' and at least {floor}' if floor else ''}: using {shown}"
+            f"{f' and at least {floor}' if floor else ''}: using {result}"
         )
-    return rounded[0] if isinstance(imgsz, int) else rounded
+    return result
 
 
 class ResourceError(NamedTuple):

@@ -24,18 +24,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import boxes, errors, log, nms
+from utils import boxes, log
 from utils.boxes import xywh2xyxy, xywhn2xyxy, xyxy2xywh, xyxy2xywhn
 from utils.checkpoint import load_checkpoint, strip_checkpoint
 from utils.cli import echo_options
 from utils.dataloaders.config import DATASETS_DIR, SPLITS, YAML_SUFFIXES, load_spec
 from utils.dataloaders.sampling import class_weights, image_weights
 from utils.downloads import download_file, fetch, file_name_of
-from utils.errors import UserError
+from utils.errors import UserError, check_img_size, make_divisible
 from utils.eval.coco import COCO80_TO_91
 from utils.files import ROOT, find_file, increment_path, read_yaml
 from utils.log import colorstr
 from utils.media.display import display_problem
+from utils.nms import non_max_suppression
 from utils.torch_utils import time_sync
 
 __all__ = [
@@ -150,11 +151,6 @@ def intersect_dicts(da: Mapping[str, Tensor], db: Mapping[str, Tensor], exclude:
     }
 
 
-def make_divisible(x: float, divisor: int | Tensor) -> int:
-    """Returns the smallest multiple of `divisor` (of a tensor, its largest value) that is not below `x`."""
-    return errors.round_up(x, int(divisor.max()) if isinstance(divisor, Tensor) else divisor)
-
-
 def one_cycle(y1: float = 0.0, y2: float = 1.0, steps: int = 100) -> Callable[[float], float]:
     """Returns a function that goes from y1 to y2 in `steps` along half a cosine."""
     return lambda x: y1 + (y2 - y1) * (1 - math.cos(math.pi * x / steps)) / 2
@@ -184,11 +180,6 @@ def labels_to_image_weights(
     weights = np.ones(nc) if class_weights is None else np.asarray(class_weights, dtype=np.float64)
     classes = np.concatenate([np.zeros(0), *(rows[:, 0] for rows in labels)])
     return image_weights(classes, np.cumsum([0, *map(len, labels)]), weights * nc, maps=np.zeros(nc))
-
-
-def check_img_size(imgsz: int | Sequence[int], s: int | Tensor = 32, floor: int = 0) -> int | list[int]:
-    """Rounds image sides up to multiples of the stride `s`, at least `floor`; warns when that changes them."""
-    return errors.check_image_size(imgsz, int(s), floor)
 
 
 def check_imshow(warn: bool = True) -> bool:
@@ -358,18 +349,3 @@ def clip_coords(boxes_xyxy: Array, shape: Sequence[int]) -> None:
 
 
 scale_boxes, clip_boxes = scale_coords, clip_coords  # 7.0's names
-
-
-def non_max_suppression(
-    prediction: Array | Sequence[Array],
-    conf_thres: float = 0.25,
-    iou_thres: float = 0.45,
-    classes: Sequence[int] | None = None,
-    agnostic: bool = False,
-    multi_label: bool = False,
-    labels: Sequence[Array] = (),
-    max_det: int = 300,
-) -> list[Array]:
-    """Suppresses as `utils.nms.non_max_suppression`; of what a model returns, (rows, ...), the rows are taken."""
-    rows = prediction[0] if isinstance(prediction, (list, tuple)) else prediction
-    return nms.non_max_suppression(rows, conf_thres, iou_thres, classes, agnostic, multi_label, labels, max_det)

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils.errors import UserError, check_image_size
+from utils.errors import UserError, check_img_size
 from utils.log import LOGGER
 
 # Those of YOLOv5, and what else is read: AVIF (by Pillow from 11.3 on), web video, transport streams, phones' videos
@@ -383,7 +383,7 @@ def inference_hw(
     if len(asked) > 2:
         raise UserError(f"--imgsz {' '.join(map(str, asked))}: one side, or height and width, are expected.")
     if only_hw is None:
-        checked = check_image_size(asked[0] if len(asked) == 1 else asked or default, stride)
+        checked = check_img_size(asked[0] if len(asked) == 1 else asked or default, stride)
         return [checked, checked] if isinstance(checked, int) else checked
     if not asked:
         LOGGER.info(f"Image size {only_hw[0]}x{only_hw[1]}, the one that the model was exported for")

@@ -60,7 +60,7 @@ class NMSConfig:
 
 
 def non_max_suppression(
-    prediction: Array,
+    prediction: Array | Sequence[Array],
     conf_thres: float = 0.25,
     iou_thres: float = 0.45,
     classes: Sequence[int] | None = None,
@@ -75,7 +75,8 @@ def non_max_suppression(
     suppression is computed in float64, where shifting the boxes of each class apart costs no precision.
 
     Args:
-        prediction: (b, n, 5 + nc) rows [x, y, w, h in pixels, objectness, class probabilities].
+        prediction: (b, n, 5 + nc) rows [x, y, w, h in pixels, objectness, class probabilities]; or what a model
+            returns, (rows, ...).
         conf_thres: objectness and score (objectness x class probability) must exceed it.
         iou_thres: boxes of one class that overlap a more confident one by more than this are dropped.
         classes: class ids to keep; None keeps all.
@@ -93,6 +94,7 @@ def non_max_suppression(
     for option, value in (("--conf-thres", conf_thres), ("--iou-thres", iou_thres)):
         if not 0 <= value <= 1:
             raise UserError(f"{option} {value}: a threshold between 0 and 1 is expected.")
+    prediction = prediction[0] if isinstance(prediction, (list, tuple)) else prediction
     xp = _library(prediction)
     if xp is not np and prediction.device.type == "mps":  # no float64 there
         prediction = prediction.cpu()

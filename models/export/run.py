@@ -31,7 +31,7 @@ from utils.cli import find_weights
 from utils.dataloaders.config import load_spec
 from utils.dataloaders.paths import list_images
 from utils.devices import device_line, select_device
-from utils.errors import UserError, check_image_size, grid_stride
+from utils.errors import UserError, check_img_size, grid_stride
 from utils.files import ROOT
 from utils.log import LOGGER, colorstr
 from utils.nms import NMSConfig
@@ -91,7 +91,7 @@ def make_jobs(
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave no trace in the generator
         source = model_from(content).float().requires_grad_(False)
     stride = grid_stride(source.stride)
-    shape_hw = check_image_size(options.imgsz, stride)
+    shape_hw = check_img_size(options.imgsz, stride)
     trained = (content.meta.get("opt") or {}).get("imgsz")
     if trained and trained != max(shape_hw):
         LOGGER.info(f"Image size {'x'.join(map(str, shape_hw))}; the checkpoint was trained at {trained}")

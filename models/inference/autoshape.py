@@ -35,7 +35,7 @@ from utils import boxes
 from utils.boxes import xyxy2xywh
 from utils.devices import resolve_amp
 from utils.downloads import download_file
-from utils.errors import UserError, grid_stride, printable, round_up
+from utils.errors import UserError, grid_stride, make_divisible, printable
 from utils.files import increment_path
 from utils.images import SLACK, ImageError, decode_image, letterbox, read_image, to_8_bits
 from utils.log import LOGGER
@@ -170,7 +170,7 @@ class AutoShape(nn.Module):
             long_px = numbers[0]
             numbers = [max(hw[axis] * long_px / max(hw) for hw in shapes_hw) for axis in (0, 1)]
         stride = self.model.stride if self.dmb else grid_stride(self.model.stride)
-        return [round_up(side, stride) for side in (numbers * 2)[:2]]
+        return [make_divisible(side, stride) for side in (numbers * 2)[:2]]
 
     def _profile(self, images: Tensor) -> None:
         """Logs the time of every layer on images (b, 3, h, w)."""

@@ -25,7 +25,7 @@ from utils.cli import number
 from utils.dataloaders import config as data_spec
 from utils.dataloaders.labels import ParsedLabels, read_cache, read_label_file
 from utils.dataloaders.paths import list_images
-from utils.errors import UserError, check_image_size
+from utils.errors import UserError, check_img_size
 from utils.files import read_yaml
 from utils.images import ImageError, check_image, decode_image, image_info
 from utils.media.counting import Counter
@@ -272,7 +272,7 @@ def probe_options(data: bytes, _: Path) -> bool:
     """Reads `--count`, or `--imgsz`, or `--tile` and `--tile-overlap`, from words of a text."""
     kind, _, value = data.decode(errors="surrogateescape").partition(" ")
     if kind == "imgsz":
-        sides = check_image_size([_parsed(int, 1, None, word) for word in value.split()] or [1], 32)
+        sides = check_img_size([_parsed(int, 1, None, word) for word in value.split()] or [1], 32)
         assert all(side % 32 == 0 and side > 0 for side in sides)
     elif kind == "tile":
         size, _, overlap = value.partition(" ")

@@ -10,11 +10,11 @@ import torch
 
 from utils.errors import (
     UserError,
-    check_image_size,
+    check_img_size,
     did_you_mean,
     explain_resource_errors,
+    make_divisible,
     memory_left,
-    round_up,
 )
 
 
@@ -35,7 +35,7 @@ def test_nearest_names_are_suggested_whatever_their_case(name, options, suggesti
 
 @pytest.mark.parametrize(("value", "divisor", "expected"), [(1, 32, 32), (32, 32, 32), (33, 32, 64), (30.2, 2, 32)])
 def test_round_up(value, divisor, expected):
-    assert round_up(value, divisor) == expected
+    assert make_divisible(value, divisor) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_round_up(value, divisor, expected):
 )
 def test_a_size_that_does_not_fit_is_rounded_up_and_named(caplog, size, stride, floor, expected):
     with caplog.at_level(logging.WARNING, "yolov5"):
-        assert check_image_size(size, stride, floor) == expected
+        assert check_img_size(size, stride, floor) == expected
     if expected in (size, list(size) if isinstance(size, tuple) else None):
         assert not caplog.records
     else:
@@ -61,7 +61,7 @@ def test_a_size_that_does_not_fit_is_rounded_up_and_named(caplog, size, stride, 
 @pytest.mark.parametrize("size", [0, -32, (640, 0)])
 def test_a_side_below_one_pixel_is_refused(size):
     with pytest.raises(UserError, match="at least 1 pixel"):
-        check_image_size(size, 32)
+        check_img_size(size, 32)
 
 
 SIZES = {"--batch-size": 16, "--imgsz": [640, 480], "--workers": 8}

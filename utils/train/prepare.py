@@ -24,7 +24,7 @@ from utils.dataloaders.labels import load_labels
 from utils.dataloaders.loader import QUAD, create_dataloader
 from utils.devices import resolve_amp
 from utils.downloads import file_name_of
-from utils.errors import UserError, round_up
+from utils.errors import UserError, make_divisible
 from utils.eval.coco import COCO80_TO_91, category_ids
 from utils.log import LOGGER
 from utils.train.distributed import ALONE, World
@@ -326,5 +326,5 @@ def rescaled(images: Tensor, imgsz: int, stride: int, seed: int, iteration: int)
     factor = max(side, 2 * stride) / max(images.shape[2:])
     if factor == 1:
         return images
-    shape = [round_up(length * factor, stride) for length in images.shape[2:]]
+    shape = [make_divisible(length * factor, stride) for length in images.shape[2:]]
     return F.interpolate(images, size=shape, mode="bilinear", align_corners=False)
