@@ -1,4 +1,4 @@
-"""A few pictures of different shapes with labels, as a table."""
+"""A few images of different shapes with labels, as a table."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ COUNT = 21
 
 
 @pytest.fixture
-def pictures(tmp_path: Path):
+def label_table(tmp_path: Path):
     """A LabelTable of 21 JPEGs, 30 to 300 px; every third one has a polygon, every fifth no label."""
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()

@@ -30,6 +30,21 @@ MAX_CLASSES = 100_000  # as in model YAMLs; far beyond any data set, it stops a 
 MAX_KEYPOINTS = 10_000
 MAX_PATH = 1000  # characters of a folder or file as a YAML names it
 DATASETS_DIR = ROOT.parent / "datasets"
+# name -> module and function, imported when used; a generator is called with the folder to fill,
+# a converter with the folder and the class names (it returns how many images it converted)
+GENERATORS = {"shapes": "utils.tools.shapes:render"}
+CONVERTERS = {
+    "voc": "utils.tools.convert:convert_voc",
+    "coco": "utils.tools.convert:convert_coco",
+    "visdrone": "utils.tools.convert:convert_visdrone",
+}
+RUNS_NOTHING = (
+    "Its 'download:' is a script, and a data set YAML runs nothing here: fetch the data yourself and put it in place, "
+    "or use the YAML of that data set in data/."
+)
+DATA_SUFFIXES = {*(f".{form}" for form in IMG_FORMATS), ".csv", ".json", ".md", ".txt", ".xml", ".yaml", ".yml"}
+DATA_NAMES = {"LICENCE", "LICENSE", "README"}
+_KEYS = {"url", "sha256", "dir", "file"}
 
 
 @dataclass(frozen=True)
@@ -347,39 +362,12 @@ def _obtain(layout: _Layout, names: dict[int, str], missing: Mapping[str, list[P
         raise UserError(layout.not_found(missing, shown(reason, 400))) from error
     if archives and not download:
         archives, refusal = [], "Downloads are off, so its 'download:' addresses were not used."
-    complete = False
-    if archives or layout.generate or layout.convert:
-        try:
-            complete = obtain(
-                layout.home,
-                names,
-                archives,
-                layout.convert,
-                layout.generate,
-                is_complete=lambda: not layout.find(list(missing))[2],
-                folders=layout.roots,
-            )
-        except UserError as error:
-            raise UserError(layout.not_found(missing, str(error))) from error
-    if not complete:
-        raise UserError(layout.not_found(missing, refusal))
-
-
-# name -> module and function, imported when used; a generator is called with the folder to fill,
-# a converter with the folder and the class names (it returns how many images it converted)
-GENERATORS = {"shapes": "utils.tools.shapes:render"}
-CONVERTERS = {
-    "voc": "utils.tools.convert:convert_voc",
-    "coco": "utils.tools.convert:convert_coco",
-    "visdrone": "utils.tools.convert:convert_visdrone",
-}
-RUNS_NOTHING = (
-    "Its 'download:' is a script, and a data set YAML runs nothing here: fetch the data yourself and put it in place, "
-    "or use the YAML of that data set in data/."
-)
-DATA_SUFFIXES = {*(f".{form}" for form in IMG_FORMATS), ".csv", ".json", ".md", ".txt", ".xml", ".yaml", ".yml"}
-DATA_NAMES = {"LICENCE", "LICENSE", "README"}
-_KEYS = {"url", "sha256", "dir", "file"}
+    try:
+        if obtain(layout, names, archives, list(missing)):
+            return
+    except UserError as error:
+        raise UserError(layout.not_found(missing, str(error))) from error
+    raise UserError(layout.not_found(missing, refusal))
 
 
 class Source(NamedTuple):
@@ -430,25 +418,11 @@ def _source_of(item: Mapping[Any, Any]) -> Source:
     return Source(item["url"], sha256, folder, file)
 
 
-def obtain(
-    root: Path,
-    names: Mapping[int, str],
-    sources: list[Source],
-    convert: str | None,
-    generate: str | None,
-    is_complete: Callable[[], bool],
-    folders: Sequence[Path] = (),
-) -> bool:
-    """Renders, converts what lies there already, or downloads and converts, until the data set is complete.
+def obtain(layout: _Layout, names: Mapping[int, str], sources: Sequence[Source], need: Sequence[str]) -> bool:
+    """Renders, converts what lies there already, or downloads and converts, until the splits needed are there.
 
-    Args:
-        root: the data set's folder, for what is rendered or downloaded.
-        names: its classes.
-        sources: what may be downloaded.
-        convert: a key of CONVERTERS, or None.
-        generate: a key of GENERATORS, or None.
-        is_complete: says whether the splits needed are there.
-        folders: where data to be converted may lie; the first that makes the set complete ends the search.
+    What is rendered or downloaded comes into the data set's folder below the repository. When a download fails, the
+    next start does not fetch those before it again.
 
     Returns:
         Whether they are there now.
@@ -456,23 +430,33 @@ def obtain(
     Raises:
         UserError: from a download, an archive or a converter.
     """
-    if generate is not None:
-        load_function(GENERATORS[generate])(root)
-    for folder in folders if convert is not None else ():
-        if folder.is_dir() and folder != ROOT and not is_complete():
-            _convert(convert, folder, names)
-    if is_complete() or not sources:
-        return is_complete()
+
+    def complete() -> bool:
+        return not layout.find(need)[2]
+
+    def convert(folder: Path) -> None:
+        try:
+            load_function(CONVERTERS[layout.convert])(folder, names)
+        except OSError as error:
+            raise UserError(f"{folder}: its annotations cannot be converted ({error}).") from error
+
+    root = layout.home
+    if layout.generate is not None:
+        load_function(GENERATORS[layout.generate])(root)
+    for folder in layout.roots if layout.convert is not None else ():
+        if folder.is_dir() and folder != ROOT and not complete():
+            convert(folder)
+    if not sources or complete():
+        return complete()
     LOGGER.info(f"Dataset not found in {root}: downloading {len(sources)} file(s)")
     _fetch_all(root, sources)
-    if convert is not None:
-        _convert(convert, root, names)
-    LOGGER.info(f"Dataset autodownload {'success, saved to' if is_complete() else 'failure in'} {root}")
-    return is_complete()
+    if layout.convert is not None:
+        convert(root)
+    LOGGER.info(f"Dataset autodownload {'success, saved to' if complete() else 'failure in'} {root}")
+    return complete()
 
 
 def _fetch_all(root: Path, sources: Sequence[Source]) -> None:
-    """Fetches all files; when one fails, the next start does not fetch those before it again."""
     markers = [root / f".fetched-{hashlib.sha256(source.url.encode()).hexdigest()[:16]}" for source in sources]
     for source, marker in zip(sources, markers, strict=True):
         if marker.exists():
@@ -504,13 +488,6 @@ def _check_place(folder: Path) -> None:
         place = place.relative_to(ROOT.parent)
     if any(part.startswith(".") for part in place.parts):
         raise UserError(f"{folder}: data is not fetched into hidden folders. Give another 'path:'.")
-
-
-def _convert(convert: str, folder: Path, names: Mapping[int, str]) -> None:
-    try:
-        load_function(CONVERTERS[convert])(folder, names)
-    except OSError as error:
-        raise UserError(f"{folder}: its annotations cannot be converted ({error}).") from error
 
 
 def load_function(address: str) -> Callable:

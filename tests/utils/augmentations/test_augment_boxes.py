@@ -167,9 +167,9 @@ def test_changed_colours_stay_where_they_were(drawn, seed, ranges):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(params=any_warp, seed=seeds, index=st.integers(0, 20), colours=shares, flips=shares)
 def test_an_item_has_its_own_images_classes_whatever_happens_to_its_pixels(
-    pictures, params, seed, index, colours, flips
+    label_table, params, seed, index, colours, flips
 ):
-    table = pictures.subset(np.arange(21))
+    table = label_table.subset(np.arange(21))
     table.rows[:, 0] = np.arange(len(table.rows))  # no two labels of one class
     options = {name: getattr(params, name) for name in ("degrees", "translate", "scale", "shear", "perspective")}
 

@@ -66,20 +66,20 @@ def test_rectangular_batches_by_hand():
     assert padded.tolist() == [[512, 672], [672, 672], [672, 512]]
 
 
-def test_rect_orders_images_labels_and_shapes_alike(pictures):
-    dataset = LoadImagesAndLabels(pictures, 64, rect=True, batch_size=4, pad=0.5)
+def test_rect_orders_images_labels_and_shapes_alike(label_table):
+    dataset = LoadImagesAndLabels(label_table, 64, rect=True, batch_size=4, pad=0.5)
     ratios = dataset.table.sizes_wh[:, 1] / dataset.table.sizes_wh[:, 0]
     assert (np.diff(ratios) >= 0).all()
     for index in range(len(dataset)):
         item = dataset[index]
         assert tuple(item.image.shape[1:]) == tuple(dataset.batch_shapes_hw[index // 4])
-        source = list(pictures.image_paths).index(item.path)
-        assert len(item.targets) == len(pictures.labels(source))
-        assert item.shapes.original_hw == tuple(pictures.sizes_wh[source][::-1])
+        source = list(label_table.image_paths).index(item.path)
+        assert len(item.targets) == len(label_table.labels(source))
+        assert item.shapes.original_hw == tuple(label_table.sizes_wh[source][::-1])
 
 
-def test_an_evaluation_item_by_hand(pictures):
-    item = LoadImagesAndLabels(pictures, 64)[0]  # 128 x 96 becomes 64 x 48, 8 px above it
+def test_an_evaluation_item_by_hand(label_table):
+    item = LoadImagesAndLabels(label_table, 64)[0]  # 128 x 96 becomes 64 x 48, 8 px above it
     assert item.image.shape == (3, 64, 64) and item.image.dtype == torch.uint8 and item.image.is_contiguous()
     assert (item.image[:, :8] == 114).all() and (item.image[:, 56:] == 114).all()
     assert item.shapes == ((96, 128), ((0.5, 0.5), (0.0, 8.0)))
@@ -89,8 +89,8 @@ def test_an_evaluation_item_by_hand(pictures):
     assert np.allclose(box[2:], [0.5, 0.5, 0.4, 0.6 * 48 / 64], atol=1e-6)
 
 
-def test_small_images_are_enlarged_and_boxes_stay_inside(pictures):
-    table = pictures.subset([7])  # 40 x 30
+def test_small_images_are_enlarged_and_boxes_stay_inside(label_table):
+    table = label_table.subset([7])  # 40 x 30
     table.rows[0] = [1, 0.5, 0.5, 1, 1]
     item = LoadImagesAndLabels(table, 64)[0]
     assert item.shapes == ((30, 40), ((1.6, 1.6), (0.0, 8.0)))
@@ -98,16 +98,16 @@ def test_small_images_are_enlarged_and_boxes_stay_inside(pictures):
     assert x + w / 2 <= 1 and w == pytest.approx((64 - 1e-3) / 64) and h == pytest.approx(48 / 64)
 
 
-def test_training_without_ranges_is_the_letterboxed_image(pictures):
-    trained = training(pictures, hyp={})
+def test_training_without_ranges_is_the_letterboxed_image(label_table):
+    trained = training(label_table, hyp={})
     trained.albumentations = False
-    assert torch.equal(trained[2].image, LoadImagesAndLabels(pictures, 64)[2].image)  # 64 x 64: nothing to resize
+    assert torch.equal(trained[2].image, LoadImagesAndLabels(label_table, 64)[2].image)  # 64 x 64: nothing to resize
 
 
 @pytest.mark.parametrize("rect", [False, True])
-def test_items_are_the_same_with_every_cache_and_in_every_order(pictures, rect):
+def test_items_are_the_same_with_every_cache_and_in_every_order(label_table, rect):
     def dataset(**kwargs):
-        return training(pictures, batch_size=4, rect=rect, seed=3, **kwargs)
+        return training(label_table, batch_size=4, rect=rect, seed=3, **kwargs)
 
     plan = MosaicSampler(21, 4, lanes=2, window=5)
     expected = items_of(dataset(plan=plan))
@@ -120,8 +120,8 @@ def test_items_are_the_same_with_every_cache_and_in_every_order(pictures, rect):
     assert not any(torch.equal(a.image, b.image) for a, b in zip(expected, other_epoch, strict=True))
 
 
-def test_the_seed_decides_order_and_augmentation(pictures):
-    first, again, other = (training(pictures, batch_size=4, seed=seed) for seed in (3, 3, 4))
+def test_the_seed_decides_order_and_augmentation(label_table):
+    first, again, other = (training(label_table, batch_size=4, seed=seed) for seed in (3, 3, 4))
     assert first.order(0).tolist() == again.order(0).tolist() != other.order(0).tolist()
     items = items_of(first)
     assert same_items(items_of(again), items)
@@ -129,21 +129,21 @@ def test_the_seed_decides_order_and_augmentation(pictures):
     assert not any(torch.equal(a.image, b.image) for a, b in zip(items_of(other), items, strict=True))
 
 
-def test_mosaics_come_as_often_as_asked_and_can_be_switched_off(pictures):
-    dataset = training(pictures, batch_size=4)
+def test_mosaics_come_as_often_as_asked_and_can_be_switched_off(label_table):
+    dataset = training(label_table, batch_size=4)
     mosaics = [item.shapes is None for epoch in range(6) for item in items_of(dataset, epoch)]
     assert 0.7 < np.mean(mosaics) < 0.9
     dataset.mosaic = False
     assert all(item.shapes is not None for item in items_of(dataset))
 
 
-def test_rect_takes_no_mosaics(pictures):
-    dataset = training(pictures, rect=True, batch_size=4)
+def test_rect_takes_no_mosaics(label_table):
+    dataset = training(label_table, rect=True, batch_size=4)
     assert all(item.shapes is not None for item in items_of(dataset))
 
 
-def test_global_generators_are_neither_read_nor_moved(pictures):
-    dataset = training(pictures)
+def test_global_generators_are_neither_read_nor_moved(label_table):
+    dataset = training(label_table)
     np.random.seed(0)
     torch.manual_seed(0)
     before = np.random.get_state()[1].copy(), torch.random.get_rng_state()
@@ -154,17 +154,17 @@ def test_global_generators_are_neither_read_nor_moved(pictures):
     assert same_items(items_of(dataset), first)
 
 
-def test_image_weights_must_fit(pictures):
-    dataset = training(pictures)
+def test_image_weights_must_fit(label_table):
+    dataset = training(label_table)
     for weights in (np.ones(3), -np.ones(21), np.full(21, np.nan)):
         with pytest.raises(ValueError, match="21 finite numbers"):
             dataset.set_image_weights(weights)
 
 
-def test_every_image_is_padded_to_a_given_height_and_width(pictures):
-    items = list(map(LoadImagesAndLabels(pictures, (64, 128), batch_size=4).__getitem__, range(len(pictures))))
+def test_every_image_is_padded_to_a_given_height_and_width(label_table):
+    items = list(map(LoadImagesAndLabels(label_table, (64, 128), batch_size=4).__getitem__, range(len(label_table))))
     assert {tuple(item.image.shape) for item in items} == {(3, 64, 128)}
-    assert [item.path for item in items] == list(pictures.image_paths)  # not sorted by shape
+    assert [item.path for item in items] == list(label_table.image_paths)  # not sorted by shape
     wide, high, strip = items[0], items[1], items[3]  # 128 x 96, 96 x 128 and 200 x 50 px
     ratio_hw, pad_wh = wide.shapes.ratio_pad
     assert ratio_hw == pytest.approx((64 / 96, 86 / 128)) and pad_wh == (21.0, 0.0)  # 85.3 px rounds up to 86
@@ -175,18 +175,18 @@ def test_every_image_is_padded_to_a_given_height_and_width(pictures):
 
 
 @pytest.mark.parametrize("options", [{"rect": True}, {"augment": True, "hyp": FULL}])
-def test_height_and_width_are_for_plain_evaluation_alone(pictures, options):
+def test_height_and_width_are_for_plain_evaluation_alone(label_table, options):
     with pytest.raises(ValueError, match="evaluation"):
-        LoadImagesAndLabels(pictures, (64, 128), **options)
+        LoadImagesAndLabels(label_table, (64, 128), **options)
 
 
-def test_items_by_index_serve_a_loader_of_torch(pictures):
-    dataset = LoadImagesAndLabels(str(Path(pictures.image_paths[0]).parent), 64, 4, single_cls=True)
+def test_items_by_index_serve_a_loader_of_torch(label_table):
+    dataset = LoadImagesAndLabels(str(Path(label_table.image_paths[0]).parent), 64, 4, single_cls=True)
     image, targets, path, shapes = dataset[2]
     assert image.shape == (3, 64, 64) and path == dataset.im_files[2] and shapes[0] == tuple(dataset.shapes[2][::-1])
     assert all((rows[:, 0] == 0).all() for rows in dataset.labels) and len(dataset.segments[2]) == len(targets)
     assert dataset.label_files[2] == path.replace("/images/", "/labels/").replace(".jpg", ".txt")
-    assert len(dataset.labels[:3]) == 3 and len(np.concatenate(dataset.labels)) == len(pictures.rows)
+    assert len(dataset.labels[:3]) == 3 and len(np.concatenate(dataset.labels)) == len(label_table.rows)
     batches = list(DataLoader(dataset, 4, collate_fn=dataset.collate_fn))
     assert len(batches) == 6 and batches[0][0].shape == (4, 3, 64, 64)
     assert sorted(set(batches[0][1][:, 0].tolist())) == [0, 1, 2, 3]
@@ -211,8 +211,8 @@ extreme_params = st.builds(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(params=extreme_params, seed=st.integers(0, 2**31), index=st.integers(0, 20), rect=st.booleans())
-def test_augmented_boxes_stay_inside_the_picture_with_their_corners_in_order(pictures, params, seed, index, rect):
-    item = training(pictures, hyp=params, rect=rect, batch_size=4, seed=seed)[index]
+def test_augmented_boxes_stay_inside_the_picture_with_their_corners_in_order(label_table, params, seed, index, rect):
+    item = training(label_table, hyp=params, rect=rect, batch_size=4, seed=seed)[index]
     boxes = item.targets[:, 2:]
     corners = xywh2xyxy(boxes)
     assert torch.isfinite(item.targets).all() and (boxes[:, 2:] > 0).all()

@@ -15,40 +15,40 @@ from utils.files import temporary_beside
 
 
 @pytest.mark.parametrize("augment", [True, False])
-def test_memory_and_disk_hold_the_pixels_of_the_files(pictures, augment):
-    files = ImageFiles(pictures, 96, augment)
+def test_memory_and_disk_hold_the_pixels_of_the_files(label_table, augment):
+    files = ImageFiles(label_table, 96, augment)
     ram, disk = RamImages(files), DiskImages(files)
     ram.fill()
     disk.fill()
     again = DiskImages(files)
     spawned = pickle.loads(pickle.dumps(ram))
-    for index in range(len(pictures)):
+    for index in range(len(label_table)):
         image = files.read(index)
         assert max(image.shape) == 96 and not image.flags.writeable
         for source in (ram, disk, again, spawned, RecentImages(files, 10**6)):
             assert np.array_equal(source.read(index), image) and not source.read(index).flags.writeable
 
 
-def test_sides_round_up_and_colours_are_rgb(tmp_path, pictures):
-    path = pictures.image_paths[0]
+def test_sides_round_up_and_colours_are_rgb(tmp_path, label_table):
+    path = label_table.image_paths[0]
     cv2.imwrite(path, np.full((96, 128, 3), (250, 5, 5), np.uint8))  # blue
-    image = ImageFiles(pictures, 50, augment=True).read(0)
+    image = ImageFiles(label_table, 50, augment=True).read(0)
     assert image.shape == (38, 50, 3)  # 96 * 50 / 128 = 37.5
     assert image[..., 2].min() > 200 and image[..., 0].max() < 60
 
 
-def test_large_jpegs_shrink_while_they_are_decoded_in_training_only(monkeypatch, pictures):
+def test_large_jpegs_shrink_while_they_are_decoded_in_training_only(monkeypatch, label_table):
     decoded = []
     read_image = images_cache.read_image
     monkeypatch.setattr(images_cache, "read_image", lambda *a, **k: decoded.append(read_image(*a, **k)) or decoded[-1])
-    sizes = [ImageFiles(pictures, 100, augment).read(5).shape for augment in (True, False)]
+    sizes = [ImageFiles(label_table, 100, augment).read(5).shape for augment in (True, False)]
     assert [image.shape[:2] for image in decoded] == [(100, 150), (200, 300)]
     assert sizes == [(67, 100, 3)] * 2
 
 
-def test_copies_on_disk_follow_their_image(pictures):
-    disk = DiskImages(ImageFiles(pictures, 64, augment=True))
-    path = pictures.image_paths[0]
+def test_copies_on_disk_follow_their_image(label_table):
+    disk = DiskImages(ImageFiles(label_table, 64, augment=True))
+    path = label_table.image_paths[0]
     disk.read(0)
     first_copy = disk.copy_path(0)
     assert first_copy.is_file() and first_copy.parent.name == "images_npy"
@@ -59,13 +59,13 @@ def test_copies_on_disk_follow_their_image(pictures):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert os.path.getsize(path) == size and disk.copy_path(0) != first_copy
     assert np.abs(disk.read(0).astype(int) - 50).max() <= 1
-    assert DiskImages(ImageFiles(pictures, 32, augment=True)).copy_path(0) != disk.copy_path(0)
-    assert DiskImages(ImageFiles(pictures, 64, augment=False)).copy_path(0) != disk.copy_path(0)
+    assert DiskImages(ImageFiles(label_table, 32, augment=True)).copy_path(0) != disk.copy_path(0)
+    assert DiskImages(ImageFiles(label_table, 64, augment=False)).copy_path(0) != disk.copy_path(0)
 
 
 @pytest.mark.parametrize("damage", [b"", b"text", None])
-def test_a_damaged_copy_is_made_again(pictures, damage):
-    disk = DiskImages(ImageFiles(pictures, 64, augment=True))
+def test_a_damaged_copy_is_made_again(label_table, damage):
+    disk = DiskImages(ImageFiles(label_table, 64, augment=True))
     image = disk.read(0)
     copy = disk.copy_path(0)
     copy.write_bytes(copy.read_bytes()[:500] if damage is None else damage)
@@ -84,8 +84,8 @@ class Touch:
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["pickle", "npy of objects"])
-def test_a_copy_that_is_a_pickle_is_never_unpickled(tmp_path, pictures, wrapped):
-    disk, canary = DiskImages(ImageFiles(pictures, 64, augment=True)), tmp_path / "canary"
+def test_a_copy_that_is_a_pickle_is_never_unpickled(tmp_path, label_table, wrapped):
+    disk, canary = DiskImages(ImageFiles(label_table, 64, augment=True)), tmp_path / "canary"
     image, copy = disk.read(0), disk.copy_path(0)
     with open(copy, "wb") as file:
         if wrapped:
@@ -97,9 +97,9 @@ def test_a_copy_that_is_a_pickle_is_never_unpickled(tmp_path, pictures, wrapped)
         assert np.load(file, allow_pickle=False).shape == image.shape  # made again
 
 
-def test_a_write_that_fails_leaves_the_former_copy_or_none_and_no_other_file(pictures, monkeypatch):
+def test_a_write_that_fails_leaves_the_former_copy_or_none_and_no_other_file(label_table, monkeypatch):
     """Another process that reads meanwhile must see all of a copy or nothing."""
-    disk = DiskImages(ImageFiles(pictures, 64, augment=True))
+    disk = DiskImages(ImageFiles(label_table, 64, augment=True))
     whole = disk.read(0)
     disk.copy_path(1).write_bytes(former := b"a former copy, of which nothing may be lost before the new one is whole")
 
@@ -117,19 +117,19 @@ def test_a_write_that_fails_leaves_the_former_copy_or_none_and_no_other_file(pic
     assert names == sorted(disk.copy_path(index).name for index in (0, 1))
 
 
-def test_filling_clears_what_a_killed_process_left(pictures):
-    disk = DiskImages(ImageFiles(pictures, 64, augment=True))
+def test_filling_clears_what_a_killed_process_left(label_table):
+    disk = DiskImages(ImageFiles(label_table, 64, augment=True))
     disk.read(0)
     left = temporary_beside(disk.copy_path(0))
     left.touch()
     os.utime(left, (0, 0))
     disk.fill()
-    assert not left.exists() and len(list(left.parent.iterdir())) == len(pictures)
+    assert not left.exists() and len(list(left.parent.iterdir())) == len(label_table)
 
 
-def test_a_start_looks_at_the_length_and_the_header_of_copies_alone(pictures, monkeypatch):
-    DiskImages(ImageFiles(pictures, 64, augment=True)).fill()
-    disk = DiskImages(ImageFiles(pictures, 64, augment=True))
+def test_a_start_looks_at_the_length_and_the_header_of_copies_alone(label_table, monkeypatch):
+    DiskImages(ImageFiles(label_table, 64, augment=True)).fill()
+    disk = DiskImages(ImageFiles(label_table, 64, augment=True))
     cut, other = disk.copy_path(1), disk.copy_path(3)
     cut.write_bytes(cut.read_bytes()[:-1])
     other.write_bytes(other.read_bytes().replace(b"|u1", b"|i1"))
@@ -138,7 +138,7 @@ def test_a_start_looks_at_the_length_and_the_header_of_copies_alone(pictures, mo
     monkeypatch.setattr(images_cache.np, "load", lambda *a, **k: loaded.append(a[0]) or load(*a, **k))
     monkeypatch.setattr(images_cache, "read_image", lambda *a, **k: decoded.append(a[0]) or read_image(*a, **k))
     disk.fill()
-    assert sorted(decoded) == [pictures.image_paths[1], pictures.image_paths[3]]
+    assert sorted(decoded) == [label_table.image_paths[1], label_table.image_paths[3]]
     assert set(loaded) == {cut, other}
     disk.fill()
     assert len(decoded) == len(loaded) == 2
@@ -159,16 +159,16 @@ class Neighbour:
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
-def test_of_several_processes_the_first_fills_the_cache_and_all_use_it(pictures, monkeypatch, cache):
+def test_of_several_processes_the_first_fills_the_cache_and_all_use_it(label_table, monkeypatch, cache):
     word, decoded, read_image = {}, [], images_cache.read_image
     monkeypatch.setattr(images_cache, "read_image", lambda *a, **k: decoded.append(a[0]) or read_image(*a, **k))
-    first = make_source(pictures, 64, True, cache, "", Neighbour(0, word))
+    first = make_source(label_table, 64, True, cache, "", Neighbour(0, word))
     monkeypatch.setattr(images_cache, "memory_left", lambda: 0)  # a second copy would not fit
-    second = make_source(pictures, 64, True, cache, "", Neighbour(1, word))
-    assert len(decoded) == len(pictures)
-    for index in range(len(pictures)):
+    second = make_source(label_table, 64, True, cache, "", Neighbour(1, word))
+    assert len(decoded) == len(label_table)
+    for index in range(len(label_table)):
         assert np.array_equal(first.read(index), second.read(index))
-    assert len(decoded) == len(pictures)
+    assert len(decoded) == len(label_table)
     if cache == "ram":
         first.buffer[5] = 255 - first.buffer[5]
         assert second.buffer[5] == first.buffer[5]
@@ -177,28 +177,28 @@ def test_of_several_processes_the_first_fills_the_cache_and_all_use_it(pictures,
         assert not os.path.exists(address)
 
 
-def test_memory_that_cannot_be_shared_is_not_taken_twice(pictures, monkeypatch):
+def test_memory_that_cannot_be_shared_is_not_taken_twice(label_table, monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
-    assert RamImages(ImageFiles(pictures, 64, True)).address == ""
+    assert RamImages(ImageFiles(label_table, 64, True)).address == ""
     with pytest.raises(UserError, match="--cache ram: only on Linux do several processes share one"):
-        make_source(pictures, 64, True, "ram", "", Neighbour(0, {}))
+        make_source(label_table, 64, True, "ram", "", Neighbour(0, {}))
 
 
-def test_a_folder_that_takes_no_copies_is_named(tmp_path, pictures):
+def test_a_folder_that_takes_no_copies_is_named(tmp_path, label_table):
     (tmp_path / "images_npy").write_text("in the way")
     with pytest.raises(UserError, match="--cache disk cannot write here"):
-        DiskImages(ImageFiles(pictures, 64, augment=True)).fill()
+        DiskImages(ImageFiles(label_table, 64, augment=True)).fill()
 
 
-def test_more_images_than_memory_are_refused_with_numbers(monkeypatch, pictures):
+def test_more_images_than_memory_are_refused_with_numbers(monkeypatch, label_table):
     monkeypatch.setattr(images_cache, "memory_left", lambda: 100_000)
     with pytest.raises(UserError, match=r"--cache ram: 21 images at 96 px take 0\.0 GB.*--cache disk"):
-        RamImages(ImageFiles(pictures, 96, augment=True))
+        RamImages(ImageFiles(label_table, 96, augment=True))
 
 
-def test_images_that_changed_since_the_scan_are_named(tmp_path, pictures):
-    files = ImageFiles(pictures, 64, augment=True)
-    cv2.imwrite(pictures.image_paths[1], np.zeros((70, 70, 3), np.uint8))
+def test_images_that_changed_since_the_scan_are_named(tmp_path, label_table):
+    files = ImageFiles(label_table, 64, augment=True)
+    cv2.imwrite(label_table.image_paths[1], np.zeros((70, 70, 3), np.uint8))
     with pytest.raises(UserError, match=r"01\.jpg: is 70x70 px, but was 96x128 px"):
         files.read(1)
     (tmp_path / "images" / "02.jpg").write_bytes(b"\xff\xd8\xff")
@@ -210,8 +210,8 @@ def test_images_that_changed_since_the_scan_are_named(tmp_path, pictures):
             source.read(3)
 
 
-def test_recent_images_keep_to_their_bytes_and_forget_the_oldest(pictures):
-    files = ImageFiles(pictures, 64, augment=True)
+def test_recent_images_keep_to_their_bytes_and_forget_the_oldest(label_table):
+    files = ImageFiles(label_table, 64, augment=True)
     sizes = [files.read(index).nbytes for index in range(3)]
     recent = RecentImages(files, sum(sizes))
     for index in (0, 1, 2, 0, 1, 2):

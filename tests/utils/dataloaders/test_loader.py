@@ -57,39 +57,39 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("quad", [False, True])
-def test_batches_do_not_depend_on_workers_or_caches(pictures, quad):
-    expected = epochs_of(loader_of(pictures, quad=quad), (0, 1))
+def test_batches_do_not_depend_on_workers_or_caches(label_table, quad):
+    expected = epochs_of(loader_of(label_table, quad=quad), (0, 1))
     assert [len(batch.images) for batch in expected[0]] == ([1] * 6 if quad else [4, 4, 4, 4, 4, 1])
     for workers, cache in ((2, None), (3, "ram"), (8, "disk")):
-        assert same(epochs_of(loader_of(pictures, workers, cache, quad), (0, 1)), expected)
+        assert same(epochs_of(loader_of(label_table, workers, cache, quad), (0, 1)), expected)
     assert not same(expected[:1], expected[1:])
-    assert not same(epochs_of(loader_of(pictures, quad=quad, seed=1), (0, 1)), expected)
+    assert not same(epochs_of(loader_of(label_table, quad=quad, seed=1), (0, 1)), expected)
 
 
-def test_memory_is_pinned_where_the_process_computes_on_a_gpu(pictures, monkeypatch):
+def test_memory_is_pinned_where_the_process_computes_on_a_gpu(label_table, monkeypatch):
     """Not where the machine has one: `--device cpu` would open a context there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for computes in (False, True):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda computes=computes: computes)
-        assert loader_of(pictures)._make_loader().pin_memory is computes
+        assert loader_of(label_table)._make_loader().pin_memory is computes
 
 
-def test_an_epoch_can_be_entered_at_once_and_left_early(pictures):
-    loader = loader_of(pictures, workers=2)
+def test_an_epoch_can_be_entered_at_once_and_left_early(label_table):
+    loader = loader_of(label_table, workers=2)
     expected = epochs_of(loader, (0, 1, 2))
-    uncounted = loader_of(pictures)
+    uncounted = loader_of(label_table)
     assert same([list(uncounted), list(uncounted)], expected[:2])  # each iteration is of the next epoch
-    started = loader_of(pictures).start()
+    started = loader_of(label_table).start()
     started.set_epoch(1)  # drops what was begun
     assert same([list(started)], expected[1:2])
-    assert same(epochs_of(loader_of(pictures, workers=2), (2,)), expected[2:])
+    assert same(epochs_of(loader_of(label_table, workers=2), (2,)), expected[2:])
     loader.set_epoch(0)
     next(iter(loader))  # the rest of this epoch stays unread
     assert same(epochs_of(loader, (2,)), expected[2:])
 
 
 @pytest.mark.slow
-def test_spawned_workers_give_the_same_batches(pictures, tmp_path):
+def test_spawned_workers_give_the_same_batches(label_table, tmp_path):
     script = tmp_path / "spawned.py"
     script.write_text(
         textwrap.dedent(
@@ -112,13 +112,13 @@ def test_spawned_workers_give_the_same_batches(pictures, tmp_path):
             """
         )
     )
-    command = [sys.executable, str(script), *pictures.image_paths]
+    command = [sys.executable, str(script), *label_table.image_paths]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, timeout=120)
     assert done.stdout.strip() == "same", done.stderr
 
 
-def test_targets_name_their_image(pictures):
-    for batch in loader_of(pictures):
+def test_targets_name_their_image(label_table):
+    for batch in loader_of(label_table):
         assert batch.images.dtype == torch.uint8 and batch.images.shape[1:] == (3, 64, 64)
         assert batch.targets.dtype == torch.float32 and batch.targets.shape[1] == 6
         assert len(batch.paths) == len(batch.shapes) == len(batch.images)
@@ -179,8 +179,8 @@ def test_seed_epoch_and_place_decide_which_quads_are_enlarged():
     assert len(set(choices)) == 4 and enlarged(0, 0, 0) == choices[0]
 
 
-def test_image_weights_reach_the_workers(pictures):
-    loader = loader_of(pictures, workers=2)
+def test_image_weights_reach_the_workers(label_table):
+    loader = loader_of(label_table, workers=2)
     list(loader)
     weights = np.zeros(21)
     weights[[3, 7]] = 1, 3
@@ -192,27 +192,27 @@ def test_image_weights_reach_the_workers(pictures):
     assert set(counts) == {"03", "07"} and sum(counts.values()) == 12 * 21
     assert 2 < counts["07"] / counts["03"] < 4.5
     (sample, *_) = epochs_of(loader, [0])[0]
-    unshared = loader_of(pictures)
+    unshared = loader_of(label_table)
     unshared.set_image_weights(weights)
     assert torch.equal(sample.images, epochs_of(unshared, [0])[0][0].images)  # partners obey the weights too
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_vanished_is_named_in_one_line(pictures, workers):
-    loader = loader_of(pictures, workers=workers)
-    Path(pictures.image_paths[9]).unlink()
+def test_an_image_that_vanished_is_named_in_one_line(label_table, workers):
+    loader = loader_of(label_table, workers=workers)
+    Path(label_table.image_paths[9]).unlink()
     with pytest.raises(UserError) as caught:
         list(loader)
     message = str(caught.value)
-    assert message.startswith(pictures.image_paths[9]) and "\n" not in message and "worker" not in message
+    assert message.startswith(label_table.image_paths[9]) and "\n" not in message and "worker" not in message
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-def test_signals_that_reach_workers_too_disturb_no_batch_and_raise_no_error(monkeypatch, pictures):
+def test_signals_that_reach_workers_too_disturb_no_batch_and_raise_no_error(monkeypatch, label_table):
     """Terminals send Ctrl-C, and clusters SIGTERM, to all processes; the main one alone answers."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background may have been made deaf
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    loader, paths = plain_loader(pictures, 2, workers=2), []
+    loader, paths = plain_loader(label_table, 2, workers=2), []
     before = set(multiprocessing.active_children())
     for batch in loader:
         paths += batch.paths
@@ -220,7 +220,7 @@ def test_signals_that_reach_workers_too_disturb_no_batch_and_raise_no_error(monk
         for worker in workers:
             os.kill(worker.pid, signal.SIGINT)
     assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
-    assert paths == list(pictures.image_paths)  # unshuffled
+    assert paths == list(label_table.image_paths)  # unshuffled
     subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)  # not their parent's
     for worker in workers:
         worker.join(timeout=30)
@@ -228,27 +228,27 @@ def test_signals_that_reach_workers_too_disturb_no_batch_and_raise_no_error(monk
     loader.close()
 
 
-def test_workers_and_batch_sizes_are_limited(monkeypatch, pictures):
+def test_workers_and_batch_sizes_are_limited(monkeypatch, label_table):
     monkeypatch.setattr("os.cpu_count", lambda: 6)
 
     def workers(batch_size, wanted, **options):
-        return plain_loader(pictures, batch_size, workers=wanted, **options).workers
+        return plain_loader(label_table, batch_size, workers=wanted, **options).workers
 
     assert [workers(4, 8), workers(16, 8), workers(16, 3), workers(1, 8)] == [4, 6, 3, 0]
-    every = plain_loader(pictures, 64)
-    assert every.dataset.batch_size == 21 and len(every) == 1 and len(plain_loader(pictures)) == 6
+    every = plain_loader(label_table, 64)
+    assert every.dataset.batch_size == 21 and len(every) == 1 and len(plain_loader(label_table)) == 6
     processes = [(1, 1, 16), (2, 2, 16), (8, 8, 16), (2, 8, 8)]  # which share the machine's cores and each batch
     shared = [workers(size, 8, shard=Shard(0, n), neighbours=neighbours) for neighbours, n, size in processes]
     assert shared == [6, 3, 1, 0]
 
 
 @pytest.mark.parametrize("switches", [{}, {"quad": True}, {"rect": True}, {"cache": "ram", "workers": 2}], ids=str)
-def test_the_shares_of_three_processes_are_what_one_would_see(pictures, switches):
+def test_the_shares_of_three_processes_are_what_one_would_see(label_table, switches):
     """21 images by 8: the last batch has 5, which are shared 2, 2, 1; by fours they leave the third process none."""
 
     def batches(shard):
         options = {"hyp": HYP, "augment": True, "shuffle": True, "shard": shard, **switches}
-        loader = plain_loader(pictures, 8, **options)
+        loader = plain_loader(label_table, 8, **options)
         loader.set_epoch(1)
         return [(batch, loader.owns(index)) for index, batch in enumerate(loader)]
 
@@ -265,25 +265,25 @@ def test_the_shares_of_three_processes_are_what_one_would_see(pictures, switches
     assert all(len(part.images) == 1 for part in stand_ins)
 
 
-def test_ranks_of_torch_share_every_batch(pictures, monkeypatch):
+def test_ranks_of_torch_share_every_batch(label_table, monkeypatch):
     """The halves of two processes, in their order, are what one process alone gets."""
-    whole = [batch.paths for batch in plain_loader(pictures, 8, shuffle=True)]
+    whole = [batch.paths for batch in plain_loader(label_table, 8, shuffle=True)]
     barriers, halves = [], []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: barriers.append(len(halves)))
     for rank in (0, 1):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        halves.append([batch.paths for batch in plain_loader(pictures, 4, shuffle=True, rank=rank)])
+        halves.append([batch.paths for batch in plain_loader(label_table, 4, shuffle=True, rank=rank)])
     assert [first + second for first, second in zip(*halves, strict=True)] == whole
     assert barriers == [0, 1]  # the first opens it once it has read the labels, the second waits before
 
 
-def test_augmentation_needs_hyperparameters_and_ranks_a_group(pictures):
+def test_augmentation_needs_hyperparameters_and_ranks_a_group(label_table):
     with pytest.raises(UserError, match="augment=True needs hyp"):
-        plain_loader(pictures, augment=True)
+        plain_loader(label_table, augment=True)
     with pytest.raises(UserError, match="init_process_group"):
-        plain_loader(pictures, rank=0)
+        plain_loader(label_table, rank=0)
 
 
 class CollectableObjects(LoadImagesAndLabels):
@@ -293,21 +293,21 @@ class CollectableObjects(LoadImagesAndLabels):
         return super().__getitem__(key)._replace(path=str(len(gc.get_objects())))
 
 
-def test_workers_collectors_leave_the_parents_objects_alone(pictures):
+def test_workers_collectors_leave_the_parents_objects_alone(label_table):
     """To collect is to write to every object, and to write to a shared page is to copy it: 40 MB for each worker."""
-    loader = DetectionLoader(CollectableObjects(pictures, 64, 4), workers=2)
+    loader = DetectionLoader(CollectableObjects(label_table, 64, 4), workers=2)
     looked_at = [int(count) for batch in loader for count in batch.paths]
     loader.close()
-    assert len(looked_at) == len(pictures)
+    assert len(looked_at) == len(label_table)
     assert max(looked_at) < len(gc.get_objects()) / 10
 
 
-def test_full_size_images_come_alone_with_their_labels(pictures):
-    batches = list(full_size_loader(pictures, workers=0))
-    assert [tuple(batch.images.shape[:1:-1]) for batch in batches] == [tuple(size) for size in pictures.sizes_wh]
+def test_full_size_images_come_alone_with_their_labels(label_table):
+    batches = list(full_size_loader(label_table, workers=0))
+    assert [tuple(batch.images.shape[:1:-1]) for batch in batches] == [tuple(size) for size in label_table.sizes_wh]
     for index, batch in enumerate(batches):
         rgb = read_image(batch.paths[0])[:, :, ::-1]
         np.testing.assert_array_equal(batch.images[0], rgb.transpose(2, 0, 1))
         assert batch.shapes == ((rgb.shape[:2], ((1.0, 1.0), (0.0, 0.0))),)
-        np.testing.assert_allclose(batch.targets[:, 1:], pictures.labels(index), atol=1e-6)
-    assert same([batches], [list(full_size_loader(pictures, workers=2))])
+        np.testing.assert_allclose(batch.targets[:, 1:], label_table.labels(index), atol=1e-6)
+    assert same([batches], [list(full_size_loader(label_table, workers=2))])
