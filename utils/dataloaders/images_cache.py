@@ -6,9 +6,7 @@ size, read-only; all of them return the same pixels. They wrap one another: memo
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import io
 import math
 import os
 import weakref
@@ -122,15 +120,10 @@ class DiskImages:
 
     def read(self, index: int) -> np.ndarray:
         """Returns image `index`, uint8 (h, w, 3) RGB, read-only; makes its copy where there is none."""
-        copy = self.copy_path(index)
-        width, height = self.files.size_wh(index)
-        try:
-            image = np.load(copy, allow_pickle=False)
-        except (OSError, ValueError, EOFError):  # none yet, cut short, not readable: made (again) below
-            image = None
-        if image is None or image.shape != (height, width, 3) or image.dtype != np.uint8:
+        image = self._load(index)
+        if image is None:
             image = self.files.read(index)
-            self._write(copy, image)
+            self._write(self.copy_path(index), image)
         image.flags.writeable = False
         return image
 
@@ -146,16 +139,18 @@ class DiskImages:
 
     def _make_whole(self, index: int) -> int:
         """Makes the copy of image `index` unless one is there, by its header and its length; returns its bytes."""
-        width, height = self.files.size_wh(index)
-        header, size = _npy_header(height, width), 3 * width * height
-        try:
-            with open(self.copy_path(index), "rb") as copy:
-                whole = os.fstat(copy.fileno()).st_size == len(header) + size and copy.read(len(header)) == header
-        except OSError:  # none yet, not readable
-            whole = False
-        if not whole:
+        if self._load(index, mmap_mode="r") is None:
             self.read(index)
-        return size
+        return 3 * math.prod(self.files.size_wh(index))
+
+    def _load(self, index: int, mmap_mode: str | None = None) -> np.ndarray | None:
+        """Returns the copy of image `index`; None where there is none, or a damaged one."""
+        width, height = self.files.size_wh(index)
+        try:
+            image = np.load(self.copy_path(index), mmap_mode=mmap_mode, allow_pickle=False)
+        except (OSError, ValueError, EOFError):  # none yet, cut short, not readable
+            return None
+        return image if (image.shape, image.dtype) == ((height, width, 3), np.uint8) else None
 
     def copy_path(self, index: int) -> Path:
         """Returns where the copy of image `index` is, or will be.
@@ -336,12 +331,3 @@ def _in_order(work: Callable[[int], Result], count: int) -> Iterator[Result]:
     with ThreadPoolExecutor(min(FILL_THREADS, os.cpu_count() or 1)) as pool:
         for start in range(0, count, 8 * FILL_THREADS):
             yield from pool.map(work, range(start, min(start + 8 * FILL_THREADS, count)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _npy_header(height: int, width: int) -> bytes:
-    """Returns what `np.save` puts before the pixels of an image, uint8 (height, width, 3)."""
-    header = io.BytesIO()
-    content = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False}
-    np.lib.format.write_array_header_1_0(header, {**content, "shape": (height, width, 3)})
-    return header.getvalue()
