@@ -1,4 +1,4 @@
-"""Find objects in images, videos and streams with a trained model.
+"""Detect objects in images, videos and streams with a trained model.
 
 Examples:
     python detect.py --weights runs/train/exp/weights/best.pt --source photos/          # a folder
@@ -6,7 +6,7 @@ Examples:
     python detect.py --weights best.onnx --source photos/                               # an export; needs no PyTorch
     python detect.py --source 0 --view-img                                              # a camera, in a window
     python detect.py --source rtsp://10.0.0.7/gate --track --count "0,400,1280,400"     # who crosses a line
-    python detect.py --source aerial.png --tile 640                                     # small objects, large pictures
+    python detect.py --source aerial.png --tile 640                                     # small objects, large images
 """
 
 from __future__ import annotations
@@ -42,42 +42,42 @@ WRITING = frozenset(
 
 def build_parser() -> argparse.ArgumentParser:
     """Declares the options: YOLOv5 6.1's names and meanings, and the defaults' only home."""
-    parser = CommandParser("detect.py", description="Find objects in images, videos and streams.")
+    parser = CommandParser("detect.py", description="Detect objects in images, videos and streams.")
     add = parser.add_argument
     add("--weights", nargs="+", default=[], help=f"checkpoint or export ({NEWEST}); several checkpoints: an ensemble")
     add("--source", default=str(ROOT / "data" / "images"), help=SOURCE_HELP)
     add("--data", default="", help="data set YAML whose class names are shown instead of the model's own")
     add("--imgsz", "--img", "--img-size", nargs="+", type=number(int, 1), help=IMGSZ_HELP)
     add("--conf-thres", type=number(float, 0, 1), default=0.25, help="confidence threshold")
-    add("--iou-thres", type=number(float, 0, 1), default=0.45, help="IoU threshold of the suppression")
-    add("--max-det", type=number(int, 1), default=1000, help="most detections per image")
+    add("--iou-thres", type=number(float, 0, 1), default=0.45, help="NMS IoU threshold")
+    add("--max-det", type=number(int, 1), default=1000, help="maximum detections per image")
     add("--device", default="", help="cpu, mps, or a CUDA device such as 0")
     add("--view-img", action="store_true", help="show the results in a window; q ends")
-    add("--save-txt", action="store_true", help="write labels/*.txt")
+    add("--save-txt", action="store_true", help="write label files: labels/*.txt")
     add("--save-conf", action="store_true", help="write confidences into the label files as well")
-    add("--save-crop", action="store_true", help="cut the detections out into crops/<class>/")
+    add("--save-crop", action="store_true", help="write cropped detections to crops/<class>/")
     add("--save-csv", action="store_true", help="write predictions.csv")
     add("--nosave", action="store_true", help="write no annotated images and videos")
     add("--segment", type=number(float, 0.01, 1440), metavar="MINUTES", help=SEGMENT_HELP)
     add("--classes", nargs="+", type=number(int, 0), default=None, help="keep these class numbers only")
-    add("--agnostic-nms", action="store_true", help="suppress across classes")
-    add("--augment", action="store_true", help="look at every picture in three sizes, mirrored too")
-    add("--tile", type=number(int, 32), help="cut pictures into overlapping tiles of so many pixels, for small objects")
-    add("--tile-overlap", type=number(float, 0, 0.9), default=0.2, help="share of a tile that its neighbour sees too")
-    add("--track", action="store_true", help="follow objects through videos and streams: each gets a number")
+    add("--agnostic-nms", action="store_true", help="class-agnostic NMS")
+    add("--augment", action="store_true", help="test-time augmentation (3 scales, flip)")
+    add("--tile", type=number(int, 32), help="cut images into tiles of so many pixels, for small objects")
+    add("--tile-overlap", type=number(float, 0, 0.9), default=0.2, help="tile overlap (0-0.9)")
+    add("--track", action="store_true", help="track objects through videos and streams: each gets a number")
     add("--count", default="", help=COUNT_HELP)
     add("--visualize", action="store_true", help="write every layer's feature maps")
-    add("--update", action="store_true", help="strip the weights of what only training needs, after the run")
+    add("--update", action="store_true", help="strip the optimizer from the checkpoints after the run")
     add("--project", default=str(ROOT / "runs" / "detect"), help="folder of the runs")
     add("--name", default="exp", help="the run's folder in it")
     add("--exist-ok", action="store_true", help="write into an existing folder")
-    add("--line-thickness", type=number(int, 1, 1000), default=3, help="width of the boxes' lines in pixels")
+    add("--line-thickness", type=number(int, 1, 1000), default=3, help="line width of the boxes in pixels")
     add("--hide-labels", action="store_true", help="draw no class names")
     add("--hide-conf", action="store_true", help="draw no confidences")
-    add("--half", action="store_true", help="compute in 16 bits where the device can")
+    add("--half", action="store_true", help="half precision (float16) where the device can")
     add("--dnn", action="store_true", help="run an ONNX file in OpenCV")
     add("--stream-timeout", type=number(float, 0), default=300.0, metavar="SECONDS", help=TIMEOUT_HELP)
-    add("--vid-stride", type=number(int, 1), default=1, help="take every so many frames of a video or stream")
+    add("--vid-stride", type=number(int, 1), default=1, help="take every n-th frame of videos and streams")
     return parser
 
 

@@ -1,12 +1,12 @@
-"""Validate a trained detector in any format: precision, recall and mAP on a data set, with curves and pictures.
+"""Validate a trained detector in any format: precision, recall and mAP on a data set, with plots.
 
 Examples:
     python val.py                                                     # the newest run, on its own data set
     python val.py --weights runs/train/exp/weights/best.pt --img 320
     python val.py --weights yolov5s.pt --data coco128.yaml --coco-metrics
     python val.py --weights best.onnx --data coco128.yaml             # an export, at the size it was made for
-    python val.py --weights best.pt --data aerial.yaml --tile 640     # large pictures, in overlapping tiles
-    python val.py --weights a.pt b.pt --augment                       # two models as one, each in three sizes
+    python val.py --weights best.pt --data aerial.yaml --tile 640     # large images, in overlapping tiles
+    python val.py --weights a.pt b.pt --augment                       # an ensemble, with test-time augmentation
     python val.py --weights a.pt b.pt --task study                    # which of them, at which size?
 """
 
@@ -45,28 +45,32 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=number(int, 1), default=32, help="images per batch")
     add("--imgsz", "--img", "--img-size", nargs="+", type=number(int, 1), help=IMGSZ_HELP)
     add("--conf-thres", type=number(float, 0, 1), default=0.001, help="confidence threshold")
-    add("--iou-thres", type=number(float, 0, 1), default=0.6, help="IoU threshold of NMS")
-    add("--max-det", type=number(int, 1), default=300, help="most detections per image")
-    add("--tile", type=number(int, 32), help="cut pictures into overlapping tiles of so many pixels, for small objects")
-    add("--tile-overlap", type=number(float, 0, 0.9), default=0.2, help="share of a tile that its neighbour sees too")
+    add("--iou-thres", type=number(float, 0, 1), default=0.6, help="NMS IoU threshold")
+    add("--max-det", type=number(int, 1), default=300, help="maximum detections per image")
+    add("--tile", type=number(int, 32), help="cut images into tiles of so many pixels, for small objects")
+    add("--tile-overlap", type=number(float, 0, 0.9), default=0.2, help="tile overlap (0-0.9)")
     add("--task", choices=["train", "val", "test", "speed", "study"], default="val", help=TASK_HELP)
     add("--device", default="", help="cpu, mps, or a CUDA device such as 0")
     add("--workers", type=number(int, 0), default=8, help="data loader processes (at most one per core)")
     add("--single-cls", action="store_true", help="treat all classes as one")
-    add("--augment", action="store_true", help="look at every picture in three sizes, mirrored too")
+    add("--augment", action="store_true", help="test-time augmentation (3 scales, flip)")
     add("--verbose", action="store_true", help="list every class even when they are many")
-    add("--save-txt", action="store_true", help="save detections as label files")
-    add("--save-hybrid", action="store_true", help="save labels among them, before NMS; the figures then mean nothing")
-    add("--save-conf", action="store_true", help="with confidences in them")
-    add("--save-json", action="store_true", help="save detections as COCO results")
+    add("--save-txt", action="store_true", help="write detections as label files: labels/*.txt")
+    add(
+        "--save-hybrid",
+        action="store_true",
+        help="write labels among them, from before NMS; the figures then mean nothing",
+    )
+    add("--save-conf", action="store_true", help="write confidences into the label files as well")
+    add("--save-json", action="store_true", help="write detections as COCO results (JSON)")
     add("--coco-metrics", action="store_true", help="print COCO's twelve figures as well")
     add("--project", default=str(ROOT / "runs" / "val"), help="folder of the runs")
     add("--name", default="exp", help="the run's folder in it")
     add("--exist-ok", action="store_true", help="write into an existing folder")
-    add("--half", action="store_true", help="float16 (CUDA), or what OpenVINO's device has of 16 bits")
+    add("--half", action="store_true", help="half precision: float16 on CUDA, or what OpenVINO's device has")
     add("--bf16", action="store_true", help="bfloat16")
     add("--dnn", action="store_true", help="run an ONNX file in OpenCV")
-    add("--noplots", dest="plots", action="store_false", help="draw no pictures")
+    add("--noplots", dest="plots", action="store_false", help="draw no plots")
     return parser
 
 
