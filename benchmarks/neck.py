@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.apart import measured
 from models.backends.base import processor_name
 from utils.cli import number, run_command
 from utils.errors import UserError
@@ -84,7 +84,9 @@ def main(options: argparse.Namespace) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         entries = write_graphs(Path(folder), options)
-        results = [measure_apart(runtime, folder, options) for runtime in options.runtimes]
+        line = ["--folder", folder, "--size", options.size, "--clock", options.clock]
+        line += ["--imgsz", options.imgsz, "--repeats", options.repeats, "--threads", options.threads]
+        results = [measured(__file__, *line, "--measure", runtime) for runtime in options.runtimes]
     how = f"{options.imgsz} px, batch 1, median of {options.repeats} ({options.clock} time)"
     print(f"{processor_name()}, {options.threads} threads, {how}, Python {platform.python_version()}")
     print_table(entries, results)
@@ -161,21 +163,6 @@ def count_gflops(module, image) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(image)
     return counter.get_total_flops() / 1e9
-
-
-def measure_apart(runtime: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measures one runtime in a new process; returns what `measure` returned there.
-
-    Raises:
-        UserError: it failed; the end of its output is in the message.
-    """
-    command = [sys.executable, __file__, "--measure", runtime, "--folder", folder, "--size", options.size]
-    for name in ("imgsz", "repeats", "threads", "clock"):
-        command += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{runtime} failed:\n{(done.stdout + done.stderr)[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """How much of bare inference speed detection keeps, end to end, for any weights files and their runtimes.
 
-For a folder of images and for a video made of them: pictures per second of inference alone, and of reading,
+For a folder of images and for a video made of them: images per second of inference alone, and of reading,
 letterboxing, inference, suppression, drawing and writing together as detect.py does them; the second as a share of the
-first, and against the first checkpoint among the files. Beside the times stands the processor time of one picture: two
+first, and against the first checkpoint among the files. Beside the times stands the processor time of one image: two
 cores do no more than two seconds of it in a second. Every measurement runs in a process of its own, since runtimes'
 waiting threads slow each other down; rounds take turns, and the best of each counts.
 """
@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,9 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.backends.base import processor_name, thread_count
+from benchmarks.apart import machine, measured
+from models.backends.base import thread_count
 from utils.cli import find_weights, number, run_command
-from utils.errors import UserError
 from utils.files import ROOT
 
 VIDEO_FPS = 25
@@ -34,7 +31,7 @@ VIDEO_WH = (640, 480)
 WARM_UP_RUNS = 3
 LEGEND = (
     "kept: end to end as a share of inference alone; at most: the same if all cores were always at work;",
-    "CPU ms: processor time of one picture, all together and inference's; gain: end to end against the checkpoint",
+    "CPU ms: processor time of one image, all together and inference's; gain: end to end against the checkpoint",
 )
 
 
@@ -45,8 +42,8 @@ class Result:
     weights: str
     runtime: str
     source: str
-    pictures: int
-    inference_s: float  # for all pictures
+    images: int
+    inference_s: float  # for all images
     end_to_end_s: float
     inference_cpu_s: float
     end_to_end_cpu_s: float
@@ -75,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--source", default=str(ROOT / "data" / "images"), help="folder of images")
     add("--imgsz", "--img", "--img-size", nargs="+", type=number(int, 1), help="image size: h w; default as detect.py")
     add("--device", default="", help="as for detect.py")
-    add("--pictures", type=number(int, 1), default=128, help="at most so many images, and so many frames of the video")
+    add("--count", type=number(int, 1), default=128, help="at most so many images, and so many frames of the video")
     add("--rounds", type=number(int, 1), default=3, help="the best of so many counts")
     add("--json", default="", help="write the figures to this file")
     add("--measure", choices=["images", "video"], help=argparse.SUPPRESS)  # what a process of its own is to do
@@ -90,11 +87,13 @@ def main(options: argparse.Namespace) -> None:
     weights = [str(path) for path in find_weights(options.weights)]
     results: dict[tuple[str, str], Result] = {}
     with tempfile.TemporaryDirectory() as folder:
-        sources = {"images": options.source, "video": str(make_video(options.source, Path(folder), options.pictures))}
+        sources = {"images": options.source, "video": str(make_video(options.source, Path(folder), options.count))}
         for _ in range(options.rounds):
             for kind, source in sources.items():
                 for file in weights:
-                    found = measure_apart(file, kind, source, options)
+                    line = ["--weights", file, "--source", source, "--measure", kind, "--device", options.device]
+                    line += ["--imgsz", *options.imgsz] if options.imgsz else []
+                    found = Result(**measured(__file__, *line, "--count", options.count))
                     known = results.get((kind, file))
                     results[kind, file] = known.best(found) if known else found
     print(table(list(results.values())))
@@ -109,28 +108,13 @@ def make_video(source: str, folder: Path, frames: int) -> Path:
 
     from utils.media.sources import find_sources, read_frames
 
-    pictures = [frame.image for frame in read_frames(find_sources(source)[:frames]) if frame.image is not None]
+    images = [frame.image for frame in read_frames(find_sources(source)[:frames]) if frame.image is not None]
     path = folder / "video.mp4"
     video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), VIDEO_FPS, VIDEO_WH)
     for index in range(frames):
-        video.write(cv2.resize(pictures[index % len(pictures)], VIDEO_WH, interpolation=cv2.INTER_AREA))
+        video.write(cv2.resize(images[index % len(images)], VIDEO_WH, interpolation=cv2.INTER_AREA))
     video.release()
     return path
-
-
-def measure_apart(weights: str, kind: str, source: str, options: argparse.Namespace) -> Result:
-    """Measures one file in a process of its own.
-
-    Raises:
-        UserError: the process failed; its message is passed on.
-    """
-    line = [sys.executable, __file__, "--weights", weights, "--source", source, "--measure", kind]
-    line += ["--device", options.device, "--pictures", str(options.pictures)]
-    line += ["--imgsz", *map(str, options.imgsz)] if options.imgsz else []
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{weights}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'failed'}")
-    return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def measure(weights: str, options: argparse.Namespace) -> Result:
@@ -145,9 +129,9 @@ def measure(weights: str, options: argparse.Namespace) -> Result:
     shape_hw = inference_hw(options.imgsz, backend.stride, None if backend.dynamic else backend.metadata.shape_hw)
     backend.warm_up(*shape_hw)
     predictor = Predictor(backend, NMSConfig(max_det=1000), shape_hw)
-    paths = find_sources(options.source)[: options.pictures]
-    pictures = [frame.image for frame in read_frames(paths) if frame.image is not None]
-    inputs = [window.inputs[None] for picture in pictures for window in predictor.prepare(picture)]
+    paths = find_sources(options.source)[: options.count]
+    images = [frame.image for frame in read_frames(paths) if frame.image is not None]
+    inputs = [window.inputs[None] for image in images for window in predictor.prepare(image)]
     for images in inputs[:WARM_UP_RUNS]:
         backend.infer(backend.preprocess(images))
     alone_s, alone_cpu_s = timed(lambda: infer_all(backend, inputs))
@@ -191,18 +175,13 @@ def table(results: Sequence[Result]) -> str:
     lines = [machine(), "", f"| {' | '.join(heads)} |", "|---|---|---" + "|---:" * (len(heads) - 3) + "|"]
     for result in results:
         base = next((one for one in results if one.source == result.source and one.weights.endswith(".pt")), None)
-        speeds = (result.pictures / seconds for seconds in (result.inference_s, result.end_to_end_s))
-        cpu_ms = (1000 * s / result.pictures for s in (result.end_to_end_cpu_s, result.inference_cpu_s))
+        speeds = (result.images / seconds for seconds in (result.inference_s, result.end_to_end_s))
+        cpu_ms = (1000 * s / result.images for s in (result.end_to_end_cpu_s, result.inference_cpu_s))
         cells = [result.weights, result.runtime, result.source, *(f"{speed:.1f}" for speed in speeds)]
         cells += [f"{result.kept:.2f}", f"{result.at_most:.2f}", *(f"{milliseconds:.1f}" for milliseconds in cpu_ms)]
         cells.append(f"{base.end_to_end_s / result.end_to_end_s:.2f}" if base else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *LEGEND])
-
-
-def machine() -> str:
-    """Returns what the figures were taken on."""
-    return f"{processor_name()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

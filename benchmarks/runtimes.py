@@ -13,10 +13,8 @@ import argparse
 import json
 import os
 import platform
-import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +22,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.apart import measured, run
 from models.backends.base import processor_name
+from utils.errors import UserError
 from utils.files import ROOT
 
 CONFIDENT = 0.25  # boxes of rows above this are compared
@@ -105,46 +105,20 @@ def file_of(row: Row, args: argparse.Namespace) -> Path:
     return folder / (args.weights.stem + row.suffix)
 
 
-def make_file(row: Row, args: argparse.Namespace) -> str:
-    """Exports a row's model where it is missing; returns why it could not be done, empty where it could."""
+def make_file(row: Row, args: argparse.Namespace) -> None:
+    """Exports a row's model where it is missing."""
     path = file_of(row, args)
-    if path.exists():
-        return ""
     checkpoint = path.with_name(args.weights.name)
     if not checkpoint.exists():
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(args.weights, checkpoint)
-    if not row.include:
-        return ""
-    side = str(args.imgsz)
-    command = [sys.executable, str(ROOT / "export.py"), "--weights", str(checkpoint), "--include", row.include]
-    done = run([*command, "--imgsz", side, side, "--data", args.data, *row.flags])
-    return "" if path.exists() else last_line(done.stderr)
-
-
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs a command and keeps what it prints."""
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def last_line(log: str) -> str:
-    """Returns the line of a log that tells of a failure, else its last one, without colours."""
-    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", log).splitlines() if line.strip()]
-    telling = [line for line in lines if "failure" in line or "error" in line]
-    return (telling or lines or ["it ended without a word"])[-1]
-
-
-def measure_apart(row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures a row in a process of its own; returns its figures, or {"why": ...}."""
-    missing = make_file(row, args)
-    if missing:
-        return {"why": missing}
-    command = [sys.executable, str(Path(__file__).resolve()), "--weights", str(args.weights), "--data", args.data]
-    command += ["--imgsz", str(args.imgsz), "--batch-size", str(args.batch_size), "--folder", str(args.folder)]
-    done = run([*command, "--measure", row.name])
-    if done.returncode:
-        return {"why": last_line(done.stderr)}
-    return json.loads(done.stdout.splitlines()[-1])
+    if not path.exists():
+        line = ["--weights", checkpoint, "--include", row.include, "--imgsz", args.imgsz, args.imgsz, *row.flags]
+        try:
+            run(ROOT / "export.py", *line, "--data", args.data)
+        except UserError:
+            if not path.exists():  # what lost accuracy is measured all the same
+                raise
 
 
 def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
@@ -182,7 +156,7 @@ def peak_memory(row: Row, path: Path, side: int) -> int:
 
 
 def raw_difference(row: Row, model: Any, args: argparse.Namespace, sources: Any) -> dict[str, float]:
-    """Returns how far raw rows are from the checkpoint's on a few pictures: confident boxes in px, all scores."""
+    """Returns how far raw rows are from the checkpoint's on a few images: confident boxes in px, all scores."""
     import numpy as np
 
     from models.backends import load_backend
@@ -192,8 +166,8 @@ def raw_difference(row: Row, model: Any, args: argparse.Namespace, sources: Any)
 
     checkpoint = load_backend(args.weights, "cpu")
     box_px = score = 0.0
-    for picture in sample_pictures(list_images(sources)):
-        boxed = letterbox(picture, (args.imgsz, args.imgsz), auto=row.dynamic, stride=model.stride).image
+    for image in sample_pictures(list_images(sources)):
+        boxed = letterbox(image, (args.imgsz, args.imgsz), auto=row.dynamic, stride=model.stride).image
         images = np.ascontiguousarray(boxed[None, :, :, ::-1].transpose(0, 3, 1, 2))
         expected, found = (np.asarray(backend.predict(images)) for backend in (checkpoint, model))
         difference = np.abs(expected - found)
@@ -233,7 +207,12 @@ def compare(args: argparse.Namespace) -> None:
     print(f"{'':24}" + "".join(f"{column:>10}" for column in COLUMNS) + "  runtime")
     table: dict[str, dict[str, Any]] = {}
     for name in args.formats:
-        figures = measure_apart(ROWS[name], args)
+        line = ["--weights", args.weights, "--data", args.data, "--imgsz", args.imgsz, "--folder", args.folder]
+        try:
+            make_file(ROWS[name], args)
+            figures = measured(__file__, *line, "--batch-size", args.batch_size, "--measure", name)
+        except UserError as error:
+            figures = {"why": str(error)}
         print(line_of(ROWS[name], figures, table), flush=True)
         table[name] = figures
     if args.json:

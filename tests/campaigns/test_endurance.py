@@ -249,7 +249,7 @@ def test_the_many_images_command_finds_what_is_cut_short(tmp_path):
     from tests.campaigns.many_images import write_images
 
     assert write_images(tmp_path, 1000, seed=0) == 1
-    for stage, expected in (("first scan", "scan_per_s"), ("second start", "start_s")):
+    for stage, expected in (("first scan", "scan_per_s"), ("epochs", "epochs_main_mb")):
         figures = json.loads(run_campaign("many_images", "--measure", stage, "--folder", tmp_path).splitlines()[-1])
         assert figures[expected] > 0
         assert figures.get("corrupt", 1) == 1
