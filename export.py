@@ -12,7 +12,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from models.export.formats import FORMATS
+from models.export.formats import FORMATS, ExportConfig
 from utils.cli import CommandParser, ReportedError, echo_options, number, options_from, run_command
 from utils.log import LOGGER
 
@@ -73,13 +73,7 @@ def export(options: argparse.Namespace) -> Report:
     """Exports as the options say."""
     from models.export.run import export_all
 
-    listed = {name: _listed(getattr(options, name)) for name in ("weights", "include")}
-    return export_all(argparse.Namespace(**{**vars(options), **listed}))
-
-
-def _listed(value: Any) -> list[Any]:
-    """Returns a list of what is one value or several."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    return export_all(ExportConfig(**vars(options)))
 
 
 def export_formats() -> pandas.DataFrame:

@@ -53,8 +53,8 @@ def export(job: ExportJob) -> Path:
 def _onnx(job: ExportJob, folder: Path) -> Path:
     """Writes the ONNX file that the engine is built from; returns its path."""
     path = folder / "model.onnx"
-    write_onnx(job, path, least_opset=QUANTISED_OPSET if job.options.int8 else LEAST_OPSET)
-    if not job.options.int8:
+    write_onnx(job, path, least_opset=QUANTISED_OPSET if job.config.int8 else LEAST_OPSET)
+    if not job.config.int8:
         return path
     from models.export.onnx import CALIBRATION_IMAGES
 
@@ -74,7 +74,7 @@ def build(tensorrt: Any, content: bytes, job: ExportJob) -> bytes:
     Raises:
         UserError: TensorRT does not know an operator, or finds no way to run the model.
     """
-    level = tensorrt.Logger.VERBOSE if job.options.verbose else tensorrt.Logger.WARNING
+    level = tensorrt.Logger.VERBOSE if job.config.verbose else tensorrt.Logger.WARNING
     logger = tensorrt.Logger(level)
     builder = tensorrt.Builder(logger)
     network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -84,7 +84,7 @@ def build(tensorrt: Any, content: bytes, job: ExportJob) -> bytes:
         raise UserError(f"TensorRT {tensorrt.__version__} cannot read the model: {reasons}.")
     network.name = engine_name(job.metadata)
     config = builder.create_builder_config()
-    workspace = WORKSPACE_GIB if job.options.workspace is None else job.options.workspace
+    workspace = WORKSPACE_GIB if job.config.workspace is None else job.config.workspace
     config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, int(workspace * (1 << 30)))
     if job.metadata.dynamic:
         profile = builder.create_optimization_profile()

@@ -6,10 +6,9 @@ exporter's libraries: a format's module is imported when it is exported.
 
 from __future__ import annotations
 
-import argparse
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 from utils.errors import UserError, did_you_mean
@@ -50,7 +49,7 @@ class Format:
         module: file of this package whose `export(job)` writes it and returns its path.
         packages: Python packages that writing it needs, beyond the program's own.
         extra: section of requirements-export.txt that installs them.
-        options: options of export.py that it honours, beyond those that every format does.
+        options: options of export.py that it honours, beyond those that every format does, with spaces between.
         runtime: Python packages that running it needs.
         cpu, gpu: what the result runs on.
         systems: operating systems that it runs on, as `platform.system` calls them; empty for all.
@@ -63,7 +62,7 @@ class Format:
     module: str
     packages: tuple[str, ...] = ()
     extra: str = ""
-    options: frozenset[str] = frozenset()
+    options: str = ""
     runtime: tuple[str, ...] = ()
     cpu: bool = True
     gpu: bool = True
@@ -106,77 +105,93 @@ def install_hint(extra: str) -> str:
     return f"install the section '{extra}' of requirements-export.txt"
 
 
-def _options(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_TF = ("onnx", "tensorflow")
-_LITERT = ("litert_torch", "ai_edge_quantizer")
+_TENSORFLOW = {"packages": ("onnx", "tensorflow"), "extra": "tensorflow", "options": "opset simplify"}
+_TFLITE = {"packages": ("litert_torch", "ai_edge_quantizer"), "extra": "tflite", "gpu": False}
 
 # In the order in which they are exported.
 _TABLE = (
-    Format("TorchScript", "torchscript", ".torchscript", "torchscript", options=_options("dynamic half train")),
+    Format("TorchScript", "torchscript", ".torchscript", "torchscript", options="dynamic half train"),
     Format(
-        *("TensorRT", "engine", ".engine", "engine", ("onnx", "tensorrt"), "tensorrt"),
-        options=_options("dynamic half int8 simplify opset nms workspace verbose"),
+        "TensorRT",
+        "engine",
+        ".engine",
+        "engine",
+        packages=("onnx", "tensorrt"),
+        extra="tensorrt",
+        options="dynamic half int8 simplify opset nms workspace verbose",
         runtime=("tensorrt",),
         cpu=False,
     ),
     Format(
-        *("ONNX", "onnx", ".onnx", "onnx", ("onnx",), "onnx"),
-        options=_options("dynamic half int8 simplify opset nms train"),
+        "ONNX",
+        "onnx",
+        ".onnx",
+        "onnx",
+        packages=("onnx",),
+        extra="onnx",
+        options="dynamic half int8 simplify opset nms train",
         runtime=("onnxruntime",),
     ),
     Format(
-        *("OpenVINO", "openvino", "_openvino_model", "openvino", ("onnx", "openvino"), "openvino"),
-        options=_options("dynamic half int8 simplify opset nms"),
+        "OpenVINO",
+        "openvino",
+        "_openvino_model",
+        "openvino",
+        packages=("onnx", "openvino"),
+        extra="openvino",
+        options="dynamic half int8 simplify opset nms",
         runtime=("openvino",),
         gpu=False,
     ),
     Format(
-        *("CoreML", "coreml", ".mlmodel", "coreml", ("coremltools",), "coreml"),
-        options=_options("half int8 nms"),
+        "CoreML",
+        "coreml",
+        ".mlmodel",
+        "coreml",
+        packages=("coremltools",),
+        extra="coreml",
+        options="half int8 nms",
         runtime=("coremltools",),
         gpu=False,
         systems=("Darwin",),
     ),
     Format(
-        *("NCNN", "ncnn", "_ncnn_model", "ncnn", ("pnnx",), "ncnn"),
-        options=_options("half"),
+        "NCNN",
+        "ncnn",
+        "_ncnn_model",
+        "ncnn",
+        packages=("pnnx",),
+        extra="ncnn",
+        options="half",
         runtime=("ncnn",),
         gpu=False,
     ),
     Format(
-        *("TensorFlow SavedModel", "saved_model", "_saved_model", "tensorflow", _TF, "tensorflow"),
-        options=_options("opset simplify"),
-        runtime=("tensorflow",),
+        "TensorFlow SavedModel", "saved_model", "_saved_model", "tensorflow", runtime=("tensorflow",), **_TENSORFLOW
     ),
+    Format("TensorFlow GraphDef", "pb", ".pb", "tensorflow", runtime=("tensorflow",), **_TENSORFLOW),
     Format(
-        *("TensorFlow GraphDef", "pb", ".pb", "tensorflow", _TF, "tensorflow"),
-        options=_options("opset simplify"),
-        runtime=("tensorflow",),
-    ),
-    Format(
-        *("TensorFlow Lite", "tflite", ".tflite", "tflite", _LITERT, "tflite"),
-        options=_options("half int8 nms"),
+        "TensorFlow Lite",
+        "tflite",
+        ".tflite",
+        "tflite",
+        options="half int8 nms",
         runtime=("ai_edge_litert",),
-        gpu=False,
         precision="float16",
+        **_TFLITE,
     ),
     Format(
-        *("TensorFlow Edge TPU", "edgetpu", "_edgetpu.tflite", "tflite", _LITERT, "tflite"),
-        options=_options("int8"),
+        "TensorFlow Edge TPU",
+        "edgetpu",
+        "_edgetpu.tflite",
+        "tflite",
+        options="int8",
         cpu=False,
-        gpu=False,
         precision="int8",
+        **_TFLITE,
     ),
-    Format(
-        *("TensorFlow.js", "tfjs", "_web_model", "tensorflow", _TF, "tensorflow"),
-        options=_options("opset simplify"),
-        cpu=False,
-        gpu=False,
-    ),
-    Format("YOLOv5 checkpoint", "yolov5", "_yolov5.pt", "yolov5", options=_options("half")),
+    Format("TensorFlow.js", "tfjs", "_web_model", "tensorflow", cpu=False, gpu=False, **_TENSORFLOW),
+    Format("YOLOv5 checkpoint", "yolov5", "_yolov5.pt", "yolov5", options="half"),
 )
 
 FORMATS: dict[str, Format] = {entry.argument: entry for entry in _TABLE}
@@ -202,8 +217,8 @@ def find_formats(names: Sequence[str]) -> list[Format]:
 FOR_ALL = ("half", "int8", "dynamic", "train", "nms")
 # Options about the way to some formats: one of them must be among those that are exported.
 FOR_SOME = ("simplify", "opset", "workspace", "verbose")
-# Limits whose default is None, so that it shows whether they were given: (what they need, default).
-LIMITS = {
+# Options whose default is None, so that it shows whether they were given: (what they need, default).
+DEPENDENT = {
     "agnostic_nms": ("nms", False),
     "topk_per_class": ("nms", 100),
     "topk_all": ("nms", 100),
@@ -223,70 +238,87 @@ USELESS = {
 }
 
 
-def complete_options(options: argparse.Namespace, formats: Sequence[Format]) -> argparse.Namespace:
-    """Returns the options with the defaults of the limits filled in, once they have been found to go together.
+@dataclass(frozen=True)
+class ExportConfig:
+    """The options of export.py, by their names, where each is described; `checked` makes sure that they go together."""
 
-    Args:
-        options: of export.py, as parsed.
-        formats: what `options.include` names.
+    data: str
+    weights: Sequence[str]
+    imgsz: Sequence[int]
+    batch_size: int
+    device: str
+    half: bool
+    inplace: bool
+    train: bool
+    optimize: bool
+    int8: bool
+    int8_max_drop: float | None
+    dynamic: bool
+    simplify: bool
+    opset: int | None
+    verbose: bool
+    workspace: float | None
+    nms: bool
+    agnostic_nms: bool | None
+    topk_per_class: int | None
+    topk_all: int | None
+    iou_thres: float | None
+    conf_thres: float | None
+    include: Sequence[str]
 
-    Raises:
-        UserError: a contradiction, an option without effect, or one that a format cannot honour; says which.
-    """
-    for name, message in USELESS.items():
-        if getattr(options, name):
-            raise UserError(message)
-    for (first, second), message in CONTRADICTIONS.items():
-        if getattr(options, first) and getattr(options, second):
-            raise UserError(f"{flag(first)} with {flag(second)}: {message}")
-    _check_formats(options, formats)
-    if options.int8 and not options.data:
-        raise UserError("--int8 is calibrated on training images: give their data set with --data.")
-    for name, (needed, _) in LIMITS.items():
-        if _given(options, name) and not getattr(options, needed):
-            raise UserError(f"{flag(name)} has no effect without {flag(needed)}.")
-    defaults = {name: default for name, (_, default) in LIMITS.items() if getattr(options, name) is None}
-    return argparse.Namespace(**{**vars(options), **defaults, "imgsz": _height_width(options.imgsz)})
+    @property
+    def formats(self) -> list[Format]:
+        """What `include` names, each once, in the order of FORMATS.
+
+        Raises:
+            UserError: no such format, or none named.
+        """
+        return find_formats(self.include)
+
+    def checked(self) -> ExportConfig:
+        """Returns the options with the defaults of those that depend on others, once they have been found sound.
+
+        Raises:
+            UserError: a contradiction, an option without effect, or one that a format cannot honour; says which.
+        """
+        for name, message in USELESS.items():
+            if getattr(self, name):
+                raise UserError(message)
+        for (first, second), message in CONTRADICTIONS.items():
+            if getattr(self, first) and getattr(self, second):
+                raise UserError(f"{flag(first)} with {flag(second)}: {message}")
+        self._check_formats()
+        if len(self.imgsz) > 2:
+            raise UserError(f"--imgsz {' '.join(map(str, self.imgsz))}: give one side, or height and width.")
+        if self.int8 and not self.data:
+            raise UserError("--int8 is calibrated on training images: give their data set with --data.")
+        for name, (needed, _) in DEPENDENT.items():
+            if getattr(self, name) is not None and not getattr(self, needed):
+                raise UserError(f"{flag(name)} has no effect without {flag(needed)}.")
+        defaults = {name: default for name, (_, default) in DEPENDENT.items() if getattr(self, name) is None}
+        return replace(self, **defaults)
+
+    def _check_formats(self) -> None:
+        """Refuses options that the formats do not have."""
+        formats = self.formats
+        for name in (*FOR_ALL, *FOR_SOME):
+            if getattr(self, name) in (None, False):
+                continue
+            unable = [entry for entry in formats if name not in entry.options.split()]
+            able = ", ".join(entry.argument for entry in FORMATS.values() if name in entry.options.split())
+            if unable and name in FOR_ALL:
+                titles = ", ".join(entry.title for entry in unable)
+                raise UserError(f"{flag(name)}: {titles} cannot. Formats that can: {able}.")
+            if len(unable) == len(formats):
+                raise UserError(f"{flag(name)} has no effect here: it is for the formats {able}.")
+        cpu = str(self.device).lower() == "cpu"
+        bound = [entry.title for entry in formats if not entry.cpu and entry.gpu]
+        if cpu and bound:
+            raise UserError(f"--device cpu: {', '.join(bound)} is built on the GPU that is to run it: add --device 0.")
+        if cpu and self.half and any(entry.argument == "torchscript" for entry in formats):
+            raise UserError("--half: TorchScript in float16 needs a GPU: add --device 0, or leave it out of --include.")
 
 
 def flag(name: str) -> str:
     """Returns an option as it is typed."""
     return "--" + name.replace("_", "-")
-
-
-def _given(options: argparse.Namespace, name: str) -> bool:
-    """Tells whether an option was set: 0 is a value, False and None are not."""
-    value = getattr(options, name)
-    return value is not None and value is not False
-
-
-def _check_formats(options: argparse.Namespace, formats: Sequence[Format]) -> None:
-    """Checks the options that not every format has."""
-    for name in (*FOR_ALL, *FOR_SOME):
-        if not _given(options, name):
-            continue
-        unable = [entry for entry in formats if name not in entry.options]
-        able = ", ".join(entry.argument for entry in FORMATS.values() if name in entry.options)
-        if unable and name in FOR_ALL:
-            titles = ", ".join(entry.title for entry in unable)
-            raise UserError(f"{flag(name)}: {titles} cannot. Formats that can: {able}.")
-        if len(unable) == len(formats):
-            raise UserError(f"{flag(name)} has no effect here: it is for the formats {able}.")
-    cpu = str(options.device).lower() == "cpu"
-    bound = [entry.title for entry in formats if not entry.cpu and entry.gpu]
-    if cpu and bound:
-        raise UserError(f"--device cpu: {', '.join(bound)} is built on the GPU that it is to run on: add --device 0.")
-    if cpu and options.half and any(entry.argument == "torchscript" for entry in formats):
-        raise UserError("--half: TorchScript in float16 needs a GPU: add --device 0, or leave it out of --include.")
-
-
-def _height_width(imgsz: int | Sequence[int]) -> list[int]:
-    """Returns [height, width] for one side or both.
-
-    Raises:
-        UserError: neither one nor two sides.
-    """
-    sides = [imgsz] if isinstance(imgsz, int) else list(imgsz)
-    if len(sides) not in (1, 2):
-        raise UserError(f"--imgsz {' '.join(map(str, sides))}: give one side, or height and width.")
-    return sides * 2 if len(sides) == 1 else sides

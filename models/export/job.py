@@ -6,13 +6,12 @@ end is shown when they fail), and OpenVINO's and NNCF's tools are kept from repo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 
 from models.backends.metadata import Metadata
 from models.deploy import InferenceModel
-from models.export.formats import Format
+from models.export.calibrate import calibration_images
+from models.export.formats import ExportConfig, Format
 from models.heads import RawOutputs
 from utils.errors import UserError
 from utils.log import LOGGER
@@ -38,9 +38,8 @@ class ExportJob:
         source: the trained `models.yolo.Model` as loaded, float32, on the CPU, its batch norm not folded.
         model: the same rewritten for inference, float32, on the CPU, with the decoder for raw rows of any image size.
         metadata: what goes into the file.
-        options: of export.py, checked: `imgsz` is [h, w], and limits that were not given have their defaults.
+        config: checked.
         device: where formats that are made on a device are made: TorchScript and TensorRT.
-        calibration: makes up to n letterboxed training images of `--data`, each uint8 (1, 3, h, w) RGB, for --int8.
     """
 
     format: Format
@@ -48,9 +47,8 @@ class ExportJob:
     source: nn.Module
     model: InferenceModel
     metadata: Metadata
-    options: argparse.Namespace
+    config: ExportConfig
     device: torch.device
-    calibration: Callable[[int], Sequence[np.ndarray]]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -66,6 +64,10 @@ class ExportJob:
         """Returns the file or folder beside the checkpoint with this suffix."""
         return self.weights.with_name(self.weights.stem + suffix)
 
+    def calibration(self, count: int) -> list[np.ndarray]:
+        """Returns up to `count` letterboxed training images of --data, each uint8 (1, 3, h, w) RGB, for --int8."""
+        return calibration_images(self.config.data, self.metadata.shape_hw, count)
+
     def example(self) -> Tensor:
         """Returns a blank input, float32 `shape`."""
         return torch.zeros(self.shape)
@@ -77,10 +79,10 @@ class ExportJob:
             normalised: boxes as fractions of the image's sides.
         """
         head, metadata = self.source.head, self.metadata
-        if self.options.train:
+        if self.config.train:
             return RawOutputs(head)
         shape_hw = None if metadata.dynamic else metadata.shape_hw
-        return head.output(shape_hw, metadata.nms, self.options.topk_per_class, normalised)
+        return head.output(shape_hw, metadata.nms, self.config.topk_per_class, normalised)
 
     def with_head(self, head: nn.Module) -> InferenceModel:
         """Returns the rewritten model with another head, in evaluation mode; the trunk is shared."""

@@ -51,7 +51,7 @@ def _convert(job: ExportJob, scratch: Path, folder: Path) -> None:
         "inputshape": f"[{sides}]f32",
         "ncnnparam": folder.absolute() / GRAPH,
         "ncnnbin": folder.absolute() / WEIGHTS,
-        "fp16": int(job.options.half),
+        "fp16": int(job.config.half),
     }
     printed = run_tool([EXEC_PATH, "model.torchscript", *(f"{key}={value}" for key, value in options.items())], scratch)
     if not all((folder / name).is_file() for name in (GRAPH, WEIGHTS)):

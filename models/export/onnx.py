@@ -41,7 +41,7 @@ INT8_SUFFIX = "-int8.onnx"
 
 def export(job: ExportJob) -> Path:
     """Writes `<stem>.onnx`, or `<stem>-int8.onnx`; returns its path."""
-    if not job.options.int8:
+    if not job.config.int8:
         path = job.path(job.format.suffix)
         write_onnx(job, path)
         return path
@@ -67,15 +67,15 @@ def write_onnx(job: ExportJob, path: Path, head: nn.Module | None = None, least_
     Raises:
         UserError: --opset is too low, or onnxslim is missing for --simplify.
     """
-    opset = job.options.opset or least_opset
+    opset = job.config.opset or least_opset
     if opset < least_opset:
         raise UserError(f"--opset {opset} is too low: at least {least_opset} is needed here")
-    if job.options.simplify and missing_packages(("onnxslim",)):
+    if job.config.simplify and missing_packages(("onnxslim",)):
         raise UserError(f"--simplify needs onnxslim: {install_hint('onnx')}")
     with atomic_write(path) as temporary:
         _trace(job, temporary, job.head() if head is None else head, opset)
         content = temporary.read_bytes()
-        if job.options.simplify:
+        if job.config.simplify:
             content = _simplified(content)
         temporary.write_bytes(_described(job, content))
 
@@ -83,7 +83,7 @@ def write_onnx(job: ExportJob, path: Path, head: nn.Module | None = None, least_
 def _trace(job: ExportJob, path: Path, head: nn.Module, opset: int) -> None:
     """Writes the graph that torch records of one run."""
     model, example = job.with_head(head), job.example()
-    if job.options.half:
+    if job.config.half:
         model, example = copy.deepcopy(model).half(), example.half()
     outputs = _output_names(job)
     with warnings.catch_warnings(), torch.no_grad():
@@ -104,14 +104,14 @@ def _trace(job: ExportJob, path: Path, head: nn.Module, opset: int) -> None:
 
 def _output_names(job: ExportJob) -> list[str]:
     """Returns the outputs' names: one, or with --train one a level."""
-    more = range(1, job.source.head.nl) if job.options.train else ()
+    more = range(1, job.source.head.nl) if job.config.train else ()
     return [OUTPUT, *(f"{OUTPUT}_{level}" for level in more)]
 
 
 def _free_axes(job: ExportJob, outputs: Sequence[str]) -> dict[str, dict[int, str]]:
     """Names the axes whose length an input of another size changes."""
     axes = {INPUT: {0: "batch", 2: "height", 3: "width"}}
-    if job.options.train:
+    if job.config.train:
         return axes | {name: {0: "batch", 2: f"rows_{i}", 3: f"columns_{i}"} for i, name in enumerate(outputs)}
     return axes | {OUTPUT: {0: "batch"} if job.metadata.nms else {0: "batch", 1: "anchors"}}
 
@@ -140,7 +140,7 @@ def _described(job: ExportJob, content: bytes) -> bytes:
 def _fixed_axes(job: ExportJob) -> dict[int, int]:
     """Returns the axes of an output whose length depends on the model alone, with their lengths."""
     head, nms = job.source.head, job.metadata.nms
-    if job.options.train:
+    if job.config.train:
         return {1: head.na, 4: head.channels}
     return {2: head.no} if nms is None else {1: nms.max_det, 2: 6}
 

@@ -11,7 +11,6 @@ them (decoding of boxes, NMS) stay in float: a box's place needs more than 256 s
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import tempfile
@@ -39,9 +38,9 @@ TEXTS_AT = "model_info"  # the group of rt_info that OpenVINO's own tools read
 
 def export(job: ExportJob) -> Path:
     """Writes `<stem>_openvino_model/`, or `<stem>-int8_openvino_model/`; returns its path."""
-    path = job.path(INT8_SUFFIX if job.options.int8 else job.format.suffix)
+    path = job.path(INT8_SUFFIX if job.config.int8 else job.format.suffix)
     model = _converted(job)
-    if job.options.int8:
+    if job.config.int8:
         model = quantize(model, job.calibration(CALIBRATION_IMAGES), job.metadata.batch)
     with atomic_folder(path) as folder:
         _save(model, folder / job.weights.stem, job.metadata)
@@ -52,10 +51,9 @@ def _converted(job: ExportJob) -> Model:
     """Returns the model of a job in float32."""
     import openvino
 
-    options = argparse.Namespace(**{**vars(job.options), "half": False})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "float32.onnx")
-        write_onnx(replace(job, options=options), file)
+        write_onnx(replace(job, config=replace(job.config, half=False)), file)
         with without_telemetry():
             return openvino.convert_model(file)
 

@@ -6,7 +6,6 @@ module each), and which options go together (`models.export.formats`).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import importlib.metadata
@@ -15,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +21,17 @@ import torch
 
 from models.backends.metadata import Metadata
 from models.deploy import rewrite
-from models.export.formats import TOLERANCES, Format, complete_options, find_formats
+from models.export.formats import TOLERANCES, ExportConfig
 from models.export.job import ExportJob
-from models.export.verify import check_parity, run_checkpoint, sample_pictures
+from models.export.verify import check_parity, compare_map, run_checkpoint, sample_images
 from models.load import model_from, read_weights
 from utils.cli import find_weights
 from utils.dataloaders.config import load_spec
 from utils.dataloaders.paths import list_images
 from utils.devices import device_line, select_device
-from utils.errors import UserError, check_img_size, grid_stride
+from utils.errors import UserError, grid_stride
 from utils.files import ROOT
+from utils.images import inference_hw
 from utils.log import LOGGER, colorstr
 from utils.nms import NMSConfig
 
@@ -45,43 +44,44 @@ class Report:
     failures: list[str] = field(default_factory=list)
 
 
-def export_all(options: argparse.Namespace) -> Report:
-    """Exports every checkpoint of `options.weights` to every format of `options.include`.
-
-    Args:
-        options: of export.py, as parsed; without `weights` the newest run's are taken.
+def export_all(config: ExportConfig) -> Report:
+    """Exports every checkpoint of `config.weights` to every format of `config.include`.
 
     Raises:
         UserError: options that do not go together, weights or data that cannot be read.
     """
     start = time.perf_counter()
-    formats = find_formats(options.include)
-    options = complete_options(options, formats)
-    files = find_weights(options.weights)
+    config = config.checked()
+    files = find_weights(config.weights)
     for path in files:
         if path.suffix != ".pt":
             raise UserError(f"--weights {path}: exports start from a checkpoint, a file ending in .pt.")
-    device = select_device(options.device)
-    pictures = sample_pictures(list_images(_picture_sources(options.data)))
+    device = select_device(config.device)
+    sources = load_spec(config.data, need=("val",), download=False).val if config.data else [ROOT / "data" / "images"]
+    images = sample_images(list_images(sources))
     LOGGER.info(device_line(device))
     report = Report()
-    for weights in files:
-        jobs = make_jobs(weights, options, formats, device)
-        for job in jobs:
-            _export_one(job, pictures, report)
-    _conclude(report, options, time.perf_counter() - start)
+    for path in files:
+        for job in make_jobs(path, config, device):
+            _export_one(job, images, report)
+    if report.paths:
+        last = report.paths[-1]
+        data = f" --data {shlex.quote(str(config.data))}" if config.data else ""
+        LOGGER.info(
+            f"\nExport complete ({time.perf_counter() - start:.1f}s)\n"
+            f"Results saved to {colorstr('bold', last.parent.resolve())}\n"
+            f"Detect:   python detect.py --weights {shlex.quote(str(last))}\n"
+            f"Validate: python val.py --weights {shlex.quote(str(last))}{data}"
+        )
     return report
 
 
-def make_jobs(
-    weights: Path, options: argparse.Namespace, formats: Sequence[Format], device: torch.device
-) -> list[ExportJob]:
+def make_jobs(weights: Path, config: ExportConfig, device: torch.device) -> list[ExportJob]:
     """Loads a checkpoint and returns a job for each format; logs what it starts from.
 
     Args:
         weights: the checkpoint.
-        options: complete.
-        formats: what to export to.
+        config: checked.
         device: for formats that are made on a device.
 
     Raises:
@@ -91,73 +91,36 @@ def make_jobs(
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave no trace in the generator
         source = model_from(content).float().requires_grad_(False)
     stride = grid_stride(source.stride)
-    shape_hw = check_img_size(options.imgsz, stride)
+    height, width = inference_hw(config.imgsz, stride)
     trained = (content.meta.get("opt") or {}).get("imgsz")
-    if trained and trained != max(shape_hw):
-        LOGGER.info(f"Image size {'x'.join(map(str, shape_hw))}; the checkpoint was trained at {trained}")
+    if trained and trained != max(height, width):
+        LOGGER.info(f"Image size {height}x{width}; the checkpoint was trained at {trained}")
+    nms = NMSConfig(config.conf_thres, config.iou_thres, config.topk_all, config.agnostic_nms)
     metadata = Metadata(
         names=dict(source.names),
         stride=stride,
-        shape_hw=(shape_hw[0], shape_hw[1]),
-        batch=options.batch_size,
-        dynamic=options.dynamic,
-        nms=_suppression(options),
+        shape_hw=(height, width),
+        batch=config.batch_size,
+        dynamic=config.dynamic,
+        nms=nms if config.nms else None,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         data=content.meta.get("data") or "",
     )
-    jobs = [
-        ExportJob(
-            entry,
-            weights,
-            source,
-            model,
-            replace(metadata, precision=_precision(entry, options), versions=_versions(entry)),
-            options,
-            device,
-            partial(_calibration_images, options.data, metadata.shape_hw),
-        )
-        for model in (rewrite(source),)
-        for entry in formats
-    ]
+    model, jobs = rewrite(source), []
+    for entry in config.formats:
+        versions = {"torch": torch.__version__}
+        for package in entry.packages:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of another name, or not installed
+                versions[package] = importlib.metadata.version(package)
+        precision = "int8" if config.int8 else "float16" if config.half else entry.precision
+        said = replace(metadata, precision=precision, versions=versions)
+        jobs.append(ExportJob(entry, weights, source, model, said, config, device))
     shape = tuple(run_checkpoint(jobs[0], np.zeros(jobs[0].shape, np.uint8)).shape)
     LOGGER.info(f"\n{colorstr('PyTorch:')} starting from {weights} with output shape {shape} ({_megabytes(weights)})")
     return jobs
 
 
-def _suppression(options: argparse.Namespace) -> NMSConfig | None:
-    """Returns how detections are to be chosen in the graph; None without --nms."""
-    if not options.nms:
-        return None
-    return NMSConfig(options.conf_thres, options.iou_thres, options.topk_all, options.agnostic_nms)
-
-
-def _precision(entry: Format, options: argparse.Namespace) -> str:
-    """Returns the type of the weights in a format's file."""
-    return "int8" if options.int8 else "float16" if options.half else entry.precision
-
-
-def _versions(entry: Format) -> dict[str, str]:
-    """Returns the versions of the libraries that write a format, by package."""
-    versions = {"torch": torch.__version__}
-    for package in entry.packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of another name, or not installed
-            versions[package] = importlib.metadata.version(package)
-    return versions
-
-
-def _calibration_images(data: str, shape_hw: tuple[int, int], count: int) -> Sequence[np.ndarray]:
-    """Returns up to `count` training images of `data`, letterboxed to the shape, each uint8 (1, 3, h, w) RGB."""
-    from models.export.calibrate import calibration_images
-
-    return calibration_images(data, shape_hw, count)
-
-
-def _picture_sources(data: str) -> Sequence[Path]:
-    """Returns where the pictures to compare on are: the data set's validation images, else data/images."""
-    return load_spec(data, need=("val",), download=False).val if data else [ROOT / "data" / "images"]
-
-
-def _export_one(job: ExportJob, pictures: Sequence[np.ndarray], report: Report) -> None:
+def _export_one(job: ExportJob, images: Sequence[np.ndarray], report: Report) -> None:
     """Exports to one format and checks the result; failures go into the report, and the log."""
     title = job.format.title
     prefix = colorstr(f"{title}:")
@@ -165,17 +128,21 @@ def _export_one(job: ExportJob, pictures: Sequence[np.ndarray], report: Report) 
     try:
         job.format.check_packages()
         path = importlib.import_module(f"models.export.{job.format.module}").export(job)
-    # Whatever a converter raises, the other formats are to be tried
-    except Exception as error:
+    except Exception as error:  # whatever a converter raises, the other formats are to be tried
         LOGGER.error(f"{prefix} export failure: {_reason(error)}")
         LOGGER.debug("", exc_info=True)
         report.failures.append(f"{title} was not exported")
         return
     report.paths.append(path)
     LOGGER.info(f"{prefix} export success, saved as {path} ({_megabytes(path)})")
-    for what, check in (("parity", _check_parity), ("quality", _check_quality)):
+    reason = job.format.why_not_here(job.device.type == "cuda")
+    for what, check in (("parity", _parity_problem), ("quality", _quality_problem))[: 2 if job.config.int8 else 1]:
+        if reason:
+            done = "parity was not checked" if what == "parity" else "mAP was not measured"
+            LOGGER.warning(f"WARNING: {prefix} {done}: {reason}.")
+            continue
         try:
-            problem = check(job, path, pictures, prefix)
+            problem = check(job, path, images, prefix)
         except Exception as error:  # the same holds for runtimes
             problem = _reason(error)
         if problem:
@@ -183,37 +150,27 @@ def _export_one(job: ExportJob, pictures: Sequence[np.ndarray], report: Report) 
             report.failures.append(f"{title} failed the check of its {what}")
 
 
-def _check_parity(job: ExportJob, path: Path, pictures: Sequence[np.ndarray], prefix: str) -> str:
+def _parity_problem(job: ExportJob, path: Path, images: Sequence[np.ndarray], prefix: str) -> str:
     """Compares a file with its checkpoint; returns what is wrong, in words."""
-    reason = job.format.why_not_here(job.device.type == "cuda")
     if job.source.yaml["ch"] != 3:
-        reason = f"the model takes {job.source.yaml['ch']} channels, pictures have 3"
-    if reason:
-        LOGGER.warning(f"WARNING: {prefix} parity was not checked: {reason}.")
+        channels = job.source.yaml["ch"]
+        LOGGER.warning(f"WARNING: {prefix} parity was not checked: the model takes {channels} channels, images have 3.")
         return ""
     tolerance = TOLERANCES[job.metadata.precision]
-    parity = check_parity(job, path, pictures, tolerance)
+    parity = check_parity(job, path, images, tolerance)
     LOGGER.info(f"{prefix} parity with {job.weights.name} on {parity.summary()}")
     return "; ".join(parity.problems(tolerance))
 
 
-def _check_quality(job: ExportJob, path: Path, _: Sequence[np.ndarray], prefix: str) -> str:
+def _quality_problem(job: ExportJob, path: Path, _: Sequence[np.ndarray], prefix: str) -> str:
     """Validates an int8 file beside its checkpoint; returns what is wrong, in words."""
-    if not job.options.int8:
-        return ""
-    reason = job.format.why_not_here(job.device.type == "cuda")
-    if reason:
-        LOGGER.warning(f"WARNING: {prefix} mAP was not measured: {reason}.")
-        return ""
-    from models.export.verify import compare_map
-
-    measured = compare_map(job.weights, path, job.options.data, job.metadata.shape_hw, job.run_device)
-    loss, limit = measured.drop, job.options.int8_max_drop
+    data, limit = job.config.data, job.config.int8_max_drop
+    measured = compare_map(job.weights, path, data, job.metadata.shape_hw, job.run_device)
     LOGGER.info(
-        f"{prefix} mAP50-95 on {job.options.data}: checkpoint {measured.checkpoint:.4f}, int8 {measured.exported:.4f}, "
-        f"loss {loss:.4f}"
+        f"{prefix} mAP50-95 on {data}: checkpoint {measured.checkpoint:.4f}, int8 {measured.exported:.4f}, "
+        f"loss {measured.drop:.4f}"
     )
-    return f"mAP50-95 falls by {loss:.4f} (--int8-max-drop {limit:g})" if loss > limit else ""
+    return f"mAP50-95 falls by {measured.drop:.4f} (--int8-max-drop {limit:g})" if measured.drop > limit else ""
 
 
 def _reason(error: Exception) -> str:
@@ -226,18 +183,3 @@ def _megabytes(path: Path) -> str:
     """Returns the size of a file or of all files of a folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
-
-
-def _conclude(report: Report, options: argparse.Namespace, seconds: float) -> None:
-    """Logs where the files are and what can be done with the last one."""
-    if not report.paths:
-        return
-    last = report.paths[-1]
-    weights = shlex.quote(str(last))
-    data = f" --data {shlex.quote(str(options.data))}" if options.data else ""
-    LOGGER.info(
-        f"\nExport complete ({seconds:.1f}s)\n"
-        f"Results saved to {colorstr('bold', last.parent.resolve())}\n"
-        f"Detect:   python detect.py --weights {weights}\n"
-        f"Validate: python val.py --weights {weights}{data}"
-    )

@@ -39,7 +39,7 @@ CONVERTER_FOLDER = ".venv-onnx2tf"  # where `make` puts it, beside the environme
 SAVED_MODEL, SIGNATURES, FROZEN = "saved_model.pb", "--output_signaturedefs", "--output_tfv1_pb"
 # Versions 2.x build TFLite files by themselves; only their older way goes through TensorFlow.
 FLAGS_SINCE_2 = ("--tflite_backend", "tf_converter")
-PICTURES_FILE, PICTURES_SHAPE = "calibration_image_sample_data_20x128x128x3_float32.npy", (20, 128, 128, 3)
+SAMPLES_FILE, SAMPLES_SHAPE = "calibration_image_sample_data_20x128x128x3_float32.npy", (20, 128, 128, 3)
 WEB_CONVERTER = "tensorflowjs_converter"
 GRAPH_INPUT, GRAPH_OUTPUT, METADATA_NODE = "x", "Identity", "metadata"
 
@@ -134,7 +134,7 @@ def convert(job: ExportJob, program: str, version: str, folder: Path) -> Path:
     """
     model, results = folder / "model.onnx", folder / "results"
     write_onnx(job, model, job.head(normalised=True))
-    np.save(folder / PICTURES_FILE, _pictures(), allow_pickle=False)
+    np.save(folder / SAMPLES_FILE, _samples(), allow_pickle=False)
     frozen = () if job.format.argument == "saved_model" else (FROZEN,)
     flags = FLAGS_SINCE_2 if int(version.partition(".")[0]) >= 2 else ()
     options = ["--non_verbose", SIGNATURES, *frozen, *flags]
@@ -144,12 +144,12 @@ def convert(job: ExportJob, program: str, version: str, folder: Path) -> Path:
     return results
 
 
-def _pictures() -> np.ndarray:
-    """Returns the sample pictures, letterboxed, float32 PICTURES_SHAPE of values 0 to 1."""
-    count, height, width, _ = PICTURES_SHAPE
+def _samples() -> np.ndarray:
+    """Returns the sample images, letterboxed, float32 SAMPLES_SHAPE of values 0 to 1."""
+    count, height, width, _ = SAMPLES_SHAPE
     paths = sorted((ROOT / "data" / "images").glob("*.jpg"))
-    pictures = np.stack([letterbox(read_image(path), (height, width), auto=False).image for path in paths])
-    return np.resize(pictures.astype(np.float32) / 255, PICTURES_SHAPE) if len(pictures) < count else pictures[:count]
+    images = np.stack([letterbox(read_image(path), (height, width), auto=False).image for path in paths])
+    return np.resize(images.astype(np.float32) / 255, SAMPLES_SHAPE) if len(images) < count else images[:count]
 
 
 def _only(folder: Path, pattern: str) -> Path:

@@ -71,9 +71,9 @@ def export(job: ExportJob) -> Path:
     metadata = replace(job.metadata, boxes_normalised=True)
     if job.format.argument == "edgetpu":
         return _export_edgetpu(job, metadata)
-    path = job.path(INT8_SUFFIX if job.options.int8 else FLOAT16_SUFFIX)
+    path = job.path(INT8_SUFFIX if job.config.int8 else FLOAT16_SUFFIX)
     content = convert(job)
-    write_file(path, _quantised(content, job) if job.options.int8 else with_float16_weights(content), metadata)
+    write_file(path, _quantised(content, job) if job.config.int8 else with_float16_weights(content), metadata)
     return path
 
 
@@ -85,7 +85,7 @@ def _quantised(content: bytes, job: ExportJob, whole: bool = False) -> bytes:
 
 def _export_edgetpu(job: ExportJob, metadata: Metadata) -> Path:
     """Writes the file for the Edge TPU."""
-    if not job.options.int8:
+    if not job.config.int8:
         raise UserError("the Edge TPU computes in int8 only: add --int8 and the --data to calibrate on.")
     compiler = shutil.which(EDGETPU_COMPILER)
     if compiler is None:

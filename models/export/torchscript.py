@@ -23,9 +23,9 @@ def export(job: ExportJob) -> Path:
     Raises:
         UserError: --half on a CPU.
     """
-    if job.options.half and job.device.type == "cpu":
+    if job.config.half and job.device.type == "cpu":
         raise UserError("--half needs a GPU here: add --device 0, or leave --half out")
-    dtype = torch.float16 if job.options.half else torch.float32
+    dtype = torch.float16 if job.config.half else torch.float32
     model = copy.deepcopy(job.with_head(job.head())).to(job.device, dtype)
     example = job.example().to(job.device, dtype)
     metadata = job.metadata

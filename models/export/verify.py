@@ -30,11 +30,11 @@ from utils.images import ImageError, letterbox, read_image
 from utils.log import LOGGER
 from utils.nms import NMSConfig
 
-PICTURES = 4  # taken from the data set as they are
+SAMPLES = 4  # taken from the data set as they are
 DARKNESS, TINY_PX = 0.15, 40
 BATCH = 3
 SAME_IOU = 0.95
-BEST_ROWS = 100  # of each image, compared box by box however unsure they are: pictures may show none of the classes
+BEST_ROWS = 100  # of each image, compared box by box however unsure they are: images may show none of the classes
 MAX_MARGIN = 0.1  # above the confidence threshold; less confident detections than that may be on one side only
 DEFAULT_NMS = NMSConfig(conf_thres=0.25, iou_thres=0.45, max_det=300, agnostic=False)
 
@@ -99,28 +99,28 @@ class Parity:
         return f"{self.images} images: {rows}{found}"
 
 
-def check_parity(job: ExportJob, path: Path, pictures: Sequence[np.ndarray], tolerance: Tolerance) -> Parity:
-    """Runs the checkpoint and an exported file on pictures and compares them.
+def check_parity(job: ExportJob, path: Path, images: Sequence[np.ndarray], tolerance: Tolerance) -> Parity:
+    """Runs the checkpoint and an exported file on images and compares them.
 
     Args:
         job: what was exported.
         path: the exported file or folder.
-        pictures: uint8 (h, w, 3) BGR of any size.
+        images: uint8 (h, w, 3) BGR of any size.
         tolerance: its `score` also says which detections are too near the threshold to be expected on both sides.
 
     Raises:
         UserError: the file cannot be loaded or run.
     """
     parity = Parity()
-    if job.options.train:
-        for images in model_inputs(pictures, job):
-            _compare_maps(parity, job, path, images)
+    if job.config.train:
+        for inputs in model_inputs(images, job):
+            _compare_maps(parity, job, path, inputs)
         return parity
     backend = load_backend(path, job.run_device)
-    for images in model_inputs(pictures, job):
-        rows = run_checkpoint(job, images)
-        output = np.asarray(torch.as_tensor(backend.predict(images)).float().cpu())
-        parity.images += len(images)
+    for inputs in model_inputs(images, job):
+        rows = run_checkpoint(job, inputs)
+        output = np.asarray(torch.as_tensor(backend.predict(inputs)).float().cpu())
+        parity.images += len(inputs)
         if not backend.has_nms:
             _compare_rows(parity, rows, output, tolerance)
         if not parity.broken:
@@ -129,8 +129,8 @@ def check_parity(job: ExportJob, path: Path, pictures: Sequence[np.ndarray], tol
     return parity
 
 
-def sample_pictures(paths: Sequence[str | Path]) -> list[np.ndarray]:
-    """Reads a few pictures, evenly spread over `paths`, and adds a turned, a dark and a tiny one made of them.
+def sample_images(paths: Sequence[str | Path]) -> list[np.ndarray]:
+    """Reads a few images, evenly spread over `paths`, and adds a turned, a dark and a tiny one made of them.
 
     Returns:
         uint8 (h, w, 3) BGR each.
@@ -138,32 +138,32 @@ def sample_pictures(paths: Sequence[str | Path]) -> list[np.ndarray]:
     Raises:
         UserError: none of those tried can be read.
     """
-    places = np.unique(np.linspace(0, len(paths) - 1, min(PICTURES, len(paths))).round().astype(int))
-    pictures, reason = [], "there is none"
+    places = np.unique(np.linspace(0, len(paths) - 1, min(SAMPLES, len(paths))).round().astype(int))
+    images, reason = [], "there is none"
     for place in places:
         try:
-            pictures.append(read_image(paths[place]))
+            images.append(read_image(paths[place]))
         except ImageError as error:
             reason = f"{paths[place]}: {error}"
             LOGGER.warning(f"WARNING: left out of the comparison: {reason}")
-    if not pictures:
-        raise UserError(f"no picture to compare with: {reason}")
-    turned = np.ascontiguousarray(np.rot90(pictures[0]))
-    dark = (pictures[1 % len(pictures)] * DARKNESS).astype(np.uint8)
-    large = pictures[2 % len(pictures)]
+    if not images:
+        raise UserError(f"no image to compare with: {reason}")
+    turned = np.ascontiguousarray(np.rot90(images[0]))
+    dark = (images[1 % len(images)] * DARKNESS).astype(np.uint8)
+    large = images[2 % len(images)]
     scale = TINY_PX / max(large.shape[:2])
     tiny = cv2.resize(large, [max(round(side * scale), 1) for side in large.shape[1::-1]], interpolation=cv2.INTER_AREA)
-    return [*pictures, turned, dark, tiny]
+    return [*images, turned, dark, tiny]
 
 
-def model_inputs(pictures: Sequence[np.ndarray], job: ExportJob) -> Iterator[np.ndarray]:
+def model_inputs(images: Sequence[np.ndarray], job: ExportJob) -> Iterator[np.ndarray]:
     """Yields batches uint8 (b, 3, h, w) RGB: padded to the shape and, where sizes are free, each as a rectangle too."""
     shape_hw, stride = job.metadata.shape_hw, job.metadata.stride
     free = job.metadata.dynamic or job.format.argument == "yolov5"
     if free:
-        for picture in pictures:
-            yield _channels_first([letterbox(picture, shape_hw, auto=True, stride=stride).image])
-    padded = [letterbox(picture, shape_hw, auto=False).image for picture in pictures]
+        for image in images:
+            yield _channels_first([letterbox(image, shape_hw, auto=True, stride=stride).image])
+    padded = [letterbox(image, shape_hw, auto=False).image for image in images]
     yield _channels_first(padded[-BATCH:] if free else padded)
 
 
@@ -214,7 +214,7 @@ def _compare_detections(
     nms = job.metadata.nms or DEFAULT_NMS
     expected = replace(nms, max_det=rows.shape[1]).suppress(rows)
     for all_own, padded in zip(expected, output, strict=True):
-        own = all_own[_rank_in_class(all_own[:, 5]) < job.options.topk_per_class] if job.metadata.nms else all_own
+        own = all_own[_rank_in_class(all_own[:, 5]) < job.config.topk_per_class] if job.metadata.nms else all_own
         own, found = own[: nms.max_det], padded[padded[:, 4] > 0]
         for first, second in ((own, found), (found, own)):
             full = len(second) >= nms.max_det
@@ -253,7 +253,7 @@ def _compare_maps(parity: Parity, job: ExportJob, path: Path, images: np.ndarray
 
 def _run_maps(job: ExportJob, path: Path, images: np.ndarray) -> Sequence[np.ndarray | torch.Tensor]:
     """Runs a file of --train, which no backend takes for a detector, on images uint8 (b, 3, h, w) RGB."""
-    dtype = torch.float16 if job.options.half else torch.float32
+    dtype = torch.float16 if job.config.half else torch.float32
     inputs = (torch.from_numpy(images).float() / 255).to(dtype)
     if job.format.argument == "torchscript":
         with warnings.catch_warnings(), torch.inference_mode():

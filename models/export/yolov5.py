@@ -30,7 +30,7 @@ def export(job: ExportJob) -> Path:
     head = job.source.head
     if type(head) is not Detect:
         raise UserError(f"YOLOv5 has no head {type(head).__name__}: --include yolov5 takes models that end in Detect.")
-    model = original_model(job.source, half=job.options.half)
+    model = original_model(job.source, half=job.config.half)
     foreign = sorted({type(block).__name__ for block in model.modules() if isinstance(block, SLIM_NECK)})
     if foreign:
         LOGGER.warning(

@@ -10,7 +10,7 @@ import export
 from models.backends.base import before_tensorflow
 from models.backends.metadata import Metadata
 from models.export import coreml
-from models.export.formats import FORMATS, complete_options
+from models.export.formats import ExportConfig
 from models.export.run import make_jobs
 from utils.cli import options_from
 from utils.errors import UserError
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 
 def job_of(weights, **options):
     given = {"weights": [str(weights)], "imgsz": [64, 96], "include": ["coreml"], **options}
-    complete = complete_options(options_from(export.build_parser(), given), [FORMATS["coreml"]])
-    return make_jobs(weights, complete, [FORMATS["coreml"]], torch.device("cpu"))[0]
+    config = ExportConfig(**vars(options_from(export.build_parser(), given))).checked()
+    return make_jobs(weights, config, torch.device("cpu"))[0]
 
 
 def exported(weights, **options):

@@ -10,7 +10,7 @@ import torch
 import export
 from models.backends.metadata import Metadata
 from models.export import engine
-from models.export.formats import FORMATS, complete_options
+from models.export.formats import ExportConfig
 from models.export.onnx import write_onnx
 from models.export.run import make_jobs
 from models.load import load_model
@@ -22,8 +22,8 @@ onnx = pytest.importorskip("onnx")
 
 def job_of(weights, device="cpu", **options):
     given = {"weights": [str(weights)], "imgsz": [64, 96], "include": ["engine"], "device": "0", **options}
-    complete = complete_options(options_from(export.build_parser(), given), [FORMATS["engine"]])
-    return make_jobs(weights, complete, [FORMATS["engine"]], torch.device(device))[0]
+    config = ExportConfig(**vars(options_from(export.build_parser(), given))).checked()
+    return make_jobs(weights, config, torch.device(device))[0]
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 
 import export
-from models.export.formats import FORMATS, TOLERANCES, complete_options, find_formats
+from models.export.formats import FORMATS, TOLERANCES, ExportConfig, find_formats
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def complete(*words):
-    options = export.build_parser().parse_args(list(words))
-    return complete_options(options, find_formats(options.include))
+    return ExportConfig(**vars(export.build_parser().parse_args(list(words)))).checked()
 
 
 def test_6_1s_arguments_and_suffixes_are_kept():
@@ -82,13 +81,6 @@ def test_limits_get_their_documented_defaults():
         assert default in " ".join(help_text.split())
 
 
-@pytest.mark.parametrize(("words", "sides"), [("320", [320, 320]), ("256 384", [256, 384])])
-def test_one_side_means_a_square(words, sides):
-    assert complete("--img", *words.split()).imgsz == sides
-    with pytest.raises(UserError, match="give one side, or height and width"):
-        complete("--imgsz", "1", "2", "3")
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -114,6 +106,7 @@ def test_one_side_means_a_square(words, sides):
         ("--agnostic-nms", "--agnostic-nms has no effect without --nms"),
         ("--int8-max-drop 0", "--int8-max-drop has no effect without --int8"),
         ("--half", "--half: TorchScript in float16 needs a GPU: add --device 0"),
+        ("--imgsz 1 2 3", "--imgsz 1 2 3: give one side, or height and width"),
         ("--include engine", "--device cpu: TensorRT is built on the GPU"),
     ],
 )

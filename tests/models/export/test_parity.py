@@ -13,10 +13,10 @@ import torch
 import export
 from models.deploy import rewrite
 from models.export import verify as tested
-from models.export.formats import TOLERANCES, Tolerance, complete_options, find_formats
+from models.export.formats import TOLERANCES, ExportConfig, Tolerance
 from models.export.run import make_jobs
 from models.export.torchscript import export as write_torchscript
-from models.export.verify import Parity, check_parity, model_inputs, sample_pictures
+from models.export.verify import Parity, check_parity, model_inputs, sample_images
 from utils.errors import UserError
 from utils.images import read_image
 from utils.nms import NMSConfig
@@ -27,14 +27,13 @@ BOX = [10, 10, 50, 50]
 
 def job_for(weights, *words):
     options = export.build_parser().parse_args(["--weights", str(weights), *words])
-    formats = find_formats(options.include)
-    (job,) = make_jobs(Path(weights), complete_options(options, formats), formats, torch.device("cpu"))
+    (job,) = make_jobs(Path(weights), ExportConfig(**vars(options)).checked(), torch.device("cpu"))
     return job
 
 
 @pytest.fixture(scope="module")
-def pictures(golden_dir):
-    return sample_pictures(sorted((golden_dir / "images").glob("*.jpg")))
+def images(golden_dir):
+    return sample_images(sorted((golden_dir / "images").glob("*.jpg")))
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +45,24 @@ def published(golden_dir, tmp_path_factory):
     return job, write_torchscript(job)
 
 
-def test_a_good_export_agrees_on_real_detections(published, pictures):
-    found = check_parity(*published, pictures, EXACT)
+def test_a_good_export_agrees_on_real_detections(published, images):
+    found = check_parity(*published, images, EXACT)
     assert found.problems(EXACT) == []
     assert found.detections >= 10 and found.missed == 0 and 0 < found.box_px < 0.01
-    assert found.images == len(pictures) + tested.BATCH
+    assert found.images == len(images) + tested.BATCH
     assert f"{found.detections} of {found.detections} detections" in found.summary()
 
 
-def test_a_file_of_other_weights_is_found_out(published, pictures):
+def test_a_file_of_other_weights_is_found_out(published, images):
     job, path = published
     source = copy.deepcopy(job.source)
     source.head.anchors *= 1.05
-    found = check_parity(replace(job, source=source), path, pictures, EXACT)
+    found = check_parity(replace(job, source=source), path, images, EXACT)
     assert found.box_px > 1 and found.missed > 0
     assert len(found.problems(EXACT)) >= 2
 
 
-def test_swapped_classes_are_found_out(published, pictures, tmp_path):
+def test_swapped_classes_are_found_out(published, images, tmp_path):
     job, _ = published
     source = copy.deepcopy(job.source)
     for conv in source.head.m:
@@ -71,13 +70,13 @@ def test_swapped_classes_are_found_out(published, pictures, tmp_path):
             by_anchor = tensor.view(3, 85, *tensor.shape[1:])
             by_anchor[:, [5, 10]] = by_anchor[:, [10, 5]].clone()  # person and bus
     wrong = replace(job, model=rewrite(source), weights=tmp_path / "swapped.pt")
-    found = check_parity(job, write_torchscript(wrong), pictures, EXACT)
+    found = check_parity(job, write_torchscript(wrong), images, EXACT)
     assert found.missed > 0 and found.score > 0.5 and found.box_px < 0.01
 
 
 def test_detections_at_the_threshold_are_not_missed():
     job = argparse.Namespace(metadata=argparse.Namespace(nms=NMSConfig(0.25, 0.45, 10, False)))
-    job.options = argparse.Namespace(topk_per_class=10)
+    job.config = argparse.Namespace(topk_per_class=10)
     rows = np.array([[[30, 30, 40, 40, 0.9, 1.0], [200, 200, 40, 40, 0.2505, 1.0]]], np.float32)
     one = np.array([[*BOX, 0.9, 0], [0] * 6], np.float32)
     close, far = Parity(), Parity()
@@ -90,7 +89,7 @@ def test_detections_at_the_threshold_are_not_missed():
 def test_limits_on_numbers_of_detections_hold_for_the_checkpoint_too():
     """Three boxes of class 0 and one of class 1; two of a class and three in all are kept: 0.9, 0.8 and 0.6."""
     job = argparse.Namespace(metadata=argparse.Namespace(nms=NMSConfig(0.25, 0.45, 3, False)))
-    job.options = argparse.Namespace(topk_per_class=2)
+    job.config = argparse.Namespace(topk_per_class=2)
     centres = [50, 150, 250, 350]
     classes = [[1, 0], [1, 0], [1, 0], [0, 1]]
     confidences = [0.9, 0.8, 0.7, 0.6]
@@ -161,12 +160,12 @@ class Silent:
 
 @pytest.mark.parametrize(("conf_thres", "missed"), [(0.999, False), (0.25, True)])
 def test_an_export_that_finds_nothing_fails_also_where_nothing_is_to_be_found(
-    published, pictures, monkeypatch, conf_thres, missed
+    published, images, monkeypatch, conf_thres, missed
 ):
     monkeypatch.setattr(tested, "load_backend", lambda *_: Silent())
     job, path = published
     job = replace(job, metadata=replace(job.metadata, nms=NMSConfig(conf_thres, 0.45, 300, False)))
-    found = check_parity(job, path, pictures[:1], EXACT)
+    found = check_parity(job, path, images[:1], EXACT)
     (problem,) = found.problems(EXACT)
     assert ("no counterpart" if missed else "nothing was compared") in problem
     assert bool(found.missed) == missed
@@ -181,11 +180,11 @@ def test_limits_are_inclusive_and_each_is_named():
     assert "1.5 px (limit 1)" in beyond[0]
 
 
-def test_pictures_are_upright_and_wide_dark_and_tiny(pictures, golden_dir):
+def test_images_are_upright_and_wide_dark_and_tiny(images, golden_dir):
     paths = sorted((golden_dir / "images").glob("*.jpg"))
-    assert len(pictures) == min(len(paths), tested.PICTURES) + 3
-    turned, dark, tiny = pictures[-3:]
-    assert turned.shape[:2] == pictures[0].shape[1::-1]
+    assert len(images) == min(len(paths), tested.SAMPLES) + 3
+    turned, dark, tiny = images[-3:]
+    assert turned.shape[:2] == images[0].shape[1::-1]
     assert dark.mean() < 0.2 * read_image(paths[1]).mean()
     assert max(tiny.shape) == 40
 
@@ -194,10 +193,10 @@ def test_a_damaged_picture_is_named_and_left_out(tmp_path, caplog):
     cv2.imwrite(str(tmp_path / "a.png"), np.full((20, 30, 3), 200, np.uint8))
     (tmp_path / "b.png").write_bytes(b"no picture")
     with caplog.at_level("WARNING", "yolov5"):
-        assert len(sample_pictures([tmp_path / "a.png", tmp_path / "b.png"])) == 4
+        assert len(sample_images([tmp_path / "a.png", tmp_path / "b.png"])) == 4
     assert any("b.png" in message for message in caplog.messages)
-    with pytest.raises(UserError, match="no picture to compare with: .*b.png"):
-        sample_pictures([tmp_path / "b.png"])
+    with pytest.raises(UserError, match="no image to compare with: .*b.png"):
+        sample_images([tmp_path / "b.png"])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import export
 from models.backends.base import before_tensorflow
 from models.backends.metadata import Metadata
 from models.export import tensorflow as exporter
-from models.export.formats import FORMATS, complete_options, missing_packages
+from models.export.formats import ExportConfig, missing_packages
 from models.export.run import make_jobs
 from models.load import load_model
 from utils.cli import options_from
@@ -33,8 +33,8 @@ ROWS = 3 * (8 * 12 + 4 * 6 + 2 * 3)
 
 def job_of(weights, name):
     given = {"weights": [str(weights)], "imgsz": [HEIGHT, WIDTH], "include": [name]}
-    complete = complete_options(options_from(export.build_parser(), given), [FORMATS[name]])
-    return make_jobs(weights, complete, [FORMATS[name]], torch.device("cpu"))[0]
+    config = ExportConfig(**vars(options_from(export.build_parser(), given))).checked()
+    return make_jobs(weights, config, torch.device("cpu"))[0]
 
 
 def script(path, text):

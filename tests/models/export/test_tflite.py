@@ -11,7 +11,7 @@ import torch
 
 import export
 from models.backends.metadata import Metadata
-from models.export.formats import FORMATS, complete_options
+from models.export.formats import ExportConfig
 from models.export.job import ExportJob
 from models.export.run import make_jobs
 from models.load import load_model
@@ -32,8 +32,8 @@ SCALE = np.array([WIDTH, HEIGHT, WIDTH, HEIGHT], np.float32)
 
 def job_of(weights, name="tflite", **options) -> ExportJob:
     given = {"weights": [str(weights)], "imgsz": [HEIGHT, WIDTH], "include": [name], **options}
-    complete = complete_options(options_from(export.build_parser(), given), [FORMATS[name]])
-    return make_jobs(weights, complete, [FORMATS[name]], torch.device("cpu"))[0]
+    config = ExportConfig(**vars(options_from(export.build_parser(), given))).checked()
+    return make_jobs(weights, config, torch.device("cpu"))[0]
 
 
 def interpreter(**source):

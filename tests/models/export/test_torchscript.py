@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import export
-from models.export.formats import complete_options, find_formats
+from models.export.formats import ExportConfig
 from models.export.run import make_jobs
 from models.export.torchscript import export as write
 from models.load import load_model
@@ -63,8 +63,8 @@ def test_train_gives_the_maps_of_each_level(checkpoint):
 
 
 def test_half_is_refused_where_the_device_turns_out_to_be_a_cpu(checkpoint):
-    formats = find_formats(["torchscript"])
-    parsed = export.build_parser().parse_args(["--half", "--device", "", "--imgsz", "64"])
-    (job,) = make_jobs(checkpoint("yolov5n.yaml"), complete_options(parsed, formats), formats, torch.device("cpu"))
+    words = ["--half", "--device", "", "--imgsz", "64", "--include", "torchscript"]
+    config = ExportConfig(**vars(export.build_parser().parse_args(words))).checked()
+    (job,) = make_jobs(checkpoint("yolov5n.yaml"), config, torch.device("cpu"))
     with pytest.raises(UserError, match="--half needs a GPU"):
         write(job)
