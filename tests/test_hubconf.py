@@ -128,16 +128,15 @@ def test_released_weights_are_taken(weights, monkeypatch, tmp_path, classes):
     assert any(".bn." in key for key in own), "without AutoShape it is a model to train"
 
 
-def test_slim_models_have_no_released_weights():
-    from utils.errors import UserError
-
+def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="no released weights for yolov5s-slimneck.*pretrained=False"):
         hub("yolov5s_slimneck")
+    with pytest.raises(UserError, match="lost.pt: no such file"):
+        hub("custom", str(tmp_path / "lost.pt"))
 
 
 def test_says_when_weights_cannot_be_fetched(monkeypatch, tmp_path):
     from utils import downloads
-    from utils.errors import UserError
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(downloads.RELEASES, "yolov5x.pt", downloads.Release("http://127.0.0.1:9/yolov5x.pt", "0" * 64))
@@ -146,13 +145,6 @@ def test_says_when_weights_cannot_be_fetched(monkeypatch, tmp_path):
             hub("yolov5x", classes=classes)
         assert "force_reload" not in str(told.value)
     assert not list(tmp_path.iterdir())
-
-
-def test_says_when_a_file_is_missing(tmp_path):
-    from utils.errors import UserError
-
-    with pytest.raises(UserError, match="lost.pt: no such file"):
-        hub("custom", str(tmp_path / "lost.pt"))
 
 
 def test_without_verbose_loading_is_silent_and_what_comes_after_is_told(

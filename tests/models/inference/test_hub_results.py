@@ -81,7 +81,7 @@ def test_indexing_and_iterating_give_single_images():
     assert len(single) == 1 and single.files == ["zidane.jpg"]
     assert str(single).startswith("image 1/1: 300x250 (no detections)\n")
     assert [part.files for part in results] == [["bus.jpg"], ["zidane.jpg"]]
-    assert results[0].t == results.t, "times stay those of a picture"
+    assert results[0].t == results.t, "times stay those of an image"
     assert results[:1].xyxy[0].shape == (3, 6)
     with pytest.raises(IndexError):
         results[2]
@@ -110,26 +110,7 @@ def test_save_never_overwrites_a_picture_of_the_same_name(tmp_path):
     assert [saved[file] for file in results.files] == [0, 80, 160]
 
 
-def test_saves_in_the_right_colours(tmp_path):
-    results = detections()
-    results.save(tmp_path)
-    b, g, r = cv2.imread(str(tmp_path / "bus.jpg"))[190, 300].tolist()
-    assert abs(r - 200) < 8 and abs(g - 100) < 8 and abs(b - 50) < 8
-
-
-def test_the_default_folder_is_numbered_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    results = detections()
-    results.save()
-    results.save()
-    results.crop()
-    folders = sorted(path.name for path in (tmp_path / "runs" / "detect").iterdir())
-    assert folders == ["exp", "exp2", "exp3"]
-    assert (tmp_path / "runs/detect/exp3/crops/person/bus2.jpg").is_file()
-
-
-def test_labels_are_left_out_on_demand(tmp_path, monkeypatch):
-    """As in 7.0. Boxes alone leave the picture as it is inside and outside of their lines."""
+def test_labels_are_left_out_on_demand_of_what_is_drawn_saved_and_shown_in_a_notebook(tmp_path, monkeypatch):
     boxes_alone = np.full((200, 400, 3), (50, 100, 200), np.uint8)
     draw_detections(boxes_alone, Found.from_rows(detections().pred[0]), NAMES, hide_labels=True)
     boxes_alone = boxes_alone[..., ::-1]
@@ -142,7 +123,7 @@ def test_labels_are_left_out_on_demand(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=lambda *images: shown.extend(images)))
     results.show(labels=False)
-    assert np.array_equal(np.asarray(shown[0]), boxes_alone)
+    assert np.array_equal(np.asarray(shown[0]), boxes_alone) and shown[1].size == (250, 300)
     assert results.display(render=True, labels=False) is None and np.array_equal(results.imgs[0], boxes_alone)
 
 
@@ -170,7 +151,7 @@ def test_crops_are_dicts_and_files(tmp_path):
     assert crops[0]["im"].shape == (31, 31, 3) and crops[0]["im"][0, 0].tolist() == [50, 100, 200]
     written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jpg"))
     assert written == ["crops/a_b/bus.jpg", "crops/a_b/bus2.jpg"]
-    assert results.crop(save=False)[1]["im"].shape == (15, 15, 3), "-5.1 to 15.1, clipped to the picture"
+    assert results.crop(save=False)[1]["im"].shape == (15, 15, 3), "-5.1 to 15.1, clipped to the image"
 
 
 def test_display_does_what_is_asked_for(tmp_path, capsys):
@@ -188,15 +169,6 @@ def test_show_says_when_there_is_no_display(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(UserError, match="no display"):
         detections().show()
-
-
-def test_show_uses_the_notebook_where_there_is_one(monkeypatch):
-    shown = []
-    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=None))
-    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=lambda *images: shown.extend(images)))
-    detections().show()
-    assert [image.size for image in shown] == [(400, 200), (250, 300)]
 
 
 def test_names_may_be_a_list_and_lack_some():
