@@ -13,8 +13,8 @@ from utils.errors import UserError
 
 AMP_MODES = ("auto", "off", "fp16", "bf16")
 # mallopt(3): M_MMAP_MAX (-4) no blocks mapped on their own, M_TRIM_THRESHOLD (-1) never, M_TOP_PAD (-2) grow by 64 MiB,
-# M_ARENA_MAX (-8) one pool for all threads: what one thread takes aligned and another frees, as pictures are, makes a
-# thread's own pool grow by a kilobyte a picture for ever (glibc 2.36)
+# M_ARENA_MAX (-8) one pool for all threads: what one thread takes aligned and another frees, as images are, makes a
+# thread's own pool grow by a kilobyte an image for ever (glibc 2.36)
 GLIBC_KEEPS_MEMORY = {-4: 0, -1: -1, -2: 64 << 20, -8: 1}
 
 
