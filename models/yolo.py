@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from models.deploy import fold_model  # noqa: E402
 from models.heads import Detect, Head  # noqa: E402
 from utils.cli import ReportedError, run_command  # noqa: E402
 from utils.devices import select_device  # noqa: E402
-from utils.errors import UserError, did_you_mean  # noqa: E402
+from utils.errors import UserError, did_you_mean, round_up  # noqa: E402
 from utils.files import ROOT  # noqa: E402
 from utils.log import LOGGER, progress  # noqa: E402
 
@@ -129,36 +129,29 @@ def parse_model(
             listed = [sources] if isinstance(sources, int) else sources
             positions = [config.absolute_row(position, index) for position in listed]
             inputs = [channels[position] if position >= 0 else ch[-1] for position in positions]
+            block = find_block(name)
+            if repeats > 1:
+                repeats = max(round(repeats * model_yaml["depth_multiple"]), 1)
             row_inputs = config.RowInputs(inputs, config.channel_scale(model_yaml), model_yaml.get("inplace", True))
-            layer, width = _build_layer(name, repeats, config.resolve_argument(args, names), row_inputs, model_yaml)
-            totals.add(layer, layer.repeats)
+            own_args = config.resolve_argument(args, names)
+            args, width = block.plan(row_inputs, own_args)
+            config.check_size(repeats, row_inputs, width, own_args)
+            if block.repeats_inside:
+                args = [*args[:2], repeats, *args[2:]]
+            copies = 1 if block.repeats_inside else repeats
+            layer = block.cls(*args) if copies == 1 else nn.Sequential(*(block.cls(*args) for _ in range(copies)))
+            if model_yaml.get("activation") is not None:
+                common.set_activation(layer, model_yaml["activation"])
+            totals.add(layer, repeats)
         except ROW_ERRORS as error:
             raise UserError(f"{source}: row {index} {str(row):.300}: {config.reason_of(error)}") from error
-        layer.i, layer.f = index, sources
+        layer.i, layer.f, layer.type = index, sources, f"{block.cls.__module__}.{block.cls.__qualname__}"
+        layer.np = sum(parameter.numel() for parameter in layer.parameters())
+        layer.repeats, layer.arguments = repeats, args
         layers.append(layer)
         channels.append(width)
         saved.extend(position for position, written in zip(positions, listed, strict=True) if written != -1)
     return nn.Sequential(*layers), sorted(saved)
-
-
-def _build_layer(name, repeats, args, inputs: config.RowInputs, model_yaml: Mapping[str, Any]) -> tuple[nn.Module, int]:
-    """Builds one row's layer; returns it with its output channels."""
-    block = find_block(name)
-    if repeats > 1:
-        repeats = max(round(repeats * model_yaml["depth_multiple"]), 1)
-    own_args = args
-    args, width = block.plan(inputs, own_args)
-    config.check_size(repeats, inputs, width, own_args)
-    if block.repeats_inside:
-        args = [*args[:2], repeats, *args[2:]]
-    copies = 1 if block.repeats_inside else repeats
-    layer = block.cls(*args) if copies == 1 else nn.Sequential(*(block.cls(*args) for _ in range(copies)))
-    if model_yaml.get("activation") is not None:
-        common.set_activation(layer, model_yaml["activation"])
-    layer.type = f"{block.cls.__module__}.{block.cls.__qualname__}"
-    layer.np = sum(parameter.numel() for parameter in layer.parameters())
-    layer.repeats, layer.arguments = repeats, args
-    return layer, width
 
 
 class Model(nn.Module):
@@ -223,7 +216,10 @@ class Model(nn.Module):
                 module.inplace = not isinstance(module, INPUT_READERS)
         self.head.set_strides(self.stride, self.yaml_file)
         if verbose:
-            log_layers(self)
+            LOGGER.info(f"\n{'':>3}{'from':>18}{'n':>3}{'params':>10}  {'module':<40}{'arguments':<30}")
+            for layer in self.model:
+                numbers = f"{layer.i:>3}{str(layer.f):>18}{layer.repeats:>3}{layer.np:>10}"
+                LOGGER.info(f"{numbers}  {layer.type:<40}{str(layer.arguments):<30}")
             LOGGER.info(self.info())
 
     @property
@@ -236,7 +232,7 @@ class Model(nn.Module):
 
         Args:
             x: (b, ch, h, w), values 0 to 1, h and w multiples of the largest stride.
-            augment: look at the images in several sizes, mirrored too (in evaluation, `visualize` is not called).
+            augment: test-time augmentation (in evaluation; `visualize` is not called).
             visualize: called with every layer but the head and its output.
 
         Returns:
@@ -268,7 +264,13 @@ class Model(nn.Module):
 
     def info(self, imgsz: int = 640, gflops: bool = True) -> str:
         """Returns the summary line: modules, parameters, trained ones and GFLOPs (thop's, half a second) at `imgsz`."""
-        return summary_line(self, imgsz, gflops)
+        parameters = list(self.parameters())
+        total = sum(parameter.numel() for parameter in parameters)
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        counted = count_gflops(self, imgsz) if gflops else None
+        cost = "" if counted is None else f", {counted:.1f} GFLOPs"
+        layers = sum(1 for _ in self.modules())
+        return f"Model Summary: {layers} layers, {total} parameters, {trained} gradients{cost}"
 
     def _build(self, ch: int) -> None:
         """Makes the layers and measures the strides.
@@ -320,19 +322,12 @@ class Model(nn.Module):
 DetectionModel = Model  # YOLOv5's name for it since 6.2
 
 
-class View(NamedTuple):
-    """How an image is shown to the model: its sides times `scale`, left and right swapped where `mirrored`."""
-
-    scale: float
-    mirrored: bool = False
-
-
-VIEWS = (View(1.0), View(0.83, mirrored=True), View(0.67))
+VIEWS = ((1.0, False), (0.83, True), (0.67, False))  # an image's scale, and whether it is flipped left to right
 PAD_VALUE = 0.447  # about the mean of photographs
 
 
 def augmented_rows(predict: Callable[[Tensor], Tensor], images: Tensor, strides: Sequence[float] | Tensor) -> Tensor:
-    """Predicts from every view of images.
+    """Test-time augmentation: predicts from every view of images, padded on the right and below to whole strides.
 
     Args:
         predict: maps images (b, ch, h, w) to rows (b, n, 5 + nc) [x, y, w, h in px, objectness, class probabilities],
@@ -341,64 +336,31 @@ def augmented_rows(predict: Callable[[Tensor], Tensor], images: Tensor, strides:
         strides: (nl,) pixels per cell of each level.
 
     Returns:
-        The rows of all views (b, m, 5 + nc), boxes in px of `images`.
+        The rows of all views (b, m, 5 + nc), boxes in px of `images`; of the largest view without the level of the
+        largest stride, of the smallest without that of the smallest.
     """
     strides_px = [round(stride) for stride in torch.as_tensor(strides).tolist()]
     found = []
-    for number, view in enumerate(VIEWS):
-        seen = scaled(images.flip(3) if view.mirrored else images, view.scale, max(strides_px))
-        levels = split_levels(predict(seen), seen.shape[2:], strides_px)
+    for number, (scale, flipped) in enumerate(VIEWS):
+        view = images.flip(3) if flipped else images
+        if scale != 1:
+            sides = [side * scale for side in images.shape[2:]]
+            height, width = map(int, sides)
+            padded_h, padded_w = (round_up(side, max(strides_px)) for side in sides)
+            view = F.interpolate(view, size=(height, width), mode="bilinear", align_corners=False)
+            view = F.pad(view, (0, padded_w - width, 0, padded_h - height), value=PAD_VALUE)
+        rows = predict(view)
+        cells = [math.prod(side // stride for side in view.shape[2:]) for stride in strides_px]
+        levels = list(rows.split([rows.shape[1] // sum(cells) * count for count in cells], dim=1))
         if len(levels) > 1 and number == 0:
             del levels[strides_px.index(max(strides_px))]
         if len(levels) > 1 and number == len(VIEWS) - 1:
             del levels[strides_px.index(min(strides_px))]
-        found += [in_image(rows, view, images.shape[3]) for rows in levels]
+        for level in levels:
+            x = level[..., :1] / scale
+            x = images.shape[3] - x if flipped else x
+            found.append(torch.cat((x, level[..., 1:4] / scale, level[..., 4:]), dim=-1))
     return torch.cat(found, dim=1)
-
-
-def scaled(images: Tensor, scale: float, multiple: int) -> Tensor:
-    """Resizes images (b, ch, h, w) by `scale`, and pads them on the right and below to multiples of `multiple` px."""
-    if scale == 1:
-        return images
-    sides = [side * scale for side in images.shape[2:]]
-    height, width = (int(side) for side in sides)
-    resized = F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
-    padded_height, padded_width = (math.ceil(side / multiple) * multiple for side in sides)
-    return F.pad(resized, (0, padded_width - width, 0, padded_height - height), value=PAD_VALUE)
-
-
-def split_levels(rows: Tensor, shape_hw: Sequence[int], strides_px: Sequence[int]) -> list[Tensor]:
-    """Splits rows (b, n, 5 + nc) of images of height and width `shape_hw`, px, into those of each level."""
-    cells = [math.prod(side // stride for side in shape_hw) for stride in strides_px]
-    anchors_per_cell = rows.shape[1] // sum(cells)
-    return list(rows.split([anchors_per_cell * count for count in cells], dim=1))
-
-
-def in_image(rows: Tensor, view: View, width: int) -> Tensor:
-    """Takes the boxes of rows (b, n, 5 + nc) from a view to the image of `width` px that it shows."""
-    boxes_xywh = rows[..., :4] / view.scale
-    if view.mirrored:
-        boxes_xywh = torch.cat((width - boxes_xywh[..., :1], boxes_xywh[..., 1:]), dim=-1)
-    return torch.cat((boxes_xywh, rows[..., 4:]), dim=-1)
-
-
-def log_layers(model: nn.Module) -> None:
-    """Logs the table of layers: row, from, repeats, parameters, class, arguments."""
-    LOGGER.info(f"\n{'':>3}{'from':>18}{'n':>3}{'params':>10}  {'module':<40}{'arguments':<30}")
-    for layer in model.model:
-        numbers = f"{layer.i:>3}{str(layer.f):>18}{layer.repeats:>3}{layer.np:>10}"
-        LOGGER.info(f"{numbers}  {layer.type:<40}{str(layer.arguments):<30}")
-
-
-def summary_line(model: nn.Module, imgsz: int = 640, gflops: bool = True) -> str:
-    """Returns modules, parameters and trained ones, and with `gflops` the GFLOPs for an image of side `imgsz`."""
-    parameters = list(model.parameters())
-    total = sum(parameter.numel() for parameter in parameters)
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    counted = count_gflops(model, imgsz) if gflops else None
-    cost = "" if counted is None else f", {counted:.1f} GFLOPs"
-    layers = sum(1 for _ in model.modules())
-    return f"Model Summary: {layers} layers, {total} parameters, {trained} gradients{cost}"
 
 
 def count_gflops(model: nn.Module, imgsz: int = 640) -> float | None:
@@ -448,24 +410,6 @@ PROFILE_PX = 640
 PROFILE_BATCH = {"cuda": 8}  # images; one on other devices
 
 
-def build_all() -> None:
-    """Builds every model YAML of the repository.
-
-    Raises:
-        ReportedError: some do not build; they have been logged.
-    """
-    failures = 0
-    for path in progress(sorted((ROOT / "models").rglob("yolo*.yaml")), desc="building"):
-        try:
-            with torch.device("meta"):
-                Model(path)
-        except UserError as error:
-            failures += 1
-            LOGGER.error(f"{path}: {error}")
-    if failures:
-        raise ReportedError(f"{failures} model YAMLs do not build")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script's options."""
     parser = argparse.ArgumentParser(prog="yolo.py", description="Build a model and show its layers.")
@@ -485,16 +429,19 @@ def main(options: argparse.Namespace) -> None:
         image = torch.rand(shape, device=device, generator=torch.Generator(device).manual_seed(0))
         with torch.no_grad():
             profile_layers(model.eval(), image)
-    if options.test:
-        build_all()
-
-
-def run() -> int:
-    """Parses the command line, does what it says and returns the exit status."""
-    return run_command(main, build_parser())
+    failures = 0
+    for path in progress(sorted((ROOT / "models").rglob("yolo*.yaml")), desc="building") if options.test else ():
+        try:
+            with torch.device("meta"):
+                Model(path)
+        except UserError as error:
+            failures += 1
+            LOGGER.error(f"{path}: {error}")
+    if failures:
+        raise ReportedError(f"{failures} model YAMLs do not build")
 
 
 if __name__ == "__main__":
     from models import yolo  # again, under the name that the classes and their checkpoints carry
 
-    sys.exit(yolo.run())
+    sys.exit(run_command(yolo.main, yolo.build_parser()))

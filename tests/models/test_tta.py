@@ -7,7 +7,7 @@ import torch
 
 from models.backends import load_backend
 from models.deploy import rewrite
-from models.yolo import Model, augmented_rows, scaled
+from models.yolo import Model, augmented_rows
 from utils.nms import non_max_suppression
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,15 +51,21 @@ def test_boxes_come_back_where_they_are():
 
 
 def test_views_are_resized_then_padded_at_the_right_and_below():
-    """128 x 160 by 0.83: 106 x 132, padded to 128 x 160; by 0.67: 85 x 107, padded to 96 x 128."""
+    """128 x 160; by 0.83: 106 x 132, padded to 128 x 160; by 0.67: 85 x 107, padded to 96 x 128."""
+    views = []
+
+    def rows_of(images):
+        views.append(images)
+        return torch.zeros(1, images.shape[2] // 32 * (images.shape[3] // 32), 6)
+
     images = torch.ones(1, 3, 128, 160)
-    for scale, (height, width), shape in ((0.83, (106, 132), (128, 160)), (0.67, (85, 107), (96, 128))):
-        view = scaled(images, scale, 32)
+    augmented_rows(rows_of, images, [32.0])
+    assert views[0] is images
+    for view, (height, width), shape in zip(views[1:], ((106, 132), (85, 107)), ((128, 160), (96, 128)), strict=True):
         assert view.shape == (1, 3, *shape)
         torch.testing.assert_close(view[:, :, :height, :width], torch.ones(1, 3, height, width))
         padding = torch.cat((view[:, :, height:].flatten(), view[:, :, :, width:].flatten()))
         assert padding.allclose(torch.tensor(0.447))
-    assert scaled(images, 1, 32) is images
 
 
 def test_the_outer_views_leave_out_what_the_others_see_better():
@@ -95,8 +101,8 @@ def test_the_rewritten_model_gives_the_models_own_rows(model):
 
 
 def test_on_a_photograph_all_that_plain_detection_finds_is_found_and_the_layers_are_shown(golden_dir):
-    picture = cv2.imread(str(golden_dir / "images" / "zidane.jpg"))
-    images = np.ascontiguousarray(cv2.resize(picture, (640, 384))[..., ::-1].transpose(2, 0, 1))[None]
+    image = cv2.imread(str(golden_dir / "images" / "zidane.jpg"))
+    images = np.ascontiguousarray(cv2.resize(image, (640, 384))[..., ::-1].transpose(2, 0, 1))[None]
     backend = load_backend(golden_dir / "yolov5n-v6-coco.pt", "cpu")
     inputs = backend.preprocess(images)
     shown = []

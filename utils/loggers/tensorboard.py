@@ -46,7 +46,7 @@ class TensorBoard(Logger):
 
     def log_epoch(self, epoch: int, figures: Mapping[str, float]) -> None:
         """Logs an epoch's figures."""
-        with self._told():
+        with self._warning_where_unwritable():
             for name, value in figures.items():
                 self._writer.add_scalar(name, value, epoch)
 
@@ -54,7 +54,7 @@ class TensorBoard(Logger):
         """Logs the graph of a copy of the model, traced on the first of (b, 3, h, w) float images."""
         traced = copy.deepcopy(model).eval()
         try:
-            with self._told(), warnings.catch_warnings(), torch.no_grad():
+            with self._warning_where_unwritable(), warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # tracing warns of every shape that it bakes in
                 self._writer.add_graph(torch.jit.trace(traced, images[:1], strict=False, check_trace=False), [])
         except RuntimeError as error:
@@ -62,19 +62,19 @@ class TensorBoard(Logger):
 
     def log_images(self, files: Sequence[Path], epoch: int) -> None:
         """Logs images under their files' names."""
-        with self._told():
+        with self._warning_where_unwritable():
             for file in files:
                 self._writer.add_image(file.name, read_image(file)[..., ::-1], epoch, dataformats="HWC")
 
     def close(self) -> None:
         """Writes what is still in memory."""
-        with self._told():
+        with self._warning_where_unwritable():
             if "_writer" in vars(self):
                 self._writer.close()
         threading.excepthook = self._former_hook
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _warning_where_unwritable(self) -> Iterator[None]:
         """Warns of an event file that cannot be written."""
         try:
             yield

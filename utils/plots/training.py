@@ -1,4 +1,4 @@
-"""Pictures of a training run: what the labels are like (labels.jpg, labels_correlogram.jpg), how it went (results.png).
+"""Plots of a training run: what the labels are like (labels.jpg, labels_correlogram.jpg), how it went (results.png).
 
 Drawn on matplotlib figures of their own (Agg): no display, no pyplot state. matplotlib, seaborn and pandas are imported
 when something is drawn. Curves of an evaluation are drawn by `utils.plots.evaluation`, images with boxes by
@@ -92,13 +92,9 @@ def _draw_class_counts(axes: Axes, classes: np.ndarray, names: Mapping[int, str]
     lettering = drawable_names(names)
     ticks = [lettering.names.get(class_id, str(class_id)) for class_id in ids]
     size = float(np.clip(760 / len(counts), 6, 11))
-    fits = max(map(_width_in_letters, ticks)) * size * 0.62 < 760 / len(counts)  # points: of a name, of a bar
+    letters = max(len(tick) + sum(letter >= "\u1100" for letter in tick) for tick in ticks)  # CJK: twice as wide
+    fits = letters * size * 0.62 < 760 / len(counts)  # points: of a name, of a bar
     axes.set_xticks(ids, ticks, rotation=0 if fits else 90, fontproperties={"family": lettering.families, "size": size})
-
-
-def _width_in_letters(text: str) -> int:
-    """The width of a text in Latin letters: Chinese, Japanese and Korean ones are twice as wide."""
-    return sum(1 + (character >= "\u1100") for character in text)
 
 
 def _draw_centred_boxes(axes: Axes, rows: np.ndarray) -> None:

@@ -14,7 +14,7 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,13 @@ class Trainer:
             UserError: a loss or gradient that is not finite; a checkpoint that cannot be written; another process is
                 gone.
         """
-        started, first = time.monotonic(), self.epoch + 1
-        self._announce()
+        started, first, side = time.monotonic(), self.epoch + 1, self.loaders.imgsz
+        LOGGER.info(
+            f"Image sizes {side} train, {side} val, {self.precision}\n"
+            f"Using {self.loaders.train.workers} dataloader workers\n"
+            f"Logging results to {colorstr('bold', self.save_dir)}\n"
+            f"Starting training for {self.options.epochs} epochs..."
+        )
         with (
             deterministic_algorithms(self.device, self.options.deterministic),
             torch.random.fork_rng(devices=[]),
@@ -176,8 +181,11 @@ class Trainer:
         self.replica.train()
         loader, epochs = self.loaders.train, self.options.epochs
         loader.set_epoch(epoch)
-        if self.options.image_weights:
-            loader.set_image_weights(self._image_weights())
+        if self.options.image_weights:  # high for images whose classes do badly
+            table = loader.dataset.table
+            classes = table.rows[:, 0]
+            by_class = class_weights(classes, self.model.nc)
+            loader.set_image_weights(image_weights(classes, table.offsets, by_class, self.maps))
         self.callbacks.run("on_train_epoch_start")
         header = ("Epoch", "gpu_mem", *self.loss.terms, "labels", "img_size")
         LOGGER.info(("\n" + "%10s" * len(header)) % header)
@@ -187,7 +195,8 @@ class Trainer:
                 self.callbacks.run("on_train_batch_start")
                 loss, side = self._train_batch(batch, epoch, index)
                 mean_items += (loss.items - mean_items) / (index + 1)
-                row = (f"{epoch}/{epochs - 1}", self._memory(), *mean_items.tolist(), loss.labels, side)
+                reserved = torch.cuda.memory_reserved(self.device) / 1e9 if self.device.type == "cuda" else 0
+                row = (f"{epoch}/{epochs - 1}", f"{reserved:.3g}G", *mean_items.tolist(), loss.labels, side)
                 bar.set_description_str(("%10s" * 2 + "%10.4g" * (len(row) - 2)) % row, refresh=False)
                 bar.update(min(self.options.batch_size, len(loader.dataset) - index * self.options.batch_size))
                 if self.world.broadcast(self.callbacks.stop_training):
@@ -214,10 +223,16 @@ class Trainer:
         with no_sync_unless(self.replica, wanted=steps):
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 outputs = self.replica(images)
-            loss = self.loss.compute(outputs, batch.targets, self._reduction(index))
+            reduction = None
+            if self.world.size > 1:
+                owned = float(self.loaders.train.owns(index))
+                reduction = BatchReduction(self.world.all_reduce_sum, self.world.size, weight=owned)
+            loss = self.loss.compute(outputs, batch.targets, reduction)
             self.scaler.scale(loss.total * 4 if self.options.quad else loss.total).backward()
         loss = loss._replace(items=loss.items.cpu())  # waits for the device, which has the backward pass to do
-        where = f"in epoch {epoch}, batch {index} (images {_shown(batch.paths)})"
+        more = len(batch.paths) - SHOWN_IMAGES
+        shown = ", ".join(batch.paths[:SHOWN_IMAGES]) + (f" and {more} more" if more > 0 else "")
+        where = f"in epoch {epoch}, batch {index} (images {shown})"
         for term, value in zip(self.loss.terms, loss.items.tolist(), strict=True):
             if not math.isfinite(value):
                 if self.world.size > 1 and torch.isfinite(loss.total):
@@ -228,14 +243,7 @@ class Trainer:
         self._after_batch(batch, images, iteration)
         return loss, images.shape[-1]
 
-    def _reduction(self, index: int) -> BatchReduction | None:
-        """Returns how this process reckons batch `index` with the others; None where it is alone."""
-        if self.world.size == 1:
-            return None
-        return BatchReduction(self.world.all_reduce_sum, self.world.size, weight=float(self.loaders.train.owns(index)))
-
     def _not_finite(self, what: str, value: float, where: str) -> UserError:
-        """Returns the error that stops a run."""
         return UserError(
             f"training stopped: {what} is {value} {where}. Check these images' labels, lower lr0 in --hyp, or use "
             f"--amp off. {self.how_to_resume()}"
@@ -265,27 +273,8 @@ class Trainer:
             plot_images(drawn, batch.targets, batch.paths, file, self.model.names)
             for logger in self.loggers if iteration == 0 else ():
                 logger.log_graph(self.ema.ema, images)
-        arguments = (
-            iteration,
-            self.model,
-            images,
-            batch.targets,
-            batch.paths,
-            self.plots,
-            self.options.sync_bn,
-        )
-        self.callbacks.run("on_train_batch_end", *arguments)
-
-    def _image_weights(self) -> np.ndarray:
-        """Returns each training image's weight (N,): high where its classes do badly."""
-        table = self.loaders.train.dataset.table
-        classes = table.rows[:, 0]
-        return image_weights(classes, table.offsets, class_weights(classes, self.model.nc), self.maps)
-
-    def _memory(self) -> str:
-        """Returns the GPU memory reserved so far, as in `3.1G`; 0G elsewhere."""
-        used = torch.cuda.memory_reserved(self.device) / 1e9 if self.device.type == "cuda" else 0
-        return f"{used:.3g}G"
+        about = (batch.targets, batch.paths, self.plots, self.options.sync_bn)
+        self.callbacks.run("on_train_batch_end", iteration, self.model, images, *about)
 
     # ------------------------------------------------------------------------------------------ after an epoch
 
@@ -413,16 +402,6 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------- beginning, end
 
-    def _announce(self) -> None:
-        """Logs what is about to happen."""
-        loaders = self.loaders
-        LOGGER.info(
-            f"Image sizes {loaders.imgsz} train, {loaders.imgsz} val, {self.precision}\n"
-            f"Using {loaders.train.workers} dataloader workers\n"
-            f"Logging results to {colorstr('bold', self.save_dir)}\n"
-            f"Starting training for {self.options.epochs} epochs..."
-        )
-
     def _finish(self) -> EvalResult:
         """Strips the checkpoints, validates the best one and draws the results.
 
@@ -451,9 +430,3 @@ class Trainer:
         """Strips a checkpoint to its float16 EMA and says so."""
         strip_checkpoint(path)
         LOGGER.info(f"Optimizer stripped from {path}, {path.stat().st_size / 1e6:.1f}MB")
-
-
-def _shown(paths: Sequence[str]) -> str:
-    """Names a batch's images; of several processes these are one's own."""
-    more = len(paths) - SHOWN_IMAGES
-    return ", ".join(paths[:SHOWN_IMAGES]) + (f" and {more} more" if more > 0 else "")

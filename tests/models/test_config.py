@@ -1,4 +1,4 @@
-"""Building a model costs what its weights cost: strides without a picture, and hostile files refused at no price."""
+"""Building a model costs what its weights cost: strides without an image, and hostile files refused at no price."""
 
 import subprocess
 import sys
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from models import config as outline
-from models import yolo
+from models import config, yolo
 from models.common import Conv
 from models.yolo import BLOCKS, Model, register_block
 from utils.errors import UserError
@@ -34,7 +33,7 @@ class Values(TorchFunctionMode):
         return result
 
 
-def config(*rows: list, **changes) -> dict:
+def detector(*rows: list, **changes) -> dict:
     """A detector of one level: a convolution, `rows`, and Detect."""
     backbone = [[-1, 1, "Conv", [8, 3, 2]], *rows]
     head = [[[-1], 1, "Detect", ["nc", "anchors"]]]
@@ -42,12 +41,12 @@ def config(*rows: list, **changes) -> dict:
     return {**base, "backbone": backbone, "head": head, **changes}
 
 
-def test_building_runs_no_picture_through_the_weights():
+def test_building_runs_no_image_through_the_weights():
     with Values() as values:
         Model("yolov5n-slimneck.yaml")
     assert values.convolutions == 0
     with Values() as values:  # it can see them
-        Model(config()).eval()(torch.zeros(1, 3, 8, 8))
+        Model(detector()).eval()(torch.zeros(1, 3, 8, 8))
     assert values.convolutions == 2
 
 
@@ -73,14 +72,14 @@ NAMES = "yolov5n yolov5n-slimneck-c yolov5n-gsconv hub/yolov5n6 hub/yolov5s-ghos
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_strides_are_those_of_a_picture(name):
+def test_strides_are_those_of_an_image(name):
     model = Model(ROOT / "models" / f"{name}.yaml", nc=1)
     with torch.no_grad():
         logits = model(torch.zeros(2, 3, 256, 256))
     assert model.stride.tolist() == [256 / maps.shape[2] for maps in logits]
 
 
-def test_weights_do_not_depend_on_the_outline(monkeypatch):
+def test_weights_do_not_depend_on_the_meta_device(monkeypatch):
     torch.manual_seed(3)
     model, then = Model("yolov5n-slimneck.yaml"), torch.rand(1)
     monkeypatch.setattr(yolo, "is_ours", lambda row: False)  # as for other people's blocks: once, with values
@@ -94,23 +93,26 @@ def test_weights_do_not_depend_on_the_outline(monkeypatch):
 
 HOSTILE = {
     "kernels": (
-        config(*[[-1, 1, "Conv", [100, 310]]] * 3),
+        detector(*[[-1, 1, "Conv", [100, 310]]] * 3),
         r"row 2 \[-1, 1, 'Conv', \[100, 310\]\]: .* has 1,119,\d+,\d+ parameters and statistics, .*at most 500,000,000",
     ),
-    "channels": (config(*[[-1, 1, "Conv", [8000, 1]]] * 10), r"row 9 .*parameters and statistics, more than any"),
-    "repeats": (config(*[[-1, 90, "nn.Hardswish", []]] * 490), r"row 6 .*541 layers, repeats counted, .*at most 500\)"),
-    "rows": (config(*[[-1, 1, "nn.Hardswish", []]] * 499), r"model: .* 500 rows"),
-    "transformer": (config([-1, 1, "TransformerBlock", [8, 8, 1, 4000]]), r"row 1 .*more than 20000 operations"),
-    "torch's own": (config([-1, 1, "nn.Transformer", [8, 8, 4000]]), r"row 1 .*more than 20000 operations"),
-    "recurrent": (config([-1, 1, "nn.LSTM", [1, 1, 4000]]), r"row 1 .*more than 20000 operations"),
+    "channels": (detector(*[[-1, 1, "Conv", [8000, 1]]] * 10), r"row 9 .*parameters and statistics, more than any"),
+    "repeats": (
+        detector(*[[-1, 90, "nn.Hardswish", []]] * 490),
+        r"row 6 .*541 layers, repeats counted, .*at most 500\)",
+    ),
+    "rows": (detector(*[[-1, 1, "nn.Hardswish", []]] * 499), r"model: .* 500 rows"),
+    "transformer": (detector([-1, 1, "TransformerBlock", [8, 8, 1, 4000]]), r"row 1 .*more than 20000 operations"),
+    "torch's own": (detector([-1, 1, "nn.Transformer", [8, 8, 4000]]), r"row 1 .*more than 20000 operations"),
+    "recurrent": (detector([-1, 1, "nn.LSTM", [1, 1, 4000]]), r"row 1 .*more than 20000 operations"),
     "statistics": (
-        config([-1, 1, "nn.InstanceNorm2d", [10**9, 1e-5, 0.1, False, True]]),
+        detector([-1, 1, "nn.InstanceNorm2d", [10**9, 1e-5, 0.1, False, True]]),
         r"row 1 .*2,000,000,\d+ parameters and statistics",
     ),
-    "padding": (config([-1, 1, "nn.ZeroPad2d", [9000]]), r"row 1 \(torch.nn.*\): makes 2,\d+,\d+,\d+ numbers of one"),
-    "enlarging": (config(*[UP] * 3), r"row 2 \(torch.nn.*\): makes 134,217,728 numbers of one small image"),
-    "nothing": (config([-1, 1, "nn.AdaptiveAvgPool2d", [0]]), r"row 1 .*makes a map without cells"),
-    "sources": (config([[-1] * 100, 1, "Concat", [1]]), r"row 1 .*a row with 100 sources .*at most 64"),
+    "padding": (detector([-1, 1, "nn.ZeroPad2d", [9000]]), r"row 1 \(torch.nn.*\): makes 2,\d+,\d+,\d+ numbers of one"),
+    "enlarging": (detector(*[UP] * 3), r"row 2 \(torch.nn.*\): makes 134,217,728 numbers of one small image"),
+    "nothing": (detector([-1, 1, "nn.AdaptiveAvgPool2d", [0]]), r"row 1 .*makes a map without cells"),
+    "sources": (detector([[-1] * 100, 1, "Concat", [1]]), r"row 1 .*a row with 100 sources .*at most 64"),
 }
 
 
@@ -128,9 +130,9 @@ def test_wherever_building_is_cut_off_torch_is_left_as_it_was(monkeypatch):
     """The limit may be met anywhere, also while torch changes its own state for a moment."""
     cut_off = 0
     for limit in range(0, 200, 1):
-        monkeypatch.setattr(outline, "MAX_CALLS", limit)
+        monkeypatch.setattr(config, "MAX_CALLS", limit)
         try:
-            Model(config([-1, 1, "C3TR", [8]]))
+            Model(detector([-1, 1, "C3TR", [8]]))
         except UserError:
             cut_off += 1
         assert torch.is_grad_enabled() and torch.empty(0).device.type == "cpu"
@@ -140,9 +142,9 @@ def test_wherever_building_is_cut_off_torch_is_left_as_it_was(monkeypatch):
 def test_the_operations_of_a_run_count_too(monkeypatch):
     """Layers that are cheap to make may still be called: building Conv and Detect takes a part of all operations."""
     with monkeypatch.context() as patch:
-        patch.setattr(outline, "MAX_CALLS", 100)
+        patch.setattr(config, "MAX_CALLS", 100)
         with pytest.raises(UserError, match=r"row \d+ \(torch.nn.modules.activation.ReLU, from -1\): .*operations"):
-            Model(config(*[[-1, 1, "nn.ReLU", []]] * 100))
+            Model(detector(*[[-1, 1, "nn.ReLU", []]] * 100))
 
 
 def test_blocks_of_other_programs_may_need_values(monkeypatch):
@@ -159,5 +161,5 @@ def test_blocks_of_other_programs_may_need_values(monkeypatch):
             assert float(x.sum()) == float(x.sum())
             return self.conv(x)
 
-    model = Model(config([-1, 1, "Valued", [16]]))
+    model = Model(detector([-1, 1, "Valued", [16]]))
     assert model.stride.tolist() == [4] and model.model[1].rates == [0, 0.5, 1]
