@@ -31,7 +31,7 @@ from models.deploy import fold_model  # noqa: E402
 from models.heads import Detect, Head  # noqa: E402
 from utils.cli import ReportedError, run_command  # noqa: E402
 from utils.devices import select_device  # noqa: E402
-from utils.errors import UserError, did_you_mean, round_up  # noqa: E402
+from utils.errors import UserError, did_you_mean, make_divisible  # noqa: E402
 from utils.files import ROOT  # noqa: E402
 from utils.log import LOGGER, progress  # noqa: E402
 
@@ -346,7 +346,7 @@ def augmented_rows(predict: Callable[[Tensor], Tensor], images: Tensor, strides:
         if scale != 1:
             sides = [side * scale for side in images.shape[2:]]
             height, width = map(int, sides)
-            padded_h, padded_w = (round_up(side, max(strides_px)) for side in sides)
+            padded_h, padded_w = (make_divisible(side, max(strides_px)) for side in sides)
             view = F.interpolate(view, size=(height, width), mode="bilinear", align_corners=False)
             view = F.pad(view, (0, padded_w - width, 0, padded_h - height), value=PAD_VALUE)
         rows = predict(view)
