@@ -21,7 +21,7 @@ import numpy as np
 from utils.boxes import xyxy2xywh
 from utils.dataloaders.config import load_spec
 from utils.errors import UserError
-from utils.files import ROOT, atomic_write
+from utils.files import ROOT
 from utils.log import LOGGER
 
 COCO80_TO_91 = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
@@ -57,37 +57,22 @@ def image_ids(paths: Sequence[str]) -> list[int | str]:
     return [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
 
 
-class CocoFigures(NamedTuple):
-    """COCO's figures; areas in native pixels: small below 32 x 32, large above 96 x 96. -1 where no label applies."""
-
-    ap: float
-    ap50: float
-    ap75: float
-    ap_small: float
-    ap_medium: float
-    ap_large: float
-    ar_1: float
-    ar_10: float
-    ar_100: float
-    ar_small: float
-    ar_medium: float
-    ar_large: float
-
-
-_TITLES = CocoFigures(
-    "AP   IoU 0.50:0.95, all areas, 100 detections",
-    "AP   IoU 0.50,      all areas, 100 detections",
-    "AP   IoU 0.75,      all areas, 100 detections",
-    "AP   IoU 0.50:0.95, small,     100 detections",
-    "AP   IoU 0.50:0.95, medium,    100 detections",
-    "AP   IoU 0.50:0.95, large,     100 detections",
-    "AR   IoU 0.50:0.95, all areas,   1 detection",
-    "AR   IoU 0.50:0.95, all areas,  10 detections",
-    "AR   IoU 0.50:0.95, all areas, 100 detections",
-    "AR   IoU 0.50:0.95, small,     100 detections",
-    "AR   IoU 0.50:0.95, medium,    100 detections",
-    "AR   IoU 0.50:0.95, large,     100 detections",
-)
+FIGURES = {
+    "ap": "AP   IoU 0.50:0.95, all areas, 100 detections",
+    "ap50": "AP   IoU 0.50,      all areas, 100 detections",
+    "ap75": "AP   IoU 0.75,      all areas, 100 detections",
+    "ap_small": "AP   IoU 0.50:0.95, small,     100 detections",
+    "ap_medium": "AP   IoU 0.50:0.95, medium,    100 detections",
+    "ap_large": "AP   IoU 0.50:0.95, large,     100 detections",
+    "ar_1": "AR   IoU 0.50:0.95, all areas,   1 detection",
+    "ar_10": "AR   IoU 0.50:0.95, all areas,  10 detections",
+    "ar_100": "AR   IoU 0.50:0.95, all areas, 100 detections",
+    "ar_small": "AR   IoU 0.50:0.95, small,     100 detections",
+    "ar_medium": "AR   IoU 0.50:0.95, medium,    100 detections",
+    "ar_large": "AR   IoU 0.50:0.95, large,     100 detections",
+}
+# Areas in native pixels: small below 32 x 32, large above 96 x 96. -1 where no label applies.
+CocoFigures = NamedTuple("CocoFigures", [(name, float) for name in FIGURES])
 
 
 def coco_figures(records: Sequence[ImageRecord], nc: int) -> CocoFigures:
@@ -100,48 +85,44 @@ def coco_figures(records: Sequence[ImageRecord], nc: int) -> CocoFigures:
     Raises:
         UserError: neither faster-coco-eval nor pycocotools is installed.
     """
-    coco_class, _ = require_coco_tools()
-    images = [{"id": index, "height": r.shape_hw[0], "width": r.shape_hw[1]} for index, r in enumerate(records)]
-    categories = [{"id": class_id, "name": str(class_id)} for class_id in range(nc)]
+    known = {
+        "images": [{"id": index, "height": r.shape_hw[0], "width": r.shape_hw[1]} for index, r in enumerate(records)],
+        "categories": [{"id": class_id, "name": str(class_id)} for class_id in range(nc)],
+    }
     truth = [_annotation(index, row[0], row[1:5]) for index, r in enumerate(records) for row in r.labels]
     found = [
         {**_annotation(index, row[5], row[:4]), "score": float(row[4])}
         for index, r in enumerate(records)
         for row in r.detections
     ]
-    truth_index, found_index = (
-        _index(coco_class, {"images": images, "categories": categories, "annotations": annotations})
-        for annotations in (truth, found)
-    )
-    return _run(truth_index, found_index)
+    return _evaluate(known, truth, found)
 
 
-def _annotation(image_id: int, class_id: float, box_xyxy_px: np.ndarray) -> dict[str, Any]:
-    """One box as COCO writes it; its `id` is set by `_index`."""
+def _annotation(image: int, class_id: float, box_xyxy_px: np.ndarray) -> dict[str, Any]:
+    """Returns one box as COCO writes it, without an `id`."""
     x1, y1, x2, y2 = map(float, box_xyxy_px)
-    bbox = [x1, y1, x2 - x1, y2 - y1]
-    area = bbox[2] * bbox[3]
-    return {"image_id": image_id, "category_id": int(class_id), "bbox": bbox, "area": area, "iscrowd": 0}
+    bbox, area = [x1, y1, x2 - x1, y2 - y1], (x2 - x1) * (y2 - y1)
+    return {"image_id": image, "category_id": int(class_id), "bbox": bbox, "area": area, "iscrowd": 0}
 
 
-def _index(coco_class: type, dataset: dict[str, Any]) -> Any:
-    """Makes the library's index of a data set held in memory."""
-    for number, annotation in enumerate(dataset["annotations"], start=1):  # an id of 0 reads as "not matched"
-        annotation["id"] = number
-    index = coco_class()
-    index.dataset = {"info": {}, **dataset}
-    with contextlib.redirect_stdout(io.StringIO()):
-        index.createIndex()
-    return index
-
-
-def _run(
-    truth: Any, found: Any, images: Sequence[int | str] | None = None, categories: Sequence[int] | None = None
+def _evaluate(
+    known: Mapping[str, Any],
+    truth: Sequence[dict[str, Any]],
+    found: Sequence[dict[str, Any]],
+    images: Sequence[int | str] | None = None,
+    categories: Sequence[int] | None = None,
 ) -> CocoFigures:
-    """Runs the library's evaluation of boxes, silently, on all images and categories or some."""
-    _, eval_class = require_coco_tools()
+    """Runs the library's evaluation of boxes, silently, on all images and categories of `known` or some."""
+    coco_class, eval_class = require_coco_tools()
+    indices = []
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = eval_class(truth, found, iouType="bbox")
+        for boxes in (truth, found):
+            index = coco_class()
+            numbered = [{**box, "id": number} for number, box in enumerate(boxes, start=1)]  # 0 reads as "not matched"
+            index.dataset = {"info": {}, **known, "annotations": numbered}
+            index.createIndex()
+            indices.append(index)
+        evaluation = eval_class(*indices, iouType="bbox")
         if images is not None:
             evaluation.params.imgIds = list(images)
         if categories is not None:
@@ -149,7 +130,7 @@ def _run(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return CocoFigures(*(float(value) for value in evaluation.stats[:12]))
+    return CocoFigures(*(float(value) for value in evaluation.stats[: len(FIGURES)]))
 
 
 def require_coco_tools() -> tuple[type, type]:
@@ -171,8 +152,8 @@ def require_coco_tools() -> tuple[type, type]:
 
 
 def figure_lines(figures: CocoFigures) -> list[str]:
-    """The figures as a table of lines."""
-    return [f"{title:<48}{value:8.3f}" for title, value in zip(_TITLES, figures, strict=True)]
+    """Returns the figures as a table of lines."""
+    return [f"{title:<48}{value:8.3f}" for title, value in zip(FIGURES.values(), figures, strict=True)]
 
 
 def category_ids(sources: Sequence[Path], names: Mapping[int, str]) -> Sequence[int]:
@@ -185,23 +166,6 @@ def category_ids(sources: Sequence[Path], names: Mapping[int, str]) -> Sequence[
     listed = any(Path(source).parts[-2:] == ("coco", "val2017.txt") for source in sources)
     is_coco = listed and names == load_spec(ROOT / "data" / "coco.yaml", need=()).names
     return COCO80_TO_91 if is_coco else range(len(names))
-
-
-def predictions(
-    records: Sequence[ImageRecord], ids: Sequence[int | str], categories: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Detections as COCO's results format.
-
-    Args:
-        records: the images' detections.
-        ids: the identifier of every image.
-        categories: the category of every class.
-    """
-    return [
-        row
-        for record, one in zip(records, ids, strict=True)
-        for row in detection_rows(one, record.detections, categories)
-    ]
 
 
 def detection_rows(image: int | str, detections: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
@@ -223,16 +187,6 @@ def detection_rows(image: int | str, detections: np.ndarray, categories: Sequenc
         }
         for box, (confidence, class_id) in zip(boxes_xywh.tolist(), detections[:, 4:6].tolist(), strict=True)
     ]
-
-
-def write_predictions(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Writes results as JSON, all or nothing.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    with atomic_write(file) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(rows, stream)
 
 
 class Annotations:
@@ -307,18 +261,17 @@ class Annotations:
         """Computes COCO's figures of results against the file's boxes.
 
         Args:
-            rows: what `predictions` returned, with the file's own numbers.
+            rows: `detection_rows` of all images, with the file's own numbers.
             images: the images that were evaluated, by the file's numbers.
             categories: the categories of the model's classes; what the file has beside them does not count.
 
         Raises:
             UserError: no COCO library, or it cannot use the file.
         """
-        coco_class, _ = require_coco_tools()
+        require_coco_tools()
         found = [{**row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} for row in rows]
         known = {"images": self._images, "categories": self._categories}
         try:
-            truth, results = (_index(coco_class, {**known, "annotations": boxes}) for boxes in (self._boxes, found))
-            return _run(truth, results, images, categories)
+            return _evaluate(known, self._boxes, found, images, categories)
         except (LookupError, ValueError, TypeError, RuntimeError) as error:  # of a box that lacks what COCO's have
             raise UserError(f"{self.path}: cannot be used ({type(error).__name__}: {error}).") from error

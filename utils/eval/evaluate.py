@@ -6,8 +6,8 @@ handed in. Predictions and labels are compared in each image's own pixels.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,19 @@ from utils.eval.coco import (
     CocoFigures,
     ImageRecord,
     coco_figures,
+    detection_rows,
     figure_lines,
     image_ids,
-    predictions,
-    write_predictions,
 )
 from utils.eval.report import HEADER, speed_line, table_rows
+from utils.files import atomic_write
 from utils.log import LOGGER, progress
 from utils.media.writers import LabelWriter, OutputStems
 from utils.metrics import IOU_THRESHOLDS, APResult, ConfusionMatrix, ap_per_class, fitness, match_detections
 from utils.nms import NMSConfig
+from utils.plots import output_to_target
 from utils.plots.evaluation import load_libraries, plot_evaluation
+from utils.process import Background
 
 DRAWN_BATCHES = 3
 NMS = NMSConfig(conf_thres=0.001, iou_thres=0.6, multi_label=True)  # of validation; mAP needs weak detections too
@@ -160,8 +162,10 @@ def evaluate(
     notify = callbacks.run if callbacks else lambda *_: None
     notify("on_val_start")
     leave = not (settings.training or settings.quiet)
-    with _BatchPlots(settings, names) as plots:
-        for batch in progress(loader, total=len(loader), desc=HEADER, leave=leave):
+    with Background(_draw_batch) as plots:  # while the next batches are computed
+        if settings.plots:
+            plots.put(None, (), names, {})
+        for number, batch in enumerate(progress(loader, total=len(loader), desc=HEADER, leave=leave)):
             notify("on_val_batch_start")
             largest_shape = max(largest_shape, tuple(batch.images.shape))
             found = predictor.predict(batch.images.numpy(), _known_boxes(batch) if settings.save_hybrid else ())
@@ -177,7 +181,9 @@ def evaluate(
                 if writer:
                     writer.write(stems[record.path], Detections.from_rows(record.detections), record.shape_hw)
                 notify("on_val_image_end", detections, record.detections, record.path, names, batch.images)
-            plots.add(batch, found)
+            if settings.plots and number < DRAWN_BATCHES:
+                labels, pred = (settings.save_dir / f"val_batch{number}_{kind}.jpg" for kind in ("labels", "pred"))
+                plots.put(batch.images, batch.paths, names, {labels: batch.targets, pred: output_to_target(found)})
             notify("on_val_batch_end")
         seconds = [after - before for after, before in zip(predictor.seconds.values(), seconds_before, strict=True)]
         speed_ms = tuple(1e3 * taken / max(metrics.seen, 1) for taken in seconds)
@@ -265,37 +271,15 @@ class _MetricAccumulator:
         )
 
 
-class _BatchPlots:
-    """Draws the first batches with their labels and detections in a thread, while the next batches are computed."""
+def _draw_batch(images: Any, paths: Sequence[str], names: Mapping[int, str], boxes: Mapping[Path, Any]) -> None:
+    """Draws a batch once for each file, with the boxes that belong there; without images it loads what that takes."""
+    if images is None:
+        load_libraries()
+        return
+    from utils.plots import plot_images
 
-    def __init__(self, settings: EvalOptions, names: Mapping[int, str]):
-        self._folder = settings.save_dir
-        self._limit = DRAWN_BATCHES if settings.plots else 0
-        self._names = names
-        self._count = 0
-        self._pending: list[Future] = []
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="plots")
-
-    def __enter__(self) -> _BatchPlots:
-        if self._limit:
-            self._pending.append(self._pool.submit(load_libraries))
-        return self
-
-    def __exit__(self, exception_type: type | None, *_: Any) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=exception_type is not None)
-        if exception_type is None:
-            for future in self._pending:
-                future.result()  # raises what went wrong while drawing
-
-    def add(self, batch: Any, found: Sequence[np.ndarray]) -> None:
-        if self._count >= self._limit:
-            return
-        from utils.plots import output_to_target, plot_images
-
-        for content, boxes in (("labels", batch.targets), ("pred", output_to_target(found))):
-            file = self._folder / f"val_batch{self._count}_{content}.jpg"
-            self._pending.append(self._pool.submit(plot_images, batch.images, boxes, batch.paths, file, self._names))
-        self._count += 1
+    for file, some in boxes.items():
+        plot_images(images, some, paths, file, names)
 
 
 def _finish(
@@ -358,9 +342,12 @@ def _save_json(result: EvalResult, names: Mapping[int, str], settings: EvalOptio
             truth = None
             LOGGER.warning(f"WARNING: COCO's annotations were not used for mAP: {error}")
     ids = ids or image_ids(paths)
-    rows = predictions(result.records, ids, categories)
-    write_predictions(rows, settings.save_dir / settings.json_name)
-    LOGGER.info(f"Detections saved to {settings.save_dir / settings.json_name}")
+    file = settings.save_dir / settings.json_name
+    records = zip(result.records, ids, strict=True)
+    rows = [row for record, image in records for row in detection_rows(image, record.detections, categories)]
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps(rows), encoding="utf-8")
+    LOGGER.info(f"Detections saved to {file}")
     if truth is None:
         return result
     try:

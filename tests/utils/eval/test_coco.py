@@ -7,7 +7,7 @@ import pytest
 
 from utils.errors import UserError
 from utils.eval import coco
-from utils.eval.coco import COCO80_TO_91, ImageRecord
+from utils.eval.coco import COCO80_TO_91, ImageRecord, detection_rows
 from utils.files import ROOT, read_yaml
 
 
@@ -72,7 +72,11 @@ def test_annotation_file_gives_its_numbers_and_the_figures_of_what_was_evaluated
     truth = coco.Annotations(annotation_file(tmp_path))
     categories, ids = truth.category_ids({0: "cat"}), truth.image_ids(["x/a.jpg", "x/b.jpg"])
     assert (categories, ids) == ([4], [31, 5])
-    rows = coco.predictions(scene(), ids, categories)
+    rows = [
+        row
+        for one, image in zip(scene(), ids, strict=True)
+        for row in detection_rows(image, one.detections, categories)
+    ]
     assert [(row["image_id"], row["category_id"]) for row in rows] == [(31, 4), (5, 4)]
     assert truth.figures(rows, ids, categories) == pytest.approx(coco.coco_figures(scene(), nc=1))
 
@@ -125,8 +129,7 @@ def test_a_file_that_is_no_annotation_file_is_named(tmp_path, changes):
 
 
 def test_results_are_rounded_as_coco_writes_them():
-    one = record("a.jpg", [[1.23456, 2, 4.5, 6, 0.1234567, 79]], [])
-    rows = coco.predictions([one], [139], COCO80_TO_91)
+    rows = detection_rows(139, np.float32([[1.23456, 2, 4.5, 6, 0.1234567, 79]]), COCO80_TO_91)
     assert rows == [{"image_id": 139, "category_id": 90, "bbox": [1.235, 2, 3.265, 4], "score": 0.12346}]
 
 
