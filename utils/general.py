@@ -99,16 +99,13 @@ class Profile(contextlib.ContextDecorator):
     """
 
     def __init__(self, t: float = 0.0) -> None:
-        """Starts from `t` seconds."""
         self.t, self.dt, self.start = t, 0.0, 0.0
 
     def __enter__(self) -> Profile:
-        """Starts the clock."""
         self.start = time_sync()
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        """Stops the clock."""
         self.dt = time_sync() - self.start
         self.t += self.dt
 

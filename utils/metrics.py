@@ -196,8 +196,8 @@ def compute_ap(recall: np.ndarray, precision: np.ndarray) -> tuple[float, np.nda
     """Returns the area under the precision envelope of one class, and that envelope.
 
     The envelope is the highest precision that is reached at a recall or a higher one, from recall 0, precision 1 to
-    recall 1, precision 0. It is integrated by trapezoids at AP_POINTS recalls: the end at 0 takes half a trapezoid even
-    from perfect detections, so that the area is 0.995 at most.
+    recall 1, precision 0. It is integrated by trapezoids at AP_POINTS recalls: the precision 0 at the end takes half a
+    trapezoid even from perfect detections, so that the area is 0.995 at most.
 
     Args:
         recall: (d,) rising.
@@ -214,8 +214,7 @@ def compute_ap(recall: np.ndarray, precision: np.ndarray) -> tuple[float, np.nda
 
 def _smooth(curve: np.ndarray) -> np.ndarray:
     """Running mean of a curve (p,) over SMOOTHING_POINTS points, its ends repeated."""
-    half = SMOOTHING_POINTS // 2
-    padded = np.concatenate((np.full(half, curve[0]), curve, np.full(half, curve[-1])))
+    padded = np.pad(curve, SMOOTHING_POINTS // 2, mode="edge")
     return np.convolve(padded, np.full(SMOOTHING_POINTS, 1 / SMOOTHING_POINTS), mode="valid")
 
 

@@ -32,7 +32,6 @@ class ReadAhead(Generic[Item]):
     """
 
     def __init__(self, source: Iterable[Item], depth: int = 4) -> None:
-        """Starts nothing yet."""
         self._source = source
         self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._stopped = threading.Event()
@@ -40,7 +39,6 @@ class ReadAhead(Generic[Item]):
         self._thread = threading.Thread(target=self._read, name="read-ahead", daemon=True)
 
     def __enter__(self) -> ReadAhead[Item]:
-        """Starts reading."""
         self._thread.start()
         return self
 
@@ -87,7 +85,6 @@ class Background:
     """
 
     def __init__(self, consume: Callable[..., None], depth: int = 4) -> None:
-        """Starts nothing yet."""
         self._consume = consume
         # Not a bounded `Queue`: Ctrl-C in the middle of its `put` can lose the news of the next item, which would then
         # never be consumed. A `SimpleQueue` cannot be interrupted, and here a semaphore's news come from the thread.
@@ -97,7 +94,6 @@ class Background:
         self._thread = threading.Thread(target=self._work, name="background", daemon=True)
 
     def __enter__(self) -> Background:
-        """Starts consuming."""
         self._thread.start()
         return self
 
