@@ -93,7 +93,7 @@ class Head(nn.Module):
             ValueError: `normalised` without `shape_hw`.
         """
         unit_px = _unit_px(shape_hw, normalised)
-        return Decoder([self.level_decoder(self, level, shape_hw, unit_px) for level in range(self.nl)], shape_hw)
+        return Decoder([self.level_decoder(self, level, shape_hw, unit_px) for level in range(self.nl)])
 
     def output(
         self,
@@ -173,13 +173,13 @@ class LevelDecoder(_Float32):
         self.na, self.channels, self.no, self.objectness = head.na, head.channels, head.no, head.objectness
         stride = head.stride[level].float().to(next(head.parameters()).device)
         self.row_count: int | None = None
-        unit = stride.new_tensor(unit_px).view(1, 1, 2, 1)
         self.register_buffer("stride", stride)
-        self.register_buffer("cell", stride / unit)
+        self.register_buffer("cell", stride.expand(1, 1, 2, 1))
         self.register_buffer("grid", None)
         if shape_hw is not None:
+            unit = stride.new_tensor(unit_px).view(1, 1, 2, 1)
             size = [round(side / float(stride)) for side in shape_hw]
-            self.grid = self._make_grid(size, stride.device) / unit
+            self.cell, self.grid = self.cell / unit, self._make_grid(size, stride.device) / unit
             self.row_count = self.na * size[0] * size[1]
 
     def decode(self, values: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,16 +214,14 @@ class Decoder(nn.Module):
     """Raw maps of a head to rows [x, y, w, h in px, objectness, class probabilities], float32.
 
     Attributes:
-        shape_hw: height and width of the images where they are fixed, px, else None.
-        row_count: rows of an image of that size, else None.
+        row_count: rows of an image of the fixed size, else None.
     """
 
-    def __init__(self, levels: Sequence[LevelDecoder], shape_hw: Sequence[int] | None) -> None:
+    def __init__(self, levels: Sequence[LevelDecoder]) -> None:
         """Takes the decoders of all levels."""
         super().__init__()
         self.levels, self.no = nn.ModuleList(levels), levels[0].no
-        self.shape_hw = None if shape_hw is None else tuple(shape_hw)
-        self.row_count = None if shape_hw is None else sum(level.row_count for level in levels)
+        self.row_count = None if levels[0].row_count is None else sum(level.row_count for level in levels)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps nl tensors (b, na * channels, ny, nx) to (b, rows, no), level by level, then by box, y, x."""

@@ -40,9 +40,9 @@ def random_maps(shape_hw=SHAPE_HW, batch: int = 2, spread: float = 2.0, seed: in
 class GivenRows(nn.Module):
     """Stands in for a decoder: the "maps" are the rows."""
 
-    def __init__(self, count: int, shape_hw=(640, 640)):
+    def __init__(self, count: int):
         super().__init__()
-        self.row_count, self.shape_hw = count, shape_hw
+        self.row_count = count
 
     def forward(self, rows):
         return rows

@@ -48,47 +48,32 @@ def match_targets(
         One result a layer, its rows in the order: own cells, left, upper, right, lower neighbours; within each by
         anchor, then by label. A centre exactly on a border between two cells counts its own cell twice, as in YOLOv5.
     """
-    return [
-        _match_layer(targets, layer_anchors, ny, nx, anchor_t)
-        for layer_anchors, (ny, nx) in zip(anchors, grid_shapes, strict=True)
-    ]
-
-
-def _match_layer(targets: Tensor, anchors_wh: Tensor, ny: int, nx: int, anchor_t: float) -> LayerTargets:
-    """Matches (N, 6) labels with the (na, 2) anchors of a layer of ny x nx cells."""
-    grid_wh = targets.new_tensor((nx, ny))
-    centres, sizes = targets[:, 2:4] * grid_wh, targets[:, 4:6] * grid_wh
-    pair_anchor, pair_label = fitting_anchors(sizes, anchors_wh, anchor_t).nonzero(as_tuple=True)
-    candidate, pair = neighbour_cells(centres[pair_label], grid_wh).nonzero(as_tuple=True)
-    label, anchor = pair_label[pair], pair_anchor[pair]
-    centre = centres[label]
-    cells = (centre - targets.new_tensor(_STEPS)[candidate]).long()  # truncates
-    cell_x, cell_y = cells[:, 0].clamp(0, nx - 1), cells[:, 1].clamp(0, ny - 1)
-    offsets = centre - torch.stack((cell_x, cell_y), dim=1)
-    return LayerTargets(
-        image=targets[label, 0].long(),
-        anchor=anchor,
-        cell_y=cell_y,
-        cell_x=cell_x,
-        box_xywh=torch.cat((offsets, sizes[label]), dim=1),
-        anchor_wh=anchors_wh[anchor],
-        cls=targets[label, 1].long(),
-    )
-
-
-def fitting_anchors(sizes_wh: Tensor, anchors_wh: Tensor, anchor_t: float) -> Tensor:
-    """Tells which anchors are close enough in size: (N, 2) labels, (na, 2) anchors -> bool [anchors, labels]."""
-    ratio = sizes_wh[None] / anchors_wh[:, None]
-    return torch.maximum(ratio, 1 / ratio).amax(dim=2) < anchor_t
-
-
-def neighbour_cells(centres: Tensor, grid_wh: Tensor) -> Tensor:
-    """Tells which cells learn a label: (P, 2) centres in cells, (2,) grid size -> bool [own left up right down, P].
-
-    A neighbour outside the grid never does: the centre must lie more than one cell from that edge.
-    """
-    from_far = grid_wh - centres
-    left_up = (centres % 1 < _NEAR) & (centres > 1)
-    right_down = (from_far % 1 < _NEAR) & (from_far > 1)
-    own = torch.ones_like(left_up[:, :1])
-    return torch.cat((own, left_up, right_down), dim=1).T
+    found = []
+    for anchors_wh, (ny, nx) in zip(anchors, grid_shapes, strict=True):
+        grid_wh = targets.new_tensor((nx, ny))
+        centres, sizes = targets[:, 2:4] * grid_wh, targets[:, 4:6] * grid_wh
+        ratio = sizes[None] / anchors_wh[:, None]
+        fitting = torch.maximum(ratio, 1 / ratio).amax(dim=2) < anchor_t  # (na, N)
+        pair_anchor, pair_label = fitting.nonzero(as_tuple=True)
+        # A neighbour outside the grid never learns: the centre must lie more than one cell from that edge
+        near, from_far = centres[pair_label], grid_wh - centres[pair_label]
+        left_up, right_down = ((side % 1 < _NEAR) & (side > 1) for side in (near, from_far))
+        learning = torch.cat((torch.ones_like(left_up[:, :1]), left_up, right_down), dim=1).T  # (5, pairs)
+        candidate, pair = learning.nonzero(as_tuple=True)
+        label, anchor = pair_label[pair], pair_anchor[pair]
+        centre = centres[label]
+        cells = (centre - targets.new_tensor(_STEPS)[candidate]).long()  # truncates
+        cell_x, cell_y = cells[:, 0].clamp(0, nx - 1), cells[:, 1].clamp(0, ny - 1)
+        offsets = centre - torch.stack((cell_x, cell_y), dim=1)
+        found.append(
+            LayerTargets(
+                image=targets[label, 0].long(),
+                anchor=anchor,
+                cell_y=cell_y,
+                cell_x=cell_x,
+                box_xywh=torch.cat((offsets, sizes[label]), dim=1),
+                anchor_wh=anchors_wh[anchor],
+                cls=targets[label, 1].long(),
+            )
+        )
+    return found

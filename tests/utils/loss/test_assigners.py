@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.loss.assigners import fitting_anchors, match_targets, neighbour_cells
+from utils.loss.assigners import match_targets
 
 ANCHOR = torch.tensor([[[2.0, 2.0]]])  # one layer, one anchor of 2 x 2 cells
 
@@ -23,10 +23,6 @@ def cells_of(match):
     return list(zip(match.cell_x.tolist(), match.cell_y.tolist(), strict=True))
 
 
-def test_middle_of_a_cell_is_learnt_by_that_cell_alone():
-    assert cells_of(match_one(5.5, 5.5)) == [(5, 5)]
-
-
 def test_two_nearest_neighbours_join_in():
     """x = 5.2 lies in the left half of its cell, y = 5.7 in the lower half."""
     match = match_one(5.2, 5.7)
@@ -38,6 +34,7 @@ def test_two_nearest_neighbours_join_in():
 @pytest.mark.parametrize(
     ("x", "y", "expected"),
     [
+        (5.5, 5.5, [(5, 5)]),  # the middle of a cell
         (0.2, 0.2, [(0, 0)]),  # no cell to the left or above
         (1.25, 8.5, [(1, 8), (0, 8)]),
         (1.0, 8.5, [(1, 8), (1, 8)]),  # on a border: not more than one cell from the left edge, its own cell twice
@@ -46,7 +43,7 @@ def test_two_nearest_neighbours_join_in():
         (14.9, 8.5, [(14, 8), (15, 8)]),
     ],
 )
-def test_edges_of_the_grid(x, y, expected):
+def test_cells_that_learn_a_label(x, y, expected):
     assert cells_of(match_one(x, y)) == expected
 
 
@@ -57,11 +54,6 @@ def test_box_of_a_clamped_cell_is_relative_to_that_cell():
 @pytest.mark.parametrize(("width", "matches"), [(7.99, True), (8.0, False), (0.51, True), (0.5, False), (0.0, False)])
 def test_sides_must_differ_by_less_than_anchor_t_times(width, matches):
     assert bool(len(match_one(5.5, 5.5, w=width).cls)) is matches
-
-
-def test_no_labels():
-    match = match_targets(torch.zeros(0, 6), ANCHOR, [(4, 4)], 4.0)[0]
-    assert [tuple(field.shape) for field in match] == [(0,), (0,), (0,), (0,), (0, 4), (0, 2), (0,)]
 
 
 def test_rows_come_own_cells_first_then_left_up_right_down_each_by_anchor_then_label():
@@ -75,18 +67,6 @@ def test_rows_come_own_cells_first_then_left_up_right_down_each_by_anchor_then_l
     assert rows == own + left + down
     assert match.cls.tolist() == [0, 4, 0, 4, 0, 4, 0, 4, 4, 4]
     assert match.anchor_wh[2].tolist() == [3.0, 3.0]
-
-
-def test_flat_cells_address_the_flattened_output():
-    match = match_one(5.2, 5.7, grid=(10, 16))
-    output = torch.arange(2 * 1 * 10 * 16).view(2, 1, 10, 16)
-    expected = output[match.image, match.anchor, match.cell_y, match.cell_x]
-    assert output.flatten()[match.flat_cells(1, 10, 16)].tolist() == expected.tolist()
-
-
-def test_steps_name_their_dimensions():
-    assert fitting_anchors(torch.ones(5, 2), torch.ones(3, 2), 4.0).shape == (3, 5)
-    assert neighbour_cells(torch.ones(7, 2), torch.tensor([4.0, 4.0])).shape == (5, 7)
 
 
 def by_loops(targets, anchors_wh, ny, nx, anchor_t):
