@@ -47,7 +47,7 @@ def datasets_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set YAML: 24 training and 8 validation pictures of the embedded data set."""
+    """A data set YAML: 24 training and 8 validation images of the embedded data set."""
     from utils.tools.shapes import SPLITS, label_text, scene_of
 
     root = tmp_path_factory.mktemp("shapes")
@@ -64,6 +64,16 @@ def write_scenes(root: Path, split: str, scenes: list, label_text) -> None:
     for index, scene in enumerate(scenes):
         cv2.imwrite(str(root / "images" / split / f"{index}.jpg"), scene.image)
         (root / "labels" / split / f"{index}.txt").write_text(label_text(scene))
+
+
+@pytest.fixture(scope="session")
+def tiny_cfg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model YAML of four layers and two levels, trained in a moment."""
+    from tests.campaigns.interruptions import MODEL
+
+    path = tmp_path_factory.mktemp("cfg") / "tiny.yaml"
+    path.write_text(MODEL)
+    return path
 
 
 @pytest.fixture
@@ -109,7 +119,7 @@ def save_weights(path: Path, names: dict[int, str], seed: int = 0) -> Path:
 
 
 class Numbered:
-    """Pictures that carry their number where compression does not harm it, on a texture that shows what is missing."""
+    """Images that carry their number where compression does not harm it, on a texture that shows what is missing."""
 
     HEIGHT, WIDTH, BITS, CELL_PX = 96, 128, 8, 16
 
@@ -118,7 +128,7 @@ class Numbered:
         self.texture = cv2.resize(texture, (self.WIDTH, self.HEIGHT))
 
     def draw(self, number: int) -> np.ndarray:
-        """Draws picture `number`, 0 to 255: bits as light or dark cells in the upper row, the rest moves."""
+        """Draws image `number`, 0 to 255: bits as light or dark cells in the upper row, the rest moves."""
         image = np.roll(self.texture, 5 * number, axis=1)
         for bit in range(self.BITS):
             cell = image[: self.CELL_PX, bit * self.CELL_PX : (bit + 1) * self.CELL_PX]
@@ -126,27 +136,27 @@ class Numbered:
         return image
 
     def read(self, image: np.ndarray) -> int:
-        """Returns the number of a picture that is whole: it must look as drawn, all over."""
+        """Returns the number of an image that is whole: it must look as drawn, all over."""
         assert image.shape == (self.HEIGHT, self.WIDTH, 3)
         cells = image[4 : self.CELL_PX - 4].reshape(-1, self.BITS, self.CELL_PX, 3)[:, :, 4:-4]
         number = sum(1 << bit for bit in range(self.BITS) if cells[:, bit].mean() > 128)
         blocks = np.abs(image.astype(int) - self.draw(number)).reshape(6, 16, 8, 16, 3).mean((1, 3, 4))
-        assert blocks.max() < 25, f"picture {number} is damaged: {blocks.round()}"
+        assert blocks.max() < 25, f"image {number} is damaged: {blocks.round()}"
         return number
 
 
 @pytest.fixture(scope="session")
 def numbered() -> Numbered:
-    """Draws and reads pictures with numbers."""
+    """Draws and reads images with numbers."""
     return Numbered()
 
 
 class MjpegServer(http.server.ThreadingHTTPServer):
-    """Sends numbered pictures, the numbers going on from connection to connection; `plan` says how each ends.
+    """Sends numbered images, the numbers going on from connection to connection; `plan` says how each ends.
 
-    A connection sends `frames` pictures and then: "cut" breaks off within the next one, "stall" keeps the line open
+    A connection sends `frames` images and then: "cut" breaks off within the next one, "stall" keeps the line open
     in silence, "end" closes it, "corrupt" sends rubbish once and goes on to "end". "refuse" answers 503 at once.
-    Where `go` was cleared, the plan begins when it is set; until then pictures come slowly.
+    Where `go` was cleared, the plan begins when it is set; until then images come slowly.
     """
 
     daemon_threads = True

@@ -177,7 +177,7 @@ def test_repeated_lines_are_counted_and_the_rest_goes_on(tmp_path, caplog):
 
 LISTS = {
     "missing files": (b"./0.png\n./gone.png\n", (["0.png"], ["gone.png"]), (["0.png"], ["gone.png"])),
-    "comments": (b"# my pictures\n./0.png\n", (["0.png"], []), (["0.png"], [])),
+    "comments": (b"# my images\n./0.png\n", (["0.png"], []), (["0.png"], [])),
     "blank lines": (b"\n\n\t\n  ./0.png  \n\n./sub/1.png", (["0.png", "1.png"], []), (["0.png", "1.png"], [])),
     "a mark and old line ends": (b"\xef\xbb\xbf./0.png\r\n\r\n", (["0.png"], []), (["0.png"], [])),
     "a folder like an image": (b"./0.png\n./x.jpg\n", (["0.png"], ["x.jpg"]), (["0.png"], ["x.jpg"])),

@@ -147,7 +147,7 @@ FOREIGN = {  # what stands in the file -> what is said
     "a page": (lambda: b"<!DOCTYPE html>\n<html>404</html>\n", "is a text file ('<!DOCTYPE html>"),
     "a page in Chinese": (lambda: "<p>未找到文件</p>\n".encode() * 40, "is a text file ('<p>未找"),
     "a model YAML": (lambda: b"nc: 80\ndepth_multiple: 0.33\n", "is a text file ('nc: 80"),
-    "a picture": (lambda: b"\xff\xd8\xff\xe0" + bytes(600), "is not a checkpoint (unknown format"),
+    "an image": (lambda: b"\xff\xd8\xff\xe0" + bytes(600), "is not a checkpoint (unknown format"),
     "arrays": (lambda: zipped({"rows.npy": b"\x93NUMPY"}), "zip archive, but not a checkpoint"),
     "zeros": (lambda: bytes(5000), "is not a checkpoint (unknown format"),
 }

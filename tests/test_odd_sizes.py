@@ -1,4 +1,4 @@
-"""Sizes far from the usual: very many boxes in a picture, very large and very long pictures, very many classes.
+"""Sizes far from the usual: very many boxes in an image, very large and very long images, very many classes.
 
 Each works, with the boxes in their places, or is refused with the reason; none may take 3 GB of memory.
 """
@@ -27,7 +27,7 @@ from utils.metrics import ConfusionMatrix, ap_per_class, match_detections
 from utils.train.hyp import Hyp
 
 MAX_BYTES = 3 << 30
-GRID = 100  # boxes along each side of the crowded picture
+GRID = 100  # boxes along each side of the crowded image
 PEAK_CONTROL = Path("/proc/self/clear_refs")
 
 
@@ -72,12 +72,12 @@ def step(nc: int, images: torch.Tensor, targets: torch.Tensor):
 # Very many boxes
 
 
-def write_set(folder: Path, pictures: dict[str, np.ndarray], labels: dict[str, str], names: list[str]) -> Path:
-    """Writes pictures with labels and a YAML that takes them for training and validation; returns the YAML."""
+def write_set(folder: Path, images: dict[str, np.ndarray], labels: dict[str, str], names: list[str]) -> Path:
+    """Writes images with labels and a YAML that takes them for training and validation; returns the YAML."""
     for kind in ("images", "labels"):
         (folder / kind).mkdir(parents=True)
-    for name, picture in pictures.items():
-        cv2.imwrite(str(folder / "images" / name), picture, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    for name, image in images.items():
+        cv2.imwrite(str(folder / "images" / name), image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
     for name, text in labels.items():
         (folder / "labels" / name).with_suffix(".txt").write_text(text)
     (folder / "set.yaml").write_text(f"path: .\ntrain: images\nval: images\nnames: {names}\n")
@@ -85,7 +85,7 @@ def write_set(folder: Path, pictures: dict[str, np.ndarray], labels: dict[str, s
 
 
 def crowd() -> np.ndarray:
-    """Returns 10,000 labels [class, x, y, w, h] that fill the picture."""
+    """Returns 10,000 labels [class, x, y, w, h] that fill the image."""
     centres = (np.arange(GRID) + 0.5) / GRID
     y, x = (axis.ravel() for axis in np.meshgrid(centres, centres, indexing="ij"))
     return np.column_stack([np.arange(GRID**2) % 2, x, y, np.full_like(x, 0.01), np.full_like(y, 0.01)])
@@ -93,11 +93,11 @@ def crowd() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory) -> Path:
-    """A data set's YAML: one picture of 640x640 px with 10,000 boxes, and a second with none."""
+    """A data set's YAML: one image of 640x640 px with 10,000 boxes, and a second with none."""
     noise = np.random.default_rng(0).integers(0, 256, (640, 640, 3)).astype(np.uint8)
     text = "".join(f"{int(row[0])} {row[1]:.4f} {row[2]:.4f} {row[3]} {row[4]}\n" for row in crowd())
-    pictures = {"crowd.png": noise, "empty.png": noise[::-1]}
-    return write_set(tmp_path_factory.mktemp("crowd"), pictures, {"crowd": text, "empty": ""}, ["a", "b"])
+    images = {"crowd.png": noise, "empty.png": noise[::-1]}
+    return write_set(tmp_path_factory.mktemp("crowd"), images, {"crowd": text, "empty": ""}, ["a", "b"])
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_ten_thousand_boxes_come_in_a_batch_where_they_belong(crowd_table, augme
     np.testing.assert_allclose(batch.targets[:, 1:], crowd(), atol=1e-5)
 
 
-def test_a_mosaic_of_crowded_pictures_trains(crowd_table):
+def test_a_mosaic_of_crowded_images_trains(crowd_table):
     table = crowd_table.subset([0, 0, 0, 0])
     loader, _ = create_dataloader(table, 640, 1, 32, hyp=recipe(), augment=True, workers=0, shuffle=True)
     images, targets, _, _ = next(iter(loader))
@@ -151,11 +151,11 @@ def test_val_counts_ten_thousand_boxes(crowded, command, more_weights, tmp_path)
     assert f"{'all':>20}{2:11}{10_000:11}" in outcome.said and f"{'b':>20}{2:11}{5000:11}" in outcome.said
 
 
-# Very large and very long pictures
+# Very large and very long images
 
 
 class Odd(NamedTuple):
-    """A picture of blocks: dark ones, and white ones that are the object."""
+    """An image of blocks: dark ones, and white ones that are the object."""
 
     width: int
     height: int
@@ -170,7 +170,7 @@ class Odd(NamedTuple):
         return np.array([left, top, right, bottom])
 
     def draw(self, scale: int = 1) -> np.ndarray:
-        """Returns the picture, uint8 (h, w), its sides divided by `scale`."""
+        """Returns the image, uint8 (h, w), its sides divided by `scale`."""
         rows, columns = (12 if side > 100 else 1 for side in (self.height, self.width))
         blocks = np.random.default_rng(3).integers(0, 90, (rows, columns)).astype(np.uint8)
         blocks = np.broadcast_to(blocks, (12, 12)).copy()
@@ -200,10 +200,10 @@ USED = [name for name, odd in ODD.items() if not odd.scan]
 
 @pytest.fixture(scope="module")
 def odd_set(tmp_path_factory) -> Path:
-    """A data set's YAML with one picture of each odd size."""
+    """A data set's YAML with one image of each odd size."""
     folder = tmp_path_factory.mktemp("odd")
-    pictures = {name: odd.draw() for name, odd in ODD.items()}
-    return write_set(folder, pictures, {name: odd.label for name, odd in ODD.items()}, ["a", "b"])
+    images = {name: odd.draw() for name, odd in ODD.items()}
+    return write_set(folder, images, {name: odd.label for name, odd in ODD.items()}, ["a", "b"])
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_odd_sizes_are_taken_or_left_out_with_the_reason(odd_table, odd_set):
 @pytest.mark.parametrize("augment", [False, True], ids=["validation", "training"])
 @pytest.mark.parametrize("name", USED)
 def test_boxes_of_odd_sizes_frame_what_they_did(odd_table, name, augment):
-    """The box lies around the white pixels of the small picture, and leads back to the label's own pixels."""
+    """The box lies around the white pixels of the small image, and leads back to the label's own pixels."""
     names = [Path(path).name for path in odd_table.image_paths]
     table = odd_table.subset([names.index(name)])
     item = LoadImagesAndLabels(table, 512, augment=augment, hyp={}, rect=not augment)[0]
@@ -248,7 +248,7 @@ def test_val_uses_them_and_names_the_others(odd_set, command, weights, tmp_path)
 
 
 @pytest.mark.slow
-def test_detection_finds_the_same_in_large_pictures_as_in_small_ones(odd_set, command, weights, tmp_path):
+def test_detection_finds_the_same_in_large_images_as_in_small_ones(odd_set, command, weights, tmp_path):
     small = {name: ODD[name].draw(scale=10) for name in USED}
     write_set(tmp_path / "small", small, {}, [])
     outcomes = {}
@@ -259,11 +259,11 @@ def test_detection_finds_the_same_in_large_pictures_as_in_small_ones(odd_set, co
     assert outcomes["small"].status == 0 and outcomes["odd"].status == 1
     assert "3 damaged inputs were skipped, all others are done" in outcomes["odd"].said
     assert all(f"images/{name}: {odd.detect}" in outcomes["odd"].said for name, odd in ODD.items() if odd.detect)
-    for name, picture in small.items():
+    for name, image in small.items():
         labels = [(tmp_path / "runs" / run / "labels" / name).with_suffix(".txt") for run in outcomes]
         expected, found = (read_label_file(path).rows for path in labels)
         assert 0 < len(expected) == len(found) and expected[:, 0].tolist() == found[:, 0].tolist()
-        pixel = 1.01 / np.tile(picture.shape[::-1], 2)  # boxes are in whole pixels
+        pixel = 1.01 / np.tile(image.shape[::-1], 2)  # boxes are in whole pixels
         assert (np.abs(expected - found)[:, 1:] <= pixel).all()
 
 

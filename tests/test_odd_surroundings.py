@@ -61,7 +61,7 @@ def test_drawn_names_show_what_no_font_has_as_replacement_characters():
     assert text_width("\udcd5", 20) == text_width("\ufffd", 20)
 
 
-def test_class_names_bring_no_controls_to_tables_pictures_and_folders():
+def test_class_names_bring_no_controls_to_tables_images_and_folders():
     from utils.media.writers import folder_names
     from utils.plots.boxes import class_name
 

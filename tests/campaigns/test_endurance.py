@@ -116,9 +116,9 @@ def test_pages_shared_with_a_parent_are_not_private():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """A folder of ten pictures, one of them cut short."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> Path:
+    """A folder of ten images, one of them cut short."""
+    folder = tmp_path_factory.mktemp("images")
     for index in range(10):
         noise = np.random.default_rng(index).integers(0, 255, (48, 64, 3), np.uint8)
         data = cv2.imencode(".jpg", noise)[1].tobytes()
@@ -127,19 +127,19 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def options(weights, pictures):
-    """Of detect.py: everything written for every picture."""
+def options(weights, images):
+    """Of detect.py: everything written for every image."""
     import detect
     from utils.cli import options_from
 
-    keywords = {"weights": [str(weights)], "source": str(pictures), "imgsz": [IMGSZ], "device": "cpu", "max_det": 3}
+    keywords = {"weights": [str(weights)], "source": str(images), "imgsz": [IMGSZ], "device": "cpu", "max_det": 3}
     return options_from(detect.build_parser(), {**keywords, "save_txt": True, "save_crop": True, "save_csv": True})
 
 
 @ON_LINUX
 @pytest.mark.usefixtures("one_thread")
 def test_fifty_detections_leave_nothing_behind(options, tmp_path):
-    """Reading, detecting, drawing and writing, ten pictures five times, after ten to warm up; damage included."""
+    """Reading, detecting, drawing and writing, ten images five times, after ten to warm up; damage included."""
     import detect
     from models.inference.pipeline import Pipeline, open_pipeline
     from utils.media.sources import LoadImages
@@ -188,8 +188,8 @@ def test_a_closed_pipeline_gives_its_model_and_files_back(options):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_nothing_of_a_picture_is_kept_once_its_result_was_used(options):
-    """Neither the picture nor what was found in it, however little that is."""
+def test_nothing_of_an_image_is_kept_once_its_result_was_used(options):
+    """Neither the image nor what was found in it, however little that is."""
     from models.inference.pipeline import open_pipeline
 
     references, alive = [], []
@@ -200,21 +200,21 @@ def test_nothing_of_a_picture_is_kept_once_its_result_was_used(options):
         gc.collect()
         alive.append(sum(reference() is not None for reference in references))
     gc.collect()
-    assert len(references) == 18 and max(alive) <= 2, alive  # this picture's own
+    assert len(references) == 18 and max(alive) <= 2, alive  # this image's own
     assert not [reference for reference in references if reference() is not None]
 
 
 @ON_LINUX
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_epochs_leave_nothing_behind(tiny_shapes, tmp_path):
+def test_epochs_leave_nothing_behind(tiny_shapes, tiny_cfg, tmp_path):
     """Two epochs to warm up, then five, with worker processes, validation and checkpoints."""
     import train
     from utils.callbacks import Callbacks
 
     counts, callbacks = [], Callbacks()
     callbacks.register_action("on_fit_epoch_end", "count", lambda *_: counts.append(held()))
-    keywords = {"cfg": "yolov5n.yaml", "data": str(tiny_shapes), "imgsz": IMGSZ, "device": "cpu", "noplots": True}
+    keywords = {"cfg": str(tiny_cfg), "data": str(tiny_shapes), "imgsz": IMGSZ, "device": "cpu", "noplots": True}
     train.run(callbacks, epochs=8, workers=2, batch_size=12, project=str(tmp_path), **keywords)
     files, threads, objects = zip(*counts[1:7], strict=True)  # the last epoch closes what is not needed any more
     assert len(set(threads)) == 1

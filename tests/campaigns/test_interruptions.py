@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import train
-from tests.campaigns.interruptions import MODEL, living
+from tests.campaigns.interruptions import living
 from utils.callbacks import Callbacks
 from utils.checkpoint import load_checkpoint
 from utils.dataloaders.labels import load_labels, scan_chunk
@@ -32,9 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def options(tiny_shapes, tmp_path) -> dict:
+def options(tiny_shapes, tiny_cfg, tmp_path) -> dict:
     """Keywords of a run of a small model on a copy of the data."""
-    (tmp_path / "tiny.yaml").write_text(MODEL)
     data = tmp_path / "data.yaml"
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
@@ -44,7 +43,7 @@ def options(tiny_shapes, tmp_path) -> dict:
     data.write_text(
         f"path: {tmp_path}\ntrain: images/train\nval: images/val\nnames: [circle, square, triangle, star]\n"
     )
-    keywords = {"cfg": str(tmp_path / "tiny.yaml"), "data": str(data), "imgsz": 64, "batch_size": 8, "amp": "off"}
+    keywords = {"cfg": str(tiny_cfg), "data": str(data), "imgsz": 64, "batch_size": 8, "amp": "off"}
     keywords |= {"device": "cpu", "epochs": 3, "noplots": True, "noautoanchor": True, "project": str(tmp_path)}
     return {**keywords, "workers": 0}
 
@@ -184,13 +183,13 @@ def scan_at_once(images, together, answers):
 
 @pytest.fixture
 def long_scan(tiny_shapes, tmp_path) -> Path:
-    """A data set YAML whose labels take two processes seconds: pictures that must be decoded, each listed often."""
+    """A data set YAML whose labels take two processes seconds: images that must be decoded, each listed often."""
     root = tmp_path / "set"
     for kind in ("images", "labels"):
         (root / kind).mkdir(parents=True)
     for index in range(24):
-        picture = cv2.imread(str(tiny_shapes.parent / "images" / "train" / f"{index}.jpg"))
-        cv2.imwrite(str(root / "images" / f"{index}.webp"), cv2.resize(picture, (96, 96)))
+        image = cv2.imread(str(tiny_shapes.parent / "images" / "train" / f"{index}.jpg"))
+        cv2.imwrite(str(root / "images" / f"{index}.webp"), cv2.resize(image, (96, 96)))
         shutil.copy(tiny_shapes.parent / "labels" / "train" / f"{index}.txt", root / "labels")
     (root / "train.txt").write_text("".join(f"./images/{number % 24}.webp\n" for number in range(12_000)))
     (root / "data.yaml").write_text("path: .\ntrain: train.txt\nval: train.txt\nnames: [a, b, c, d]\n")
