@@ -78,7 +78,7 @@ def read_config(cfg: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], st
     if not 1 <= len(config["backbone"]) + len(config["head"]) <= MAX_ROWS:
         raise UserError(f"{source}: backbone and head must have from 1 to {MAX_ROWS} rows together.")
     if "anchors" in config and not (_is_a(config["anchors"], (int, list)) and _are_anchors(config["anchors"])):
-        given = f"{source}: anchors: {str(config['anchors']):.200}"
+        given = f"{source}: anchors: {shown(config['anchors'])}"
         raise UserError(f"{given}: give one list [w, h, w, h, ...] of sizes per level, or their number.")
     return config, source
 

@@ -179,7 +179,7 @@ def test_a_closed_pipeline_gives_its_model_and_files_back(options):
     files, threads, _ = held()
     for count in (1, 2):
         pipeline = open_pipeline(options)
-        gone = weakref.ref(pipeline._detector)
+        gone = weakref.ref(pipeline._predictor)
         with contextlib.closing(pipeline.results()) as results:
             assert len(list(itertools.islice(results, count))) == count
         del pipeline, results
