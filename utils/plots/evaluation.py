@@ -29,6 +29,7 @@ CURVE_SIZE_INCHES = (9, 6)
 CURVE_AREA = (0.07, 0.09, 0.63, 0.85)  # left, bottom, width, height: what is left holds the legend
 CURVE_DPI = 250
 MATRIX_DPI = 200
+JPEG_QUALITY = 92
 MAX_NAMED_CURVES = 20  # with more classes the single curves are grey and nameless
 MAX_ANNOTATED_CLASSES = 29  # with more, the confusion matrix shows colours without figures
 MAX_NAMED_TICKS = 98
@@ -91,7 +92,7 @@ def plot_curves(result: APResult, lettering: Lettering, folder: Path) -> list[Pa
     with_ap = [f"{label} {ap:.3f}" for label, ap in zip(labels, result.ap[:, 0], strict=True)]
     mean = f"all classes {result.map50:.3f} mAP@0.5"
     axis_names = ("Recall", "Precision")
-    _save(_curve_figure(result.pr_curve, with_ap, mean, axis_names, lettering.families), files[0])
+    save_figure(_curve_figure(result.pr_curve, with_ap, mean, axis_names, lettering.families), files[0])
     over_confidence = {"F1": result.f1_curve, "P": result.precision_curve, "R": result.recall_curve}
     titles = {"F1": "F1", "P": "Precision", "R": "Recall"}
     for key, curves in over_confidence.items():
@@ -99,7 +100,7 @@ def plot_curves(result: APResult, lettering: Lettering, folder: Path) -> list[Pa
         mean = f"all classes {average.max():.2f} at {average.argmax() / (len(average) - 1):.3f}"
         figure = _curve_figure(curves, labels, mean, ("Confidence", titles[key]), lettering.families)
         files.append(folder / f"{key}_curve.png")
-        _save(figure, files[-1])
+        save_figure(figure, files[-1])
     return files
 
 
@@ -161,7 +162,7 @@ def plot_confusion(confusion: ConfusionMatrix, lettering: Lettering, file: Path)
         axes.set_xticks(range(nc + 1), [*ticks, "background FP"], rotation=rotation, fontproperties=style)
         axes.set_yticks(range(nc + 1), [*ticks, "background FN"], fontproperties=style)
     axes.set(xlabel="True", ylabel="Predicted", title="Confusion matrix")
-    _save(figure, file, MATRIX_DPI)
+    save_figure(figure, file, MATRIX_DPI)
 
 
 def _width_in_ems(text: str) -> float:
@@ -222,7 +223,7 @@ def plot_val_study(
     axes.grid(alpha=0.25)
     style = {"family": lettering.families, "size": 9}
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, prop=style)
-    _save(figure, Path(files[0]).parent / "study.png")
+    save_figure(figure, Path(files[0]).parent / "study.png")
 
 
 def drawable_names(names: Mapping[int, str]) -> Lettering:
@@ -283,14 +284,19 @@ def _covering_family(characters: set[str]) -> str | None:
     return None
 
 
-def _save(figure: Figure, file: Path, dpi: int = CURVE_DPI) -> None:
-    """Writes a figure as PNG, all or nothing."""
+def save_figure(figure: Figure, file: Path, dpi: int = CURVE_DPI) -> None:
+    """Writes a figure as PNG or JPEG, all or nothing.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = cv2.cvtColor(np.asarray(canvas.buffer_rgba()), cv2.COLOR_RGBA2BGR)
-    _, png = cv2.imencode(".png", pixels, (cv2.IMWRITE_PNG_COMPRESSION, 1))  # several times as fast as Pillow's
+    options = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY)  # several times Pillow's speed
+    _, data = cv2.imencode(file.suffix, pixels, options)
     with atomic_write(file) as temporary:
-        temporary.write_bytes(png.tobytes())
+        temporary.write_bytes(data.tobytes())

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils.errors import UserError, printable
-from utils.files import atomic_write
 from utils.log import LOGGER
 from utils.plots.boxes import as_mapping, colors
-from utils.plots.evaluation import drawable_names
+from utils.plots.evaluation import drawable_names, save_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 
 DPI = 150
-JPEG_QUALITY = 92
 BINS = 50  # of the histograms, per axis
 MAX_DRAWN_BOXES = 1000
 MAX_COUNTED_CLASSES = 30  # with more, bars have no figure on top
@@ -53,8 +51,8 @@ def plot_labels(
         UserError: a file cannot be written.
     """
     files = [Path(save_dir, "labels.jpg"), Path(save_dir, "labels_correlogram.jpg")]
-    _save(_labels_figure(labels, as_mapping(names)), files[0])
-    _save(_correlogram_figure(labels[:, 1:]), files[1])
+    save_figure(_labels_figure(labels, as_mapping(names)), files[0], DPI)
+    save_figure(_correlogram_figure(labels[:, 1:]), files[1], DPI)
     return files
 
 
@@ -186,7 +184,7 @@ def plot_results(file: str | Path = "path/to/results.csv", dir: str | Path = "")
             tables[printable(other.stem)] = _read_results(other)
         except UserError as error:
             LOGGER.warning(f"WARNING: left out of {image.name}: {error}")
-    _save(_results_figure(tables), image)
+    save_figure(_results_figure(tables), image, DPI)
 
 
 def _read_results(csv_file: Path) -> pd.DataFrame:
@@ -248,13 +246,3 @@ def _mark_best(axes: Axes, epochs: Sequence[float], values: np.ndarray) -> None:
     best = int(np.nanargmax(values))
     axes.plot(epochs[best], values[best], "o", markersize=9, markerfacecolor="none", markeredgecolor="#FF3838")
     axes.set_title(f"best {values[best]:.3f}", fontsize=10, loc="right", color="#C00000")
-
-
-def _save(figure: Figure, file: Path) -> None:
-    """Writes a figure as JPEG or PNG, all or nothing."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    options = {".jpg": {"quality": JPEG_QUALITY}, ".png": {"compress_level": 3}}[file.suffix]
-    with atomic_write(file) as temporary:
-        figure.savefig(temporary, format=file.suffix[1:], dpi=DPI, pil_kwargs=options)

@@ -165,29 +165,29 @@ def test_recording_waits_so_that_no_frame_is_lost(opened):
     ]
 
 
-def test_recording_with_more_frames_than_it_declares_is_read_to_its_end(opened):
-    script = Script([*range(10)], frame_count=8)
-    assert values(opened(script)) == [*range(10)]
-    assert script.opened == 1
+FIFTY = [*range(50)]
+RECORDINGS = {  # sessions, declared frames, vid_stride; frames given, reconnections, undecodable ones
+    "more than it declares": ([FIFTY[:10]], 8, 1, FIFTY[:10], 0, 0),
+    "every third": ([FIFTY[:10]], 10, 3, [0, 3, 6, 9], 0, 0),
+    "broken off twice": ([FIFTY[:20], FIFTY[:35], FIFTY], 50, 2, FIFTY[::2], 2, 0),
+    "broken off within a frame": ([[*FIFTY[:20], DAMAGED], FIFTY], 50, 1, FIFTY, 1, 1),
+}
 
 
-def test_vid_stride_takes_the_first_and_then_every_so_many(opened):
-    assert values(opened(Script([*range(10)], frame_count=10), vid_stride=3)) == [0, 3, 6, 9]
+@pytest.mark.parametrize("case", RECORDINGS)
+def test_recording_goes_on_behind_its_last_whole_frame_to_its_end(opened, case):
+    sessions, frame_count, vid_stride, given, reconnections, undecodable = RECORDINGS[case]
+    script = Script(*sessions, frame_count=frame_count)
+    source = opened(script, vid_stride=vid_stride)
+    assert values(source) == given
+    assert (source.tallies[0].reconnections, source.tallies[0].undecodable) == (reconnections, undecodable)
+    assert script.opened == len(sessions)
 
 
-def test_recording_that_broke_off_goes_on_behind_what_was_seen(opened):
+def test_recording_that_comes_no_further_says_what_is_missing(opened):
     source = opened(Script([*range(20)], [*range(12)], [*range(50)], frame_count=50))
     assert values(source) == [*range(20)]
     assert source.report()[0].endswith("; ended: only 20 of its 50 frames come")
-    source = opened(Script([*range(20)], [*range(35)], [*range(50)], frame_count=50), vid_stride=2)
-    assert values(source) == [*range(0, 50, 2)]
-    assert source.tallies[0].reconnections == 2
-
-
-def test_frame_that_was_cut_where_a_recording_broke_off_is_read_again(opened):
-    source = opened(Script([*range(20), DAMAGED], [*range(50)], frame_count=50))
-    assert values(source) == [*range(50)]
-    assert source.tallies[0].undecodable == 1
 
 
 def test_damaged_frames_are_counted_and_left_out(opened):

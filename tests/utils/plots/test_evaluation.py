@@ -35,7 +35,7 @@ def test_files_are_drawn_whatever_the_number_of_classes(tmp_path, nc):
 def curve_figure(monkeypatch, outcome, names):
     """The figures that `plot_curves` would save, by file name."""
     saved = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, file, dpi=0: saved.setdefault(file.name, figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, file, dpi=0: saved.setdefault(file.name, figure))
     plots.plot_curves(outcome, plots.drawable_names(names), plots.Path("."))
     return saved
 
@@ -60,7 +60,7 @@ def test_a_study_is_one_line_for_each_model_with_its_sizes(tmp_path, monkeypatch
     with Image.open(tmp_path / "study.png") as image:
         assert image.size == (9 * 250, 6 * 250)
     saved = []
-    monkeypatch.setattr(plots, "_save", lambda figure, file, dpi=0: saved.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, file, dpi=0: saved.append(figure))
     plots.plot_val_study(dir=tmp_path, x=[256, 384])
     (axes,) = saved[0].axes
     assert [line.get_label() for line in axes.lines] == ["large", "small"]
@@ -90,7 +90,7 @@ def test_confusion_matrix_shows_shares_and_names(monkeypatch, tmp_path):
     confusion = ConfusionMatrix(2)
     confusion.matrix[:] = [[9, 0, 1], [0, 997, 0], [1, 3, 0]]
     saved = []
-    monkeypatch.setattr(plots, "_save", lambda figure, file, dpi=0: saved.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, file, dpi=0: saved.append(figure))
     plots.plot_confusion(confusion, plots.drawable_names({0: "cat", 1: "dog"}), tmp_path / "confusion_matrix.png")
     axes = saved[0].axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["cat", "dog", "background FP"]
