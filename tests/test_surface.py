@@ -237,19 +237,6 @@ def test_abbreviations_of_three_letters_still_mean_the_same(script):
     assert lost == LOST_ABBREVIATIONS.get(script, set())
 
 
-@pytest.mark.parametrize(
-    ("script", "line", "expected"),
-    [
-        ("train", "--batch 2 --img 64 --epochs 1", {"batch_size": 2, "imgsz": 64, "epochs": 1}),
-        ("val", "--batch 2 --conf 0.001 --iou 0.65", {"batch_size": 2, "conf_thres": 0.001, "iou_thres": 0.65}),
-        ("detect", "--conf 0.25", {"conf_thres": 0.25}),
-    ],
-)
-def test_usual_command_lines(script, line, expected):
-    options = vars(parser_of(script).parse_args(line.split()))
-    assert {name: options[name] for name in expected} == expected
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_offer_their_command_line_to_programs(script, monkeypatch):
     module = importlib.import_module(script)

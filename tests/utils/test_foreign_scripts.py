@@ -177,7 +177,7 @@ def run_script(text, folder, *arguments):
 
 @pytest.fixture(scope="module")
 def ours(golden_dir, tmp_path_factory):
-    """What detect.py finds: rows (k, 6) [class, x, y, w, h, confidence] of each picture, by name."""
+    """What detect.py finds: rows (k, 6) [class, x, y, w, h, confidence] of each image, by name."""
     import detect
 
     project = tmp_path_factory.mktemp("detect")
