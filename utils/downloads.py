@@ -68,7 +68,7 @@ def attempt_download(file: str | Path, repo: str = RELEASE_REPOSITORY) -> str:
         UserError: no such file and no released one (the nearest names are shown), offline, the hash does not agree, or
             another repository than YOLOv5's, whose files are not known here.
     """
-    target = Path(str(file).strip().replace("'", ""))
+    target = Path(str(file).strip())
     if target.exists():
         return str(target)
     if str(file).startswith(("http://", "https://")):

@@ -190,7 +190,7 @@ def test_a_page_instead_of_an_archive_is_refused(server, tmp_path):
 def test_released_weights_are_checked_against_the_list(server, tmp_path, monkeypatch):
     digest = hashlib.sha256(PAYLOAD).hexdigest()
     monkeypatch.setitem(RELEASES, "yolov5n.pt", Release(f"{server.url}/yolov5n.pt", digest))
-    target = tmp_path / "w" / "yolov5n.pt"
+    target = tmp_path / "it's mine" / "yolov5n.pt"
     assert attempt_download(target) == str(target) and target.read_bytes() == PAYLOAD
     assert attempt_download(target) == str(target) and len(server.requests) == 1
     monkeypatch.setitem(RELEASES, "yolov5s.pt", Release(f"{server.url}/yolov5s.pt", "1" * 64))
