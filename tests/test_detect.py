@@ -22,7 +22,6 @@ from utils.errors import UserError
 from utils.media.sources import read_frames
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDE_OPTIONS = {"imgsz": [64], "device": "cpu", "max_det": 3}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,6 +46,13 @@ def source(tmp_path: Path) -> Path:
     cv2.imwrite(str(folder / "a.png"), picture(2, 90, 60))
     write_video(folder / "clip.mp4", 4)
     return folder
+
+
+@pytest.fixture
+def run(weights, source, tmp_path):
+    """Detects in one image at 64 px on the CPU."""
+    usual = {"weights": str(weights), "source": str(source / "b.jpg"), "project": str(tmp_path / "runs")}
+    return lambda **options: detect.run(**{**usual, "imgsz": [64], "device": "cpu", "max_det": 3, **options})
 
 
 def files(folder: Path) -> list[str]:
@@ -100,22 +106,20 @@ def test_command_line_on_a_folder_writes_and_says_what_yolov5_does(weights, sour
     assert len((folder / "predictions.csv").read_text(encoding="utf-8").splitlines()) == 1 + 6 * 3
 
 
-def test_runs_are_numbered_and_exist_ok_replaces(weights, source, tmp_path):
-    common = {"weights": str(weights), "source": str(source / "b.jpg"), "project": str(tmp_path), **SIDE_OPTIONS}
+def test_runs_are_numbered_and_exist_ok_replaces(run, tmp_path):
     for _ in range(2):
-        detect.run(save_txt=True, **common)
-    first = (tmp_path / "exp" / "labels" / "b.txt").read_text()
+        run(save_txt=True)
+    first = (tmp_path / "runs" / "exp" / "labels" / "b.txt").read_text()
     assert len(first.splitlines()) == 3
-    detect.run(save_txt=True, exist_ok=True, **common)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["exp", "exp2", "source"]
-    assert (tmp_path / "exp" / "labels" / "b.txt").read_text() == first
+    run(save_txt=True, exist_ok=True)
+    assert sorted(entry.name for entry in (tmp_path / "runs").iterdir()) == ["exp", "exp2"]
+    assert (tmp_path / "runs" / "exp" / "labels" / "b.txt").read_text() == first
 
 
-def test_picture_without_detections_is_saved_and_counted(weights, source, tmp_path, caplog):
+def test_an_image_without_detections_is_saved_and_counted(run, tmp_path, caplog):
     caplog.set_level(logging.INFO, "yolov5")
-    common = {"weights": str(weights), "project": str(tmp_path), "source": str(source / "b.jpg"), **SIDE_OPTIONS}
-    detect.run(conf_thres=1.0, save_txt=True, **common)
-    assert files(tmp_path / "exp") == ["b.jpg"]
+    run(conf_thres=1.0, save_txt=True)
+    assert files(tmp_path / "runs" / "exp") == ["b.jpg"]
     assert re.search(r"b\.jpg: 64x64 Done\. \(", caplog.text)
     assert "0 labels saved" in caplog.text
 
@@ -124,88 +128,69 @@ def labels_of(folder: Path, name: str = "b") -> np.ndarray:
     return np.loadtxt(folder / "labels" / f"{name}.txt", ndmin=2)
 
 
-def test_classes_agnostic_and_max_det_narrow_the_result(weights, source, tmp_path):
-    common = {"weights": str(weights), "project": str(tmp_path), "source": str(source / "b.jpg"), "save_txt": True}
-    common |= {"imgsz": [64], "device": "cpu", "conf_thres": 0.01, "nosave": True}
+def test_classes_overlap_and_max_det_narrow_the_result(run, tmp_path):
+    usual = {"max_det": 1000, "conf_thres": 0.01, "nosave": True, "save_txt": True}
     for name, options in {
         "all": {},
         "one": {"classes": [1]},
         "few": {"max_det": 2},
         "loose": {"iou_thres": 1.0},
     }.items():
-        detect.run(name=name, **common, **options)
-    found = {name: labels_of(tmp_path / name) for name in ("all", "few", "loose")}
+        run(name=name, **{**usual, **options})
+    found = {name: labels_of(tmp_path / "runs" / name) for name in ("all", "few", "loose")}
     assert len(found["few"]) == 2 < len(found["all"]) < len(found["loose"])
     assert set(found["all"][:, 0]) == {0}  # the biases make class 0 the best everywhere
-    assert not (tmp_path / "one" / "labels" / "b.txt").exists()
-
-
-def test_names_of_another_yaml_are_shown_where_they_fit(weights, source, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "yolov5")
-    common = {"weights": str(weights), "project": str(tmp_path), "source": str(source / "b.jpg"), **SIDE_OPTIONS}
-    (tmp_path / "names.yaml").write_text("names: [猫, light]", encoding="utf-8")
-    detect.run(data=str(tmp_path / "names.yaml"), **common)
-    assert "64x64 3 猫, Done." in caplog.text
-    (tmp_path / "names.yaml").write_text("names: [a, b, c]", encoding="utf-8")
-    detect.run(data=str(tmp_path / "names.yaml"), **common)
-    assert "names 3 classes, the model has 2: the model's own names are used" in caplog.text
-    assert "64x64 3 cats, Done." in caplog.text
+    assert not (tmp_path / "runs" / "one" / "labels" / "b.txt").exists()
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "said"),
     [
         ("{'1': b, '0': 007}", "64x64 3 007s, Done."),
+        ("[猫, light]", "64x64 3 猫, Done."),
+        ("[a, b, c]", "names 3 classes, the model has 2: the model's own names are used"),
         ("[yes, no]", "the name of class 0 is True, not text"),
-        ("[null, b]", "the name of class 0 is None, not text"),
-        ("[a, {b: c}]", "the name of class 1 is {'b': 'c'}, not text"),
-        ("{0: a, 2: b}", "must be 0 to 1; 1 is missing"),
-        ("[a, b]\nnc: 3", "'nc: 3' and the 2 names"),
     ],
 )
-def test_class_names_are_read_as_training_reads_them(weights, source, tmp_path, caplog, text, words):
+def test_names_of_another_yaml_are_read_as_training_reads_them_and_shown_where_they_fit(
+    run, tmp_path, caplog, text, said
+):
     caplog.set_level(logging.INFO, "yolov5")
     path = tmp_path / "names.yaml"
-    path.write_text(f"names: {text}\n")
-    image = str(source / "b.jpg")
-    common = {"weights": str(weights), "project": str(tmp_path), "source": image, "data": path, "nosave": True}
+    path.write_text(f"names: {text}\n", encoding="utf-8")
     try:
-        names = load_spec(path, need=()).names
+        load_spec(path, need=())
     except UserError as error:
-        assert words in str(error)
+        assert said in str(error)
         with pytest.raises(UserError, match=f"^{re.escape(str(error))}$"):
-            detect.run(**common, **SIDE_OPTIONS)
+            run(data=path)
     else:
-        detect.run(**common, **SIDE_OPTIONS)
-        assert words in caplog.text and list(names.values()) == ["007", "b"]
+        run(data=path)
+        assert said in caplog.text
+        assert ("64x64 3 cats, Done." in caplog.text) == ("own names" in said)
 
 
-def test_hidden_labels_and_line_width_change_the_picture(weights, source, tmp_path):
-    common = {"weights": str(weights), "project": str(tmp_path), "source": str(source / "a.png"), **SIDE_OPTIONS}
-    for name, options in {
-        "plain": {},
-        "no_conf": {"hide_conf": True},
-        "bare": {"hide_labels": True},
-        "thin": {"line_thickness": 1},
-    }.items():
-        detect.run(name=name, **common, **options)
-    pictures = [cv2.imread(str(tmp_path / name / "a.png")) for name in ("plain", "no_conf", "bare", "thin")]
-    for index, one in enumerate(pictures):
-        assert all((one != other).any() for other in pictures[index + 1 :])
+def test_hidden_labels_and_line_width_change_the_image(run, tmp_path):
+    looks = {"plain": {}, "no_conf": {"hide_conf": True}, "bare": {"hide_labels": True}, "thin": {"line_thickness": 1}}
+    for name, options in looks.items():
+        run(name=name, **options)
+    images = [cv2.imread(str(tmp_path / "runs" / name / "b.jpg")) for name in looks]
+    for one, other in itertools.combinations(images, 2):
+        assert (one != other).any()
 
 
-def test_visualize_writes_a_picture_and_an_array_for_every_layer_but_detect(weights, source, tmp_path):
-    common = {"weights": str(weights), "project": str(tmp_path), "source": str(source / "b.jpg"), **SIDE_OPTIONS}
-    detect.run(visualize=True, nosave=True, **common)
-    written = files(tmp_path / "exp" / "b")
+def test_visualize_writes_an_image_and_an_array_for_every_layer_but_detect(run, tmp_path):
+    run(visualize=True, nosave=True)
+    folder = tmp_path / "runs" / "exp" / "b"
+    written = files(folder)
     assert len(written) == 2 * 24
     assert {"stage0_Conv_features.png", "stage9_SPPF_features.npy", "stage23_C3_features.png"} <= set(written)
-    assert np.load(tmp_path / "exp" / "b" / "stage0_Conv_features.npy").shape == (1, 16, 32, 32)
+    assert np.load(folder / "stage0_Conv_features.npy").shape == (1, 16, 32, 32)
 
 
-def test_size_that_is_no_multiple_of_the_stride_is_rounded_up_and_said(weights, source, tmp_path, caplog):
+def test_size_that_is_no_multiple_of_the_stride_is_rounded_up_and_said(run, caplog):
     caplog.set_level(logging.INFO, "yolov5")
-    detect.run(weights=str(weights), source=str(source / "b.jpg"), project=str(tmp_path), imgsz=[50, 90], device="cpu")
+    run(imgsz=[50, 90])
     assert "WARNING: --img-size [50, 90] must be a multiple of the model's stride 32" in caplog.text
     assert "per image at shape (1, 3, 64, 96)" in caplog.text
 
@@ -221,13 +206,13 @@ def test_damaged_inputs_are_named_counted_and_skipped_and_the_status_tells(weigh
     assert files(tmp_path / "runs" / "exp") == ["a.png", "b.jpg", "clip.mp4"]
 
 
-def test_damage_reaches_callers_from_python_after_all_else_is_done(weights, source, tmp_path):
+def test_damage_reaches_callers_from_python_after_all_else_is_done(run, source, tmp_path):
     (source / "b.jpg").write_bytes(b"")
-    (tmp_path / "exp" / "a.png").mkdir(parents=True)  # where a result is to be
+    (tmp_path / "runs" / "exp" / "a.png").mkdir(parents=True)  # where a result is to be
     told = r"1 damaged input was skipped(.|\n)*b\.jpg: is empty .*\n1 input was not written whole:\n.*a\.png: cannot"
     with pytest.raises(ReportedError, match=told):
-        detect.run(weights=str(weights), source=str(source), project=str(tmp_path), exist_ok=True, **SIDE_OPTIONS)
-    assert files(tmp_path / "exp") == ["clip.mp4"]
+        run(source=str(source), exist_ok=True)
+    assert files(tmp_path / "runs" / "exp") == ["clip.mp4"]
 
 
 def mistakes(weights: Path, source: Path, tmp_path: Path) -> list[tuple[dict, str]]:
@@ -255,11 +240,10 @@ def mistakes(weights: Path, source: Path, tmp_path: Path) -> list[tuple[dict, st
 
 
 @pytest.mark.parametrize("index", range(14))
-def test_mistakes_are_refused_with_what_is_wrong(weights, source, tmp_path, index):
+def test_mistakes_are_refused_with_what_is_wrong(run, weights, source, tmp_path, index):
     keywords, message = mistakes(weights, source, tmp_path)[index]
-    given = {"weights": str(weights), "source": str(source / "b.jpg"), "project": str(tmp_path / "runs")} | SIDE_OPTIONS
     with pytest.raises(UserError, match=message):
-        detect.run(**{**given, **keywords})
+        run(**keywords)
     assert not (tmp_path / "runs").exists()
 
 
@@ -270,26 +254,24 @@ def test_mistake_on_the_command_line_is_one_message_and_status_1(tmp_path):
     assert command("--conf-thres", "2").returncode == 2
 
 
-def test_newest_weights_are_the_default_and_their_absence_is_told(weights, source, tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, "yolov5")
+def test_newest_weights_are_the_default_and_their_absence_is_told(run, weights, tmp_path, monkeypatch):
     monkeypatch.setattr("utils.cli.ROOT", tmp_path)
-    common = {"source": str(source / "b.jpg"), "project": str(tmp_path / "out"), **SIDE_OPTIONS}
     with pytest.raises(UserError, match="no --weights given and none trained yet.*run train.py first"):
-        detect.run(**common)
+        run(weights=[])
     best = tmp_path / "runs" / "train" / "exp" / "weights" / "best.pt"
     best.parent.mkdir(parents=True)
     shutil.copy(weights, best)
-    detect.run(**common)
-    assert files(tmp_path / "out" / "exp") == ["b.jpg"]
+    run(weights=[])
+    assert files(tmp_path / "runs" / "exp") == ["b.jpg"]
 
 
-def test_update_strips_the_weights_after_the_run(weights, source, tmp_path, caplog):
+def test_update_strips_the_weights_after_the_run(run, weights, tmp_path, caplog):
     caplog.set_level(logging.INFO, "yolov5")
     own = shutil.copy(weights, tmp_path / "own.pt")
-    detect.run(weights=str(own), source=str(source / "b.jpg"), project=str(tmp_path), update=True, **SIDE_OPTIONS)
+    run(weights=str(own), update=True)
     assert Path(own).stat().st_size < 0.6 * weights.stat().st_size
     assert re.search(r"Optimizer stripped from .*own\.pt, \d+\.\dMB", caplog.text)
-    detect.run(weights=str(own), source=str(source / "b.jpg"), project=str(tmp_path), **SIDE_OPTIONS)
+    run(weights=str(own))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
@@ -317,14 +299,3 @@ def test_ctrl_c_leaves_a_video_that_plays_and_status_130(weights, tmp_path):
     played = list(read_frames([str(tmp_path / "runs" / "exp" / "long.mp4")]))
     assert 20 <= len(played) < 3000
     assert not any(frame.error for frame in played)
-
-
-def test_help_answers_without_torch_and_prefixes_of_options_are_taken():
-    code = "import sys, runpy; sys.argv = ['detect.py', '--help']\n"
-    code += "try: runpy.run_path('detect.py', run_name='__main__')\n"
-    code += "except SystemExit: print(sorted({'torch', 'cv2', 'numpy', 'matplotlib'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
-    options = detect.build_parser().parse_args("--conf 0.3 --iou 0.5 --img 64 96 --line 2 --agn --vid 3".split())
-    assert (options.conf_thres, options.iou_thres, options.imgsz, options.line_thickness) == (0.3, 0.5, [64, 96], 2)
-    assert (options.agnostic_nms, options.vid_stride) == (True, 3)

@@ -18,9 +18,9 @@ from models.load import Weights, model_from, read_weights
 from models.yolo import augmented_rows
 from utils.devices import device_line, prepare_cpu_memory, select_device
 from utils.errors import MIN_GRID_STRIDE, UserError, grid_stride
+from utils.images import DEFAULT_IMGSZ
 from utils.log import LOGGER
 
-DEFAULT_PX = 640  # image size of checkpoints that do not say what they were trained at
 PRECISIONS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -121,7 +121,7 @@ class ModuleBackend(Backend):
         names, stride = getattr(module, "names", {}), getattr(module, "stride", MIN_GRID_STRIDE)
         names = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
         stride = grid_stride([stride] if isinstance(stride, int) else stride)
-        self.metadata = Metadata(names, stride, (DEFAULT_PX, DEFAULT_PX), dynamic=True)
+        self.metadata = Metadata(names, stride, (DEFAULT_IMGSZ, DEFAULT_IMGSZ), dynamic=True)
 
     @property
     def device(self) -> str:
@@ -230,7 +230,7 @@ def open_checkpoints(
     metadata = Metadata(
         first.names,
         max(grid_stride(content.stride) for content in contents),
-        (trained_px or DEFAULT_PX,) * 2,
+        (trained_px or DEFAULT_IMGSZ,) * 2,
         dynamic=True,
         precision=PRECISIONS[dtype],
         date=str(first.meta.get("date") or ""),
@@ -277,5 +277,5 @@ def _build(contents: Sequence[Weights], metadata: Metadata, device: torch.device
 
 def describe_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> Metadata:
     """Returns what a model knows of itself."""
-    shape_hw = (DEFAULT_PX, DEFAULT_PX)
+    shape_hw = (DEFAULT_IMGSZ, DEFAULT_IMGSZ)
     return Metadata(dict(model.names), grid_stride(model.stride), shape_hw, dynamic=True, precision=PRECISIONS[dtype])

@@ -37,14 +37,13 @@ from utils.devices import resolve_amp
 from utils.downloads import download_file
 from utils.errors import UserError, grid_stride, make_divisible, printable
 from utils.files import increment_path
-from utils.images import SLACK, ImageError, decode_image, letterbox, read_image, to_8_bits
+from utils.images import DEFAULT_IMGSZ, SLACK, ImageError, decode_image, letterbox, read_image, to_8_bits
 from utils.log import LOGGER
 from utils.media.writers import OutputStems, folder_names
 from utils.nms import NMSConfig
 from utils.plots.boxes import class_name, detection_labels, draw_detections, save_image, save_one_box
 
 COPIED = ("yaml", "nc", "hyp", "names", "stride")  # attributes of the model that the wrapper has too
-DEFAULT_PX = 640
 DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L")  # Pillow's with more than 8 bits a channel
 MOST_CHANNELS = 4  # a first axis up to this long holds channels
 
@@ -160,7 +159,7 @@ class AutoShape(nn.Module):
         fixed_hw = self.model.fixed_hw if self.dmb else None
         if fixed_hw and size is None:
             return list(fixed_hw)
-        size = DEFAULT_PX if size is None else size
+        size = DEFAULT_IMGSZ if size is None else size
         numbers = list(size) if isinstance(size, (list, tuple)) else [size]
         if len(numbers) not in (1, 2) or not all(isinstance(side, Integral) and side > 0 for side in numbers):
             raise UserError(f"size={size}: the long side in pixels, or (height, width), is expected.")

@@ -16,7 +16,7 @@ import numpy as np
 
 from models.backends.base import Array, Backend, LayerHook
 from utils.boxes import Detections, scale_boxes
-from utils.images import letterbox, resized_wh
+from utils.images import DEFAULT_IMGSZ, letterbox, resized_wh
 from utils.nms import NMSConfig
 from utils.plots.boxes import class_name
 from utils.tiles import Tiling, merge, windows
@@ -54,7 +54,7 @@ class Predictor:
         self,
         backend: Backend,
         nms: NMSConfig | None = None,
-        shape: int | Sequence[int] = 640,
+        shape: int | Sequence[int] = DEFAULT_IMGSZ,
         *,
         tiling: Tiling | None = None,
         augment: bool = False,

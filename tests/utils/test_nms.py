@@ -124,18 +124,19 @@ def test_thresholds_out_of_range_are_refused(option):
         non_max_suppression(np.zeros((1, 1, 6), np.float32), **option)
 
 
-def reference(prediction, conf, iou, max_det):
-    """Multi-label NMS of one image the slow way, in float64, class by class."""
+def reference(rows, conf, iou, max_det=None, multi_label=False, agnostic=False, classes=None):
+    """NMS of one image in plain loops; of equal scores the row that the model wrote first goes first."""
     found = []
-    for row in prediction:
-        x, y, w, h, obj = map(float, row[:5])
+    for x, y, w, h, obj, *probabilities in rows.tolist():
+        scores = [float(np.float32(obj) * np.float32(probability)) for probability in probabilities]
+        taken = range(len(scores)) if multi_label else [scores.index(max(scores))]
         if obj > conf and 2 <= min(w, h) and max(w, h) <= MAX_SIDE_PX:
-            scores = row[5:] * row[4]
-            found += [(x - w / 2, y - h / 2, x + w / 2, y + h / 2, s, c) for c, s in enumerate(scores) if s > conf]
+            corners = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+            wanted = [number for number in taken if classes is None or number in classes]
+            found += [(*corners, scores[number], number) for number in wanted if scores[number] > conf]
     kept = []
-    for box in sorted(found, key=lambda item: -item[4]):
-        same = [other for other in kept if other[5] == box[5]]
-        if all(_iou(box, other) <= iou for other in same):
+    for box in sorted(found, key=lambda item: -item[4]):  # stable
+        if all(_iou(box, other) <= iou for other in kept if agnostic or other[5] == box[5]):
             kept.append(box)
     return np.array(kept[:max_det]).reshape(-1, 6)
 
@@ -155,22 +156,7 @@ def test_equals_a_plain_reference(seed, count, nc, max_det):
     scene[..., :2] *= 300
     scene[..., 2:4] = 1 + scene[..., 2:4] * 60
     (found,) = both(scene, conf_thres=0.05, iou_thres=0.5, multi_label=True, max_det=max_det)
-    np.testing.assert_allclose(found, reference(scene[0], 0.05, 0.5, max_det), rtol=1e-5, atol=1e-3)
-
-
-def reference_with_ties(rows, conf, iou, agnostic, classes):
-    """Best-class NMS of one image in plain loops; of equal scores the row that the model wrote first goes first."""
-    found = []
-    for x, y, w, h, obj, *probabilities in rows.tolist():
-        scores = [np.float32(obj) * np.float32(probability) for probability in probabilities]
-        best = scores.index(max(scores))
-        if obj > conf and scores[best] > conf and min(w, h) >= 2 and (classes is None or best in classes):
-            found.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2, float(scores[best]), best))
-    kept = []
-    for box in sorted(found, key=lambda item: -item[4]):  # stable
-        if all(_iou(box, other) <= iou for other in kept if agnostic or other[5] == box[5]):
-            kept.append(box)
-    return np.array(kept).reshape(-1, 6)
+    np.testing.assert_allclose(found, reference(scene[0], 0.05, 0.5, max_det, multi_label=True), rtol=1e-5, atol=1e-3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -188,7 +174,7 @@ def test_equals_a_plain_reference_where_many_scores_are_equal(seed, count, nc, a
     boxes_xywh = np.concatenate((generator.integers(5, 15, (count, 2)), 2 * generator.integers(1, 7, (count, 2))), 1)
     levels = generator.choice(np.float32([0.25, 0.5, 1.0]), (count, 1 + nc))
     scene = np.concatenate((boxes_xywh.astype(np.float32), levels), 1)
-    expected = reference_with_ties(scene, 0.1, iou, agnostic, classes)
+    expected = reference(scene, 0.1, iou, agnostic=agnostic, classes=classes)
     (found,) = both(scene[None], conf_thres=0.1, iou_thres=iou, agnostic=agnostic, classes=classes)
     np.testing.assert_array_equal(found, expected)
 
