@@ -24,14 +24,14 @@ def parse(*words):
 
 
 @pytest.fixture
-def weights(tmp_path):
-    """An untrained yolov5n for three classes that was trained at 96 pixels."""
+def weights(tmp_path, tiny_cfg):
+    """A small model of three classes that was trained at 96 pixels."""
     torch.manual_seed(0)
-    model = Model("yolov5n.yaml", nc=3)
+    model = Model(tiny_cfg, nc=3)
     content = {"epoch": -1, "model": model.state_dict(), "ema": None, "yaml": model.yaml, "names": model.names}
     file = tmp_path / "weights" / "best.pt"
     file.parent.mkdir()
-    extra = {"nc": 3, "stride": [8, 16, 32], "opt": {"imgsz": 96}, "hyp": {}, "data": ""}
+    extra = {"nc": 3, "stride": [8, 16], "opt": {"imgsz": 96}, "hyp": {}, "data": ""}
     save_checkpoint(file, {**content, **extra})
     return file
 
@@ -68,7 +68,7 @@ def test_the_command_line_writes_checks_and_says_so(weights):
     assert done.returncode == 0, done.stderr
     said = done.stderr
     assert "export: data=, weights=" in said
-    assert f"PyTorch: starting from {weights} with output shape (1, 252, 8) (" in said
+    assert f"PyTorch: starting from {weights} with output shape (1, 240, 8) (" in said
     for title, suffix in (("TorchScript", ".torchscript"), ("ONNX", ".onnx")):
         file = weights.with_suffix(suffix)
         megabytes = file.stat().st_size / 1e6
@@ -107,7 +107,7 @@ def test_a_missing_library_is_a_failure_that_says_what_to_install(weights, monke
 def test_a_file_that_disagrees_stays_but_fails(weights, monkeypatch, log):
     def wrong(job):
         with torch.no_grad():
-            job.model.trunk.get_submodule("model.24.m.0").bias.add_(1)
+            job.model.trunk.get_submodule("model.4.m.0").bias.add_(1)
         return original(job)
 
     from models.export.torchscript import export as original

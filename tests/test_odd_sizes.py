@@ -3,7 +3,6 @@
 Each works, with the boxes in their places, or is refused with the reason; none may take 3 GB of memory.
 """
 
-import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +30,8 @@ GRID = 100  # boxes along each side of the crowded image
 PEAK_CONTROL = Path("/proc/self/clear_refs")
 
 
-@contextlib.contextmanager
-def within_memory():
+@pytest.fixture(autouse=True)
+def _within_memory(one_thread):
     """Fails where the process grows by 3 GB or more meanwhile; only Linux can tell."""
     try:
         PEAK_CONTROL.write_text("5")  # forget the former peak
@@ -47,12 +46,6 @@ def within_memory():
 def kilobytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-@pytest.fixture(autouse=True)
-def _within_memory_and_one_thread(one_thread):
-    with within_memory():
-        yield
 
 
 def recipe() -> Hyp:
@@ -297,13 +290,13 @@ def test_two_thousand_classes_are_counted():
 
 
 @pytest.mark.slow
-def test_two_thousand_classes_from_training_to_the_confusion_matrix(command, tmp_path):
+def test_two_thousand_classes_from_training_to_the_confusion_matrix(command, tiny_cfg, tmp_path):
     noise = np.random.default_rng(2).integers(0, 256, (8, 64, 64, 3)).astype(np.uint8)
     labels = {f"{n}.png": f"{n * 250} 0.5 0.5 0.5 0.5\n{n * 250 + 7} 0.3 0.3 0.2 0.2\n" for n in range(8)}
     names = [f"class {number}" for number in range(CLASSES)]
     data = write_set(tmp_path / "many", dict(zip(labels, noise, strict=True)), labels, names)
     shared = ["--data", data, "--img", 64, "--workers", 0, "--device", "cpu", "--project", tmp_path / "runs"]
-    training = ["--cfg", "yolov5n-slimneck.yaml", "--epochs", 1, "--batch-size", 4, "--amp", "off", "--noplots"]
+    training = ["--cfg", tiny_cfg, "--epochs", 1, "--batch-size", 4, "--amp", "off", "--noplots"]
     outcome = command(train, *shared, *training, "--name", "train")
     assert outcome.status == 0, outcome.said
     assert f"{'all':>20}{8:11}{16:11}" in outcome.said

@@ -24,7 +24,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WORD = os.fsdecode("照片_".encode("gbk")) if sys.platform == "linux" else "name_"
 
 
-def test_names_that_are_not_utf_8_and_closed_streams_stop_nothing(tiny_shapes, weights, tmp_path, monkeypatch):
+def test_names_that_are_not_utf_8_and_closed_streams_stop_nothing(
+    tiny_shapes, tiny_cfg, weights, tmp_path, monkeypatch
+):
     monkeypatch.setattr("sys.stdout", None)  # as under pythonw, in windowed programs and services
     monkeypatch.setattr("sys.stderr", None)
     folder = tmp_path / WORD
@@ -43,7 +45,7 @@ def test_names_that_are_not_utf_8_and_closed_streams_stop_nothing(tiny_shapes, w
     runs = folder / "runs"
     options = {"imgsz": 64, "device": "cpu", "project": str(runs)}
     data = {"data": str(folder / "data.yaml"), "workers": 0, "batch_size": 8}
-    train.run(cfg="yolov5n-slimneck.yaml", weights="", epochs=1, noplots=True, name="train", **data, **options)
+    train.run(cfg=str(tiny_cfg), weights="", epochs=1, noplots=True, name="train", **data, **options)
     best = str(runs / "train" / "weights" / "best.pt")
     val.run(weights=best, name="val", save_txt=True, save_json=True, **data, **options)
     detect.run(source=str(source), weights=str(weights), name="detect", save_csv=True, **options)
