@@ -1,10 +1,8 @@
 """YOLOv5's small helpers: geometry in place where scripts expect it, files, options, weights of classes."""
 
-import logging
+import importlib
 import os
 import random
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from utils import general
+from utils import general, log
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
 
-def test_logging_is_set_up_when_a_script_asks_for_the_logger():
-    program = "import utils.general as g; import logging; l = logging.getLogger('yolov5'); assert not l.handlers; "
-    program += "from utils.general import LOGGER; assert LOGGER is l; LOGGER.info('seen')"
-    run = subprocess.run([sys.executable, "-c", program], cwd=general.ROOT, capture_output=True, text=True)
-    assert (run.returncode, run.stderr, run.stdout) == (0, "seen\n", "")
-    assert general.LOGGER is logging.getLogger("yolov5")
+def test_logging_is_set_up_when_a_script_asks_for_the_logger(monkeypatch, capsys):
+    monkeypatch.setattr(log.LOGGER, "handlers", [])
+    importlib.reload(general)
+    assert not log.LOGGER.handlers
+    general.LOGGER.info("seen")
+    assert general.LOGGER is log.LOGGER and capsys.readouterr() == ("", "seen\n")
     with pytest.raises(ImportError):
         from utils.general import LOGER  # noqa: F401
 
