@@ -41,7 +41,7 @@ from utils.images import DEFAULT_IMGSZ, SLACK, ImageError, decode_image, letterb
 from utils.log import LOGGER
 from utils.media.writers import OutputStems, folder_names
 from utils.nms import NMSConfig
-from utils.plots.boxes import class_name, detection_labels, draw_detections, save_image, save_one_box
+from utils.plots.boxes import as_mapping, class_name, detection_labels, draw_detections, save_image, save_one_box
 
 COPIED = ("yaml", "nc", "hyp", "names", "stride")  # attributes of the model that the wrapper has too
 DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L")  # Pillow's with more than 8 bits a channel
@@ -283,7 +283,7 @@ class Detections:
     ) -> None:
         """Takes images and what was found in them; the arguments are the attributes of the same names, s as shape."""
         self.imgs, self.pred, self.n = list(imgs), list(pred), len(pred)
-        self.names = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
+        self.names = as_mapping(names)
         self.files = _distinct(files)
         self.times, self.s = tuple(times), shape and tuple(shape)
         self.t = tuple((end - start) * 1000 / max(self.n, 1) for start, end in pairwise(self.times))

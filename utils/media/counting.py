@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from utils.boxes import Detections
 from utils.errors import UserError
+from utils.plots.boxes import class_name
 
 if TYPE_CHECKING:
     from utils.media.capture import Frame
@@ -60,9 +61,9 @@ class Counts(NamedTuple):
         Args:
             names: of the classes; the number stands for one that is not in there.
         """
-        known, texts = dict(names) if isinstance(names, Mapping) else dict(enumerate(names)), []
+        texts = []
         for column, heading in enumerate(self.headings, start=1):
-            shares = [f"{tally[column]} {known.get(tally[0], tally[0])}" for tally in self.tallies if tally[column]]
+            shares = [f"{tally[column]} {class_name(names, tally[0])}" for tally in self.tallies if tally[column]]
             total = f"{heading} {sum(tally[column] for tally in self.tallies)}"
             texts.append(f"{total} ({', '.join(shares)})" if shares else total)
         return texts

@@ -16,12 +16,11 @@ import math
 import os
 import re
 import time
-from argparse import Namespace
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,26 +53,24 @@ _RESERVED_NAMES = frozenset({"con", "prn", "aux", "nul"} | _PORT_NAMES)  # by Wi
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Which results are written, and how images look."""
+    """Which results are written, and how images look; the fields are detect.py's options."""
 
-    save_images: bool = True  # annotated images and videos
+    nosave: bool = False  # no annotated images and videos
     save_txt: bool = False
     save_conf: bool = False  # confidences in the label files
     save_crop: bool = False
     save_csv: bool = False
     track: bool = False  # detections have tracks
-    line_width: int | None = None  # px; None suits the image
+    line_thickness: int | None = None  # px; None suits the image
     hide_labels: bool = False
     hide_conf: bool = False
     vid_stride: int = 1
     segment: float | None = None  # minutes of a piece of video; None: LIVE_PIECE_S of what is live, files whole
 
     @classmethod
-    def from_options(cls, options: Namespace) -> OutputOptions:
+    def from_options(cls, options: Any) -> OutputOptions:
         """Takes what concerns writing from detect.py's options."""
-        same = "save_txt save_conf save_crop save_csv track hide_labels hide_conf vid_stride segment"
-        chosen = {name: getattr(options, name) for name in same.split()}
-        return cls(save_images=not options.nosave, line_width=options.line_thickness, **chosen)
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
 
 def _stem_of(path: str) -> str:
@@ -283,7 +280,7 @@ class ResultWriter:
             self._write_rows(name, detections, frame)
         if self._options.save_crop:
             self._write_crops(frame, detections, stem)
-        if self._options.save_images:
+        if not self._options.nosave:
             self._write_image(frame, self._draw(np.ascontiguousarray(frame.image), detections, counts), stem)
 
     def drawn(self, frame: Frame, detections: Detections, counts: Counts | None = None) -> np.ndarray:
@@ -291,7 +288,7 @@ class ResultWriter:
         return self._draw(frame.image.copy(), detections, counts)
 
     def _draw(self, image: np.ndarray, detections: Detections, counts: Counts | None) -> np.ndarray:
-        look = (self._options.line_width, self._options.hide_labels, self._options.hide_conf)
+        look = (self._options.line_thickness, self._options.hide_labels, self._options.hide_conf)
         return draw_detections(image, detections, self._names, *look, counts)
 
     def write_features(self, frame: Frame, row: int, block: str, maps: np.ndarray) -> None:

@@ -47,10 +47,10 @@ def files(folder: Path) -> list[str]:
 
 
 def test_label_lines_are_normalised_and_least_confident_first(tmp_path):
-    writer = write(tmp_path, [(frame(), FOUND)], save_txt=True, save_images=False)
+    writer = write(tmp_path, [(frame(), FOUND)], save_txt=True, nosave=True)
     assert (tmp_path / "labels/photo.txt").read_text() == "0 0.3 0.3 0.2 0.2\n1 0.5 0.25 1 0.5\n0 0.3 0.4 0.4 0.4\n"
     assert writer.labels_written == 1
-    write(tmp_path, [(frame(), FOUND[:1])], save_txt=True, save_conf=True, save_images=False)
+    write(tmp_path, [(frame(), FOUND[:1])], save_txt=True, save_conf=True, nosave=True)
     assert (tmp_path / "labels/photo.txt").read_text() == "0 0.3 0.4 0.4 0.4 0.9\n"
 
 
@@ -79,12 +79,12 @@ def test_crops_lie_in_folders_of_safe_names_numbered_and_without_drawing(tmp_pat
 
 
 def test_csv_has_yolov5_s_columns_a_row_for_each_detection_and_a_video_s_frames(tmp_path):
-    write(tmp_path, [(frame(), FOUND), (frame("/in/other.jpg"), NOTHING)], save_csv=True, save_images=False)
+    write(tmp_path, [(frame(), FOUND), (frame("/in/other.jpg"), NOTHING)], save_csv=True, nosave=True)
     assert (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines() == [
         "Image Name,Prediction,Confidence", "photo.jpg,cat,0.2500", "photo.jpg,a/b,0.5000", "photo.jpg,cat,0.9000",
     ]  # fmt: skip
     results = [(frame(), FOUND[:1]), *[(one, FOUND[:1]) for one, _ in video_frames("/in/a.avi", 2)]]
-    write(tmp_path, results, save_csv=True, save_images=False)
+    write(tmp_path, results, save_csv=True, nosave=True)
     assert (tmp_path / "predictions.csv").read_text().splitlines() == [
         "Image Name,Prediction,Confidence,Frame", "photo.jpg,cat,0.9000,", "a.avi,cat,0.9000,1", "a.avi,cat,0.9000,2",
     ]  # fmt: skip
@@ -211,7 +211,7 @@ def test_names_that_leave_no_room_for_what_is_derived_from_them_are_cut_and_stay
 def test_crops_of_a_stream_take_no_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(writers, "save_image", lambda path, _image: names.append(path.name))
     names, many = [], FOUND[np.zeros(100, int)]
-    with ResultWriter(tmp_path, ["hall"], NAMES, OutputOptions(save_crop=True, save_images=False)) as writer:
+    with ResultWriter(tmp_path, ["hall"], NAMES, OutputOptions(save_crop=True, nosave=True)) as writer:
         writer.write(frame("hall", number=1, live=True), many)
         names.clear()
         tracemalloc.start()
@@ -228,7 +228,7 @@ def test_crops_of_a_stream_take_no_memory(tmp_path, monkeypatch):
 
 def test_crops_of_files_are_not_remembered_beyond_their_file(tmp_path):
     paths = [f"/in/{number}.jpg" for number in range(5)]
-    with ResultWriter(tmp_path, paths, NAMES, OutputOptions(save_crop=True, save_images=False)) as writer:
+    with ResultWriter(tmp_path, paths, NAMES, OutputOptions(save_crop=True, nosave=True)) as writer:
         for path in paths:
             writer.write(frame(path), FOUND)
         assert len(writer._crop_numbers) == 2
@@ -248,14 +248,14 @@ def test_feature_maps_are_written_for_each_image_and_frame(tmp_path):
 
 def test_tracks_are_the_last_column_of_label_lines_and_of_the_table(tmp_path):
     results = [(frame("/in/a.mp4", number=3, fps=25.0), TRACKED)]
-    write(tmp_path, results, save_txt=True, save_conf=True, save_csv=True, track=True, save_images=False)
+    write(tmp_path, results, save_txt=True, save_conf=True, save_csv=True, track=True, nosave=True)
     lines = (tmp_path / "labels/a_3.txt").read_text().splitlines()
     assert lines == ["0 0.3 0.3 0.2 0.2 0.25 1234567", "1 0.5 0.25 1 0.5 0.5 -1", "0 0.3 0.4 0.4 0.4 0.9 7"]
     with open(tmp_path / "predictions.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["Image Name", "Prediction", "Confidence", "Track", "Frame"]
     assert [(row["Prediction"], int(row["Track"])) for row in rows] == [("cat", 1234567), ("a/b", -1), ("cat", 7)]
-    write(tmp_path, results, save_txt=True, save_images=False)
+    write(tmp_path, results, save_txt=True, nosave=True)
     assert (tmp_path / "labels/a_3.txt").read_text().splitlines()[2] == "0 0.3 0.4 0.4 0.4 7"
 
 
@@ -275,7 +275,7 @@ def brightness(path: Path) -> list[int]:
 
 
 def test_live_inputs_are_written_side_by_side_at_their_own_rates(tmp_path):
-    write(tmp_path, [(one, FOUND) for one, _ in live_frames(2)], save_txt=True, save_images=False)
+    write(tmp_path, [(one, FOUND) for one, _ in live_frames(2)], save_txt=True, nosave=True)
     assert files(tmp_path / "labels") == ["hall_1.txt", "hall_2.txt", "rtsp_gate_1_1.txt", "rtsp_gate_1_2.txt"]
     write(tmp_path, live_frames(4))
     assert files(tmp_path)[:1] + files(tmp_path)[-1:] == ["hall.mp4", "rtsp_gate_1.mp4"]
@@ -422,7 +422,7 @@ def test_video_that_is_not_whole_when_the_next_begins_is_named_itself(tmp_path):
 
 def test_what_was_counted_last_is_in_a_table(tmp_path):
     early, late = Counts(LINE, (Tally(0, 1, 0),)), Counts(LINE, (Tally(0, 2, 1), Tally(1, 0, 3)))
-    with ResultWriter(tmp_path, ["/in/a.avi", "hall"], NAMES, OutputOptions(save_images=False)) as writer:
+    with ResultWriter(tmp_path, ["/in/a.avi", "hall"], NAMES, OutputOptions(nosave=True)) as writer:
         for number, counts in enumerate((early, late), start=1):
             writer.write(frame("/in/a.avi", number=number), NOTHING, counts)
         writer.write(frame("hall", number=1, live=True), NOTHING, early)
@@ -430,7 +430,7 @@ def test_what_was_counted_last_is_in_a_table(tmp_path):
         "Input,Class,In,Out", "a.avi,cat,2,1", "a.avi,a/b,0,3", "hall,cat,1,0",
     ]  # fmt: skip
     zone = Counts((*LINE, (50.0, 90.0)), (Tally(1, 4, 1),))
-    with ResultWriter(tmp_path, ["/in/a.avi"], NAMES, OutputOptions(save_images=False)) as writer:
+    with ResultWriter(tmp_path, ["/in/a.avi"], NAMES, OutputOptions(nosave=True)) as writer:
         writer.write(frame("/in/a.avi", number=1), NOTHING, zone)
     assert (tmp_path / "counts.csv").read_text().splitlines() == [
         "Input,Class,Inside so far,Inside now",
@@ -441,7 +441,7 @@ def test_what_was_counted_last_is_in_a_table(tmp_path):
 def test_tables_are_on_the_disk_while_the_run_goes_on(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
-    options = OutputOptions(save_images=False, save_csv=True)
+    options = OutputOptions(nosave=True, save_csv=True)
     with ResultWriter(tmp_path, ["hall"], NAMES, options) as writer:
         for number, now[0] in enumerate((100.0, 100.5, 101.1, 101.5), start=1):
             writer.write(frame("hall", number=number, live=True), FOUND[:1], Counts(LINE, (Tally(0, number, 0),)))
@@ -454,7 +454,7 @@ def test_tables_are_on_the_disk_while_the_run_goes_on(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
 def test_table_on_a_full_disk_is_told_in_words(tmp_path):
     for close in (False, True):
-        writer = ResultWriter(tmp_path, ["hall"], NAMES, OutputOptions(save_images=False, save_csv=True))
+        writer = ResultWriter(tmp_path, ["hall"], NAMES, OutputOptions(nosave=True, save_csv=True))
         with pytest.raises(UserError, match=rf"{tmp_path}.*cannot be written \(No space left on device\)"), writer:
             writer._table_file.close()
             writer._table_file = open("/dev/full", "w")
