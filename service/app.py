@@ -116,7 +116,6 @@ class Service:
     """
 
     def __init__(self, predictor: Predictor, config: ServeConfig) -> None:
-        """Prepares a service; `running` starts it."""
         self.predictor, self.config = predictor, config
         self._active = 0
         self.metrics = Metrics(lambda: len(self.batcher), lambda: self._active)

@@ -45,8 +45,6 @@ class Outcome(NamedTuple):
 
 @dataclass
 class _Waiting:
-    """An image in the queue."""
-
     prepared: Prepared
     result: asyncio.Future[Outcome]
     since_s: float = field(default_factory=time.monotonic)
@@ -86,7 +84,6 @@ class Batcher:
         self._loop_task: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
-        """Returns the number of images that wait."""
         return sum(len(queue) for queue in self._queues.values())
 
     def start(self) -> None:

@@ -57,7 +57,6 @@ class StageClock:
     """Times the stages of one request, for the metrics and for its client."""
 
     def __init__(self, metrics: Metrics) -> None:
-        """Starts the first stage."""
         self._metrics, self._taken_s = metrics, {}
         self.restart()
 

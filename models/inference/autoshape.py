@@ -76,7 +76,6 @@ class AutoShape(nn.Module):
     _range_warned = False
 
     def __init__(self, model: Model | Ensemble | DetectMultiBackend) -> None:
-        """Takes a model, and puts it into evaluation mode."""
         super().__init__()
         self.dmb = isinstance(model, DetectMultiBackend)
         self.pt = not self.dmb or model.pt
@@ -214,7 +213,8 @@ def _read(item: Any) -> tuple[np.ndarray, str]:
     if isinstance(item, Image.Image):
         return _from_pillow(item), Path(str(getattr(item, "filename", ""))).stem
     if isinstance(item, Tensor):
-        return _from_tensor(item), ""
+        values = item.detach().cpu()
+        return _from_array((values.float() if values.is_floating_point() else values).numpy()), ""
     if isinstance(item, np.ndarray):
         return _from_array(item), ""
     raise ImageError(
@@ -230,12 +230,6 @@ def _from_pillow(image: Image.Image) -> np.ndarray:
     content = BytesIO()
     image.save(content, "TIFF")
     return decode_image(content.getvalue())[..., ::-1]
-
-
-def _from_tensor(tensor: Tensor) -> np.ndarray:
-    """Returns a tensor (c, h, w) or (h, w, c) as uint8 (h, w, 3) RGB."""
-    values = tensor.detach().cpu()
-    return _from_array((values.float() if values.is_floating_point() else values).numpy())
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:
@@ -284,7 +278,8 @@ class Detections:
         """Takes images and what was found in them; the arguments are the attributes of the same names, s as shape."""
         self.imgs, self.pred, self.n = list(imgs), list(pred), len(pred)
         self.names = as_mapping(names)
-        self.files = _distinct(files)
+        numbered = OutputStems(f"{number}/{file}" for number, file in enumerate(files))  # no two alike
+        self.files = [stem + Path(file).suffix for stem, file in zip(numbered.values(), files, strict=True)]
         self.times, self.s = tuple(times), shape and tuple(shape)
         self.t = tuple((end - start) * 1000 / max(self.n, 1) for start, end in pairwise(self.times))
         self.xyxy = self.pred
@@ -300,11 +295,9 @@ class Detections:
         return self.imgs
 
     def __len__(self) -> int:
-        """Returns the number of images."""
         return self.n
 
     def __getitem__(self, index: int | slice) -> Detections:
-        """Returns what was found in one image, or in several."""
         chosen = range(self.n)[index]
         chosen = [chosen] if isinstance(chosen, int) else chosen
         part = Detections(
@@ -319,11 +312,9 @@ class Detections:
         return part
 
     def __iter__(self) -> Iterator[Detections]:
-        """Yields what was found in each image."""
         return (self[number] for number in range(self.n))
 
     def __str__(self) -> str:
-        """Returns what `print` shows."""
         lines = []
         for number, (image, rows) in enumerate(zip(self._given, self.pred, strict=True), start=1):
             height, width = image.shape[:2]
@@ -333,7 +324,6 @@ class Detections:
         return "\n".join([*lines, f"Speed: {spent} per image at shape {self.s}"])
 
     def __repr__(self) -> str:
-        """Returns the class and the number of images, with what `print` shows."""
         return f"{type(self).__name__} of {self.n} images\n{self}"
 
     def tolist(self) -> list[Detections]:
@@ -492,9 +482,3 @@ def _output_folder(save_dir: str | Path, exist_ok: bool | None) -> Path:
     """Makes the folder that is saved to; see `Detections.save`."""
     exist_ok = Path(save_dir) != Path(SAVE_DIR) if exist_ok is None else exist_ok
     return increment_path(save_dir, exist_ok=exist_ok, mkdir=True)
-
-
-def _distinct(files: Sequence[str]) -> list[str]:
-    """Returns file names of which no two are alike: later ones of a name are numbered."""
-    places = [f"{number}/{file}" for number, file in enumerate(files)]
-    return [stem + Path(place).suffix for place, stem in OutputStems(places).items()]

@@ -149,7 +149,6 @@ class _State:
     """One input's line or zone, the tracks and the numbers."""
 
     def __init__(self) -> None:
-        """Starts from nothing; `resize` comes before the first `update`."""
         self.shape_hw: tuple[int, int] = (1, 1)
         self._points_xy: tuple[Point, ...] = ()
         self._paths: dict[int, _Path] = {}  # by track
@@ -229,17 +228,14 @@ def _is_inside(point_xy: Point, corners_xy: Sequence[Point]) -> bool:
 
 
 def _edges(corners_xy: Sequence[Point]) -> Iterator[tuple[Point, Point]]:
-    """Yields a polygon's edges, the one that closes it among them."""
     return zip(corners_xy, [*corners_xy[1:], corners_xy[0]], strict=True)
 
 
 def _area(corners_xy: Sequence[Point]) -> float:
-    """Returns twice a polygon's area, with a sign."""
     return sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in _edges(corners_xy))
 
 
 def _number(part: str, text: str) -> float:
-    """Reads one coordinate of `text`."""
     try:
         value = float(part)
     except ValueError:
@@ -250,6 +246,5 @@ def _number(part: str, text: str) -> float:
 
 
 def _refusal(text: str, why: str) -> UserError:
-    """Returns the error about a value of --count."""
     expected = "x1,y1,x2,y2 for a line, or three or more points for a zone, in pixels or all from 0 to 1"
     return UserError(f"--count '{text}': {why}. Expected: {expected}.")

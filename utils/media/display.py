@@ -59,7 +59,6 @@ class Window:
     """
 
     def __init__(self) -> None:
-        """Opens nothing yet."""
         self._titles: set[str] = set()
         os.environ.setdefault("QT_LOGGING_RULES", "default.warning=false")  # OpenCV's wheels come without Qt's fonts
 
@@ -78,11 +77,9 @@ class Window:
         return cv2.waitKey(1) & 0xFF != ord(QUIT_KEY)
 
     def __enter__(self) -> Window:
-        """Returns itself."""
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """Closes the windows."""
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -155,7 +155,6 @@ class LoadImages:
         self.cap: cv2.VideoCapture | None = None
 
     def __len__(self) -> int:
-        """Returns the number of files."""
         return self.nf
 
     def read(self) -> Iterator[list[Frame]]:
@@ -224,7 +223,6 @@ class LoadStreams(LiveSource):
         self.img_size, self.stride, self.auto = img_size, stride, auto
 
     def __len__(self) -> int:
-        """Returns the number of inputs."""
         return len(self.sources)
 
     def __iter__(self) -> Iterator[StreamsTuple | ImageTuple]:
@@ -256,11 +254,9 @@ class LoadScreenshots(LoadStreams):
     def __init__(
         self, source: str = "screen", img_size: int | Sequence[int] = 640, stride: int = 32, auto: bool = True
     ) -> None:
-        """Opens it; see `LoadStreams`."""
         super().__init__([source], img_size, stride, auto)
 
     def __iter__(self) -> Iterator[ImageTuple]:
-        """Yields images without end."""
         for (original,) in self._rounds():
             image = _for_model(original, self.img_size, self.stride, self.auto)
             yield self.sources[0], image, original, None, f"{self.sources[0]} {self.count}: "
@@ -270,11 +266,9 @@ class LoadWebcam(LoadStreams):
     """A camera seen as in a mirror: yields ("webcam.jpg", image (3, h, w), original (h, w, 3), None, prefix)."""
 
     def __init__(self, pipe: str = "0", img_size: int | Sequence[int] = 640, stride: int = 32) -> None:
-        """Opens a camera's number or an address; see `LoadStreams`."""
         super().__init__([str(pipe)], img_size, stride)
 
     def __iter__(self) -> Iterator[ImageTuple]:
-        """Yields images until the camera ends."""
         for (original,) in self._rounds():
             mirrored = cv2.flip(original, 1)
             image = _for_model(mirrored, self.img_size, self.stride, self.auto)

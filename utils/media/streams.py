@@ -56,7 +56,6 @@ class Tally:
     reconnections: int = 0
 
     def __str__(self) -> str:
-        """Returns the counts in words."""
         return (
             f"{self.received} frames received, {self.used} used, {self.dropped} dropped for newer ones, "
             f"{self.late} late, {self.undecodable} undecodable, {self.reconnections} reconnections"

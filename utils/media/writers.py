@@ -214,7 +214,6 @@ class ResultWriter:
         return self._labels.written if self._labels else 0
 
     def __enter__(self) -> ResultWriter:
-        """Makes the subfolders and opens the table."""
         if self._options.save_txt:
             self._labels = LabelWriter(self._folder / "labels", self._options.save_conf)
         if self._options.save_csv:

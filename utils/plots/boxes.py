@@ -53,7 +53,6 @@ class Colors:
     """
 
     def __init__(self) -> None:
-        """Reads the palette."""
         self.palette = [self.hex2rgb(f"#{code}") for code in PALETTE]
         self.n = len(self.palette)
 

@@ -257,12 +257,10 @@ def _shorten(name: str) -> str:
 
 
 def _needed(texts: Iterable[str]) -> set[str]:
-    """The characters that `texts` are made of."""
     return set("".join(texts)) - {" "}
 
 
 def _characters(font_file: str) -> set[str]:
-    """The characters that a font has."""
     from matplotlib.font_manager import get_font
 
     return {chr(code) for code in get_font(font_file).get_charmap()}
