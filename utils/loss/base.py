@@ -106,7 +106,7 @@ class Loss:
 
         Args:
             outputs, targets: as of `means`.
-            reduction: how to reckon with other processes, where this batch is a part of a common one.
+            reduction: how to combine it with other processes, where this batch is a part of a common one.
         """
         with torch.autocast(outputs[0].device.type, enabled=False):
             whole = means = self.means(outputs, targets)

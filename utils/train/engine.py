@@ -96,7 +96,7 @@ class Trainer:
                 remove_temporaries(folder)
         self.model = model.to(memory_format=torch.channels_last)
         self.ema = ModelEMA(self.model) if world.is_main else None
-        self.replica = replicate(self.model, device, world, options.sync_bn)
+        self.ddp_model = replicate(self.model, device, world, options.sync_bn)
         loss = LOSSES[model.head.loss]
         self.model.hyp = loss.scaled(hyp, model.head, loaders.imgsz).to_dict()
         self.loss = loss(self.model)
@@ -178,7 +178,7 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> Tensor | None:
         """Trains on every batch once; returns the mean loss terms (n,), or None where a callback stops the run."""
-        self.replica.train()
+        self.ddp_model.train()
         loader, epochs = self.loaders.train, self.options.epochs
         loader.set_epoch(epoch)
         if self.options.image_weights:  # high for images whose classes do badly
@@ -220,9 +220,9 @@ class Trainer:
             images = rescaled(images, self.loaders.imgsz, self.loaders.grid_stride, self.options.seed, iteration)
         self.gathered += 1
         steps = self.gathered >= settings.accumulate or index + 1 == len(self.loaders.train)
-        with no_sync_unless(self.replica, wanted=steps):
+        with no_sync_unless(self.ddp_model, wanted=steps):
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                outputs = self.replica(images)
+                outputs = self.ddp_model(images)
             reduction = None
             if self.world.size > 1:
                 owned = float(self.loaders.train.owns(index))

@@ -1,4 +1,4 @@
-"""Pictures of labels and results: they are written, legible (no text over another, none cut off) and show the data."""
+"""Plots of labels and results: they are written, legible (no text over another, none cut off) and show the data."""
 
 import sys
 
@@ -54,7 +54,7 @@ def drawn_texts(figure):
     ],
     ids=["1", "4", "20", "80", "365", "chinese", "awkward"],
 )
-def test_nothing_on_the_label_picture_overlaps_or_is_cut_off(names):
+def test_nothing_on_the_label_plot_overlaps_or_is_cut_off(names):
     figure = plots._labels_figure(label_rows(1500, len(names)), names)
     width, height = figure.bbox.size
     texts = drawn_texts(figure)
@@ -92,7 +92,7 @@ def test_at_most_a_thousand_boxes_are_drawn_small_ones_on_top():
 
 
 @pytest.mark.parametrize("count", [0, 1, 300])
-def test_label_pictures_are_written_without_pyplot_figures(tmp_path, count):
+def test_label_plots_are_written_without_pyplot_figures(tmp_path, count):
     files = plots.plot_labels(label_rows(count, 2), {0: "a", 1: "b"}, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.jpg", "labels_correlogram.jpg"]
     for file in files:
