@@ -143,23 +143,15 @@ def _correlogram_figure(boxes_xywh_norm: np.ndarray) -> Figure:
                 continue
             if column == row:
                 sns.histplot(frame, x=horizontal, ax=axes, color="#2C99A8", element="step", **bins)
-                axes.set_ylabel("labels" if column == 0 else "")
             elif len(frame):
                 pairs = {"bins": (BINS, BINS), "binrange": ((0, 1), (0, 1))}
                 sns.histplot(frame, x=horizontal, y=vertical, ax=axes, cmap=_histogram_colors(), **pairs)
-            _label_panel(axes, horizontal if row == 3 else "", vertical if column == 0 and row else None)
-            axes.set(xlim=(0, 1), **({"ylim": (0, 1)} if column < row else {}))
+            outer = "" if column else vertical if row else "labels"
+            axes.set(xlabel=horizontal if row == 3 else "", ylabel=outer, xlim=(0, 1))
+            if column < row:
+                axes.set_ylim(0, 1)
     figure.suptitle("How box centres and sizes go together")
     return figure
-
-
-def _label_panel(axes: Axes, x_name: str, y_name: str | None) -> None:
-    """Names the axes at the outer edge only; None keeps what stands there."""
-    axes.set_xlabel(x_name)
-    if y_name is not None:
-        axes.set_ylabel(y_name)
-    elif axes.get_ylabel() != "labels":
-        axes.set_ylabel("")
 
 
 def plot_results(file: str | Path = "path/to/results.csv", dir: str | Path = "") -> None:
