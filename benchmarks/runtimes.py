@@ -160,13 +160,13 @@ def raw_difference(row: Row, model: Any, args: argparse.Namespace, sources: Any)
     import numpy as np
 
     from models.backends import load_backend
-    from models.export.verify import sample_pictures
+    from models.export.verify import sample_images
     from utils.dataloaders.paths import list_images
     from utils.images import letterbox
 
     checkpoint = load_backend(args.weights, "cpu")
     box_px = score = 0.0
-    for image in sample_pictures(list_images(sources)):
+    for image in sample_images(list_images(sources)):
         boxed = letterbox(image, (args.imgsz, args.imgsz), auto=row.dynamic, stride=model.stride).image
         images = np.ascontiguousarray(boxed[None, :, :, ::-1].transpose(0, 3, 1, 2))
         expected, found = (np.asarray(backend.predict(images)) for backend in (checkpoint, model))

@@ -52,18 +52,16 @@ def tiny_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("shapes")
     for split, count in zip(SPLITS, (24, 8), strict=True):
-        write_scenes(root, split.name, [scene_of(split, index) for index in range(count)], label_text)
+        images, labels = (root / kind / split.name for kind in ("images", "labels"))
+        images.mkdir(parents=True)
+        labels.mkdir(parents=True)
+        for index in range(count):
+            scene = scene_of(split, index)
+            cv2.imwrite(str(images / f"{index}.jpg"), scene.image)
+            (labels / f"{index}.txt").write_text(label_text(scene))
     yaml = root / "tiny.yaml"
     yaml.write_text("path: .\ntrain: images/train\nval: images/val\nnames: [circle, square, triangle, star]\n")
     return yaml
-
-
-def write_scenes(root: Path, split: str, scenes: list, label_text) -> None:
-    for kind in ("images", "labels"):
-        (root / kind / split).mkdir(parents=True)
-    for index, scene in enumerate(scenes):
-        cv2.imwrite(str(root / "images" / split / f"{index}.jpg"), scene.image)
-        (root / "labels" / split / f"{index}.txt").write_text(label_text(scene))
 
 
 @pytest.fixture(scope="session")

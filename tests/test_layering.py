@@ -1,6 +1,7 @@
 """Which way imports may point: read from the source, lazy imports too."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -213,6 +214,20 @@ def test_there_is_no_circle():
     for module in MODULES:
         if module not in state:
             visit(module)
+
+
+def test_names_that_are_imported_exist():
+    """Also inside functions, in benchmarks and in campaigns, where no other test may come by."""
+    campaigns = {module_name(path): path for path in (ROOT / "tests" / "campaigns").glob("*.py")}
+    known, wrong = {**MODULES, **campaigns}, []
+    for module, path in known.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in known:
+                names = [alias.name for alias in node.names if f"{node.module}.{alias.name}" not in known]
+                source = importlib.import_module(node.module)
+                missing = [name for name in names if name != "*" and not hasattr(source, name)]
+                wrong += [f"{module}:{node.lineno}: {node.module} has no {name}" for name in missing]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("package", ["utils", "models"])

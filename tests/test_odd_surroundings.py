@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import shlex
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import detect
+import export
 import train
 import val
 from utils.errors import printable
@@ -72,17 +74,16 @@ def test_class_names_bring_no_controls_to_tables_images_and_folders():
     assert folder_names(names) == {0: "cat_[2J_\ufffd", 1: "a\ufffd_b"}
 
 
-def test_commands_that_are_printed_to_be_copied_fit_a_shell(tmp_path, caplog, monkeypatch):
-    from models.export import run as exporter
+def test_commands_that_are_printed_to_be_copied_fit_a_shell(weights, data, tmp_path, caplog, monkeypatch):
     from utils.loggers import open_tensorboard
     from utils.train import fingerprint
     from utils.train.engine import Trainer
 
     caplog.set_level("INFO", "yolov5")
-    file, data = tmp_path / "it's my run" / "best.pt", "my data.yaml"
+    file, data = tmp_path / "it's my run" / "best.pt", data.rename(data.with_name("my data.yaml"))
     file.parent.mkdir()
-    file.write_bytes(b"")
-    exporter._conclude(exporter.Report([file]), SimpleNamespace(data=data), 1.0)
+    shutil.copy(weights, file)
+    (exported,) = export.run(weights=[file], include=["yolov5"], imgsz=64, data=str(data))
     board = open_tensorboard(file.parent / "exp")
     if board:
         board.close()
@@ -90,8 +91,8 @@ def test_commands_that_are_printed_to_be_copied_fit_a_shell(tmp_path, caplog, mo
     stopped = SimpleNamespace(saved=(file, 0), world=SimpleNamespace(command="python train.py"))
     said = "\n".join([caplog.text, fingerprint.summary(file.parent), Trainer.how_to_resume(stopped)])
     commands = {
-        r"Detect: +(.*)": ["python", "detect.py", "--weights", str(file)],
-        r"Validate: +(.*)": ["python", "val.py", "--weights", str(file), "--data", data],
+        r"Detect: +(.*)": ["python", "detect.py", "--weights", exported],
+        r"Validate: +(.*)": ["python", "val.py", "--weights", exported, "--data", str(data)],
         r"Go on with: (.*)": ["python", "train.py", "--resume", str(file)],
         r"(python -m utils.train.fingerprint .*)\)": ["python", "-m", "utils.train.fingerprint", str(file.parent)],
     }
