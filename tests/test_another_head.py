@@ -67,7 +67,7 @@ class PointHead(Head):
 
 class PointLoss(Loss):
     terms = ("sides", "class")
-    gains = ("box", "cls")
+    gains = ("box", "cls", "label_smoothing")  # the last of which the file leaves out
 
     def means(self, outputs, targets):
         means = []
@@ -93,7 +93,7 @@ class PointLoss(Loss):
         return torch.stack([sum(mean.value() for mean in means[term::2]) for term in (0, 1)]) * self.weights()
 
     def weights(self):
-        return torch.tensor([self.hyp[gain] for gain in self.gains])
+        return torch.tensor([self.hyp["box"], self.hyp["cls"]])
 
 
 class Remembered(Logger):
@@ -221,7 +221,7 @@ def test_it_is_not_exported_for_yolov5s_own_program(trained, tmp_path, caplog):
 def test_parts_of_a_batch_add_up_to_the_whole(trained):
     """Three images as two parts of two processes, with counts that are sums of weights."""
     model = load_model(trained.run / "weights" / "best.pt").train()
-    model.hyp = {"box": 0.5, "cls": 2.0}
+    model.hyp = {"box": 0.5, "cls": 2.0, "label_smoothing": 0.0}
     loss, images = PointLoss(model), torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([[0, 1, 0.3, 0.4, 0.2, 0.2], [1, 3, 0.6, 0.7, 0.5, 0.1], [2, 0, 0.5, 0.2, 0.1, 0.3]])
     outputs = [output.detach() for output in model(images)]

@@ -12,7 +12,7 @@ METRICS = ("metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mA
 
 
 class Logger:
-    """A destination; what it does not take it leaves as it is here."""
+    """A destination; what it does not take it leaves as it is here. What it raises ends the run."""
 
     def __init__(self, save_dir: Path, start_epoch: int, settings: Mapping[str, Any]) -> None:
         """Opens it.

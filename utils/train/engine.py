@@ -98,7 +98,7 @@ class Trainer:
         self.ema = ModelEMA(self.model) if world.is_main else None
         self.ddp_model = replicate(self.model, device, world, options.sync_bn)
         loss = LOSSES[model.head.loss]
-        self.model.hyp = loss.scaled(hyp, model.head, loaders.imgsz).to_dict()
+        self.model.hyp = dict(vars(loss.scaled(hyp, model.head, loaders.imgsz)))  # those, too, that the file leaves out
         self.loss = loss(self.model)
         self.schedule = Schedule(hyp, options.epochs, len(loaders.train), options.batch_size, options.cos_lr)
         weight_decay = scaled_weight_decay(hyp, options.batch_size)
