@@ -9,17 +9,15 @@ engine says of itself is in its name. Needs TensorRT 10 or newer.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from models.backends.metadata import Metadata
-from models.export.job import ExportJob, quietly
-from models.export.onnx import INPUT, QUANTISED_OPSET, write_onnx
+from models.export.job import ExportJob
+from models.export.onnx import INPUT, quantized, write_onnx
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.log import LOGGER
@@ -44,23 +42,15 @@ def export(job: ExportJob) -> Path:
         raise UserError(f"needs TensorRT {LEAST_VERSION} or newer, this is {tensorrt.__version__}.")
     path = job.path(job.format.suffix)
     with tempfile.TemporaryDirectory() as folder, torch.cuda.device(job.device):
-        engine = build(tensorrt, _onnx(job, Path(folder)).read_bytes(), job)
+        if job.config.int8:
+            content = quantized(job, symmetric=True)
+        else:
+            write_onnx(job, Path(folder, "model.onnx"), least_opset=LEAST_OPSET)
+            content = Path(folder, "model.onnx").read_bytes()
+        engine = build(tensorrt, content, job)
     with atomic_write(path) as temporary:
         temporary.write_bytes(engine)
     return path
-
-
-def _onnx(job: ExportJob, folder: Path) -> Path:
-    """Writes the ONNX file that the engine is built from; returns its path."""
-    path = folder / "model.onnx"
-    write_onnx(job, path, least_opset=QUANTISED_OPSET if job.config.int8 else LEAST_OPSET)
-    if not job.config.int8:
-        return path
-    from models.export.onnx import CALIBRATION_IMAGES
-
-    quantised = folder / "int8.onnx"
-    quantize_symmetric(path, quantised, job.calibration(CALIBRATION_IMAGES), job.metadata.batch)
-    return quantised
 
 
 def build(tensorrt: Any, content: bytes, job: ExportJob) -> bytes:
@@ -116,49 +106,3 @@ def engine_name(metadata: Metadata) -> str:
         "class1, ..."
     )
     return ""
-
-
-def quantize_symmetric(full: Path, quantised: Path, images: Sequence[np.ndarray], batch: int) -> None:
-    """Quantises an ONNX file as TensorRT reads it: every zero point 0, biases and everything behind the trunk in float.
-
-    Args:
-        full: the float32 file.
-        quantised: the file to write.
-        images: calibration images, uint8 (1, 3, h, w) RGB.
-        batch: images that the file takes at a time.
-    """
-    import onnx
-    from onnxruntime import quantization
-
-    from models.export.calibrate import calibration_batches, log_ranges
-    from models.export.onnx import activation_ranges, float_nodes
-
-    prepared = full.with_suffix(".prepared.onnx")
-    with quietly():
-        quantization.quant_pre_process(str(full), str(prepared), skip_symbolic_shape=True)
-        kept = float_nodes(onnx.load(prepared).graph)
-        quantization.quantize_static(
-            str(prepared),
-            str(quantised),
-            _Reader({INPUT: images} for images in calibration_batches(images, batch)),
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=["Conv"],
-            per_channel=True,
-            activation_type=quantization.QuantType.QInt8,
-            weight_type=quantization.QuantType.QInt8,
-            nodes_to_exclude=kept,
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
-        )
-    graph = onnx.load(quantised).graph
-    layers = sum(node.op_type == "Conv" and node.name not in kept for node in graph.node)
-    log_ranges(activation_ranges(graph), layers, len(images))
-
-
-class _Reader:
-    """Hands out a model's inputs one after the other, in the way of `CalibrationDataReader`."""
-
-    def __init__(self, inputs: Iterator[dict[str, np.ndarray]]):
-        self._inputs = inputs
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._inputs, None)

@@ -3,11 +3,9 @@
 One input `images` (b, 3, h, w) of values 0 to 1; one output `output`: rows (b, n, 5 + nc) in pixels, or detections
 (b, max_det, 6) with --nms; with --train one output a level. What the file says of itself is in its metadata.
 
-ONNX in int8: static quantisation by ONNX Runtime's own tool, measured on images of the training set.
-
-Weights have a scale for each output channel, activations (unsigned, which processors multiply fastest) one for each
-tensor. The head's convolutions and what follows them (decoding of boxes, NMS) stay in float: a box's place needs more
-than 256 steps.
+Int8 is static quantisation by ONNX Runtime's own tool, measured on images of the training set. Weights have a scale for
+each output channel, activations one for each tensor. The head's convolutions and what follows them (decoding of boxes,
+NMS) stay in float: a box's place needs more than 256 steps.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,6 +35,7 @@ DEFAULT_OPSET = 12
 QUANTISED_OPSET = 13  # the first with a scale for each channel
 INPUT, OUTPUT = "images", "output"
 INT8_SUFFIX = "-int8.onnx"
+CALIBRATION_IMAGES = 64  # ranges settle early, and the tool holds the activations of all of them in memory
 
 
 def export(job: ExportJob) -> Path:
@@ -45,13 +44,9 @@ def export(job: ExportJob) -> Path:
         path = job.path(job.format.suffix)
         write_onnx(job, path)
         return path
-
     path = job.path(INT8_SUFFIX)
-    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as temporary:
-        full, quantised = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
-        write_onnx(job, full, least_opset=QUANTISED_OPSET)
-        quantize(full, quantised, job.calibration(CALIBRATION_IMAGES))
-        temporary.write_bytes(_described(job, quantised.read_bytes()))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(_described(job, quantized(job)))
     return path
 
 
@@ -72,94 +67,87 @@ def write_onnx(job: ExportJob, path: Path, head: nn.Module | None = None, least_
         raise UserError(f"--opset {opset} is too low: at least {least_opset} is needed here")
     if job.config.simplify and missing_packages(("onnxslim",)):
         raise UserError(f"--simplify needs onnxslim: {install_hint('onnx')}")
-    with atomic_write(path) as temporary:
-        _trace(job, temporary, job.head() if head is None else head, opset)
-        content = temporary.read_bytes()
-        if job.config.simplify:
-            content = _simplified(content)
-        temporary.write_bytes(_described(job, content))
-
-
-def _trace(job: ExportJob, path: Path, head: nn.Module, opset: int) -> None:
-    """Writes the graph that torch records of one run."""
-    model, example = job.with_head(head), job.example()
+    model, example = job.with_head(job.head() if head is None else head), job.example()
     if job.config.half:
         model, example = copy.deepcopy(model).half(), example.half()
-    outputs = _output_names(job)
-    with warnings.catch_warnings(), torch.no_grad():
+    outputs = [OUTPUT, *(f"{OUTPUT}_{level}" for level in range(1, job.source.head.nl) if job.config.train)]
+    axes = {INPUT: {0: "batch", 2: "height", 3: "width"}}
+    if job.config.train:
+        axes |= {name: {0: "batch", 2: f"rows_{i}", 3: f"columns_{i}"} for i, name in enumerate(outputs)}
+    else:
+        axes[OUTPUT] = {0: "batch"} if job.metadata.nms else {0: "batch", 1: "anchors"}
+    with warnings.catch_warnings(), torch.no_grad(), atomic_write(path) as temporary:
         # The exporter that torch recommends needs onnxscript and later opsets; recording sizes is meant here.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         torch.onnx.export(
             model,
             (example,),
-            path,
+            temporary,
             dynamo=False,
             opset_version=opset,
             input_names=[INPUT],
             output_names=outputs,
-            dynamic_axes=_free_axes(job, outputs) if job.metadata.dynamic else None,
+            dynamic_axes=axes if job.metadata.dynamic else None,
         )
+        content = temporary.read_bytes()
+        if job.config.simplify:
+            import onnx
+            import onnxslim
 
-
-def _output_names(job: ExportJob) -> list[str]:
-    """Returns the outputs' names: one, or with --train one a level."""
-    more = range(1, job.source.head.nl) if job.config.train else ()
-    return [OUTPUT, *(f"{OUTPUT}_{level}" for level in more)]
-
-
-def _free_axes(job: ExportJob, outputs: Sequence[str]) -> dict[str, dict[int, str]]:
-    """Names the axes whose length an input of another size changes."""
-    axes = {INPUT: {0: "batch", 2: "height", 3: "width"}}
-    if job.config.train:
-        return axes | {name: {0: "batch", 2: f"rows_{i}", 3: f"columns_{i}"} for i, name in enumerate(outputs)}
-    return axes | {OUTPUT: {0: "batch"} if job.metadata.nms else {0: "batch", 1: "anchors"}}
-
-
-def _simplified(content: bytes) -> bytes:
-    """Returns a model's bytes with what is constant computed and what is of no use left out."""
-    import onnx
-    import onnxslim
-
-    return onnxslim.slim(onnx.load_from_string(content)).SerializeToString()
+            content = onnxslim.slim(onnx.load_from_string(content)).SerializeToString()
+        temporary.write_bytes(_described(job, content))
 
 
 def _described(job: ExportJob, content: bytes) -> bytes:
     """Returns a model's bytes with its metadata and the lengths of its output that are fixed, checked."""
     import onnx
 
+    head, nms = job.source.head, job.metadata.nms
+    fixed = {2: head.no} if nms is None else {1: nms.max_det, 2: 6}
     model: ModelProto = onnx.load_from_string(content)
     for port in model.graph.output:
-        for axis, length in _fixed_axes(job).items():  # in dynamic graphs torch loses sight of some
-            port.type.tensor_type.shape.dim[axis].dim_value = length
+        for axis, length in ({1: head.na, 4: head.channels} if job.config.train else fixed).items():
+            port.type.tensor_type.shape.dim[axis].dim_value = length  # in dynamic graphs torch loses sight of some
     onnx.helper.set_model_props(model, job.metadata.texts())
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
 
 
-def _fixed_axes(job: ExportJob) -> dict[int, int]:
-    """Returns the axes of an output whose length depends on the model alone, with their lengths."""
-    head, nms = job.source.head, job.metadata.nms
-    if job.config.train:
-        return {1: head.na, 4: head.channels}
-    return {2: head.no} if nms is None else {1: nms.max_det, 2: 6}
+def quantized(job: ExportJob, **how: Any) -> bytes:
+    """Returns the model of a job in int8, without its metadata; logs the ranges. `how` is passed to `quantize`."""
+    with tempfile.TemporaryDirectory() as folder:
+        full, result = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
+        write_onnx(job, full, least_opset=QUANTISED_OPSET)
+        quantize(full, result, job.calibration(CALIBRATION_IMAGES), **how)
+        return result.read_bytes()
 
 
-CALIBRATION_IMAGES = 64  # ranges settle early, and the tool holds the activations of all of them in memory
-_SMOOTHING = {"CalibMovingAverage": True, "CalibMovingAverageConstant": 0.01}  # a single odd image widens no range
-
-
-def quantize(full: Path, quantised: Path, images: Sequence[np.ndarray]) -> None:
+def quantize(full: Path, quantised: Path, images: Sequence[np.ndarray], symmetric: bool = False) -> None:
     """Quantises an ONNX file to int8 and logs how.
 
     Args:
         full: the float32 model, from images (b, 3, h, w) to the decoded output.
         quantised: the file to write; it does not carry over the metadata.
         images: calibration images, uint8 (1, 3, h, w) RGB.
+        symmetric: as TensorRT reads it: convolutions alone, every zero point 0, biases in float. Else activations are
+            unsigned, which processors multiply fastest.
     """
     import onnx
     from onnxruntime import quantization
 
+    options: dict[str, Any] = {
+        "activation_type": quantization.QuantType.QUInt8,
+        # a single odd image widens no range
+        "extra_options": {"CalibMovingAverage": True, "CalibMovingAverageConstant": 0.01},
+    }
+    if symmetric:
+        options = {
+            "activation_type": quantization.QuantType.QInt8,
+            "quant_format": quantization.QuantFormat.QDQ,
+            "op_types_to_quantize": ["Conv"],
+            "extra_options": {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+        }
     prepared = full.with_suffix(".prepared.onnx")
     with quietly():
         # The symbolic shape inference knows fewer operations than the rest, and nothing here depends on it
@@ -170,13 +158,14 @@ def quantize(full: Path, quantised: Path, images: Sequence[np.ndarray]) -> None:
             str(quantised),
             _Reader(model, images),
             per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             nodes_to_exclude=float_nodes(model.graph),
-            extra_options=_SMOOTHING,
+            **options,
         )
     graph = onnx.load(quantised).graph
-    log_ranges(activation_ranges(graph), _count_quantised(graph), len(images))
+    in_int8 = {output for node in graph.node if node.op_type == "DequantizeLinear" for output in node.output}
+    layers = sum(node.op_type == "Conv" and node.input[1] in in_int8 for node in graph.node)
+    log_ranges(activation_ranges(graph), layers, len(images))
 
 
 class _Reader:
@@ -217,9 +206,3 @@ def activation_ranges(graph: GraphProto) -> list[ActivationRange]:
             low, high = ((limit - int(zero)) * float(scale) for limit in (limits.min, limits.max))
             found.append(ActivationRange(node.input[0], low, high))
     return found
-
-
-def _count_quantised(graph: GraphProto) -> int:
-    """Returns how many convolutions have quantised weights."""
-    quantised = {output for node in graph.node if node.op_type == "DequantizeLinear" for output in node.output}
-    return sum(node.op_type == "Conv" and node.input[1] in quantised for node in graph.node)

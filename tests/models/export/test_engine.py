@@ -11,7 +11,7 @@ import export
 from models.backends.metadata import Metadata
 from models.export import engine
 from models.export.formats import ExportConfig
-from models.export.onnx import write_onnx
+from models.export.onnx import quantize, write_onnx
 from models.export.run import make_jobs
 from models.load import load_model
 from utils.cli import options_from
@@ -74,7 +74,8 @@ class FakeTensorRT:
 
 def built(weights, tmp_path, trt, **options):
     job = job_of(weights, **options)
-    return engine.build(trt, engine._onnx(job, tmp_path).read_bytes(), job)
+    write_onnx(job, tmp_path / "model.onnx", least_opset=engine.LEAST_OPSET)
+    return engine.build(trt, (tmp_path / "model.onnx").read_bytes(), job)
 
 
 def test_a_cpu_is_refused(weights):
@@ -145,7 +146,7 @@ def quantised(weights, tmp_path_factory):
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (1, 3, 64, 96), np.uint8) for _ in range(4)]
     write_onnx(job_of(weights), folder / "full.onnx", least_opset=13)
-    engine.quantize_symmetric(folder / "full.onnx", folder / "int8.onnx", images, batch=1)
+    quantize(folder / "full.onnx", folder / "int8.onnx", images, symmetric=True)
     return folder / "int8.onnx", images
 
 
