@@ -67,8 +67,7 @@ def read_config(cfg: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], st
             given = f"'{key}: {shown(config.get(key))}' is of the wrong kind"
             problem = given if key in config else f"'{key}' is missing"
             raise UserError(f"{source}: {problem}; a model YAML needs {', '.join(CONFIG_KEYS)}.")
-    _check_optional_keys(config, source)
-    _check_spelling({} if isinstance(cfg, Mapping) else config, source)  # a checkpoint's may hold other programs' keys
+    _check_optional_keys(config, source, from_file=not isinstance(cfg, Mapping))
     if config["nc"] < 1:
         raise UserError(f"{source}: nc: {config['nc']}: a detector needs at least one class.")
     for key, (least, greatest) in LIMITS.items():
@@ -89,24 +88,19 @@ def reason_of(error: Exception) -> str:
 
 
 def _is_a(value: Any, kinds: type | tuple[type, ...]) -> bool:
-    """Tells whether a value is of the kinds; true and false are no numbers."""
-    return isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
+    return isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))  # which are numbers in Python
 
 
-def _check_optional_keys(config: Mapping[Any, Any], source: str) -> None:
-    """Refuses optional keys whose values are of the wrong kind."""
+def _check_optional_keys(config: Mapping[Any, Any], source: str, from_file: bool) -> None:
     for key, kind in OPTIONAL_KEYS.items():
         if key in config and not _is_a(config[key], kind):
             words = "true or false" if kind is bool else "a whole number from {} to {}".format(*LIMITS[key])
             raise UserError(f"{source}: '{key}: {shown(config[key])}' must be {words}.")
-
-
-def _check_spelling(config: Mapping[Any, Any], source: str) -> None:
-    """Refuses keys so near to an optional one that they must be meant for it; others are other programs'."""
-    absent = {"activation", "anchors", "channel_multiple", "inplace"} - set(config)
-    for key in [key for key in config if key not in (*CONFIG_KEYS, *OPTIONAL_KEYS, "activation")][:100]:
-        if hint := did_you_mean(shown(key), sorted(absent)):
-            raise UserError(f"{source}: unknown key '{shown(key)}'.{hint}")
+    if from_file:  # a checkpoint's may hold other programs' keys; files' may, but no misspelt ones
+        absent = sorted({"activation", "channel_multiple", "inplace"} - set(config))
+        for key in [key for key in config if key not in (*CONFIG_KEYS, *OPTIONAL_KEYS, "activation")][:100]:
+            if hint := did_you_mean(shown(key), absent):
+                raise UserError(f"{source}: unknown key '{shown(key)}'.{hint}")
 
 
 def _are_anchors(anchors: int | list) -> bool:
@@ -276,7 +270,6 @@ class _CallLimit(TorchFunctionMode):
     """Counts calls of torch's functions in this thread: layers that are small and very many cost time alone."""
 
     def __init__(self) -> None:
-        """Starts at 0."""
         super().__init__()
         self._calls = 0
 
@@ -320,14 +313,13 @@ class Totals:
     """What the layers of a model come to."""
 
     def __init__(self) -> None:
-        """Starts at 0."""
         self._layers = self._numbers = 0
 
     def add(self, layer: nn.Module, repeats: int) -> None:
         """Adds a row's layer, made of `repeats` equal ones.
 
         Raises:
-            ValueError: with it the model is larger than any detector, or it is none for pictures.
+            ValueError: with it the model is larger than any detector, or it is none for images.
         """
         if any(isinstance(part, nn.Conv2d) and part.weight.dim() != 4 for part in layer.modules()):
             raise ValueError("a kernel has one side or two")

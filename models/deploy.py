@@ -147,7 +147,6 @@ def _trace(model: nn.Module) -> fx.GraphModule:
 
 
 def _module_of(trunk: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """Returns the layer that a node calls, None where it calls none."""
     return trunk.get_submodule(node.target) if node.op == "call_module" else None
 
 
@@ -217,7 +216,6 @@ def _is_pointwise(trunk: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _enlarges(trunk: fx.GraphModule, node: fx.Node) -> bool:
-    """Tells whether a node is an upsampling to more cells than it reads."""
     if not isinstance(_module_of(trunk, node), nn.Upsample):
         return False
     before, after = (place.meta["tensor_meta"].shape[2:] for place in (node.args[0], node))
@@ -372,12 +370,10 @@ class _Layouts:
 
 
 def _is_joint(node: fx.Node) -> bool:
-    """Tells whether a node puts maps beside each other."""
     return node.target is torch.cat and node.kwargs.get("dim") == 1
 
 
 def _is_depthwise(conv: nn.Conv2d) -> bool:
-    """Tells whether each channel is convolved on its own."""
     return conv.groups == conv.in_channels == conv.out_channels
 
 
@@ -388,7 +384,6 @@ def _identity(node: fx.Node) -> Layout:
 
 
 def _inverse(order: Sequence[int]) -> Layout:
-    """Returns the permutation that undoes `order`."""
     places = [0] * len(order)
     for place, channel in enumerate(order):
         places[channel] = place

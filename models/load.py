@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations, product
+from itertools import count, islice, permutations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,28 +26,10 @@ from utils.errors import UserError
 from utils.files import find_file
 from utils.log import LOGGER
 
-# Names that original files may contain, by what stands in for them (see `find_stub`).
-MODULE_NAMES = re.compile(r"(models\.(common|yolo|experimental)|torch\.nn\.modules\.\w+)\.\w+")
-PATH_NAMES = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")
-NUMPY_SCALAR = re.compile(r"numpy\.(core|_core)\.multiarray\.scalar")
-NUMPY_NAMES = re.compile(r"numpy\.(ndarray|dtype|(core|_core)\.multiarray\._reconstruct)")
-
-NUMPY_SCALAR_CODES = {"b1": "?", "f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q"}  # to `struct`'s
-DERIVED_BUFFERS = {"anchor_grid", "total_ops", "total_params"}  # computed anew, or left by a profiler
-UNUSED_CHILD = ("VoVGSCSP", "res")  # the published block constructs this convolution and never calls it
-ACTIVATION_ARGUMENTS = {
-    "ELU": ("alpha",),
-    "Hardtanh": ("min_val", "max_val"),
-    "LeakyReLU": ("negative_slope",),
-    "PReLU": ("num_parameters",),
-    "Softplus": ("beta", "threshold"),
-}
 # Blocks that do the same with tensors of the same name, so that one can take them over from another.
 INNER_FIRST = ("C3", "C3TR", "C3SPP", "C3Ghost", "BottleneckCSP")  # cv3 reads (inner(cv1 x), cv2 x)
 INNER_LAST = ("VoVGSCSP", "VoVGSCSPC")  # cv3 reads (cv2 x, inner(cv1 x))
 ALIKE = (INNER_FIRST, INNER_LAST, ("SPP", "SPPF"), ("GSBottleneck", "GSBottleneckC"))
-MAX_PARTS = 100_000  # modules, or items of metadata, in one file; far beyond any model, it stops files made to explode
-MAX_DEPTH = 50
 
 
 @dataclass(frozen=True)
@@ -89,8 +71,7 @@ class Transfer(NamedTuple):
         return "\n  ".join([f"Transferred {self.loaded}/{self.total} items from {source}", *self.rows])
 
 
-def _exchange_halves(weight: Tensor) -> Tensor:
-    """Exchanges the two halves of a convolution's input channels: (c2, c1, h, w) to the same shape."""
+def _exchange_halves(weight: Tensor) -> Tensor:  # of input channels: (c2, c1, h, w) to the same shape
     return torch.cat(weight.chunk(2, dim=1)[::-1], dim=1)
 
 
@@ -101,53 +82,6 @@ CONVERSIONS: dict[tuple[str, str], dict[str, Callable[[Tensor], Tensor]]] = {
         [*product(INNER_FIRST, INNER_LAST), *product(INNER_LAST, INNER_FIRST)], {"cv3.conv.weight": _exchange_halves}
     ),
 }
-
-
-class PickleStub:
-    """Stands in for a pickled object: keeps its attributes, does nothing. Subclasses carry the name it was saved by."""
-
-    def __new__(cls, *_: Any) -> PickleStub:
-        """Takes any arguments that the pickle holds; they are of no use."""
-        return object.__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        """Keeps a state that is a dict of attributes."""
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-class NumpyName(PickleStub):
-    """Stands in for numpy's arrays, which nothing reads, and types, of which the first argument tells the kind."""
-
-    def __new__(cls, *args: Any) -> NumpyName:
-        """Keeps the arguments."""
-        holder = object.__new__(cls)
-        holder.args = args
-        return holder
-
-
-def numpy_number(kind: NumpyName, raw: bytes) -> int | float | bool | None:
-    """Returns the number that a pickled numpy scalar holds, None for kinds that checkpoints do not use."""
-    code = NUMPY_SCALAR_CODES.get(kind.args[0] if kind.args else None)
-    return None if code is None else struct.unpack(f"<{code}", raw)[0]
-
-
-def path_text(*parts: str) -> str:
-    """Returns a pickled path as text: the class that was saved need not exist on this system."""
-    return re.sub("^//", "/", "/".join(parts))
-
-
-def find_stub(name: str) -> Callable[..., Any] | None:
-    """Returns what to make in place of the pickled class or function `name`; None for one that is not allowed."""
-    if MODULE_NAMES.fullmatch(name):
-        return type(name.rpartition(".")[2], (PickleStub,), {"__module__": name.rpartition(".")[0]})
-    if PATH_NAMES.fullmatch(name):
-        return path_text
-    if NUMPY_SCALAR.fullmatch(name):
-        return numpy_number
-    if NUMPY_NAMES.fullmatch(name):
-        return type(name, (NumpyName,), {})
-    return None
 
 
 def load_model(weights: str | Path, device: str | torch.device = "cpu", fuse: bool = False) -> Model:
@@ -232,7 +166,10 @@ def transfer(model: Model, weights: Weights, exclude: Sequence[str] = ()) -> Tra
         prefix = f"model.{index}."
         keys = [key for key in own if key.startswith(prefix)]
         came: set[str] = set()
-        for layer in _layers_of(keys) if conversions is not None else ():
+        layers: dict[str, list[str]] = {}  # a batch norm belongs to its convolution, whose outputs it knows
+        for key in keys if conversions is not None else ():
+            layers.setdefault(re.sub(r"(\.conv|\.bn)?\.\w+$", "", key), []).append(key)
+        for layer in layers.values():
             if all(_fits(weights.state_dict.get(key), own[key]) for key in layer) and not excluded.intersection(layer):
                 came.update(layer)
         for key in came:
@@ -246,21 +183,11 @@ def transfer(model: Model, weights: Weights, exclude: Sequence[str] = ()) -> Tra
     return Transfer(len(taken), len(own), [key for key in own if key not in taken], told)
 
 
-def _layers_of(keys: Iterable[str]) -> list[list[str]]:
-    """Groups the keys of a row by layer; a batch norm belongs to its convolution, whose outputs it knows."""
-    layers: dict[str, list[str]] = {}
-    for key in keys:
-        layers.setdefault(re.sub(r"(\.conv|\.bn)?\.\w+$", "", key), []).append(key)
-    return list(layers.values())
-
-
 def _fits(tensor: Tensor | None, own: Tensor) -> bool:
-    """Tells whether a tensor has the shape and the kind, floating or not, of the model's own."""
     return tensor is not None and tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
 
 
 def _block_names(yaml: Mapping[str, Any]) -> list[str]:
-    """Returns the block of each row of a model YAML."""
     return [check_row(row)[2] for row in (*yaml["backbone"], *yaml["head"])]
 
 
@@ -324,153 +251,6 @@ def read_weights(weights: str | Path, prefer_ema: bool = True) -> Weights:
         raise UserError(f"{path}: the checkpoint is damaged ({error}).") from error
 
 
-def _read_original(path: Path, foreign: ForeignPickle, prefer_ema: bool) -> Weights:
-    """Reads an original YOLOv5 file, whose foreign classes and functions have been listed."""
-    stand_ins = {name: find_stub(name) for name in foreign.names}
-    refused = [name for name, stand_in in stand_ins.items() if stand_in is None]
-    if refused:
-        raise ForeignPickle(path, refused) from foreign
-    content = read_archive(path, stand_ins)
-    if isinstance(content, PickleStub):  # a bare module
-        content = {"model": content}
-    model = isinstance(content, dict) and ((content.get("ema") if prefer_ema else None) or content.get("model"))
-    detect = _last_layer(model)
-    if detect is None or not isinstance(getattr(model, "yaml", None), dict):
-        raise UserError(f"{path}: is not a YOLOv5 detector (a models.yolo model that ends in Detect).")
-    try:
-        return _collect(path, content, model, detect)
-    except (AttributeError, LookupError, OverflowError, RuntimeError, StopIteration, TypeError, ValueError) as error:
-        raise UserError(f"{path}: the YOLOv5 model in it is incomplete ({error}).") from error
-
-
-def _last_layer(model: Any) -> PickleStub | None:
-    """Returns the Detect layer of a pickled detector, None where there is none."""
-    layers = _children(_children(model).get("model"))
-    last = list(layers.values())[-1] if layers else None
-    return last if type(last).__name__ == "Detect" else None
-
-
-def _children(holder: Any) -> dict[str, Any]:
-    """Returns a pickled module's children by name."""
-    children = getattr(holder, "_modules", None) if isinstance(holder, PickleStub) else None
-    return children if isinstance(children, dict) else {}
-
-
-def _collect(path: Path, content: Mapping[str, Any], model: PickleStub, detect: PickleStub) -> Weights:
-    """Gathers what a pickled detector says."""
-    modules = dict(_walk(model))
-    state_dict, unused = _state_dict(modules)
-    if unused:
-        LOGGER.info(f"{path}: left out {unused} tensors of 'res' convolutions, which VoVGSCSP never calls")
-    stride = [int(pixels) for pixels in model.stride]
-    anchors = next(tensor for key, tensor in state_dict.items() if key.endswith(".anchors"))  # grid units
-    anchors_px = (anchors * torch.tensor(stride).view(-1, 1, 1)).flatten(1).tolist()
-    nc = int(detect.nc)
-    activation = _activation(modules)
-    own = {"nc": nc, "anchors": anchors_px} | ({} if activation is None else {"activation": activation})
-    opt = _plain(content.get("opt"))
-    meta = {
-        "epoch": _plain(content.get("epoch")),
-        "date": _plain(content.get("date")),
-        "opt": opt,
-        "hyp": _plain(content.get("hyp")) or _plain(getattr(model, "hyp", None)),
-        "data": opt.get("data") if isinstance(opt, dict) else None,
-    }
-    return Weights({**_plain(model.yaml), **own}, state_dict, _names(model, nc, path), nc, stride, "yolov5", meta, path)
-
-
-def _walk(holder: PickleStub, prefix: str = "", depth: int = 0, found: list[int] | None = None) -> Iterator[tuple]:
-    """Yields (dotted path, module) for a pickled module and all below it."""
-    found = [0] if found is None else found
-    found[0] += 1
-    if found[0] > MAX_PARTS or depth > MAX_DEPTH:
-        raise ValueError("it has too many modules")
-    yield prefix, holder
-    for name, child in _children(holder).items():
-        if isinstance(child, PickleStub):
-            yield from _walk(child, f"{prefix}.{name}" if prefix else name, depth + 1, found)
-
-
-def _state_dict(modules: Mapping[str, PickleStub]) -> tuple[dict[str, Tensor], int]:
-    """Returns the tensors of the modules by key, and how many of convolutions that are never called were left out."""
-    block, child = UNUSED_CHILD
-    unused = tuple(
-        f"{path}.{child}."
-        for path, module in modules.items()
-        if type(module).__name__.startswith(block) and child in _children(module)
-    )
-    state_dict, left_out = {}, 0
-    for path, module in modules.items():
-        buffers = getattr(module, "_buffers", {})
-        temporary = getattr(module, "_non_persistent_buffers_set", set()) | DERIVED_BUFFERS
-        tensors = {**getattr(module, "_parameters", {}), **buffers}
-        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None and name not in temporary}
-        if f"{path}.".startswith(unused):
-            left_out += len(kept)
-        else:
-            state_dict.update({f"{path}.{name}": _float(tensor) for name, tensor in kept.items()})
-    return state_dict, left_out
-
-
-def _float(tensor: Tensor) -> Tensor:
-    """Returns a tensor without gradient, in float32 if it is a floating one."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"a {type(tensor).__name__} stands where a tensor is expected")
-    check_tensor(tensor)
-    return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
-
-
-def _activation(modules: Mapping[str, PickleStub]) -> str | dict[str, str] | None:
-    """Returns the `activation` key that a pickled model's blocks amount to; None when all have SiLU or none.
-
-    Original model YAMLs do not say it: whoever trained with another one changed the program.
-    """
-    by_block: dict[str, set[str]] = {}
-    for module in modules.values():
-        act = _children(module).get("act")
-        if act is not None and type(act).__module__ == "torch.nn.modules.activation":
-            name = type(act).__name__
-            arguments = ", ".join(f"{key}={getattr(act, key)!r}" for key in ACTIVATION_ARGUMENTS.get(name, ()))
-            by_block.setdefault(type(module).__name__, set()).add(f"nn.{name}({arguments})")
-    texts = set().union(*by_block.values())
-    if texts <= {"nn.SiLU()"}:
-        return None
-    if len(texts) == 1:
-        return texts.pop()
-    mixed = [block for block, own in by_block.items() if len(own) > 1]
-    if mixed:
-        raise ValueError(f"blocks {mixed} have several activations, which a model YAML cannot say")
-    return {block: own.pop() for block, own in by_block.items()}
-
-
-def _names(model: PickleStub, nc: int, path: Path) -> dict[int, str]:
-    """Returns the class names that a pickled model has as a list (to 6.1) or a dict (from 6.2)."""
-    names = _plain(getattr(model, "names", None)) or {}
-    pairs = names.items() if isinstance(names, dict) else enumerate(names)
-    named = {int(number): str(name) for number, name in pairs if int(number) < nc}
-    if len(named) != nc:
-        LOGGER.warning(f"WARNING: {path}: {len(named)} names for {nc} classes; the others are shown by number")
-    return {number: named.get(number, str(number)) for number in range(nc)}
-
-
-def _plain(value: Any) -> Any:
-    """Returns a copy of pickled metadata as numbers, texts, lists and dicts; None for what is neither."""
-    count = 0
-
-    def copied(item: Any, depth: int) -> Any:
-        nonlocal count
-        count += 1
-        if count > MAX_PARTS or depth > MAX_DEPTH:
-            raise ValueError("its metadata is too large")
-        if isinstance(item, Mapping):
-            return {key: copied(entry, depth + 1) for key, entry in item.items() if isinstance(key, (str, int, float))}
-        if isinstance(item, (list, tuple)):
-            return [copied(entry, depth + 1) for entry in item]
-        return item if isinstance(item, (str, int, float)) else None
-
-    return copied(value, 0)
-
-
 def build_for_training(
     cfg: str | Mapping[str, Any],
     weights: str,
@@ -512,3 +292,193 @@ def build_for_training(
     if given:
         LOGGER.info(transfer(model, given, exclude).told(weights))
     return model
+
+
+# Original YOLOv5 files: what their pickles may name, and what is made in place of it.
+MAX_PARTS = 100_000  # modules, or items of metadata, in one file; far beyond any model, it stops files made to explode
+MAX_DEPTH = 50
+NUMPY_SCALAR_CODES = {"b1": "?", "f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q"}  # to `struct`'s
+DERIVED_BUFFERS = {"anchor_grid", "total_ops", "total_params"}  # computed anew, or left by a profiler
+UNUSED_CHILD = ("VoVGSCSP", "res")  # the published block constructs this convolution and never calls it
+ACTIVATION_ARGUMENTS = {
+    "ELU": ("alpha",),
+    "Hardtanh": ("min_val", "max_val"),
+    "LeakyReLU": ("negative_slope",),
+    "PReLU": ("num_parameters",),
+    "Softplus": ("beta", "threshold"),
+}
+
+
+class PickleStub:
+    """Stands in for a pickled object: keeps its attributes, does nothing. Subclasses carry the name it was saved by."""
+
+    def __new__(cls, *_: Any) -> PickleStub:
+        """Takes any arguments that the pickle holds; they are of no use."""
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        """Keeps a state that is a dict of attributes."""
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+class NumpyStub(PickleStub):
+    """Stands in for numpy's arrays, which nothing reads, and types, of which the first argument tells the kind."""
+
+    def __new__(cls, *args: Any) -> NumpyStub:
+        """Keeps the arguments."""
+        stub = object.__new__(cls)
+        stub.args = args
+        return stub
+
+
+def numpy_number(kind: NumpyStub, raw: bytes) -> int | float | bool | None:
+    """Returns the number that a pickled numpy scalar holds, None for kinds that checkpoints do not use."""
+    code = NUMPY_SCALAR_CODES.get(kind.args[0] if kind.args else None)
+    return None if code is None else struct.unpack(f"<{code}", raw)[0]
+
+
+def path_text(*parts: str) -> str:
+    """Returns a pickled path as text: the class that was saved need not exist on this system."""
+    return re.sub("^//", "/", "/".join(parts))
+
+
+STUBS: dict[str, Callable[[str], Any]] = {  # pattern of allowed names -> what makes a stub for one
+    r"(models\.(common|yolo|experimental)|torch\.nn\.modules\.\w+)\.\w+": lambda name: type(
+        name.rpartition(".")[2], (PickleStub,), {"__module__": name.rpartition(".")[0]}
+    ),
+    r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path": lambda name: path_text,
+    r"numpy\.(core|_core)\.multiarray\.scalar": lambda name: numpy_number,
+    r"numpy\.(ndarray|dtype|(core|_core)\.multiarray\._reconstruct)": lambda name: type(name, (NumpyStub,), {}),
+}
+
+
+def find_stub(name: str) -> Callable[..., Any] | None:
+    """Returns what to make in place of the pickled class or function `name`; None for one that is not allowed."""
+    return next((make(name) for pattern, make in STUBS.items() if re.fullmatch(pattern, name)), None)
+
+
+def _read_original(path: Path, foreign: ForeignPickle, prefer_ema: bool) -> Weights:
+    """Reads an original YOLOv5 file, whose foreign classes and functions have been listed."""
+    stubs = {name: find_stub(name) for name in foreign.names}
+    refused = [name for name, stub in stubs.items() if stub is None]
+    if refused:
+        raise ForeignPickle(path, refused) from foreign
+    content = read_archive(path, stubs)
+    if isinstance(content, PickleStub):  # a bare module
+        content = {"model": content}
+    model = isinstance(content, dict) and ((content.get("ema") if prefer_ema else None) or content.get("model"))
+    layers = list(_children(_children(model).get("model")).values())
+    if not layers or type(layers[-1]).__name__ != "Detect" or not isinstance(getattr(model, "yaml", None), dict):
+        raise UserError(f"{path}: is not a YOLOv5 detector (a models.yolo model that ends in Detect).")
+    try:
+        return _collect(path, content, model, layers[-1])
+    except (AttributeError, LookupError, OverflowError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        raise UserError(f"{path}: the YOLOv5 model in it is incomplete ({error}).") from error
+
+
+def _collect(path: Path, content: Mapping[str, Any], model: PickleStub, detect: PickleStub) -> Weights:
+    """Gathers what a pickled detector says."""
+    modules = dict(islice(_walk(model), MAX_PARTS))
+    if len(modules) == MAX_PARTS:
+        raise ValueError("it has too many modules")
+    state_dict, unused = _state_dict(modules)
+    if unused:
+        LOGGER.info(f"{path}: left out {unused} tensors of 'res' convolutions, which VoVGSCSP never calls")
+    stride = [int(pixels) for pixels in model.stride]
+    anchors = next(tensor for key, tensor in state_dict.items() if key.endswith(".anchors"))  # grid units
+    nc = int(detect.nc)
+    own = {"nc": nc, "anchors": (anchors * torch.tensor(stride).view(-1, 1, 1)).flatten(1).tolist()}
+    activation = _activation(modules)
+    own |= {} if activation is None else {"activation": activation}
+    meta = {key: _plain(content.get(key)) for key in ("epoch", "date", "opt", "hyp")}
+    meta["hyp"] = meta["hyp"] or _plain(getattr(model, "hyp", None))
+    meta["data"] = meta["opt"].get("data") if isinstance(meta["opt"], dict) else None
+    names = _plain(getattr(model, "names", None)) or {}
+    pairs = names.items() if isinstance(names, dict) else enumerate(names)  # a list to 6.1, a dict from 6.2
+    named = {int(number): str(name) for number, name in pairs if int(number) < nc}
+    if len(named) != nc:
+        LOGGER.warning(f"WARNING: {path}: {len(named)} names for {nc} classes; the others are shown by number")
+    names = {number: named.get(number, str(number)) for number in range(nc)}
+    return Weights({**_plain(model.yaml), **own}, state_dict, names, nc, stride, "yolov5", meta, path)
+
+
+def _children(stub: Any) -> dict[str, Any]:
+    """Returns a pickled module's children by name."""
+    children = getattr(stub, "_modules", None) if isinstance(stub, PickleStub) else None
+    return children if isinstance(children, dict) else {}
+
+
+def _walk(stub: PickleStub, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, PickleStub]]:
+    """Yields (dotted path, module) for a pickled module and all below it."""
+    if depth > MAX_DEPTH:
+        raise ValueError("it has too many modules")
+    yield prefix, stub
+    for name, child in _children(stub).items():
+        if isinstance(child, PickleStub):
+            yield from _walk(child, f"{prefix}.{name}" if prefix else name, depth + 1)
+
+
+def _state_dict(modules: Mapping[str, PickleStub]) -> tuple[dict[str, Tensor], int]:
+    """Returns the tensors of the modules by key, and how many of convolutions that are never called were left out."""
+    block, child = UNUSED_CHILD
+    unused = tuple(
+        f"{path}.{child}."
+        for path, module in modules.items()
+        if type(module).__name__.startswith(block) and child in _children(module)
+    )
+    state_dict, left_out = {}, 0
+    for path, module in modules.items():
+        tensors = {**getattr(module, "_parameters", {}), **getattr(module, "_buffers", {})}
+        temporary = getattr(module, "_non_persistent_buffers_set", set()) | DERIVED_BUFFERS
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None and name not in temporary}
+        if f"{path}.".startswith(unused):
+            left_out += len(kept)
+        else:
+            state_dict.update({f"{path}.{name}": _float(tensor) for name, tensor in kept.items()})
+    return state_dict, left_out
+
+
+def _float(tensor: Tensor) -> Tensor:
+    """Returns a tensor without gradient, in float32 if it is a floating one."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"a {type(tensor).__name__} stands where a tensor is expected")
+    check_tensor(tensor)
+    return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+
+
+def _activation(modules: Mapping[str, PickleStub]) -> str | dict[str, str] | None:
+    """Returns the `activation` key that a pickled model's blocks amount to; None when all have SiLU or none.
+
+    Original model YAMLs do not say it: whoever trained with another one changed the program.
+    """
+    by_block: dict[str, set[str]] = {}
+    for module in modules.values():
+        act = _children(module).get("act")
+        if act is not None and type(act).__module__ == "torch.nn.modules.activation":
+            name = type(act).__name__
+            arguments = ", ".join(f"{key}={getattr(act, key)!r}" for key in ACTIVATION_ARGUMENTS.get(name, ()))
+            by_block.setdefault(type(module).__name__, set()).add(f"nn.{name}({arguments})")
+    texts = set().union(*by_block.values())
+    if len(texts) < 2:
+        return next((text for text in texts if text != "nn.SiLU()"), None)
+    mixed = [block for block, own in by_block.items() if len(own) > 1]
+    if mixed:
+        raise ValueError(f"blocks {mixed} have several activations, which a model YAML cannot say")
+    return {block: own.pop() for block, own in by_block.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Returns a copy of pickled metadata as numbers, texts, lists and dicts; None for what is neither."""
+    parts = count()
+
+    def copied(item: Any, depth: int) -> Any:
+        if next(parts) >= MAX_PARTS or depth > MAX_DEPTH:
+            raise ValueError("its metadata is too large")
+        if isinstance(item, Mapping):
+            return {key: copied(entry, depth + 1) for key, entry in item.items() if isinstance(key, (str, int, float))}
+        if isinstance(item, (list, tuple)):
+            return [copied(entry, depth + 1) for entry in item]
+        return item if isinstance(item, (str, int, float)) else None
+
+    return copied(value, 0)

@@ -29,8 +29,11 @@ class ActivationRange(NamedTuple):
 
     @property
     def width(self) -> float:
-        """High less low."""
+        """How far they are apart."""
         return self.high - self.low
+
+    def __str__(self) -> str:
+        return f"{self.low:.3g} to {self.high:.3g} at {self.name}"
 
 
 def calibration_images(data: str | Path, shape_hw: Sequence[int], count: int) -> list[np.ndarray]:
@@ -104,11 +107,7 @@ def log_ranges(ranges: Sequence[ActivationRange], layers: int, images: int) -> N
     narrow, wide, median = by_width[0], by_width[-1], by_width[len(by_width) // 2]
     LOGGER.info(
         f"{layers} convolutions and {len(ranges)} activations in int8, calibrated on {images} images; narrowest range "
-        f"{_words(narrow)}, median width {median.width:.3g}, widest {_words(wide)}"
+        f"{narrow}, median width {median.width:.3g}, widest {wide}"
     )
     for entry in ranges:
-        LOGGER.debug(_words(entry))
-
-
-def _words(entry: ActivationRange) -> str:
-    return f"{entry.low:.3g} to {entry.high:.3g} at {entry.name}"
+        LOGGER.debug(str(entry))

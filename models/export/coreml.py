@@ -36,7 +36,11 @@ def export(job: ExportJob) -> Path:
     path = job.path(job.format.suffix)
     with quietly():
         spec = convert(job)
-        _describe(spec, job)
+    said = spec.description.metadata
+    said.shortDescription = f"YOLOv5 detector {job.weights.stem}: {len(job.metadata.names)} classes"
+    said.license = job.metadata.licence
+    for name, text in job.metadata.texts().items():
+        said.userDefined[name] = text
     with atomic_write(path) as temporary:
         temporary.write_bytes(spec.SerializeToString())
     return path
@@ -69,12 +73,3 @@ def convert(job: ExportJob) -> Any:
     if not shape:  # the converter leaves it open
         shape.extend(int(length) for length in model(example).shape)
     return spec
-
-
-def _describe(spec: Any, job: ExportJob) -> None:
-    """Writes into a model's description what it is."""
-    metadata = spec.description.metadata
-    metadata.shortDescription = f"YOLOv5 detector {job.weights.stem}: {len(job.metadata.names)} classes"
-    metadata.license = job.metadata.licence
-    for name, text in job.metadata.texts().items():
-        metadata.userDefined[name] = text

@@ -1,20 +1,16 @@
 """OpenVINO: a folder of the graph (.xml), its weights (.bin) and, as YOLOv5 writes it, a YAML file of names and stride.
 
 Made from ONNX: input `images`, output `output`, both float32 whatever the weights are. With --half the weights are
-stored in float16, with --int8 the network is quantised (`models.export.openvino`).
-
-OpenVINO in int8: quantisation after training by NNCF, measured on images of the training set.
-
-Weights have a scale for each output channel, activations one for each tensor. The head's convolutions and what follows
-them (decoding of boxes, NMS) stay in float: a box's place needs more than 256 steps.
+stored in float16. With --int8 NNCF quantises the network, measured on images of the training set: weights have a scale
+for each output channel, activations one for each tensor. The head's convolutions and what follows them (decoding of
+boxes, NMS) stay in float: a box's place needs more than 256 steps.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.backends.metadata import Metadata
 from models.export.calibrate import ActivationRange, calibration_batches, log_ranges
 from models.export.job import ExportJob, atomic_folder, quietly, without_telemetry
 from models.export.onnx import write_onnx
@@ -36,40 +31,29 @@ INT8_SUFFIX = "-int8_openvino_model"
 TEXTS_AT = "model_info"  # the group of rt_info that OpenVINO's own tools read
 
 
+CALIBRATION_IMAGES = 128
+_CONVOLUTIONS = ("Convolution", "GroupConvolution")
+
+
 def export(job: ExportJob) -> Path:
     """Writes `<stem>_openvino_model/`, or `<stem>-int8_openvino_model/`; returns its path."""
-    path = job.path(INT8_SUFFIX if job.config.int8 else job.format.suffix)
-    model = _converted(job)
-    if job.config.int8:
-        model = quantize(model, job.calibration(CALIBRATION_IMAGES), job.metadata.batch)
-    with atomic_folder(path) as folder:
-        _save(model, folder / job.weights.stem, job.metadata)
-    return path
-
-
-def _converted(job: ExportJob) -> Model:
-    """Returns the model of a job in float32."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "float32.onnx")
         write_onnx(replace(job, config=replace(job.config, half=False)), file)
         with without_telemetry():
-            return openvino.convert_model(file)
-
-
-def _save(model: Model, path: Path, metadata: Metadata) -> None:
-    """Writes a model, with what it says of itself, to files of this name and the suffixes .xml, .bin and .yaml."""
-    import openvino
-
-    for name, text in metadata.texts().items():
+            model = openvino.convert_model(file)
+    if job.config.int8:
+        model = quantize(model, job.calibration(CALIBRATION_IMAGES), job.metadata.batch)
+    for name, text in job.metadata.texts().items():
         model.set_rt_info(text, [TEXTS_AT, name])
-    openvino.save_model(model, str(path) + ".xml", compress_to_fp16=metadata.precision == "float16")
-    write_yaml(str(path) + ".yaml", {"stride": metadata.stride, "names": metadata.names})
-
-
-CALIBRATION_IMAGES = 128
-_CONVOLUTIONS = ("Convolution", "GroupConvolution")
+    path = job.path(INT8_SUFFIX if job.config.int8 else job.format.suffix)
+    with atomic_folder(path) as folder:
+        stem = str(folder / job.weights.stem)
+        openvino.save_model(model, f"{stem}.xml", compress_to_fp16=job.metadata.precision == "float16")
+        write_yaml(f"{stem}.yaml", {"stride": job.metadata.stride, "names": job.metadata.names})
+    return path
 
 
 def quantize(model: Model, images: Sequence[np.ndarray], batch: int) -> Model:
@@ -120,17 +104,15 @@ def activation_ranges(model: Model) -> list[ActivationRange]:
 
 
 def _count_quantised(model: Model) -> int:
-    """Returns how many convolutions have weights in int8."""
-    convolutions = [operation for operation in model.get_ops() if operation.get_type_name() in _CONVOLUTIONS]
-    return sum(_constant_behind(operation, 1).get_element_type().size == 1 for operation in convolutions)
-
-
-def _constant_behind(operation: Node, place: int) -> Node:
-    """Follows an input back to the end, through what scales, converts and reshapes; returns the constant there."""
-    operation = _source(operation, place)
-    while operation.get_input_size():
-        operation = _source(operation, 0)
-    return operation
+    """Returns how many convolutions have weights in int8, behind what scales, converts and reshapes them."""
+    found = 0
+    for operation in model.get_ops():
+        if operation.get_type_name() in _CONVOLUTIONS:
+            weights = _source(operation, 1)
+            while weights.get_input_size():
+                weights = _source(weights, 0)
+            found += weights.get_element_type().size == 1
+    return found
 
 
 def _source(operation: Node, place: int) -> Node:
@@ -140,19 +122,13 @@ def _source(operation: Node, place: int) -> Node:
 
 def _import_nncf() -> ModuleType:
     """Imports NNCF without its reports, and without its changes to everybody's logging."""
-    with without_telemetry(), _logger_class_kept(), quietly():
-        import nncf
+    former = logging.getLoggerClass()
+    try:
+        with without_telemetry(), quietly():
+            import nncf
+    finally:
+        logging.setLoggerClass(former)
     logger = logging.getLogger("nncf")
     logger.handlers.clear()  # bound to a stream that was turned aside; without one, errors go to standard error
     logger.setLevel(logging.ERROR)
     return nncf
-
-
-@contextlib.contextmanager
-def _logger_class_kept() -> Iterator[None]:
-    """Undoes a library's change of the class of all loggers to come."""
-    former = logging.getLoggerClass()
-    try:
-        yield
-    finally:
-        logging.setLoggerClass(former)

@@ -165,12 +165,10 @@ def _parity_problem(job: ExportJob, path: Path, images: Sequence[np.ndarray], pr
 def _quality_problem(job: ExportJob, path: Path, _: Sequence[np.ndarray], prefix: str) -> str:
     """Validates an int8 file beside its checkpoint; returns what is wrong, in words."""
     data, limit = job.config.data, job.config.int8_max_drop
-    measured = compare_map(job.weights, path, data, job.metadata.shape_hw, job.run_device)
-    LOGGER.info(
-        f"{prefix} mAP50-95 on {data}: checkpoint {measured.checkpoint:.4f}, int8 {measured.exported:.4f}, "
-        f"loss {measured.drop:.4f}"
-    )
-    return f"mAP50-95 falls by {measured.drop:.4f} (--int8-max-drop {limit:g})" if measured.drop > limit else ""
+    checkpoint, exported = compare_map(job.weights, path, data, job.metadata.shape_hw, job.run_device)
+    loss = checkpoint - exported
+    LOGGER.info(f"{prefix} mAP50-95 on {data}: checkpoint {checkpoint:.4f}, int8 {exported:.4f}, loss {loss:.4f}")
+    return f"mAP50-95 falls by {loss:.4f} (--int8-max-drop {limit:g})" if loss > limit else ""
 
 
 def _reason(error: Exception) -> str:

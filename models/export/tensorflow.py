@@ -50,7 +50,12 @@ def export(job: ExportJob) -> Path:
     Raises:
         UserError: a converter is missing or fails.
     """
-    web = find_web_converter() if job.format.argument == "tfjs" else ""
+    web = shutil.which(WEB_CONVERTER) if job.format.argument == "tfjs" else ""
+    if web is None:
+        raise UserError(
+            f"needs the program {WEB_CONVERTER} on the PATH, which wants an environment of its own: "
+            "pipx install tensorflowjs."
+        )
     program = find_converter()
     path = job.path(job.format.suffix)
     with tempfile.TemporaryDirectory() as name:
@@ -60,11 +65,13 @@ def export(job: ExportJob) -> Path:
         converted = convert(job, program, version, folder)
         if job.format.argument == "saved_model":
             write_saved_model(path, converted, metadata)
-        elif job.format.argument == "pb":
-            write_frozen(path, _only(converted, "*_float32.pb"), metadata.texts())
-        else:
-            frozen = folder / "frozen.pb"
-            write_frozen(frozen, _only(converted, "*_float32.pb"), metadata.texts())
+            return path
+        graphs = list(converted.glob("*_float32.pb"))
+        if len(graphs) != 1:
+            raise UserError(f"{CONVERTER} wrote {len(graphs)} files *_float32.pb; one was expected.")
+        frozen = folder / "frozen.pb" if web else path
+        write_frozen(frozen, graphs[0], metadata.texts())
+        if web:
             write_web_model(path, frozen, metadata, web)
     return path
 
@@ -85,21 +92,6 @@ def find_converter() -> str:
         raise UserError(
             f"needs the program {CONVERTER}{where}, which wants an environment of its own: pipx install {CONVERTER}, "
             f"or name it in the environment variable {CONVERTER_VARIABLE}."
-        )
-    return found
-
-
-def find_web_converter() -> str:
-    """Returns TensorFlow.js's converter.
-
-    Raises:
-        UserError: it is not on the PATH.
-    """
-    found = shutil.which(WEB_CONVERTER)
-    if found is None:
-        raise UserError(
-            f"needs the program {WEB_CONVERTER} on the PATH, which wants an environment of its own: "
-            "pipx install tensorflowjs."
         )
     return found
 
@@ -150,18 +142,6 @@ def _samples() -> np.ndarray:
     paths = sorted((ROOT / "data" / "images").glob("*.jpg"))
     images = np.stack([letterbox(read_image(path), (height, width), auto=False).image for path in paths])
     return np.resize(images.astype(np.float32) / 255, SAMPLES_SHAPE) if len(images) < count else images[:count]
-
-
-def _only(folder: Path, pattern: str) -> Path:
-    """Returns the one file in a folder that matches.
-
-    Raises:
-        UserError: there is none, or several.
-    """
-    found = list(folder.glob(pattern))
-    if len(found) != 1:
-        raise UserError(f"{CONVERTER} wrote {len(found)} files {pattern}; one was expected.")
-    return found[0]
 
 
 def write_saved_model(path: Path, converted: Path, metadata: Metadata) -> None:

@@ -2,14 +2,10 @@
 
 One input `images` (b, h, w, 3) of values 0 to 1; one output `output`: rows (b, n, 5 + nc) or with --nms detections
 (b, max_det, 6), boxes as fractions of the image's width and height. Weights are float16, with --int8 int8 for each
-channel; then what lies between the input and the head's convolutions runs on int8, those and the decoder stay in
-float. For the Edge TPU everything is int8. What the file says of itself is a zip archive at its end, as usual there.
-
-Static int8 for TensorFlow Lite files: weights for each channel, activations calibrated on images.
-
-What lies between the input and the head's convolutions computes in int8. Those convolutions and all behind them stay
-in float, as do input and output: one scale for coordinates and scores together would be too coarse. The Edge TPU
-knows int8 alone; for it nothing stays in float.
+channel, activations calibrated on images: what lies between the input and the head's convolutions computes in int8.
+Those convolutions and all behind them stay in float, as do input and output: one scale for coordinates and scores
+together would be too coarse. The Edge TPU knows int8 alone; for it nothing stays in float. What the file says of itself
+is a zip archive at its end, as usual there.
 """
 
 from __future__ import annotations
@@ -29,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.backends.metadata import Metadata
 from models.export.calibrate import ActivationRange, calibration_batches, log_ranges
 from models.export.job import ExportJob, quietly, run_tool
 from utils.errors import UserError
@@ -68,40 +63,37 @@ def export(job: ExportJob) -> Path:
     Raises:
         UserError: for the Edge TPU: its compiler is missing or fails, or --int8 was not given.
     """
-    metadata = replace(job.metadata, boxes_normalised=True)
-    if job.format.argument == "edgetpu":
-        return _export_edgetpu(job, metadata)
-    path = job.path(INT8_SUFFIX if job.config.int8 else FLOAT16_SUFFIX)
-    content = convert(job)
-    write_file(path, _quantised(content, job) if job.config.int8 else with_float16_weights(content), metadata)
-    return path
-
-
-def _quantised(content: bytes, job: ExportJob, whole: bool = False) -> bytes:
-    """Returns a float32 file in int8, see `models.export.tflite.quantize`."""
-
-    return quantize(content, INPUT, job.calibration(CALIBRATION_IMAGES), job.metadata.batch, whole)
-
-
-def _export_edgetpu(job: ExportJob, metadata: Metadata) -> Path:
-    """Writes the file for the Edge TPU."""
-    if not job.config.int8:
+    metadata, edgetpu = replace(job.metadata, boxes_normalised=True), job.format.argument == "edgetpu"
+    compiler = shutil.which(EDGETPU_COMPILER) if edgetpu else None
+    if edgetpu and not job.config.int8:
         raise UserError("the Edge TPU computes in int8 only: add --int8 and the --data to calibrate on.")
-    compiler = shutil.which(EDGETPU_COMPILER)
-    if compiler is None:
+    if edgetpu and compiler is None:
         raise UserError(f"needs Google's {EDGETPU_COMPILER} (x86 Linux) on the PATH: see {EDGETPU_PAGE}.")
-    content = _quantised(convert(job), job, whole=True)
-    path = job.path(EDGETPU_SUFFIX)
-    with tempfile.TemporaryDirectory() as folder:
-        name = path.name.replace("_edgetpu", "")  # the compiler adds it
-        Path(folder, name).write_bytes(content)
-        summary = run_tool([compiler, "--show_operations", "--out_dir", folder, name], Path(folder))
-        compiled = Path(folder, path.name)
-        if not compiled.is_file():
-            raise UserError(f"{EDGETPU_COMPILER} wrote no {path.name}:\n{summary}")
-        LOGGER.info(summary.strip())
-        write_file(path, compiled.read_bytes(), metadata)
+    content = convert(job)
+    if not job.config.int8:
+        path, content = job.path(FLOAT16_SUFFIX), with_float16_weights(content)
+    else:
+        path = job.path(EDGETPU_SUFFIX if edgetpu else INT8_SUFFIX)
+        content = quantize(content, INPUT, job.calibration(CALIBRATION_IMAGES), job.metadata.batch, whole=edgetpu)
+    if compiler:
+        content = _compiled(compiler, content, path.name)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+        with zipfile.ZipFile(temporary, "a") as archive:  # interpreters read past it
+            archive.writestr(METADATA_MEMBER, json.dumps(metadata.texts()))
     return path
+
+
+def _compiled(compiler: str, content: bytes, name: str) -> bytes:
+    """Returns an int8 file with its operations handed to the Edge TPU; `name` is that of the result."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = name.replace("_edgetpu", "")  # the compiler adds it
+        Path(folder, source).write_bytes(content)
+        summary = run_tool([compiler, "--show_operations", "--out_dir", folder, source], Path(folder))
+        if not Path(folder, name).is_file():
+            raise UserError(f"{EDGETPU_COMPILER} wrote no {name}:\n{summary}")
+        LOGGER.info(summary.strip())
+        return Path(folder, name).read_bytes()
 
 
 def convert(job: ExportJob) -> bytes:
@@ -132,14 +124,6 @@ def with_float16_weights(content: bytes) -> bytes:
         casting.update_quantization_recipe(".*", operation, config, AlgorithmName.FLOAT_CASTING)
     with quietly():
         return bytes(casting.quantize(enable_progress_report=False).quantized_model)
-
-
-def write_file(path: Path, content: bytes, metadata: Metadata) -> None:
-    """Writes a TFLite file with a zip archive at its end that holds `metadata.json`; interpreters read past it."""
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
-        with zipfile.ZipFile(temporary, "a") as archive:
-            archive.writestr(METADATA_MEMBER, json.dumps(metadata.texts()))
 
 
 CALIBRATION_IMAGES = 128

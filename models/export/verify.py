@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -270,22 +269,10 @@ BATCH_SIZE = 16
 WORKERS = 0  # exporters leave threads behind that forked loader processes might hang on
 
 
-class MapComparison(NamedTuple):
-    """mAP50-95 of both."""
-
-    checkpoint: float
-    exported: float
-
-    @property
-    def drop(self) -> float:
-        """What the export loses; negative where it gains."""
-        return self.checkpoint - self.exported
-
-
 def compare_map(
     weights: str | Path, exported: str | Path, data: str | Path, shape_hw: tuple[int, int], device: str = ""
-) -> MapComparison:
-    """Evaluates a checkpoint and its export on a data set's validation split.
+) -> tuple[float, float]:
+    """Returns the mAP50-95 of a checkpoint and of its export on a data set's validation split.
 
     Both get the same batches: images padded to the export's shape, or rectangles where it takes any. Where detections
     are chosen inside the export, the checkpoint's are chosen in the same way.
@@ -312,4 +299,4 @@ def compare_map(
         found = [evaluate(predictor, loader, names=spec.names, quiet=True).map for predictor in judged]
     finally:
         loader.close()
-    return MapComparison(*found)
+    return found[0], found[1]

@@ -70,13 +70,9 @@ def original_model(source: nn.Module, half: bool) -> Model:
     model.names = [source.names[number] for number in sorted(source.names)]
     model.yaml, model.hyp = plain_data(source.yaml), plain_data(source.hyp)
     model.stride = source.stride.detach().float().cpu().clone()
-    _complete_detect(model.head, model.stride)
+    head = model.head  # YOLOv5 keeps its stride (nl,) as an attribute, and the grids that it makes on the first run
+    del head.stride
+    head.stride = model.stride.clone()
+    head.grid = [torch.zeros(1)] * head.nl
+    head.anchor_grid = [torch.zeros(1)] * head.nl
     return model
-
-
-def _complete_detect(detect: Detect, stride: torch.Tensor) -> None:
-    """Gives the head its stride (nl,) as YOLOv5 keeps it, and the grids that YOLOv5 makes on the first run."""
-    del detect.stride
-    detect.stride = stride.clone()
-    detect.grid = [torch.zeros(1)] * detect.nl
-    detect.anchor_grid = [torch.zeros(1)] * detect.nl
