@@ -26,14 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def picture(seed: int = 0, height: int = 48, width: int = 64) -> np.ndarray:
+def random_image(seed: int = 0, height: int = 48, width: int = 64) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
 
 
 def write_video(path: Path, frames: int) -> Path:
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 48))
     for index in range(frames):
-        writer.write(picture(index))
+        writer.write(random_image(index))
     writer.release()
     return path
 
@@ -42,8 +42,8 @@ def write_video(path: Path, frames: int) -> Path:
 def source(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
-    cv2.imwrite(str(folder / "b.jpg"), picture(1))
-    cv2.imwrite(str(folder / "a.png"), picture(2, 90, 60))
+    cv2.imwrite(str(folder / "b.jpg"), random_image(1))
+    cv2.imwrite(str(folder / "a.png"), random_image(2, 90, 60))
     write_video(folder / "clip.mp4", 4)
     return folder
 

@@ -14,7 +14,7 @@ from utils.errors import UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def picture(seed: int = 0, height: int = 48, width: int = 64) -> np.ndarray:
+def random_image(seed: int = 0, height: int = 48, width: int = 64) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
 
 
@@ -28,15 +28,15 @@ def frames_of(folder, name: str, count: int) -> list[np.ndarray]:
 
 @pytest.fixture
 def common(weights, tmp_path) -> dict:
-    """Options of a quick run on one picture."""
-    cv2.imwrite(str(tmp_path / "b.png"), picture(1))
+    """Options of a quick run on one image."""
+    cv2.imwrite(str(tmp_path / "b.png"), random_image(1))
     options = {"weights": str(weights), "source": str(tmp_path / "b.png"), "project": str(tmp_path / "runs")}
     return options | {"imgsz": [64], "device": "cpu", "save_txt": True, "save_conf": True, "nosave": True}
 
 
 @pytest.fixture
 def street(golden_dir, datasets_dir, tmp_path):
-    """A video of a real picture that glides to the left by 12 px a frame, with options of a run on it."""
+    """A video of a real image that glides to the left by 12 px a frame, with options of a run on it."""
     image = cv2.imread(str(datasets_dir / "coco128" / "images" / "train2017" / "000000000036.jpg"))
     assert image is not None
     height, width = image.shape[:2]
@@ -50,7 +50,7 @@ def street(golden_dir, datasets_dir, tmp_path):
 
 
 def test_small_objects_that_the_plain_run_misses_are_found_in_tiles(golden_dir, tmp_path):
-    """A wall of 6 x 6 golden pictures, each of which the plain run sees at a sixth of its side."""
+    """A wall of 6 x 6 golden images, each of which the plain run sees at a sixth of its side."""
     small = cv2.resize(cv2.imread(str(golden_dir / "images" / "bus.jpg")), (320, 320), interpolation=cv2.INTER_AREA)
     cv2.imwrite(str(tmp_path / "wall.png"), np.tile(small, (6, 6, 1)))
     found = {}
@@ -139,9 +139,9 @@ def test_options_that_do_not_go_together_are_refused(common, tmp_path, keywords,
 
 def test_stream_hands_results_over_as_they_come_and_writes_nothing(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cv2.imwrite("a.png", picture(2, 90, 60))
-    cv2.imwrite("b.png", picture(1))
-    cv2.imwrite("c.png", picture(3))
+    cv2.imwrite("a.png", random_image(2, 90, 60))
+    cv2.imwrite("b.png", random_image(1))
+    cv2.imwrite("c.png", random_image(3))
     (tmp_path / "cut.png").write_bytes((tmp_path / "b.png").read_bytes()[:60])
     before = sorted(tmp_path.rglob("*"))
     results = detect.run(weights=str(weights), source=str(tmp_path), imgsz=[64], device="cpu", max_det=3, stream=True)
@@ -157,7 +157,7 @@ def test_stream_hands_results_over_as_they_come_and_writes_nothing(weights, tmp_
 
 
 class FakeWindow:
-    """Notes what is shown; the user presses q at the second picture."""
+    """Notes what is shown; the user presses q at the second image."""
 
     shown: list = []
     closed = False
@@ -175,13 +175,13 @@ def test_window_shows_what_is_written_until_q_is_pressed(weights, tmp_path, monk
     monkeypatch.setattr("utils.media.display.Window", FakeWindow)
     monkeypatch.setattr(FakeWindow, "shown", [])
     for index in range(4):
-        cv2.imwrite(str(tmp_path / f"{index}.png"), picture(index))
+        cv2.imwrite(str(tmp_path / f"{index}.png"), random_image(index))
     options = {"weights": str(weights), "source": str(tmp_path), "project": str(tmp_path / "runs"), "imgsz": [64]}
     detect.run(**options, max_det=3, view_img=True, device="cpu")
     assert FakeWindow.closed
     for index, (title, image) in enumerate(FakeWindow.shown):
         assert title == "detect.py"  # one window for all files
-        assert (image != picture(index)).any()
+        assert (image != random_image(index)).any()
         np.testing.assert_array_equal(image, cv2.imread(str(tmp_path / "runs" / "exp" / f"{index}.png")))
     assert sorted(path.name for path in (tmp_path / "runs" / "exp").iterdir()) == ["0.png", "1.png"]
 

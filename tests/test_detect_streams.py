@@ -91,7 +91,7 @@ def test_camera_that_dies_twice_is_detected_to_the_end_with_the_right_counts(wei
     name = re.sub(r"\W+", "_", server.address)
     report = re.search(rf"{name}: (\d+) frames received, (\d+) used, (\d+) dropped", caplog.text)
     received, used, dropped = map(int, report.groups())
-    assert received == used + dropped >= 36  # three sessions of 12 pictures
+    assert received == used + dropped >= 36  # three sessions of 12 images
     assert used >= 9
     assert "1 undecodable, 2 reconnections; ended: it could not be opened again" in caplog.text
     folder = tmp_path / "runs" / "exp"
@@ -103,7 +103,7 @@ def test_camera_that_dies_twice_is_detected_to_the_end_with_the_right_counts(wei
     assert len(re.findall(r"\b0: 64x64 3 cats, Done\.", caplog.text)) == used
 
 
-def test_results_of_a_camera_are_its_own_new_whole_pictures(weights, camera_server, numbered, tmp_path):
+def test_results_of_a_camera_are_its_own_new_whole_images(weights, camera_server, numbered, tmp_path):
     server = camera_server(["cut", "refuse", "stall", "corrupt"])
     options = {key: value for key, value in options_for(weights, server.address, tmp_path).items() if key != "project"}
     results, numbers = detect.run(**options, stream=True), []

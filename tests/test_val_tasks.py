@@ -36,7 +36,7 @@ def weights(golden_dir):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, datasets_dir):
-    """Eight pictures of coco128: five to validate on, two to train, one to test."""
+    """Eight images of coco128: five to validate on, two to train, one to test."""
     coco = datasets_dir / "coco128"
     folder = tmp_path_factory.mktemp("coco8")
     images = sorted((coco / "images" / "train2017").glob("*.jpg"))[:8]
@@ -50,7 +50,7 @@ def data(tmp_path_factory, datasets_dir):
 
 @pytest.fixture
 def run(tmp_path, data):
-    """Validates at 128 px on the CPU, without pictures."""
+    """Validates at 128 px on the CPU, without images."""
 
     def run(weights=(), **options):
         plain = {"data": str(data), "device": "cpu", "workers": 0, "plots": False, "imgsz": SIDE_PX}
@@ -79,7 +79,7 @@ def model(weights):
 
 @pytest.fixture(scope="module")
 def batches(model, data):
-    """The batches of the five pictures at 128 px."""
+    """The batches of the five images at 128 px."""
     spec = load_spec(str(data), need=("val",))
     return list(make_loader(spec, SIDE_PX, 32, workers=0))
 
@@ -162,7 +162,7 @@ def test_half_on_cuda_scores_about_the_same(run, weights):
 
 
 def test_speed_measures_a_model_as_it_is_in_use(tmp_path, data, weights, calls, caplog):
-    """Confidence 0.25, IoU 0.45, no border, no JSON, no pictures, and no folder where nothing is written."""
+    """Confidence 0.25, IoU 0.45, no border, no JSON, no images, and no folder where nothing is written."""
     text = f"--task speed --weights {weights} {weights} --data {data} --img {SIDE_PX} --device cpu --workers 0"
     options = val.build_parser().parse_args([*text.split(), "--save-json", "--project", str(tmp_path / "runs")])
     with caplog.at_level(logging.INFO, "yolov5"):
@@ -219,7 +219,7 @@ def test_a_study_goes_from_256_to_1536(tmp_path, run, weights, monkeypatch):
     monkeypatch.setattr(val_tasks, "validate", validate)
     run(weights, task="study", imgsz=None, single_cls=True)
     assert sizes == [256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536]
-    assert not (tmp_path / "study.png").exists()  # no pictures were asked for
+    assert not (tmp_path / "study.png").exists()  # no images were asked for
 
 
 def test_a_study_needs_to_know_its_data_before_it_begins(run, weights, calls):

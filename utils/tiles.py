@@ -1,7 +1,7 @@
-"""Large pictures cut into overlapping tiles, and the detections of all tiles joined to those of the picture.
+"""Large images cut into overlapping tiles, and the detections of all tiles joined to those of the image.
 
-Small objects keep their pixels that way, instead of vanishing when the whole picture is scaled to the model's size;
-the whole picture is looked at too, for what is larger than a tile. After SAHI's sliced inference (Akyon et al. 2022,
+Small objects keep their pixels that way, instead of vanishing when the whole image is scaled to the model's size;
+the whole image is looked at too, for what is larger than a tile. After SAHI's sliced inference (Akyon et al. 2022,
 arXiv:2202.06934). Not here: running a model on the windows (`models.inference`).
 """
 
@@ -26,10 +26,10 @@ RIVAL_CONFIDENCE = 0.25  # ... and has at least this share of its confidence: wh
 
 @dataclass(frozen=True)
 class Tiling:
-    """How pictures are cut.
+    """How images are cut.
 
     Attributes:
-        size_px: side of a tile, in px of the picture; where the picture's side is shorter, that one.
+        size_px: side of a tile, in px of the image; where the image's side is shorter, that one.
         overlap: share of a tile's side by which neighbours overlap at least, from 0 to below 0.9. Objects up to that
             size stand whole in some tile.
     """
@@ -52,15 +52,15 @@ class Tiling:
 
 
 def windows(height: int, width: int, tiling: Tiling) -> np.ndarray:
-    """Cuts a picture into tiles, spread evenly so that they cover it exactly.
+    """Cuts an image into tiles, spread evenly so that they cover it exactly.
 
     Args:
-        height: of the picture, px.
-        width: of the picture, px.
+        height: of the image, px.
+        width: of the image, px.
         tiling: size and least overlap of the tiles.
 
     Returns:
-        (t, 4) int64 [x1, y1, x2, y2 in px]: the tiles row by row, the whole picture last. Where that is not larger
+        (t, 4) int64 [x1, y1, x2, y2 in px]: the tiles row by row, the whole image last. Where that is not larger
         than a tile it is the only one.
     """
     tile_h, tile_w = min(tiling.size_px, height), min(tiling.size_px, width)
@@ -81,17 +81,17 @@ def _starts(length: int, side: int, overlap: float) -> list[int]:
 
 
 def merge(detections: Sequence[np.ndarray], windows_xyxy: np.ndarray, nms: NMSConfig) -> np.ndarray:
-    """Joins the detections of a picture's windows: each object once, and whole where some window shows it whole.
+    """Joins the detections of an image's windows: each object once, and whole where some window shows it whole.
 
-    First go the pieces: a box that ends at a border of its window which is no border of the picture may show a part
+    First go the pieces: a box that ends at a border of its window which is no border of the image may show a part
     of an object. It is dropped where a box of its class from another window holds more than CONTAINED_SHARE of it,
     unless that one is cut as well and not larger, or has less than RIVAL_CONFIDENCE of its confidence. What is left
     is suppressed as the detections of one image are. A piece of what no window shows whole stays. The order of the
     windows does not matter.
 
     Args:
-        detections: for each window (k, 6) [x1, y1, x2, y2 in px of the whole picture, confidence, class].
-        windows_xyxy: (t, 4) the windows, px; together they cover the picture.
+        detections: for each window (k, 6) [x1, y1, x2, y2 in px of the whole image, confidence, class].
+        windows_xyxy: (t, 4) the windows, px; together they cover the image.
         nms: how the detections of one image are suppressed.
 
     Returns:
@@ -111,11 +111,11 @@ def merge(detections: Sequence[np.ndarray], windows_xyxy: np.ndarray, nms: NMSCo
 
 
 def _touches_inner_border(boxes_xyxy: np.ndarray, own_xyxy: np.ndarray, windows_xyxy: np.ndarray) -> np.ndarray:
-    """Says which boxes (n, 4) end at a border of their own window (n, 4) that lies within the picture, bool (n,)."""
-    picture_xyxy = np.concatenate((windows_xyxy[:, :2].min(0), windows_xyxy[:, 2:].max(0)))
+    """Says which boxes (n, 4) end at a border of their own window (n, 4) that lies within the image, bool (n,)."""
+    image_xyxy = np.concatenate((windows_xyxy[:, :2].min(0), windows_xyxy[:, 2:].max(0)))
     sides_px = np.tile(own_xyxy[:, 2:] - own_xyxy[:, :2], 2)
     near = np.abs(boxes_xyxy - own_xyxy) <= BORDER_SHARE * sides_px
-    return (near & (own_xyxy != picture_xyxy)).any(1)
+    return (near & (own_xyxy != image_xyxy)).any(1)
 
 
 def _is_no_piece(found: np.ndarray, window_of: np.ndarray, cut: np.ndarray) -> np.ndarray:

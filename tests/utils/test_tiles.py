@@ -1,4 +1,4 @@
-"""Tiles: where windows lie, and how the detections of several windows become those of one picture."""
+"""Tiles: where windows lie, and how the detections of several windows become those of one image."""
 
 import math
 
@@ -12,32 +12,32 @@ from utils.errors import UserError
 from utils.nms import NMSConfig, suppress_again
 from utils.tiles import Tiling, merge, windows
 
-# Two tiles of 640 px that share 280 px, and the whole picture.
+# Two tiles of 640 px that share 280 px, and the whole image.
 WIDE = windows(640, 1000, Tiling(640, 0.4))
 LEFT, RIGHT, WHOLE = range(3)
 
 
 def merged(*found, iou_thres=0.45, agnostic=False, max_det=300, windows_xyxy=WIDE):
-    """Detections of a wide picture from (window, x1, y1, x2, y2, confidence, class) rows, as lists."""
+    """Detections of a wide image from (window, x1, y1, x2, y2, confidence, class) rows, as lists."""
     rows = [np.array([row[1:] for row in found if row[0] == window], np.float32) for window in range(len(windows_xyxy))]
     found = merge([row.reshape(-1, 6) for row in rows], windows_xyxy, NMSConfig(0, iou_thres, max_det, agnostic))
     return found.astype(np.float64).round(4).tolist()
 
 
-def test_a_picture_of_full_hd_is_cut_into_eight_tiles_and_looked_at_as_a_whole():
+def test_an_image_of_full_hd_is_cut_into_eight_tiles_and_looked_at_as_a_whole():
     # Steps of at most 512 px: 3 of 426.7 px cover 1280 px, 1 of 440 px covers those.
     expected = [(left, top, left + 640, top + 640) for top in (0, 440) for left in (0, 426, 853, 1280)]
     assert windows(1080, 1920, Tiling(640)).tolist() == [list(box) for box in [*expected, (0, 0, 1920, 1080)]]
 
 
-def test_a_picture_no_larger_than_a_tile_is_one_window_and_a_strip_is_cut_along_its_length():
+def test_an_image_no_larger_than_a_tile_is_one_window_and_a_strip_is_cut_along_its_length():
     assert windows(600, 640, Tiling(640)).tolist() == [[0, 0, 640, 600]]
     assert windows(1500, 100, Tiling(1000, 0.5)).tolist() == [[0, 0, 100, 1000], [0, 500, 100, 1500], [0, 0, 100, 1500]]
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(32, 400), st.floats(0, 0.899))
-def test_tiles_cover_the_picture_exactly_with_the_overlap_asked_for_and_no_more_than_needed(h, w, side, overlap):
+def test_tiles_cover_the_image_exactly_with_the_overlap_asked_for_and_no_more_than_needed(h, w, side, overlap):
     boxes = windows(h, w, Tiling(side, overlap))
     assert boxes[-1].tolist() == [0, 0, w, h]
     tiles = boxes[:-1] if len(boxes) > 1 else boxes
@@ -80,7 +80,7 @@ def test_a_box_that_ends_well_before_the_border_is_no_piece(right, kept):
     assert len(merged(seen, larger)) == kept
 
 
-def test_an_object_larger_than_a_tile_comes_from_the_whole_picture():
+def test_an_object_larger_than_a_tile_comes_from_the_whole_image():
     pieces = (LEFT, 100, 50, 640, 600, 0.9, 0), (RIGHT, 360, 50, 950, 600, 0.8, 0)
     assert merged(*pieces, (WHOLE, 100, 50, 950, 600, 0.4, 0)) == [[100, 50, 950, 600, 0.4, 0]]
 
@@ -101,9 +101,9 @@ def test_a_piece_loses_against_nothing_that_is_gone():
 
 def test_an_object_inside_another_stays_unless_a_border_cuts_it():
     large = (WHOLE, 50, 0, 700, 400, 0.8, 0)
-    inside, at_the_picture_s_edge = (LEFT, 100, 100, 150, 150, 0.9, 0), (LEFT, 200, 0, 240, 40, 0.9, 0)
+    inside, at_the_image_s_edge = (LEFT, 100, 100, 150, 150, 0.9, 0), (LEFT, 200, 0, 240, 40, 0.9, 0)
     at_the_tile_s_border = (LEFT, 600, 100, 640, 150, 0.9, 0)
-    assert len(merged(large, inside, at_the_picture_s_edge, at_the_tile_s_border)) == 3
+    assert len(merged(large, inside, at_the_image_s_edge, at_the_tile_s_border)) == 3
     assert merged(large, at_the_tile_s_border) == [list(large[1:])]
 
 

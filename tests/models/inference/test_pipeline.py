@@ -38,7 +38,7 @@ def test_stride_and_patience_reach_the_source_and_the_stride_the_tracks(monkeypa
     assert 3 in given[1]
 
 
-def test_every_picture_has_the_size_that_the_model_saw_of_it():
+def test_every_image_has_the_size_that_the_model_saw_of_it():
     shapes_hw = [(32, 64), (64, 32), (32, 64)]  # cameras of two shapes side by side
     images = [[Window(np.zeros((3, *hw), np.uint8), (0, 0, 8, 8), ((1, 1), (0, 0)))] for hw in shapes_hw]
     frames = [Frame(f"cam{n}", n + 1, 3, np.zeros((8, 8, 3), np.uint8), number=1, live=True) for n in range(3)]
@@ -62,7 +62,7 @@ class AtOnce(contextlib.nullcontext):
         return self
 
 
-def test_window_shows_the_picture_that_is_saved_however_fast_it_is_drawn_into(monkeypatch, tmp_path: Path):
+def test_window_shows_the_image_that_is_saved_however_fast_it_is_drawn_into(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(background, "Background", AtOnce)
     frame = Frame("/in/a.png", 1, 1, np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
     counts = Counts(((0.0, 20.0), (64.0, 20.0)), (Tally(0, 2, 1),))

@@ -9,9 +9,7 @@ import pytest
 
 import val
 from models.backends import ArrayBackend, Metadata, load_backend
-from models.inference.evaluation import (
-    make_loader,
-)
+from models.inference.evaluation import make_loader
 from models.inference.predictor import Predictor
 from utils.boxes import xywhn2xyxy
 from utils.dataloaders.config import load_spec
@@ -23,7 +21,7 @@ from utils.nms import NMSConfig
 from utils.tiles import Tiling
 
 CHECKPOINT = "yolov5n-v6-coco.pt"
-GRID, CELL_PX, SEEN_PX = 4, 320, 320  # the mosaic's pictures, and the size that the model sees
+GRID, CELL_PX, SEEN_PX = 4, 320, 320  # the mosaic's images, and the size that the model sees
 
 
 @pytest.fixture(scope="module")
@@ -31,39 +29,30 @@ def golden(golden_dir):
     return load_backend(golden_dir / CHECKPOINT, "cpu")
 
 
-def write_set(root: Path, pictures: dict[str, np.ndarray], labels: dict[str, np.ndarray], names) -> Path:
-    """Writes pictures with their labels (n, 5) and returns the data set's YAML."""
-    for folder in ("images", "labels"):
-        (root / folder).mkdir(parents=True)
-    for stem, picture in pictures.items():
-        cv2.imwrite(str(root / "images" / f"{stem}.png"), picture)
-        lines = (f"{int(row[0])} " + " ".join(f"{value:.7f}" for value in row[1:]) for row in labels[stem])
-        (root / "labels" / f"{stem}.txt").write_text("\n".join(lines))
-    write_yaml(root / "set.yaml", {"path": str(root), "train": "images", "val": "images", "names": names})
-    return root / "set.yaml"
-
-
-def coco128(datasets_dir, count):
-    """The first pictures of coco128 by their stems, their labels (n, 5) normalised, and the classes' names."""
-    root = datasets_dir / "coco128"
-    pictures, labels = {}, {}
-    for file in sorted((root / "images" / "train2017").glob("*.jpg"))[:count]:
+@pytest.fixture(scope="module")
+def coco(datasets_dir):
+    """The first sixteen images of coco128 by their paths, their labels (n, 5) normalised, and the classes' names."""
+    root, files = datasets_dir / "coco128", {}
+    for file in sorted((root / "images" / "train2017").glob("*.jpg"))[: GRID * GRID]:
         rows = (root / "labels" / "train2017" / f"{file.stem}.txt").read_text().split()
-        pictures[file.stem], labels[file.stem] = read_image(file), np.array(rows, np.float64).reshape(-1, 5)
-    return pictures, labels, read_yaml(root / "coco128.yaml")["names"]
+        files[file] = np.array(rows, np.float64).reshape(-1, 5)
+    return files, read_yaml(root / "coco128.yaml")["names"]
 
 
 @pytest.fixture(scope="module")
-def few(datasets_dir, tmp_path_factory):
-    """Six pictures as they are."""
-    return write_set(tmp_path_factory.mktemp("few"), *coco128(datasets_dir, 6))
+def few(coco, tmp_path_factory):
+    """A data set of six images as they are."""
+    folder = tmp_path_factory.mktemp("few")
+    (folder / "val.txt").write_text("\n".join(map(str, list(coco[0])[:6])))
+    write_yaml(folder / "set.yaml", {"path": str(folder), "train": "val.txt", "val": "val.txt", "names": coco[1]})
+    return folder / "set.yaml"
 
 
 class Mosaic(NamedTuple):
-    """One large picture made of sixteen, each at half its size."""
+    """One large image made of sixteen, each at half its size."""
 
     data: Path
-    picture: np.ndarray  # uint8 (h, w, 3) BGR
+    image: np.ndarray  # uint8 (h, w, 3) BGR
     labels: np.ndarray  # (n, 5) class, x1, y1, x2, y2 in px
 
     def objects_found(self, detections) -> int:
@@ -71,26 +60,29 @@ class Mosaic(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def mosaic(datasets_dir, tmp_path_factory):
-    pictures, labels, names = coco128(datasets_dir, GRID * GRID)
+def mosaic(coco, tmp_path_factory):
     side = GRID * CELL_PX
     canvas, rows = np.full((side, side, 3), 114, np.uint8), []
-    for cell, (stem, picture) in enumerate(pictures.items()):
-        scale = CELL_PX / max(picture.shape)
-        small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    for cell, (file, labels) in enumerate(coco[0].items()):
+        image = read_image(file)
+        scale = CELL_PX / max(image.shape)
+        small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         height, width = small.shape[:2]
         top, left = (CELL_PX * place for place in divmod(cell, GRID))
         canvas[top : top + height, left : left + width] = small
         shift, size = np.array([left, top, 0, 0]), np.array([width, height, width, height])
-        rows.append(np.concatenate((labels[stem][:, :1], (labels[stem][:, 1:] * size + shift) / side), 1))
+        rows.append(np.concatenate((labels[:, :1], (labels[:, 1:] * size + shift) / side), 1))
     rows = np.concatenate(rows)
-    data = write_set(tmp_path_factory.mktemp("mosaic"), {"large": canvas}, {"large": rows}, names)
-    return Mosaic(data, canvas, np.concatenate((rows[:, :1], xywhn2xyxy(rows[:, 1:], side, side)), 1))
+    folder = tmp_path_factory.mktemp("mosaic")
+    cv2.imwrite(str(folder / "large.png"), canvas)
+    np.savetxt(folder / "large.txt", rows, ["%d", *["%.7f"] * 4])
+    write_yaml(folder / "set.yaml", {"path": str(folder), "train": ".", "val": ".", "names": coco[1]})
+    return Mosaic(folder / "set.yaml", canvas, np.concatenate((rows[:, :1], xywhn2xyxy(rows[:, 1:], side, side)), 1))
 
 
 def test_detection_in_tiles_finds_small_objects_that_the_plain_look_misses(golden, mosaic):
-    plain = Predictor(golden, shape=SEEN_PX).detect(mosaic.picture).rows
-    tiled = Predictor(golden, shape=SEEN_PX, tiling=Tiling(SEEN_PX)).detect(mosaic.picture).rows
+    plain = Predictor(golden, shape=SEEN_PX).detect(mosaic.image).rows
+    tiled = Predictor(golden, shape=SEEN_PX, tiling=Tiling(SEEN_PX)).detect(mosaic.image).rows
     assert mosaic.objects_found(tiled) > 2 * mosaic.objects_found(plain) > 0
 
 
@@ -106,12 +98,12 @@ def test_validation_in_tiles_finds_them_too_and_writes_what_it_finds(mosaic, gol
     assert lines.shape[1] == 6 and ((lines[:, 1:] >= 0) & (lines[:, 1:] <= 1)).all()
     written = {file.name for file in (tmp_path / "exp").iterdir()}
     assert {"val_batch0_pred.jpg", "PR_curve.png", "yolov5n-v6-coco_predictions.json"} <= written
-    detections = np.concatenate((xywhn2xyxy(lines[:, 1:5], *mosaic.picture.shape[1::-1]), lines[:, [5, 0]]), 1)
+    detections = np.concatenate((xywhn2xyxy(lines[:, 1:5], *mosaic.image.shape[1::-1]), lines[:, [5, 0]]), 1)
     assert mosaic.objects_found(detections) > 0.4 * len(mosaic.labels)
 
 
 @pytest.mark.parametrize("shape", [160, (128, 192)])
-def test_a_tile_larger_than_every_picture_gives_plain_validation_s_figures(golden, few, shape):
+def test_a_tile_larger_than_every_image_gives_plain_validation_s_figures(golden, few, shape):
     spec = load_spec(few)
     plain_loader = make_loader(spec, shape, 32, batch_size=1, workers=0)
     plain = evaluate(Predictor(golden, NMS), plain_loader, names=spec.names, quiet=True)
@@ -128,9 +120,9 @@ def test_the_model_sees_the_pixels_that_plain_validation_shows_it(golden, few, s
     loader = make_loader(spec, shape, 32, batch_size=1, workers=0, pad=pad)
     usual = {batch.paths[0]: batch for batch in loader}
     for batch in make_loader(spec, None, 32, workers=0):
-        (picture,) = batch.images.numpy()
+        (image,) = batch.images.numpy()
         predictor = Predictor(golden, NMS, shape, tiling=Tiling(2000), val_pad=pad)
-        (window,) = predictor.prepare(picture.transpose(1, 2, 0), rgb=True)
+        (window,) = predictor.prepare(image.transpose(1, 2, 0), rgb=True)
         np.testing.assert_array_equal(window.inputs, usual[batch.paths[0]].images[0])
         original_hw, ratio_pad = usual[batch.paths[0]].shapes[0]
         assert (window.xyxy[2:][::-1], window.ratio_pad) == (tuple(original_hw), tuple(ratio_pad))

@@ -74,7 +74,7 @@ def test_exact_detection_scores_0_995_in_native_pixels(tmp_path):
 
 
 class Forgetful(nn.Module):
-    """Finds the same in every picture and keeps nothing but a weak reference to what it returned."""
+    """Finds the same in every image and keeps nothing but a weak reference to what it returned."""
 
     def __init__(self):
         super().__init__()
@@ -87,8 +87,8 @@ class Forgetful(nn.Module):
 
 
 def test_nothing_of_a_batch_is_kept_once_it_was_evaluated():
-    """So a data set of any size takes the memory of one batch and the next, and the figures of each picture."""
-    model, alive, pictures = Forgetful(), [], []
+    """So a data set of any size takes the memory of one batch and the next, and the figures of each image."""
+    model, alive, images = Forgetful(), [], []
 
     class Batches:
         def __len__(self):
@@ -97,16 +97,16 @@ def test_nothing_of_a_batch_is_kept_once_it_was_evaluated():
         def __iter__(self):
             for index in range(len(self)):
                 gc.collect()
-                alive.append(sum(reference() is not None for reference in pictures + model.returned))
+                alive.append(sum(reference() is not None for reference in images + model.returned))
                 batch = wide_batch(str(index))
-                pictures.append(weakref.ref(batch.images))
+                images.append(weakref.ref(batch.images))
                 yield batch
 
     result = evaluate(model, Batches(), names=NAMES, compute_loss=lambda *_: (None, torch.zeros(3)))
     gc.collect()
     assert result.seen == 12 and result.records == [] and len(model.returned) == 36
-    assert max(alive) <= 4, alive  # of the batch before: its picture, what the model had of it and returned
-    assert not [reference for reference in pictures + model.returned if reference() is not None]
+    assert max(alive) <= 4, alive  # of the batch before: its image, what the model had of it and returned
+    assert not [reference for reference in images + model.returned if reference() is not None]
 
 
 def test_images_reach_the_model_as_fractions_in_channels_last():
@@ -226,7 +226,7 @@ def test_training_logs_one_row_and_many_classes_need_verbose(caplog):
 
 
 def test_without_labels_detections_are_written_and_figures_absent(tmp_path, caplog):
-    """Two of three pictures have a detection above 0.25, one of them two; a third is at 0.2."""
+    """Two of three images have a detection above 0.25, one of them two; a third is at 0.2."""
     batches = [wide_batch(name)._replace(targets=torch.zeros(0, 6)) for name in "abc"]
     model = Scripted([[EXACT, ELSEWHERE]], [[EXACT, [0] * 7]], [[[*EXACT[:4], 0.2, 1, 0]]])
     options = {"save_dir": tmp_path, "plots": True, "save_txt": True, "save_json": True, "coco_metrics": True}
@@ -255,9 +255,9 @@ def test_files_of_a_run(tmp_path):
         json_name="best_predictions.json",
         categories=[17, 18],
     )
-    pictures = {f"val_batch{batch}_{kind}.jpg" for batch in range(2) for kind in ("labels", "pred")}
+    images = {f"val_batch{batch}_{kind}.jpg" for batch in range(2) for kind in ("labels", "pred")}
     curves = {f"{name}.png" for name in ("PR_curve", "F1_curve", "P_curve", "R_curve", "confusion_matrix")}
-    assert {path.name for path in tmp_path.iterdir()} == pictures | curves | {"labels", "best_predictions.json"}
+    assert {path.name for path in tmp_path.iterdir()} == images | curves | {"labels", "best_predictions.json"}
     assert [path.name for path in (tmp_path / "labels").iterdir()] == ["000012.txt"]  # none without detections
     first, *_ = (tmp_path / "labels" / "000012.txt").read_text().splitlines()
     assert [float(value) for value in first.split()] == pytest.approx([0, 0.5, 0.5, 0.5, 0.6, 0.9], abs=1e-5)
