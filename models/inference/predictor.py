@@ -70,8 +70,8 @@ class Predictor:
                 with `val_pad`: the long side of rectangles, without it: of squares.
             tiling: cut images into windows of this size; None takes every image as one.
             augment: test-time augmentation (3 scales, flip; checkpoints alone).
-            val_pad: bring images to size as validation does, which shrinks by area averaging and enlarges no border:
-                rectangles get this border, in strides. None: as detection does.
+            val_pad: bring images to size as validation does, which shrinks by area averaging; rectangles get this
+                border, in strides. None: as detection does.
             max_batch: most windows in one run of the model.
         """
         self.backend, self.nms = backend, nms or NMSConfig()
@@ -79,6 +79,7 @@ class Predictor:
         self.shape = [shape, shape] if isinstance(shape, int) and val_pad is None else shape
         self._tiling, self._val_pad, self._max_batch = tiling, val_pad, max_batch
         self._options = {"augment": True} if augment else {}
+        self._has_nms, self._stride = backend.has_nms, backend.stride
         self._seen = 0
 
     def prepare(self, image: np.ndarray, rgb: bool = False) -> list[Window]:
@@ -159,7 +160,7 @@ class Predictor:
     def _letterbox(self, cut: np.ndarray) -> tuple[np.ndarray, RatioPad]:
         """Returns a window (h, w, 3) as large as the model wants it, and what leads back."""
         if self._val_pad is None:
-            boxed = letterbox(cut, self.shape, auto=self.backend.dynamic, stride=self.backend.stride)
+            boxed = letterbox(cut, self.shape, auto=self.backend.dynamic, stride=self._stride)
             return boxed.image, boxed.ratio_pad(cut.shape)
         height, width = cut.shape[:2]
         fitting_wh = resized_wh((width, height), self.shape)
@@ -171,7 +172,7 @@ class Predictor:
             from utils.dataloaders.dataset import rectangular_batches
 
             sizes_wh = np.array([[width, height]])
-            _, (padded_hw,) = rectangular_batches(sizes_wh, 1, padded_hw, self.backend.stride, self._val_pad)
+            _, (padded_hw,) = rectangular_batches(sizes_wh, 1, padded_hw, self._stride, self._val_pad)
             padded_hw = padded_hw.tolist()
         boxed = letterbox(cut, padded_hw, auto=False, scaleup=False)
         ratio_w, ratio_h = boxed.ratio
@@ -200,7 +201,7 @@ class Predictor:
 
     def _choose(self, rows: Array, nms: Sequence[NMSConfig], labels: Sequence[Array]) -> list[Array]:
         """Returns the detections (k, 6) of each image among a model's rows (b, n, 5 + nc), or chosen (b, n, 6)."""
-        if self.backend.has_nms:
+        if self._has_nms:
             return [how.narrow(chosen) for how, chosen in zip(nms, rows, strict=True)]
         if any(how.multi_label for how in nms) and isinstance(rows, np.ndarray):
             import torch  # with validation's many candidates NMS is six times as fast there
