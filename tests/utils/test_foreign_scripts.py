@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+
+from utils.files import read_yaml, write_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,6 +167,43 @@ assert len(changed) > 100, changed
 print("classes", nc, "losses", loss_items.tolist())
 """
 
+# As validation loops of 6.1 do it: its loader, boxes back to each image in place, matching, average precision.
+EVALUATE = """
+import sys
+
+import numpy as np
+import torch
+
+from models.experimental import attempt_load
+from utils.datasets import create_dataloader
+from utils.general import check_dataset, non_max_suppression, scale_coords, xywh2xyxy
+from utils.metrics import ConfusionMatrix, ap_per_class
+from val import process_batch
+
+weights, data = sys.argv[1:]
+model = attempt_load(weights, map_location="cpu")
+model.eval()
+data = check_dataset(data)
+confusion_matrix, iouv, stats = ConfusionMatrix(nc=data["nc"]), torch.linspace(0.5, 0.95, 10), []
+for im, targets, paths, shapes in create_dataloader(data["val"], 320, 4, 32, pad=0.5, rect=True, workers=0)[0]:
+    im = im.float() / 255
+    nb, _, height, width = im.shape
+    with torch.no_grad():
+        out = model(im)[0]
+    targets[:, 2:] *= torch.tensor([width, height, width, height])
+    out = non_max_suppression(out, 0.001, 0.6, labels=[], multi_label=True)
+    for si, pred in enumerate(out):
+        labels, predn = targets[targets[:, 0] == si, 1:], pred.clone()
+        scale_coords(im[si].shape[1:], predn[:, :4], shapes[si][0], shapes[si][1])
+        tbox = xywh2xyxy(labels[:, 1:5])
+        scale_coords(im[si].shape[1:], tbox, shapes[si][0], shapes[si][1])
+        labelsn = torch.cat((labels[:, 0:1], tbox), 1)
+        confusion_matrix.process_batch(predn, labelsn)
+        stats.append((process_batch(predn, labelsn, iouv), pred[:, 4], pred[:, 5], labels[:, 0]))
+tp, fp, p, r, f1, ap, ap_class = ap_per_class(*[torch.cat(x, 0).numpy() for x in zip(*stats)])
+print(p.mean(), r.mean(), ap[:, 0].mean(), ap.mean(), int(confusion_matrix.matrix.sum()))
+"""
+
 
 def run_script(text, folder, *arguments):
     script = folder / "script.py"
@@ -215,6 +255,23 @@ def test_the_script_of_the_document_runs(golden_dir, ours, tmp_path):
         code = code.replace(f'"{written}"', repr(str(real)))
     code = code.replace("    annotator = Annotator(im0)", "    print(len(det))\n    annotator = Annotator(im0)")
     assert run_script(code, tmp_path).stdout.split() == [str(len(ours[name])) for name in ("bus", "zidane")]
+
+
+@pytest.mark.slow
+def test_an_evaluation_script_finds_the_figures_of_val_py(golden_dir, datasets_dir, tmp_path):
+    import val
+
+    weights, data, coco = golden_dir / "yolov5n-v6-coco.pt", tmp_path / "data.yaml", datasets_dir / "coco128"
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        for path in sorted((coco / kind / "train2017").iterdir())[:12]:
+            shutil.copy(path, tmp_path / kind)
+    splits = {"path": str(tmp_path), "train": "images", "val": "images"}
+    write_yaml(data, {**splits, "names": read_yaml(coco / "coco128.yaml")["names"]})
+    found = [float(word) for word in run_script(EVALUATE, tmp_path, weights, data).stdout.split()]
+    keywords = {"imgsz": 320, "batch_size": 4, "device": "cpu", "workers": 0, "plots": False}
+    results, _, _ = val.run(str(data), str(weights), **keywords, project=str(tmp_path))
+    assert found[:4] == pytest.approx(results[:4], abs=1e-6) and results[2] > 0.3 and found[4] > 50
 
 
 @pytest.mark.slow
