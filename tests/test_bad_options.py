@@ -57,15 +57,14 @@ class Case(NamedTuple):
     """A command line that must be refused with `status`, and what the message must name: all words, or the value."""
 
     script: ModuleType
-    label: str
     arguments: tuple[str, ...]
     words: tuple[str, ...]
     status: int = 2
     value: str = ""
-    taken: str = ""  # why it is not refused, where it is not
+    taken: bool = False  # it is not to be refused
 
     def __str__(self) -> str:
-        return f"{self.script.__name__} {self.label} {' '.join(self.arguments)[:60]!r}"
+        return f"{self.script.__name__} {' '.join(self.arguments)[:60]!r}"
 
 
 # Numbers ------------------------------------------------------------------------------------------------------------
@@ -132,104 +131,61 @@ def typed(flag: str, text: str) -> tuple[str, ...]:
 
 # Texts --------------------------------------------------------------------------------------------------------------
 
-NO_UTF8 = os.fsdecode(b"\xff\xfe")
 FILES = {"weights": ".pt", "cfg": ".yaml", "data": ".yaml", "hyp": ".yaml", "resume": ".pt", "source": ".jpg"}
-PATHS = {  # {} is the suffix of the files that the option takes
-    "missing": "gone{}",
-    "missing, in quotes": "'gone{}'",
-    "without a suffix": "gone",
-    "in a missing folder": "no/gone{}",
-    "below a file": "text.md/gone{}",
-    "home of nobody": "~nobody-here/gone{}",
-    "a folder": "folder{}",
-    "the parent folder": "..",
-    "of another kind": "text.md",
-    "blank": " ",
-    "empty": "",
-    "a null byte": "a\0b{}",
-    "an escape sequence": "\x1b[2Jgone{}",
-    "300 characters": "n" * 300 + "{}",
-    "5,000 characters": LONG_TEXT + "{}",
-    "5,000 folders": "n/" * 5000 + "gone{}",
-    "no UTF-8": NO_UTF8 + "{}",
-    "a broken link": "broken{}",
-    "a link to itself": "circle{}",
-    "a device": "/dev/null",
-    "a link to a device": "device{}",
-    "a pipe": "pipe{}",
-    "an address of another kind": "ftp://host.invalid/gone{}",
-    "a file's address": "file:///gone{}",
-    "holding rubbish": "rubbish{}",
-    "holding nothing": "nothing{}",
-    "holding text": "text{}",
-}
-TEXTS = {name: {label: text.replace("{}", suffix) for label, text in PATHS.items()} for name, suffix in FILES.items()}
-TEXTS["data"] |= {f"a {kind} zip": f"{kind}.zip" for kind in ("rubbish", "gone", "folder")}
-TEXTS["source"] |= {
-    "no camera": "997",
-    "a camera of 5,000 digits": LONG_NUMBER,
-    "a camera beyond integers": "9" * 20,
-    "a camera in full width": "９９７",
-    "no camera's number": "-1",
-    "a glob of nothing": "*.nothing",
-    "an open bracket": "[gone.jpg",
-    "a stream without a host": "rtsp://",
-    "a host in brackets": "http://[::1/a.jpg",
-    "two numbers of the screen": "screen 0 1",
-    "a screen without area": "screen 0 0 0 0 0",
-    "a screen of words": "screen left",
-    "no screen": "screen 5,5",
-    "an empty list": "nothing.txt",
-    "a list of rubbish": "rubbish.txt",
-    "a list of missing files": "missing.txt",
-    "a list of all kinds": "mixed.txt",
-    "a list that is a folder": "folder.txt",
-    "an empty folder": "empty",
-}
+# {} is the suffix of the files that the option takes; what the names mean is in the fixture `place`
+PATHS = (
+    "gone{}|'gone{}'|gone|no/gone{}|text.md/gone{}|~nobody-here/gone{}|folder{}|..|text.md| ||a\0b{}|\x1b[2Jgone{}|"
+    "broken{}|circle{}|/dev/null|device{}|pipe{}|ftp://host.invalid/gone{}|file:///gone{}|rubbish{}|nothing{}|text{}"
+).split("|")
+PATHS += ["n" * 300 + "{}", LONG_TEXT + "{}", "n/" * 5000 + "gone{}"]
+NO_UTF8 = os.fsdecode(b"\xff\xfe")
 
 
-def as_they_are(texts: str, **others: str) -> dict[str, str]:
-    """Values that need no words, and two that every option with a language of its own meets."""
-    return {repr(text): text for text in texts.split("|")} | {"long": LONG_TEXT, "no UTF-8": NO_UTF8, **others}
+def texts(listed: str, *others: str) -> list[str]:
+    """Values, and two that every option with a language of its own meets."""
+    return [*listed.split("|"), *others, LONG_TEXT, NO_UTF8]
 
 
-TEXTS |= {
-    "device": as_they_are(
-        "gpu|97|cuda:97|９７|0,97|0,,1|,|cpu,0|cpu:1|cuda:|cuda:a|-1|0.5|0-3|0 1|0x0|1e0|cpu\0", digits=LONG_NUMBER
+TEXTS = {
+    **{name: [path.replace("{}", suffix) for path in [*PATHS, NO_UTF8 + "{}"]] for name, suffix in FILES.items()},
+    "device": texts(
+        "gpu|97|cuda:97|９７|0,97|0,,1|,|cpu,0|cpu:1|cuda:|cuda:a|-1|0.5|0-3|0 1|0x0|1e0|cpu\0", LONG_NUMBER
     ),
-    "count": as_they_are(
+    "count": texts(
         "line|1,2|1,2,3|1,2,3,4,5|a,b,c,d|,,,|1;2;3;4|1 2 3 4|1px,2px,3px,4px|0x1,0,10,10|0,0,10,10\0| |5,5,5,5|screen|"
         "0,0,1,1,2,2|nan,0,10,10|inf,0,10,10|-1,0,10,10|1e99,0,10,10|0,0,10,-10",
-        digits=f"{LONG_NUMBER},0,10,10",
-        one_place=",".join("5" * 5000),
+        f"{LONG_NUMBER},0,10,10",
+        ",".join("5" * 5000),
     ),
-    "include": as_they_are("onxn|.onnx|onnx,openvino|onnx openvino|1|onnx\0|| "),
-    "host": as_they_are(
+    "include": texts("onxn|.onnx|onnx,openvino|onnx openvino|1|onnx\0|| "),
+    "host": texts(
         "host.invalid|127.0.0.1:80|http://127.0.0.1|127.0.0.1.1|127.0.0.256|::1::1|..|localhost\0|| |[::1]|203.0.113.7",
-        label="n" * 64,
+        "n" * 64,
     ),
-    "trusted_hosts": as_they_are("http://cam|cam/x|two names|a,b|| |cam\0|кам", name="n" * 254),
-    "name": as_they_are("..|../other|a/../../other|..\\other|/tmp/other|C:other|a\0b", longer="n" * 300),
-    "project": as_they_are(
-        "text.md|text.md/runs|broken|circle|/dev/null|/dev/null/runs|/proc/runs|a\0b", longer="n" * 300
-    ),
+    "trusted_hosts": texts("http://cam|cam/x|two names|a,b|| |cam\0|кам", "n" * 254),
+    "name": ["..", "../other", "a/../../other", "..\\other", "/tmp/other", "C:other", "a\0b", "n" * 300, LONG_TEXT],
+    "project": "text.md|text.md/runs|broken|circle|/dev/null|/dev/null/runs|/proc/runs|a\0b".split("|"),
 }
-for dest in ("name", "project"):
-    del TEXTS[dest]["no UTF-8"]  # folders may be called so
+TEXTS["project"] += ["n" * 300, LONG_TEXT]
+TEXTS["data"] += ["rubbish.zip", "gone.zip", "folder.zip"]
+TEXTS["source"] += [LONG_NUMBER, "9" * 20]  # cameras; below also screens, streams and lists
+TEXTS["source"] += (
+    "997|９９７|-1|*.nothing|[gone.jpg|rtsp://|http://[::1/a.jpg|screen 0 1|screen 0 0 0 0 0|screen left|screen 5,5|"
+    "nothing.txt|rubbish.txt|missing.txt|mixed.txt|folder.txt|empty"
+).split("|")
 EMPTY_IS_NONE = {  # options that mean "none given" by an empty text
     *(("train", "weights"), ("train", "device"), ("val", "device")),
     *(("detect", name) for name in ("weights", "data", "device", "count")),
     *(("export", "data"), ("serve", "weights"), ("serve", "device")),
 }
-FOUND_OUT_AT_WORK = ("holding rubbish", "holding nothing", "holding text", "a list of missing files")
+FOUND_OUT_AT_WORK = ("rubbish.jpg", "nothing.jpg", "text.jpg", "missing.txt")  # what an image or a list holds
 NEEDED = {"count": ("--track",)}  # options without which this one means nothing
 
 
-def why_taken(script: ModuleType, dest: str, label: str, text: str) -> str:
-    """The rules by which texts are left out; empty where none holds."""
-    if text == "" and (script.__name__, dest) in EMPTY_IS_NONE:
-        return "empty is the default: none given"
-    return "what an image holds is found out at work" if dest == "source" and label in FOUND_OUT_AT_WORK else ""
+def is_taken(script: ModuleType, dest: str, text: str) -> bool:
+    """The rules by which texts are left out."""
+    none_given = text == "" and (script.__name__, dest) in EMPTY_IS_NONE
+    return none_given or (dest == "source" and text in FOUND_OUT_AT_WORK)
 
 
 # What is a number or a combination like any other, until a model, a data set or this machine is asked.
@@ -281,23 +237,23 @@ def wrong_values(script: ModuleType, action: argparse.Action) -> Iterator[Case]:
         known = list(map(str, action.choices))
         wrong = ["", "best", ",".join(known[:2]), "1", LONG_TEXT]
         wrong += [spoilt for choice in known for spoilt in (choice.swapcase(), f"{choice}x", f"{choice} ")]
-        yield from (Case(script, flag, (flag, text), (flag, *known)) for text in wrong if text not in known)
+        yield from (Case(script, (flag, text), (flag, *known)) for text in wrong if text not in known)
     elif action.nargs != 0:
         yield from wrong_texts(script, action)
     else:
-        yield from (Case(script, flag, (f"{flag}={text}",), (flag,)) for text in ("True", "0", ""))
+        yield from (Case(script, (f"{flag}={text}",), (flag,)) for text in ("True", "0", ""))
     if action.nargs not in (0, "?"):
-        yield from (Case(script, flag, (flag, *rest), (flag,)) for rest in ((), ("--half",)))  # without its value
+        yield from (Case(script, (flag, *rest), (flag,)) for rest in ((), ("--half",)))  # without its value
 
 
 def wrong_numbers(script: ModuleType, action: argparse.Action) -> Iterator[Case]:
     flag, bounds = action.option_strings[0], bounds_of(action)
     for text in number_texts(bounds):
         if not is_legal(text, bounds):
-            yield Case(script, flag, typed(flag, text), (flag,))
+            yield Case(script, typed(flag, text), (flag,))
             if action.nargs == "+":  # argparse takes -inf for an option of its own
                 words = (text if text == "-inf" else flag,)
-                yield Case(script, flag, (flag, str(bounds.minimum), text), words)
+                yield Case(script, (flag, str(bounds.minimum), text), words)
 
 
 def wrong_texts(script: ModuleType, action: argparse.Action) -> Iterator[Case]:
@@ -305,10 +261,10 @@ def wrong_texts(script: ModuleType, action: argparse.Action) -> Iterator[Case]:
     assert action.dest in TEXTS, f"write a row of bad values for {flag} into TEXTS"
     values = TEXTS[action.dest]
     if action.dest == "weights" and script not in (train, export):
-        values = values | {f"{kind} {end}": f"{kind}{end}" for end in BACKENDS for kind in ("gone", "pipe")}
-    for label, text in values.items():
+        values = values + [f"{kind}{end}" for end in BACKENDS for kind in ("gone", "pipe")]
+    for text in values:
         line, value = (*NEEDED.get(action.dest, ()), *typed(flag, text)), text if action.dest in FILES else ""
-        yield Case(script, f"{flag} {label}", line, (flag,), 1, value, why_taken(script, action.dest, label, text))
+        yield Case(script, line, (flag,), 1, value, is_taken(script, action.dest, text))
 
 
 def misspelt(script: ModuleType, action: argparse.Action) -> Iterator[Case]:
@@ -319,7 +275,7 @@ def misspelt(script: ModuleType, action: argparse.Action) -> Iterator[Case]:
     names = [name for other in actions_of(script) for name in other.option_strings]
     # but for what launchers give, and where a short form of another option is left
     if action.help != argparse.SUPPRESS and not any(name.startswith(wrong) for name in names):
-        yield Case(script, flag, (wrong,), (wrong, "Did you mean", f"'{flag}'"))
+        yield Case(script, (wrong,), (wrong, "Did you mean", f"'{flag}'"))
 
 
 def all_cases() -> dict[str, list[Case]]:
@@ -332,7 +288,7 @@ def all_cases() -> dict[str, list[Case]]:
                 *misspelt(script, action),
             ]
         later = [(line, tuple(words.split())) for one, line, words in LATER if one is script]
-        found[f"{script.__name__} together"] = [Case(script, "together", line, words, 1) for line, words in later]
+        found[f"{script.__name__} together"] = [Case(script, line, words, 1) for line, words in later]
     return found
 
 
@@ -396,7 +352,7 @@ def read_once():
         patch.setattr(
             "models.inference.pipeline.load_backend", lambda files, *others: keep_backend(tuple(files), *others)
         )
-        patch.setattr("models.inference.evaluation.read_weights", functools.cache(load.read_weights))
+        patch.setattr("models.backends.pytorch.read_weights", functools.cache(load.read_weights))
         yield
 
 
