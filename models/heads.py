@@ -182,7 +182,7 @@ class LevelDecoder(_Float32):
             self.cell, self.grid = self.cell / unit, self._make_grid(size, stride.device) / unit
             self.row_count = self.na * size[0] * size[1]
 
-    def decode(self, values: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, values: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Maps raw values to boxes and scores.
 
         Args:
@@ -190,12 +190,12 @@ class LevelDecoder(_Float32):
             grid: (1, 1, 2, n) x and y of each cell's grid point, in units.
 
         Returns:
-            (b, na, 4, n) [centre x, y, width, height in units]; (b, na, nc or 1 + nc, n) objectness, where the head has
-            one, and class probabilities. Both float32.
+            Centres x, y and sides w, h in units, (b, na, 2, n) each; objectness, where the head has one, and class
+            probabilities, (b, na, nc or 1 + nc, n). All float32.
         """
         raise NotImplementedError
 
-    def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Maps (b, na * channels, ny, nx) to what `decode` returns, of the map's ny * nx cells."""
         if self.grid is None:
             batch, cells, grid = level.shape[0], -1, self._make_grid(level.shape[2:], level.device)
@@ -227,24 +227,23 @@ class Decoder(nn.Module):
         """Maps nl tensors (b, na * channels, ny, nx) to (b, rows, no), level by level, then by box, y, x."""
         found = [decode(level) for decode, level in zip(self.levels, maps, strict=True)]
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return torch.cat([self._joined(*parts, level) for parts, level in zip(found, self.levels, strict=True)], 1)
+            return torch.cat([self._joined(level, *parts) for level, parts in zip(self.levels, found, strict=True)], 1)
         # Written straight to their places, which no converter knows; on a CPU up to seven times as fast
-        counts = [boxes.shape[1] * boxes.shape[3] for boxes, _ in found]
+        counts = [xy.shape[1] * xy.shape[3] for xy, *_ in found]
         rows, start = found[0][0].new_empty(len(maps[0]), sum(counts), self.no), 0
-        for count, (boxes, scores) in zip(counts, found, strict=True):
-            part = rows[:, start : start + count].view(len(boxes), boxes.shape[1], boxes.shape[3], self.no)
-            columns = part.transpose(2, 3)
-            columns[:, :, :4] = boxes
-            columns[:, :, 4 : self.no - scores.shape[2]] = 1.0
-            columns[:, :, self.no - scores.shape[2] :] = scores
+        for count, (xy, wh, scores) in zip(counts, found, strict=True):
+            part = rows[:, start : start + count].view(len(xy), xy.shape[1], xy.shape[3], self.no)
+            columns, first_score = part.transpose(2, 3), self.no - scores.shape[2]
+            columns[:, :, :2], columns[:, :, 2:4], columns[:, :, first_score:] = xy, wh, scores
+            columns[:, :, 4:first_score] = 1.0
             start += count
         return rows
 
-    def _joined(self, boxes: Tensor, scores: Tensor, level: LevelDecoder) -> Tensor:
+    def _joined(self, level: LevelDecoder, xy: Tensor, wh: Tensor, scores: Tensor) -> Tensor:
         """Returns a level's rows (b, n, no)."""
-        ones = () if level.objectness else (torch.ones_like(boxes[:, :, :1]),)
-        columns = torch.cat((boxes, *ones, scores), dim=2)
-        batch, rows = (boxes.shape[0], -1) if level.row_count is None else (-1, level.row_count)
+        ones = () if level.objectness else (torch.ones_like(xy[:, :, :1]),)
+        columns = torch.cat((xy, wh, *ones, scores), dim=2)
+        batch, rows = (xy.shape[0], -1) if level.row_count is None else (-1, level.row_count)
         return columns.transpose(2, 3).reshape(batch, rows, self.no)
 
 
@@ -258,10 +257,10 @@ class _AnchorDecoder(LevelDecoder):
         self.register_buffer("scale", 2 * self.cell)
         self.register_buffer("anchors", 4 * self.cell * head.anchors[level].float().view(1, self.na, 2, 1))
 
-    def decode(self, values: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, values: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores = values.sigmoid()
         xy, wh = Detect.decode_boxes(scores[:, :, :2], scores[:, :, 2:4], self.scale, grid, self.anchors)
-        return torch.cat((xy, wh), dim=2), scores[:, :, 4:]
+        return xy, wh, scores[:, :, 4:]
 
 
 class Detect(Head):

@@ -48,7 +48,7 @@ class PointDecoder(LevelDecoder):
     def decode(self, values, grid):
         sides = F.softplus(values[:, :, :4])
         before, after = sides[:, :, :2] * self.cell, sides[:, :, 2:] * self.cell
-        return torch.cat((grid + (after - before) / 2, before + after), dim=2), values[:, :, 4:].sigmoid()
+        return grid + (after - before) / 2, before + after, values[:, :, 4:].sigmoid()
 
 
 class PointHead(Head):

@@ -15,7 +15,7 @@ import torch
 
 import train
 from utils.callbacks import HOOKS, Callbacks
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint
 from utils.dataloaders.loader import DetectionLoader
 from utils.errors import UserError
 from utils.files import ROOT, read_yaml, write_yaml
@@ -308,17 +308,6 @@ def test_every_image_counts_in_a_step(options, tmp_path, monkeypatch):
     train.run(**{**options, "batch_size": 16, "hyp": str(tmp_path / "hyp.yaml")})
     assert events == [16, "step", 8, "step", 16, 8, "step", 16, 8, "step"]
     assert "last_step" not in load_checkpoint(tmp_path / "exp" / "weights" / "epoch1.pt")["schedule"]
-
-
-def test_a_run_begun_before_steps_ended_with_the_epoch_goes_on(options, tmp_path):
-    """Its checkpoint says where the last step was, and that gradients of a batch after it are missing."""
-    train.run(**options)
-    old = tmp_path / "old" / "weights" / "last.pt"
-    old.parent.mkdir(parents=True)
-    state = load_checkpoint(tmp_path / "exp" / "weights" / "epoch1.pt")
-    save_checkpoint(old, {**state, "schedule": {**state["schedule"], "last_step": 4}})
-    train.run(resume=str(old))
-    assert_same_tensors(old.with_name("epoch2.pt"), tmp_path / "exp" / "weights" / "epoch2.pt", "model")
 
 
 def stopping_at(number: int) -> Callbacks:
