@@ -359,7 +359,7 @@ def test_valid_files_and_what_only_looks_wrong_are_taken(name, folder):
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=8))
 ANYTHING = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(SCALARS, inner))
-SCRIPT = settings(derandomize=True, max_examples=150, deadline=None, database=None)
+SCRIPT = settings(derandomize=True, max_examples=60, deadline=None, database=None)
 
 
 @SCRIPT
