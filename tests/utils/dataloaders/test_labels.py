@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import pickle
 import re
-from pathlib import PureWindowsPath
 
 import cv2
 import numpy as np
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from utils.dataloaders import labels as labels_module
 from utils.dataloaders.config import DataSpec, load_spec
 from utils.dataloaders.labels import PathList, load_labels, read_label_file, scan_images
-from utils.dataloaders.paths import autosplit, image_to_label_path, list_images
+from utils.dataloaders.paths import list_images
 from utils.errors import UserError
 from utils.process import process_map
 
@@ -191,15 +190,6 @@ def test_unusable_images_are_left_out_counted_and_named(tmp_path, caplog):
     assert (images / "002.jpg").read_bytes() == whole[: len(whole) // 2]  # nothing is mended in place
 
 
-def test_a_listed_image_that_does_not_exist_is_named(tmp_path):
-    images = make_set(tmp_path, ["0 0.5 0.5 0.1 0.1\n"])
-    listing = tmp_path / "train.txt"
-    listing.write_text("./images/000.jpg\n./images/gone.jpg\n")
-    table = load_labels([listing])
-    assert table.counts.corrupt == 1 and "gone.jpg" in table.messages[0]
-    assert table.image_paths[0] == str(images / "000.jpg")
-
-
 def test_class_beyond_nc_names_range_file_and_line(tmp_path):
     images = make_set(tmp_path, ["0 0.5 0.5 0.1 0.1\n", "2 0.5 0.5 0.1 0.1\n\n3 0.5 0.5 0.1 0.1\n7 0.5 0.5 0.2 0.1\n"])
     with pytest.raises(UserError) as error:
@@ -228,57 +218,6 @@ def test_no_labels_at_all_shows_the_path_rule_and_labels_beside_the_images_where
     words = f"2 label files stand beside their images, such as {images / '001.txt'}: move them to {tmp_path / 'labels'}"
     with pytest.raises(UserError, match=re.escape(words)):
         load_labels([images])
-
-
-def test_empty_sources_are_refused(tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "train.txt").write_text("\nnotes.md\n")
-    for source in (tmp_path / "images", tmp_path / "train.txt"):
-        with pytest.raises(UserError, match="No images found in"):
-            list_images([source])
-    with pytest.raises(UserError, match="gone"):
-        list_images([tmp_path / "gone"])
-
-
-def test_folders_are_searched_deeply_and_sorted(tmp_path):
-    for name in ("b.JPG", "deep/er/a.png", "c.txt", "z.jpeg"):
-        make_image(tmp_path / "images" / name) if not name.endswith("txt") else None
-    (tmp_path / "images" / "c.txt").write_text("")
-    names = [os.path.relpath(path, tmp_path / "images") for path in list_images([tmp_path / "images"])]
-    assert names == ["b.JPG", os.path.join("deep", "er", "a.png"), "z.jpeg"]
-
-
-def test_list_lines_are_resolved_from_their_own_folder_or_the_working_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    listing = tmp_path / "sets" / "train.txt"
-    make_image(tmp_path / "here.jpg")
-    make_image(tmp_path / "sets" / "sub" / "there.jpg")
-    absolute = make_image(tmp_path / "abs.jpg")
-    listing.write_text(f"./sub/a.jpg\nhere.jpg\nsub/there.jpg\n.\\sub\\win.jpg\n{absolute}\n")
-    expected = [tmp_path / "sets/sub/a.jpg", tmp_path / "here.jpg", tmp_path / "sets/sub/there.jpg", absolute]
-    expected.append(tmp_path / "sets/sub/win.jpg")
-    assert list_images([listing]) == sorted(map(str, expected))
-
-
-def test_a_list_finds_its_own_images_before_those_of_the_working_folder(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("yolov5"), "propagate", True)
-    listing = tmp_path / "mine" / "train.txt"
-    for folder in ("mine", "other"):
-        make_image(tmp_path / folder / "images" / "0.jpg")
-    listing.write_text("images/0.jpg\n")
-    monkeypatch.chdir(tmp_path / "mine")
-    assert list_images([listing]) == [str(tmp_path / "mine" / "images" / "0.jpg")] and not caplog.records
-    monkeypatch.chdir(tmp_path / "other")
-    assert list_images([listing]) == [str(tmp_path / "mine" / "images" / "0.jpg")]
-    words = "is taken, not " + str(tmp_path / "other" / "images" / "0.jpg")
-    assert [record.getMessage().endswith(words) for record in caplog.records] == [True]
-
-
-def test_label_paths_follow_the_last_images_folder():
-    assert image_to_label_path("/d/images/x/images/a.b.jpg", "/") == "/d/images/x/labels/a.b.txt"
-    assert image_to_label_path("/d/pictures/a.jpg", "/") == "/d/pictures/a.txt"
-    windows = str(PureWindowsPath("D:/sets/images/train/a.jpg"))
-    assert image_to_label_path(windows, "\\") == r"D:\sets\labels\train\a.txt"
 
 
 def test_processes_find_the_same_as_this_one(tmp_path, monkeypatch):
@@ -324,20 +263,3 @@ def test_real_data_sets_are_read_whole(datasets_dir):
     lines = sum(len(path.read_text().splitlines()) for path in (datasets_dir / "bccd" / "labels").rglob("*.txt"))
     assert len(table.rows) + sum(int(message.split(": ")[1].split()[0]) for message in table.messages) == lines
     assert (table.sizes_wh == [640, 480]).all()
-
-
-def test_autosplit_covers_every_image_once_and_repeats(tmp_path):
-    images = make_set(tmp_path, ["0 0.5 0.5 0.1 0.1\n"] * 30 + [None] * 10)
-    first = {split: path.read_text() for split, path in autosplit(images, (0.6, 0.2, 0.2)).items()}
-    second = {split: path.read_text() for split, path in autosplit(images, (0.6, 0.2, 0.2)).items()}
-    assert first == second and set(first) == {"train", "val", "test"}
-    lines = sorted("".join(first.values()).splitlines())
-    assert lines == [f"./images/{index:03}.jpg" for index in range(40)]
-    assert list_images([tmp_path / "autosplit_val.txt"]) == [
-        str(tmp_path / line[2:]) for line in first["val"].splitlines()
-    ]
-    written = autosplit(images, annotated_only=True)
-    assert sum(len(path.read_text().splitlines()) for path in written.values()) == 30
-    assert "test" not in written and not (tmp_path / "autosplit_test.txt").exists()
-    with pytest.raises(UserError, match="weights"):
-        autosplit(images, (0, 0, 0))

@@ -1,10 +1,11 @@
-"""Which files belong to a data set: links that lead back, and list files with more than images."""
+"""Which files belong to a data set: folders, links that lead back, list files, labels beside images, splits."""
 
 import logging
+from pathlib import PureWindowsPath
 
 import pytest
 
-from utils.dataloaders.paths import is_image, list_images
+from utils.dataloaders.paths import autosplit, image_to_label_path, is_image, list_images
 from utils.errors import UserError
 from utils.media.sources import find_sources
 
@@ -33,9 +34,10 @@ def make(folder, *names):
 def test_hidden_files_and_folders_are_passed_over_and_said_once(tmp_path, said):
     top = make(tmp_path / ".home" / "images", "a.jpg", "deep/b.jpg", ".DS_Store", ".gitkeep", "deep/._b.jpg", "._a.jpg")
     make(top, ".ipynb_checkpoints/a-checkpoint.jpg", "deep/.Trash-1000/files/c.jpg")
-    assert list_images([top]) == [str(top / "a.jpg"), str(top / "deep" / "b.jpg")]
+    make(top, "A.PNG", "c.txt")
+    assert list_images([top]) == [str(top / name) for name in ("A.PNG", "a.jpg", "deep/b.jpg")]
     assert said() == [f"{top}: 4 hidden files and folders are passed over, such as {top / '._a.jpg'}"]
-    assert find_sources(top) == find_sources(top / "*") == [str(top / "a.jpg")]
+    assert find_sources(top) == find_sources(top / "*") == [str(top / "A.PNG"), str(top / "a.jpg")]
     assert said() == [f"{top}: 1 hidden files are skipped, such as {top / '._a.jpg'}"]
     listing = tmp_path / "list.txt"
     listing.write_text(f"{top / 'a.jpg'}\n{top / '._a.jpg'}\n")
@@ -58,12 +60,6 @@ def test_images_of_kinds_that_are_not_read_are_counted_and_named(tmp_path, said)
     assert said() == [f"{first}(heic, jp2, jxl) are not read. Convert them to JPEG or PNG."]
 
 
-def test_a_list_in_utf_16_is_named(tmp_path):
-    (tmp_path / "list.txt").write_text("a.jpg\n", encoding="utf-16")
-    with pytest.raises(UserError, match=r"list\.txt: it is text in UTF-16\. Save it in UTF-8"):
-        list_images([tmp_path / "list.txt"])
-
-
 def test_links_to_folders_are_followed_but_not_back_to_where_they_lie(tmp_path):
     outside = tmp_path / "outside"
     inside = tmp_path / "set" / "deep"
@@ -76,10 +72,46 @@ def test_links_to_folders_are_followed_but_not_back_to_where_they_lie(tmp_path):
     assert list_images([tmp_path / "set"]) == [str(inside / "deep.jpg"), str(inside / "elsewhere" / "outside.jpg")]
 
 
-@pytest.mark.parametrize(("text", "count"), [("a.jpg\nnotes.doc\n\nfolder\n", 2), ("a.jpg\n\n./b.png\n", 0)])
-def test_lines_of_a_list_that_name_no_image_are_counted(tmp_path, said, text, count):
-    (tmp_path / "list.txt").write_text(text)
-    images = list_images([tmp_path / "list.txt"])
-    assert len(images) == len(text.split()) - count
-    words = f"{tmp_path / 'list.txt'}: {count} lines name no image and are left out, such as 'notes.doc'"
-    assert said() == ([f"WARNING: {words}"] if count else [])
+def test_lists_are_searched_from_their_own_folder_then_the_working_folder(tmp_path, monkeypatch, said):
+    top = make(tmp_path, "here.jpg", "sets/sub/there.jpg", "abs.jpg", "sets/both.jpg", "both.jpg")
+    monkeypatch.chdir(top)
+    listing, absolute = top / "sets" / "train.txt", top / "abs.jpg"
+    listing.write_text(f"./sub/a.jpg\nhere.jpg\nsub/there.jpg\n.\\sub\\win.jpg\n{absolute}\nnotes.md\nboth.jpg\n")
+    expected = [top / name for name in ("sets/sub/a.jpg", "here.jpg", "sets/sub/there.jpg", "sets/sub/win.jpg")]
+    assert list_images([listing]) == sorted(map(str, [*expected, absolute, top / "sets" / "both.jpg"]))
+    no_image, twice = said()
+    assert no_image == f"WARNING: {listing}: 1 lines name no image and are left out, such as 'notes.md'"
+    assert twice.endswith(f"folder: {top / 'sets' / 'both.jpg'} is taken, not {top / 'both.jpg'}")
+
+
+def test_sources_without_images_are_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match="No images found in"):
+        list_images([tmp_path / "images"])
+    with pytest.raises(UserError, match="gone"):
+        list_images([tmp_path / "gone"])
+
+
+def test_label_paths_follow_the_last_images_folder():
+    assert image_to_label_path("/d/images/x/images/a.b.jpg", "/") == "/d/images/x/labels/a.b.txt"
+    assert image_to_label_path("/d/pictures/a.jpg", "/") == "/d/pictures/a.txt"
+    windows = str(PureWindowsPath("D:/sets/images/train/a.jpg"))
+    assert image_to_label_path(windows, "\\") == r"D:\sets\labels\train\a.txt"
+
+
+def test_autosplit_covers_every_image_once_and_repeats(tmp_path):
+    images = make(tmp_path / "images", *(f"{index:03}.jpg" for index in range(40)))
+    make(tmp_path / "labels", *(f"{index:03}.txt" for index in range(30)))
+    first = {split: path.read_text() for split, path in autosplit(images, (0.6, 0.2, 0.2)).items()}
+    second = {split: path.read_text() for split, path in autosplit(images, (0.6, 0.2, 0.2)).items()}
+    assert first == second and set(first) == {"train", "val", "test"}
+    lines = sorted("".join(first.values()).splitlines())
+    assert lines == [f"./images/{index:03}.jpg" for index in range(40)]
+    assert list_images([tmp_path / "autosplit_val.txt"]) == [
+        str(tmp_path / line[2:]) for line in first["val"].splitlines()
+    ]
+    written = autosplit(images, annotated_only=True)
+    assert sum(len(path.read_text().splitlines()) for path in written.values()) == 30
+    assert "test" not in written and not (tmp_path / "autosplit_test.txt").exists()
+    with pytest.raises(UserError, match="weights"):
+        autosplit(images, (0, 0, 0))
