@@ -34,6 +34,31 @@ from utils.process import process_map
 if TYPE_CHECKING:
     from utils.dataloaders.config import DataSpec
 
+TOLERANCE = 1e-4  # coordinates this far outside 0 to 1 are rounding (0.06 px in 640) and are clipped
+SHOWN_MESSAGES = 30  # warnings printed one by one; the rest is counted
+POOL_FROM = 5000  # images; fewer are scanned sooner than processes start
+CHUNK = 256  # images handed to a process at a time
+INVISIBLE = "\u200b\u2060\ufeff"  # of no width; Python does not count them as spaces
+MANY_NULS = 0.4  # of a file's bytes; numbers in UTF-16 have half, in UTF-32 three quarters
+FORMAT_VERSION = 1
+SUFFIX = ".cache.npz"
+_LAYOUT = {  # array name -> kind of number, dimensions
+    "path_bytes": ("u1", 1),
+    "path_offsets": ("i8", 1),
+    "sizes_wh": ("i4", 2),
+    "rows": ("f4", 2),
+    "offsets": ("i8", 1),
+    "seg_points": ("f4", 2),
+    "seg_offsets": ("i8", 1),
+    "counts": ("i8", 1),
+    "messages": ("u1", 1),
+}
+# What numpy's and the zip reader raise on damaged content; headers of arrays are parsed as Python literals.
+_DAMAGE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError, SyntaxError),
+    *(OverflowError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
+
 
 class PathList(Sequence[str]):
     """A read-only list of path strings kept in one byte buffer."""
@@ -152,146 +177,6 @@ def gather_runs(offsets: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, n
     new_offsets = offsets_of(offsets[1:][indices] - starts)
     flat = np.repeat(starts - new_offsets[:-1], np.diff(new_offsets)) + np.arange(new_offsets[-1])
     return flat, new_offsets
-
-
-FORMAT_VERSION = 1
-SUFFIX = ".cache.npz"
-_LAYOUT = {  # array name -> kind of number, dimensions
-    "path_bytes": ("u1", 1),
-    "path_offsets": ("i8", 1),
-    "sizes_wh": ("i4", 2),
-    "rows": ("f4", 2),
-    "offsets": ("i8", 1),
-    "seg_points": ("f4", 2),
-    "seg_offsets": ("i8", 1),
-    "counts": ("i8", 1),
-    "messages": ("u1", 1),
-}
-# What numpy's and the zip reader raise on damaged content; headers of arrays are parsed as Python literals.
-_DAMAGE = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError, SyntaxError),
-    *(OverflowError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
-)
-
-
-def cache_location(sources: Sequence[Path]) -> Path:
-    """Returns where the cache of these sources belongs.
-
-    A list file's cache stands beside it, a folder's beside the folder of its labels (`labels/train.cache.npz`);
-    several sources share one whose name carries a hash of all of them.
-    """
-    paths = [Path(source).absolute() for source in sources]
-    first = paths[0]
-    if first.is_file():
-        base = first.with_suffix("")
-    else:
-        base = Path(image_to_label_path(first / "image.jpg")).parent
-    tag = ""
-    if len(paths) > 1:
-        tag = "-" + hashlib.sha256("\n".join(map(str, paths)).encode(errors="surrogateescape")).hexdigest()[:8]
-    return base.with_name(f"{base.name}{tag}{SUFFIX}")
-
-
-def cache_key(image_paths: Sequence[str], label_paths: Sequence[str]) -> str:
-    """Returns a hash over the path, size and times of every image and label file and the format's version."""
-    digest = hashlib.sha256(f"labels {FORMAT_VERSION}".encode())
-    for image, label in zip(image_paths, label_paths, strict=True):
-        digest.update(os.fsencode(f"\0{image}\0{_stamp(image)}\0{_stamp(label)}"))
-    return digest.hexdigest()
-
-
-def _stamp(path: str) -> str:
-    """Returns a file's size and times, or a dash where there is none.
-
-    Copying and unpacking programs set the time of its content; that of its inode (on Windows, of its creation) is the
-    system's own.
-    """
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a NUL byte in the name
-        return "-"
-    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
-
-
-def write_cache(path: Path, key: str, table: LabelTable) -> bool:
-    """Writes the cache, all or nothing, and tells whether it could; if not, that is worth a warning, not a stop."""
-    arrays = {
-        "path_bytes": table.image_paths.buffer,
-        "path_offsets": table.image_paths.offsets,
-        "sizes_wh": table.sizes_wh,
-        "rows": table.rows,
-        "offsets": table.offsets,
-        "seg_points": table.seg_points,
-        "seg_offsets": table.seg_offsets,
-        "counts": np.asarray(table.counts, np.int64),
-        "messages": np.frombuffer(json.dumps(table.messages).encode(), np.uint8),
-    }
-    try:
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, key=np.asarray(key), **arrays)
-    except UserError as error:
-        LOGGER.warning(f"WARNING: no label cache, so the next start scans again: {error}")
-        return False
-    return True
-
-
-def read_cache(path: Path, key: str) -> LabelTable | None:
-    """Returns the table kept at `path` if it was made from exactly these files, else None, saying why."""
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if archive["key"].shape or str(archive["key"]) != key:
-                LOGGER.info(f"Label cache {path} is stale (files or format changed): scanning again")
-                return None
-            return _table_from({name: archive[name] for name in _LAYOUT})
-    except _DAMAGE as error:
-        LOGGER.warning(f"WARNING: label cache {path} is damaged ({type(error).__name__}: {error}): scanning again")
-        return None
-
-
-def _table_from(arrays: dict[str, np.ndarray]) -> LabelTable:
-    """Builds a table; ValueError where the arrays do not fit together."""
-    for name, (kind, dimensions) in _LAYOUT.items():
-        if arrays[name].dtype != np.dtype(kind) or arrays[name].ndim != dimensions:
-            raise ValueError(f"array '{name}' is {arrays[name].dtype} with {arrays[name].ndim} dimensions")
-    images, labels = len(arrays["offsets"]) - 1, len(arrays["rows"])
-    _check_offsets("path_offsets", arrays["path_offsets"], images, len(arrays["path_bytes"]))
-    _check_offsets("offsets", arrays["offsets"], images, labels)
-    _check_offsets("seg_offsets", arrays["seg_offsets"], labels, len(arrays["seg_points"]))
-    shapes = {"sizes_wh": (images, 2), "rows": (labels, 5), "seg_points": (len(arrays["seg_points"]), 2)}
-    for name, shape in shapes.items():
-        if arrays[name].shape != shape:
-            raise ValueError(f"array '{name}' is of shape {arrays[name].shape}, not {shape}")
-    classes, fractions = arrays["rows"][:, 0], (arrays["rows"][:, 1:], arrays["seg_points"])
-    if (arrays["sizes_wh"] < 1).any() or not all(((part >= 0) & (part <= 1)).all() for part in fractions):  # or NaN
-        raise ValueError("sizes, boxes or polygons out of range")
-    if not (np.isfinite(classes) & (classes >= 0) & (np.floor(classes) == classes)).all():
-        raise ValueError("classes are not whole numbers from 0")
-    if (arrays["counts"] < 0).any():
-        raise ValueError("counts are negative")
-    messages = json.loads(arrays["messages"].tobytes())
-    if not isinstance(messages, list) or not all(isinstance(message, str) for message in messages):
-        raise ValueError("messages are not a list of strings")
-    return LabelTable(
-        image_paths=PathList(arrays["path_bytes"], arrays["path_offsets"]),
-        counts=Counts(*arrays["counts"].tolist()),
-        messages=tuple(messages),
-        **{name: arrays[name] for name in ("sizes_wh", "rows", "offsets", "seg_points", "seg_offsets")},
-    )
-
-
-def _check_offsets(name: str, offsets: np.ndarray, runs: int, end: int) -> None:
-    if len(offsets) != runs + 1 or offsets[0] != 0 or offsets[-1] != end or (np.diff(offsets) < 0).any():
-        raise ValueError(f"'{name}' does not fit its array")
-
-
-TOLERANCE = 1e-4  # coordinates this far outside 0 to 1 are rounding (0.06 px in 640) and are clipped
-SHOWN_MESSAGES = 30  # warnings printed one by one; the rest is counted
-POOL_FROM = 5000  # images; fewer are scanned sooner than processes start
-INVISIBLE = "\u200b\u2060\ufeff"  # of no width; Python does not count them as spaces
-MANY_NULS = 0.4  # of a file's bytes; numbers in UTF-16 have half, in UTF-32 three quarters
-CHUNK = 256  # images handed to a process at a time
 
 
 class LabelProblem(NamedTuple):
@@ -549,6 +434,17 @@ def _is_number(token: bytes) -> bool:
     return True
 
 
+def _out_of_range(tokens: Sequence[bytes], coordinates: Sequence[float]) -> str:
+    for token, value in zip(tokens, coordinates, strict=True):
+        if value != value:
+            return f"coordinate {_text(token)} is not a number"
+        if value < -TOLERANCE:
+            return f"coordinate {_text(token)} is negative"
+        if value > 1 + TOLERANCE:
+            return f"coordinate {_text(token)} is beyond 1 (coordinates are fractions of the image, not pixels)"
+    return "coordinates are not within 0 to 1"
+
+
 def _notation_problem(line: bytes) -> str:
     """Says what to change in a line that breaks the rules because it is written in another notation; else empty."""
     try:
@@ -595,17 +491,6 @@ def _encoding_problem(content: bytes) -> str:
     return ""
 
 
-def _out_of_range(tokens: Sequence[bytes], coordinates: Sequence[float]) -> str:
-    for token, value in zip(tokens, coordinates, strict=True):
-        if value != value:
-            return f"coordinate {_text(token)} is not a number"
-        if value < -TOLERANCE:
-            return f"coordinate {_text(token)} is negative"
-        if value > 1 + TOLERANCE:
-            return f"coordinate {_text(token)} is beyond 1 (coordinates are fractions of the image, not pixels)"
-    return "coordinates are not within 0 to 1"
-
-
 def _describe_problems(problems: Sequence[LabelProblem]) -> str:
     first = problems[0]
     where = f"{first.path}, line {first.line}" if first.line else first.path
@@ -637,6 +522,23 @@ def _why_no_labels(table: LabelTable) -> str:
             f"{os.path.dirname(label)}."
         )
     return why
+
+
+def check_classes(table: LabelTable, spec: DataSpec) -> None:
+    """Refuses a class id that is not below the data set's number of classes, with its file and line."""
+    beyond = np.flatnonzero(table.rows[:, 0] >= spec.nc)
+    if not len(beyond):
+        return
+    label = int(table.rows[beyond[0], 0])
+    path = image_to_label_path(table.image_paths[int(np.searchsorted(table.offsets, beyond[0], side="right")) - 1])
+    lines = enumerate(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1)
+    number = next((number for number, line in lines if line.split() and float(line.split()[0]) == label), None)
+    owner = f" of {spec.source}" if spec.source else ""
+    more = f" ({len(beyond)} such labels in all)" if len(beyond) > 1 else ""
+    raise UserError(
+        f"Label class {label} exceeds nc={spec.nc}: allowed are 0 to {spec.nc - 1}. Found in {path}, line {number}"
+        f"{more}. Fix the label or the names{owner}."
+    )
 
 
 def _refuse_keypoints(table: LabelTable, spec: DataSpec | None) -> None:
@@ -688,18 +590,113 @@ def _numbers_of_keypoints(values: np.ndarray) -> int:
     return 0
 
 
-def check_classes(table: LabelTable, spec: DataSpec) -> None:
-    """Refuses a class id that is not below the data set's number of classes, with its file and line."""
-    beyond = np.flatnonzero(table.rows[:, 0] >= spec.nc)
-    if not len(beyond):
-        return
-    label = int(table.rows[beyond[0], 0])
-    path = image_to_label_path(table.image_paths[int(np.searchsorted(table.offsets, beyond[0], side="right")) - 1])
-    lines = enumerate(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1)
-    number = next((number for number, line in lines if line.split() and float(line.split()[0]) == label), None)
-    owner = f" of {spec.source}" if spec.source else ""
-    more = f" ({len(beyond)} such labels in all)" if len(beyond) > 1 else ""
-    raise UserError(
-        f"Label class {label} exceeds nc={spec.nc}: allowed are 0 to {spec.nc - 1}. Found in {path}, line {number}"
-        f"{more}. Fix the label or the names{owner}."
+def cache_location(sources: Sequence[Path]) -> Path:
+    """Returns where the cache of these sources belongs.
+
+    A list file's cache stands beside it, a folder's beside the folder of its labels (`labels/train.cache.npz`);
+    several sources share one whose name carries a hash of all of them.
+    """
+    paths = [Path(source).absolute() for source in sources]
+    first = paths[0]
+    if first.is_file():
+        base = first.with_suffix("")
+    else:
+        base = Path(image_to_label_path(first / "image.jpg")).parent
+    tag = ""
+    if len(paths) > 1:
+        tag = "-" + hashlib.sha256("\n".join(map(str, paths)).encode(errors="surrogateescape")).hexdigest()[:8]
+    return base.with_name(f"{base.name}{tag}{SUFFIX}")
+
+
+def cache_key(image_paths: Sequence[str], label_paths: Sequence[str]) -> str:
+    """Returns a hash over the path, size and times of every image and label file and the format's version."""
+    digest = hashlib.sha256(f"labels {FORMAT_VERSION}".encode())
+    for image, label in zip(image_paths, label_paths, strict=True):
+        digest.update(os.fsencode(f"\0{image}\0{_stamp(image)}\0{_stamp(label)}"))
+    return digest.hexdigest()
+
+
+def _stamp(path: str) -> str:
+    """Returns a file's size and times, or a dash where there is none.
+
+    Copying and unpacking programs set the time of its content; that of its inode (on Windows, of its creation) is the
+    system's own.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+        return "-"
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
+
+def write_cache(path: Path, key: str, table: LabelTable) -> bool:
+    """Writes the cache, all or nothing, and tells whether it could; if not, that is worth a warning, not a stop."""
+    arrays = {
+        "path_bytes": table.image_paths.buffer,
+        "path_offsets": table.image_paths.offsets,
+        "sizes_wh": table.sizes_wh,
+        "rows": table.rows,
+        "offsets": table.offsets,
+        "seg_points": table.seg_points,
+        "seg_offsets": table.seg_offsets,
+        "counts": np.asarray(table.counts, np.int64),
+        "messages": np.frombuffer(json.dumps(table.messages).encode(), np.uint8),
+    }
+    try:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, key=np.asarray(key), **arrays)
+    except UserError as error:
+        LOGGER.warning(f"WARNING: no label cache, so the next start scans again: {error}")
+        return False
+    return True
+
+
+def read_cache(path: Path, key: str) -> LabelTable | None:
+    """Returns the table kept at `path` if it was made from exactly these files, else None, saying why."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if archive["key"].shape or str(archive["key"]) != key:
+                LOGGER.info(f"Label cache {path} is stale (files or format changed): scanning again")
+                return None
+            return _table_from({name: archive[name] for name in _LAYOUT})
+    except _DAMAGE as error:
+        LOGGER.warning(f"WARNING: label cache {path} is damaged ({type(error).__name__}: {error}): scanning again")
+        return None
+
+
+def _table_from(arrays: dict[str, np.ndarray]) -> LabelTable:
+    """Builds a table; ValueError where the arrays do not fit together."""
+    for name, (kind, dimensions) in _LAYOUT.items():
+        if arrays[name].dtype != np.dtype(kind) or arrays[name].ndim != dimensions:
+            raise ValueError(f"array '{name}' is {arrays[name].dtype} with {arrays[name].ndim} dimensions")
+    images, labels = len(arrays["offsets"]) - 1, len(arrays["rows"])
+    _check_offsets("path_offsets", arrays["path_offsets"], images, len(arrays["path_bytes"]))
+    _check_offsets("offsets", arrays["offsets"], images, labels)
+    _check_offsets("seg_offsets", arrays["seg_offsets"], labels, len(arrays["seg_points"]))
+    shapes = {"sizes_wh": (images, 2), "rows": (labels, 5), "seg_points": (len(arrays["seg_points"]), 2)}
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"array '{name}' is of shape {arrays[name].shape}, not {shape}")
+    classes, fractions = arrays["rows"][:, 0], (arrays["rows"][:, 1:], arrays["seg_points"])
+    if (arrays["sizes_wh"] < 1).any() or not all(((part >= 0) & (part <= 1)).all() for part in fractions):  # or NaN
+        raise ValueError("sizes, boxes or polygons out of range")
+    if not (np.isfinite(classes) & (classes >= 0) & (np.floor(classes) == classes)).all():
+        raise ValueError("classes are not whole numbers from 0")
+    if (arrays["counts"] < 0).any():
+        raise ValueError("counts are negative")
+    messages = json.loads(arrays["messages"].tobytes())
+    if not isinstance(messages, list) or not all(isinstance(message, str) for message in messages):
+        raise ValueError("messages are not a list of strings")
+    return LabelTable(
+        image_paths=PathList(arrays["path_bytes"], arrays["path_offsets"]),
+        counts=Counts(*arrays["counts"].tolist()),
+        messages=tuple(messages),
+        **{name: arrays[name] for name in ("sizes_wh", "rows", "offsets", "seg_points", "seg_offsets")},
     )
+
+
+def _check_offsets(name: str, offsets: np.ndarray, runs: int, end: int) -> None:
+    if len(offsets) != runs + 1 or offsets[0] != 0 or offsets[-1] != end or (np.diff(offsets) < 0).any():
+        raise ValueError(f"'{name}' does not fit its array")
