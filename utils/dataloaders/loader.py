@@ -62,18 +62,18 @@ class BatchKeys(Sampler[list[SampleKey]]):
 
 
 class BatchMaker(Dataset):
-    """Makes whole batches. A user's mistake is returned: raised in a worker, it would arrive with its traceback."""
+    """Makes whole batches; a user's mistake comes as its message, since an exception would lose its form on the way."""
 
     def __init__(self, dataset: LoadImagesAndLabels, quad: bool) -> None:
         """Takes the data set; `quad` makes one image, twice as large, of each four (`quad_items`)."""
         self.dataset, self.quad = dataset, quad
 
-    def __getitem__(self, keys: Sequence[SampleKey]) -> Batch | UserError:
+    def __getitem__(self, keys: Sequence[SampleKey]) -> Batch | str:
         """Returns the batch of some keys."""
         try:
             items = [self.dataset[key] for key in keys]
         except UserError as error:
-            return error
+            return str(error)
         return self.dataset.collate_fn(quad_items(items, keys, self.dataset.seed) if self.quad else items)
 
 
@@ -112,7 +112,7 @@ def tile_items(items: Sequence[Item]) -> Item:
     return items[0]._replace(image=torch.cat([left, right], dim=2), targets=torch.cat(targets), shapes=None)
 
 
-def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
+def _as_it_is(batch: Batch | str) -> Batch | str:
     return batch
 
 
@@ -154,7 +154,7 @@ class DetectionLoader:
         self.keys = BatchKeys(dataset, shuffle, shard or Shard(), QUAD if quad else 1)
         self._quad = quad
         self._loader: DataLoader | None = None
-        self._ahead: Iterator[Batch | UserError] | None = None  # of `keys.epoch`, started but not entered yet
+        self._ahead: Iterator[Batch | str] | None = None  # of `keys.epoch`, started but not entered yet
 
     def __len__(self) -> int:
         """Returns the number of batches; the last may be short."""
@@ -222,11 +222,11 @@ class DetectionLoader:
         )
 
     @staticmethod
-    def _received(batches: Iterator[Batch | UserError]) -> Iterator[Batch]:
+    def _received(batches: Iterator[Batch | str]) -> Iterator[Batch]:
         try:
             for batch in batches:
-                if isinstance(batch, UserError):
-                    raise batch
+                if isinstance(batch, str):
+                    raise UserError(batch)
                 yield batch
         except (ConnectionError, EOFError, FileNotFoundError) as error:  # a worker was killed handing over a batch
             raise RuntimeError("DataLoader worker exited unexpectedly while it handed over a batch") from error
