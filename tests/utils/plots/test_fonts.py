@@ -10,9 +10,9 @@ from utils.plots import boxes as fonts
 
 @pytest.mark.parametrize("text", ["person 0.88", "Ågjpqy", "汽车 0.91", "かな", "사람", "Привет", "العربية"])
 def test_text_fits_into_its_measured_width_and_line(text):
-    picture = np.zeros((60, 400, 3), np.uint8)
-    fonts.draw_text(picture, text, 20, 40, 20, (255, 255, 255))
-    rows, columns = np.nonzero(picture.max(2))
+    image = np.zeros((60, 400, 3), np.uint8)
+    fonts.draw_text(image, text, 20, 40, 20, (255, 255, 255))
+    rows, columns = np.nonzero(image.max(2))
     assert columns.min() >= 19
     assert columns.max() <= 21 + fonts.text_width(text, 20)
     assert rows.min() >= 40 - fonts.ASCENT * 20 - 1
@@ -47,15 +47,15 @@ def test_installed_font_is_used_where_the_built_in_one_lacks_characters():
     fonts._font_with.cache_clear()
     if fonts._font_for("ა") is None:
         pytest.skip("no installed font has Georgian letters")
-    pictures = []
+    images = []
     for text in ("ა", "ბ"):
-        picture = np.full((50, 80, 3), 90, np.uint8)
-        fonts.draw_text(picture, text, 10, 30, 20, (0, 255, 0))
-        rows, columns = np.nonzero((picture != 90).any(2))
+        image = np.full((50, 80, 3), 90, np.uint8)
+        fonts.draw_text(image, text, 10, 30, 20, (0, 255, 0))
+        rows, columns = np.nonzero((image != 90).any(2))
         assert 9 <= columns.min() <= columns.max() <= 11 + fonts.text_width(text, 20)
         assert 8 <= rows.min() <= rows.max() <= 37
-        pictures.append(picture)
-    assert not np.array_equal(*pictures)
+        images.append(image)
+    assert not np.array_equal(*images)
 
 
 def test_file_that_is_no_font_is_passed_over(tmp_path, monkeypatch):
