@@ -5,8 +5,9 @@
 them.
 
 Shapes: x is (b, c1, h, w) and the result (b, c2, h / s, w / s) unless a block says otherwise. Arguments, in all blocks:
-c1, c2 channels in and out; k kernel side; s stride; p padding; g groups; e hidden channels as a fraction of c2;
-n inner repeats; act True for the model's activation, a module for that one, anything else for none.
+c1, c2 channels in and out; k kernel side; s stride; p padding (None: such that stride 1 keeps the size); g groups;
+e hidden channels as a fraction of c2; n inner repeats; act True for the model's activation, a module for that one,
+anything else for none.
 """
 
 from __future__ import annotations
@@ -120,7 +121,6 @@ class Conv(nn.Module):
     """
 
     def __init__(self, c1: int, c2: int, k=1, s=1, p=None, g: int = 1, act: bool | nn.Module = True):
-        """Takes channels c1 in, c2 out, kernel k, stride s, padding p (None: keeps the size at stride 1), groups g."""
         super().__init__()
         self.conv = nn.Conv2d(c1, c2, k, s, autopad(k, p), groups=g, bias=False)
         self.bn = nn.BatchNorm2d(c2)
@@ -137,7 +137,6 @@ class DWConv(Conv):
     """Depthwise convolution: as many groups as c1 and c2 have in common."""
 
     def __init__(self, c1: int, c2: int, k=1, s=1, act: bool | nn.Module = True):
-        """Takes channels c1 in and c2 out, kernel k, stride s."""
         super().__init__(c1, c2, k, s, g=math.gcd(c1, c2), act=act)
 
 
@@ -148,7 +147,6 @@ class TransformerLayer(nn.Module):
     """
 
     def __init__(self, c: int, num_heads: int):
-        """Takes c channels, to be split among num_heads heads."""
         super().__init__()
         self.q = nn.Linear(c, c, bias=False)
         self.k = nn.Linear(c, c, bias=False)
@@ -210,7 +208,6 @@ class BottleneckCSP(nn.Module):
     """
 
     def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5):
-        """Takes channels c1 in, c2 * e hidden and c2 out, and n bottlenecks with their shortcut and groups g."""
         super().__init__()
         c_ = int(c2 * e)
         self.cv1 = Conv(c1, c_, 1, 1)
@@ -251,7 +248,6 @@ class C3(CrossStage):
     """Cross-stage partial block of three convolutions around n bottlenecks."""
 
     def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5):
-        """Takes channels c1 in, c2 * e hidden and c2 out, and n bottlenecks with their shortcut and groups g."""
         c_ = int(c2 * e)
         super().__init__(c1, c2, c_, nn.Sequential(*(Bottleneck(c_, c_, shortcut, g, e=1.0) for _ in range(n))))
 
@@ -278,7 +274,6 @@ class C3Ghost(CrossStage):
     """C3 around n ghost bottlenecks. `shortcut` and `g` are there for C3's rows; nothing reads them."""
 
     def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5):
-        """Takes channels c1 in, c2 * e hidden and c2 out, and n ghost bottlenecks."""
         c_ = int(c2 * e)
         super().__init__(c1, c2, c_, nn.Sequential(*(GhostBottleneck(c_, c_) for _ in range(n))))
 
@@ -290,7 +285,6 @@ class SPP(nn.Module):
     """
 
     def __init__(self, c1: int, c2: int, k: Sequence[int] = (5, 9, 13)):
-        """Takes channels c1 in and c2 out, and the sides k of the windows."""
         super().__init__()
         c_ = c1 // 2
         self.cv1 = Conv(c1, c_, 1, 1)
@@ -385,7 +379,6 @@ class Contract(nn.Module):
     """Moves squares of `gain` x `gain` cells into channels: (b, c, h, w) to (b, c * gain^2, h / gain, w / gain)."""
 
     def __init__(self, gain: int = 2):
-        """Takes the side of the squares."""
         super().__init__()
         self.gain = gain
 
@@ -401,7 +394,6 @@ class Expand(nn.Module):
     """Moves channels into squares of `gain` x `gain` cells: the inverse of `Contract`."""
 
     def __init__(self, gain: int = 2):
-        """Takes the side of the squares."""
         super().__init__()
         self.gain = gain
 
@@ -417,7 +409,6 @@ class Concat(nn.Module):
     """Joins a list of tensors along `dimension`."""
 
     def __init__(self, dimension: int = 1):
-        """Takes the dimension along which to join."""
         super().__init__()
         self.d = dimension
 
@@ -638,7 +629,6 @@ class MixConv2d(nn.Module):
     __module__ = "models.experimental"
 
     def __init__(self, c1: int, c2: int, k: Sequence[int] = (1, 3), s: int = 1, equal_ch: bool = True):
-        """Takes channels c1 in and c2 out, the kernel sides k, the stride s."""
         super().__init__()
         if equal_ch:
             channels = np.bincount(np.floor(np.linspace(0, len(k) - 1e-6, c2)).astype(int), minlength=len(k))

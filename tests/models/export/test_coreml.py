@@ -42,8 +42,8 @@ def convolutions(spec):
 
 
 @pytest.fixture(scope="module")
-def weights(checkpoint):
-    return checkpoint()
+def weights(write_checkpoint):
+    return write_checkpoint()
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,8 @@ def test_fewer_bits_a_weight_make_it_smaller(weights, full, options, bits, share
         np.testing.assert_allclose(restored, expected.flatten(1).numpy(), atol=float(np.max(linear.scale)))
 
 
-def test_nms_inside_gives_a_fixed_number_of_detections(checkpoint):
-    *_, spec = exported(checkpoint("yolov5n.yaml"), nms=True, topk_all=9)
+def test_nms_inside_gives_a_fixed_number_of_detections(write_checkpoint):
+    *_, spec = exported(write_checkpoint("yolov5n.yaml"), nms=True, topk_all=9)
     assert list(spec.description.output[0].type.multiArrayType.shape) == [1, 9, 6]
 
 

@@ -27,8 +27,8 @@ def job_of(weights, device="cpu", **options):
 
 
 @pytest.fixture(scope="module")
-def weights(checkpoint):
-    return checkpoint()
+def weights(write_checkpoint):
+    return write_checkpoint()
 
 
 class FakeTensorRT:

@@ -21,11 +21,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folders(checkpoint):
+def folders(write_checkpoint):
     """The same model in float32 and with float16 weights, by name."""
     found = {}
     for name, half in (("float32", False), ("float16", True)):
-        weights = checkpoint()
+        weights = write_checkpoint()
         (found[name],) = export.run(weights=str(weights), include="ncnn", imgsz=[64, 96], half=half)
     return weights, found
 
@@ -66,9 +66,9 @@ def test_float16_weights_take_half_the_room(folders):
     assert half < 0.55 * whole
 
 
-def test_batches_are_refused(checkpoint, caplog):
+def test_batches_are_refused(write_checkpoint, caplog):
     logging.getLogger("yolov5").propagate = True
-    assert export.run(weights=str(checkpoint()), include="ncnn", imgsz=64, batch_size=2) == []
+    assert export.run(weights=str(write_checkpoint()), include="ncnn", imgsz=64, batch_size=2) == []
     assert "--batch-size 2: NCNN takes one image at a time" in caplog.text
 
 

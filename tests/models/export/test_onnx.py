@@ -34,14 +34,14 @@ def random_images(*shape):
 
 
 @pytest.fixture(scope="module")
-def fixed(checkpoint):
-    weights = checkpoint()
+def fixed(write_checkpoint):
+    weights = write_checkpoint()
     return weights, written(weights, batch_size=2)
 
 
 @pytest.fixture(scope="module")
-def dynamic(checkpoint):
-    weights = checkpoint()
+def dynamic(write_checkpoint):
+    weights = write_checkpoint()
     return weights, written(weights, dynamic=True, simplify=True, opset=17)
 
 
@@ -88,8 +88,8 @@ def test_a_dynamic_file_names_its_free_axes(dynamic):
     assert model.get_outputs()[0].shape[::2] == ["batch", 8]
 
 
-def test_half_has_float16_weights_and_float32_rows(checkpoint):
-    weights = checkpoint()
+def test_half_has_float16_weights_and_float32_rows(write_checkpoint):
+    weights = write_checkpoint()
     path = written(weights, half=True)
     model = session(path)
     assert (model.get_inputs()[0].type, model.get_outputs()[0].type) == ("tensor(float16)", "tensor(float)")
@@ -104,8 +104,8 @@ def test_half_has_float16_weights_and_float32_rows(checkpoint):
     assert max((int(np.prod(tensor.dims)) for tensor in weights_kept), default=0) <= 2 * 378  # the decoder's tables
 
 
-def test_train_gives_the_maps_of_each_level(checkpoint):
-    weights = checkpoint("yolov5n.yaml")
+def test_train_gives_the_maps_of_each_level(write_checkpoint):
+    weights = write_checkpoint("yolov5n.yaml")
     path = written(weights, train=True)
     model = session(path)
     assert [output.shape for output in model.get_outputs()] == [[1, 3, 64 // s, 96 // s, 8] for s in (8, 16, 32)]
@@ -114,8 +114,8 @@ def test_train_gives_the_maps_of_each_level(checkpoint):
         np.testing.assert_allclose(other, own.numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_nms_inside_gives_a_fixed_number_of_detections(checkpoint):
-    weights = checkpoint("yolov5n.yaml")
+def test_nms_inside_gives_a_fixed_number_of_detections(write_checkpoint):
+    weights = write_checkpoint("yolov5n.yaml")
     path = written(weights, nms=True, topk_all=7, conf_thres=1e-5, iou_thres=0.6, agnostic_nms=True)
     model = session(path)
     assert model.get_outputs()[0].shape == [1, 7, 6]
@@ -125,14 +125,17 @@ def test_nms_inside_gives_a_fixed_number_of_detections(checkpoint):
     assert (np.diff(found[0, :, 4]) <= 0).all() and found[0, 0, 4] > 0
 
 
-def test_an_operator_set_that_int8_cannot_use_is_refused(checkpoint, tiny_shapes, caplog):
+def test_an_operator_set_that_int8_cannot_use_is_refused(write_checkpoint, tiny_shapes, caplog):
     with caplog.at_level("ERROR", "yolov5"):
-        assert export.run(weights=str(checkpoint()), include="onnx", int8=True, data=str(tiny_shapes), opset=12) == []
+        assert (
+            export.run(weights=str(write_checkpoint()), include="onnx", int8=True, data=str(tiny_shapes), opset=12)
+            == []
+        )
     assert any("ONNX: export failure: --opset 12 is too low: at least 13" in message for message in caplog.messages)
 
 
-def test_simplify_without_onnxslim_says_what_to_install(checkpoint, monkeypatch, caplog):
+def test_simplify_without_onnxslim_says_what_to_install(write_checkpoint, monkeypatch, caplog):
     monkeypatch.setattr("models.export.onnx.missing_packages", lambda names: list(names))
     with caplog.at_level("ERROR", "yolov5"):
-        assert export.run(weights=str(checkpoint()), include="onnx", imgsz=64, simplify=True) == []
+        assert export.run(weights=str(write_checkpoint()), include="onnx", imgsz=64, simplify=True) == []
     assert any("onnxslim" in message and "requirements-export.txt" in message for message in caplog.messages)

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=[{"batch_size": 2}, {"dynamic": True}], ids=["fixed", "dynamic"])
-def quantised(request, checkpoint, tiny_shapes):
-    weights = checkpoint("yolov5n.yaml")
+def quantised(request, write_checkpoint, tiny_shapes):
+    weights = write_checkpoint("yolov5n.yaml")
     options = {"imgsz": [64, 96], "int8": True, "data": str(tiny_shapes), "int8_max_drop": 1.0}
     (path,) = export.run(weights=str(weights), include="onnx", **options, **request.param)
     return weights, path

@@ -41,16 +41,16 @@ def rows_of(weights, images):
 
 
 @pytest.fixture(scope="module")
-def fixed(checkpoint):
-    weights = checkpoint()
+def fixed(write_checkpoint):
+    weights = write_checkpoint()
     return weights, written(weights)
 
 
 @pytest.fixture(scope="module")
-def quantised(checkpoint, tiny_shapes):
+def quantised(write_checkpoint, tiny_shapes):
     if find_spec("nncf") is None:  # not importorskip: the import itself changes the process
         pytest.skip("NNCF is not installed")
-    weights = checkpoint("yolov5n.yaml")
+    weights = write_checkpoint("yolov5n.yaml")
     folder = written(weights, int8=True, data=str(tiny_shapes), int8_max_drop=1.0)
     return weights, folder
 
@@ -73,8 +73,8 @@ def test_input_and_output_are_named_as_yolov5_names_them(fixed):
     assert model.output("output").get_partial_shape().to_shape() == [1, 378, 8]
 
 
-def test_half_stores_half_as_much_and_stays_close(fixed, checkpoint):
-    weights = checkpoint()
+def test_half_stores_half_as_much_and_stays_close(fixed, write_checkpoint):
+    weights = write_checkpoint()
     folder = written(weights, half=True)
     size, whole = (os.path.getsize(f"{path}/best.bin") for path in (folder, fixed[1]))
     assert size < 0.52 * whole

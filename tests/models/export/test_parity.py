@@ -207,8 +207,8 @@ def test_a_damaged_picture_is_named_and_left_out(tmp_path, caplog):
         ("--include yolov5 --img 64", [(1, 3, 64, 64), (1, 3, 64, 32), (3, 3, 64, 64)]),
     ],
 )
-def test_fixed_files_get_padding_and_dynamic_ones_rectangles(checkpoint, words, shapes):
-    job = job_for(checkpoint("yolov5n.yaml"), *words.split())
+def test_fixed_files_get_padding_and_dynamic_ones_rectangles(write_checkpoint, words, shapes):
+    job = job_for(write_checkpoint("yolov5n.yaml"), *words.split())
     wide, tall = np.zeros((60, 90, 3), np.uint8), np.zeros((90, 45, 3), np.uint8)
     seen = [images.shape for images in model_inputs([wide, tall, wide, tall, wide], job)]
     assert set(seen) == set(shapes) and seen[-1] == shapes[-1]

@@ -61,8 +61,8 @@ def library():
 
 
 @pytest.fixture(scope="module")
-def weights(checkpoint):
-    return checkpoint()
+def weights(write_checkpoint):
+    return write_checkpoint()
 
 
 @pytest.fixture(scope="module")

@@ -84,8 +84,8 @@ def unfused(content):
 
 
 @pytest.fixture(scope="module")
-def weights(checkpoint):
-    return checkpoint()
+def weights(write_checkpoint):
+    return write_checkpoint()
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +182,8 @@ def test_export_writes_int8_beside_the_checkpoint(weights, full, calibration, ti
     assert not [entry.name for entry in weights.parent.iterdir() if entry.name.endswith(".tmp")]
 
 
-def test_nms_inside_gives_what_the_same_head_gives_in_torch(checkpoint):
-    job = job_of(checkpoint("yolov5n.yaml"), nms=True, topk_all=9, conf_thres=1e-6)
+def test_nms_inside_gives_what_the_same_head_gives_in_torch(write_checkpoint):
+    job = job_of(write_checkpoint("yolov5n.yaml"), nms=True, topk_all=9, conf_thres=1e-6)
     images = random_images(1, 3, HEIGHT, WIDTH)
     with torch.no_grad():
         for level in range(3):  # an untrained model's scores are all but equal: spread them, or rounding decides

@@ -107,10 +107,10 @@ torch.save({"rows": rows, **facts}, output)
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint):
+def exported(write_checkpoint):
     files = {}
     for cfg, half in (("yolov5n.yaml", False), ("yolov5n.yaml", True), ("yolov5n-slimneck.yaml", False)):
-        weights = checkpoint(cfg)
+        weights = write_checkpoint(cfg)
         written = export.run(weights=str(weights), include=["yolov5"], imgsz=64, half=half)
         files[cfg, half] = weights, weights.with_name("best_yolov5.pt")
         assert written == [str(files[cfg, half][1])]
@@ -176,8 +176,8 @@ def test_half_halves_the_file(exported):
     assert half == pytest.approx(full / 2, rel=0.05)
 
 
-def test_blocks_that_yolov5_lacks_are_named(checkpoint, caplog):
-    weights = checkpoint("yolov5n-slimneck.yaml")
+def test_blocks_that_yolov5_lacks_are_named(write_checkpoint, caplog):
+    weights = write_checkpoint("yolov5n-slimneck.yaml")
     with caplog.at_level("WARNING", "yolov5"):
         export.run(weights=str(weights), include=["yolov5"], imgsz=64)
     assert any("YOLOv5 itself has no GSBottleneck, GSConv, VoVGSCSP" in message for message in caplog.messages)
