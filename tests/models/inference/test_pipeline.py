@@ -1,13 +1,18 @@
-"""Where detect.py's options go when a pipeline is opened, and what it does with results that need no model."""
+"""detect.py's stream of results, with a model whose answers are written down: sources, sizes, tracks, the window."""
 
 import contextlib
+import importlib
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import pytest
 
 import detect
+from models.backends.base import ArrayBackend
+from models.backends.metadata import Metadata
 from models.inference import pipeline
 from models.inference.predictor import Window
 from utils import process as background
@@ -15,27 +20,112 @@ from utils.boxes import Detections
 from utils.cli import options_from
 from utils.media.counting import Counts, Tally
 from utils.media.sources import Frame
+from utils.nms import NMSConfig
+
+SIDE, FPS = 64, 10.0
+needs_trackers = pytest.mark.skipif(find_spec("trackers") is None, reason="trackers is not installed")
 
 
-def test_stride_and_patience_reach_the_source_and_the_stride_the_tracks(monkeypatch):
+class Played(ArrayBackend):
+    """A runtime that answers with one array after the other, whatever it sees."""
+
+    device, batch, dynamic = "nowhere", 1, False
+
+    def __init__(self, answers, nms=None):
+        self.answers = [np.array([rows], np.float32) for rows in answers]
+        self.metadata = Metadata({0: "a", 1: "b"}, 32, (SIDE, SIDE), nms=nms)
+
+    def warm_up(self, height, width):
+        pass
+
+    def run(self, inputs):
+        return self.answers.pop(0)
+
+
+class Film(list):
+    """A source of these frames."""
+
+    inputs, live = ["/in/a.mp4"], False
+    read, close, report = list.__iter__, list.clear, list.copy
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """Returns the results of detect.py's options on a video for which a model gives these answers."""
+
+    def results(answers, nms=None, **options):
+        image = np.zeros((SIDE, SIDE, 3), np.uint8)
+        frames = [
+            Frame("/in/a.mp4", 1, 1, image, number=index + 1, fps=FPS, time=index / FPS)
+            for index in range(len(answers))
+        ]
+        film = Film([frame] for frame in frames)
+        monkeypatch.setattr(pipeline, "open_source", lambda *asked: results.asked.append(asked) or film)
+        monkeypatch.setattr(pipeline, "find_weights", list)
+        monkeypatch.setattr(pipeline, "load_backend", lambda *_: Played(answers, nms))
+        options = options_from(detect.build_parser(), {"weights": "a.onnx", "source": "/in/a.mp4", **options})
+        return list(pipeline.open_pipeline(options))
+
+    results.asked = []
+    return results
+
+
+SURE, WEAK, NOISE = 0.8, 0.15, 0.05
+
+
+def raw(x: float, confidence: float) -> list[float]:
+    """A model's row of a box of 12 x 20 px of class 0."""
+    return [x, 30, 12, 20, confidence, 1, 0]
+
+
+@needs_trackers
+def test_weak_boxes_prolong_tracks_and_are_else_left_out(play):
+    """An object that is hardly seen for two seconds, then no more than noise; beside it what is never sure."""
+    confidences = [SURE] * 10 + [WEAK] * 20 + [NOISE] * 3
+    answers = [[raw(20 + n / 2, confidence), raw(52, 0.2)] for n, confidence in enumerate(confidences)]
+    results = play(answers, track=True)
+    assert [result.track_ids.tolist() for result in results] == [[-1], *[[1]] * 29, *[[]] * 3]
+    assert results[29].confidences.tolist() == pytest.approx([WEAK])
+    assert [len(result.detections) for result in play(answers)] == [1] * 10 + [0] * 23
+
+
+@needs_trackers
+def test_threshold_says_what_begins_a_track(play):
+    answers = [[raw(20, 0.5)]] * 3
+    assert [result.track_ids.tolist() for result in play(answers, track=True, conf_thres=0.4)] == [[-1], [1], [1]]
+    assert [result.track_ids.tolist() for result in play(answers, track=True, conf_thres=0.6)] == [[], [], []]
+    faint = [[raw(20, 0.07)]] * 3
+    assert [result.track_ids.tolist() for result in play(faint, track=True, conf_thres=0.05)] == [[-1], [1], [1]]
+
+
+@needs_trackers
+@pytest.mark.parametrize("conf_thres, inside, said", [(0.25, 0.25, False), (0.05, 0.25, True), (0.25, 0.01, False)])
+def test_threshold_inside_a_model_is_told_where_the_user_s_own_is_lower(play, caplog, conf_thres, inside, said):
+    caplog.set_level("INFO", "yolov5")
+    rows = [[14, 20, 26, 40, 0.8, 0], [40, 20, 52, 40, 0.02, 0]]
+    nms = NMSConfig(inside, 0.45, 1000, agnostic=False)
+    results = play([rows] * 3, nms, track=True, conf_thres=conf_thres)
+    assert [result.confidences.tolist() for result in results] == [pytest.approx([0.8])] * 3
+    assert ("--conf-thres at least 0.25" in caplog.text) is said
+
+
+def test_what_is_fixed_inside_a_model_is_said(play, caplog):
+    caplog.set_level("INFO", "yolov5")
+    play([[[14, 20, 26, 40, 0.8, 0]]], NMSConfig(0.25, 0.45, 4), conf_thres=0.1, iou_thres=0.6, agnostic_nms=True)
+    assert "--conf-thres at least 0.25, --iou-thres 0.45, --max-det at most 4, no --agnostic-nms holds" in caplog.text
+    caplog.clear()
+    play([[[14, 20, 26, 40, 0.8, 0]]], NMSConfig(0.25, 0.45, 4), max_det=2)
+    assert "holds" not in caplog.text
+
+
+@needs_trackers
+def test_stride_and_patience_reach_the_source_and_the_stride_the_tracks(play, monkeypatch):
     """Without the stride, tracking would expect an object to move several times as far as it does."""
-    given = []
-
-    def open_source(*arguments):
-        given.append(arguments)
-        return SimpleNamespace(inputs=["0"], live=True, close=lambda: None)
-
-    def trackers(*arguments, **keywords):
-        given.append((*arguments, *keywords.values()))
-
-    monkeypatch.setattr(pipeline, "open_source", open_source)
-    monkeypatch.setattr(pipeline, "Trackers", trackers)
-    monkeypatch.setattr(pipeline, "find_weights", list)
-    monkeypatch.setattr(pipeline, "_open_predictor", lambda _options: (None, {}))
-    options = {"weights": "x.pt", "source": "0", "vid_stride": 3, "stream_timeout": 7, "track": True}
-    pipeline.open_pipeline(options_from(detect.build_parser(), options))
-    assert given[0] == ("0", 3, 7.0)
-    assert 3 in given[1]
+    library, given = importlib.import_module("trackers"), []
+    make = library.ByteTrackTracker
+    monkeypatch.setattr(library, "ByteTrackTracker", lambda **told: given.append(told["frame_rate"]) or make(**told))
+    play([[raw(20, SURE)]], track=True, vid_stride=5, stream_timeout=7)
+    assert play.asked == [("/in/a.mp4", 5, 7.0)] and given == [FPS / 5]
 
 
 def test_every_image_has_the_size_that_the_model_saw_of_it():
