@@ -134,7 +134,7 @@ def run_validation(config: ValConfig) -> EvalResult:
 def validate(config: ValConfig, model: ModelFile) -> EvalResult:
     """Evaluates a model on a split of a data set, and writes what is asked for."""
     _check_combination(config, model)
-    _warn_of_inner_nms(config, model)
+    _warn_of_inner_nms(model)
     split = config.task if config.task in SPLITS else "val"
     spec = _data(config, model, split)
     with ExitStack() as stack:
@@ -147,7 +147,8 @@ def validate(config: ValConfig, model: ModelFile) -> EvalResult:
             loader = make_loader(spec, seen, model.metadata.stride, **batches, **common).start()
             stack.callback(loader.close)
         predictor = _predictor(config, model, shape)  # while the loader decodes
-        save_json = config.save_json or (config.task != "speed" and _is_coco(config.data))
+        is_coco = isinstance(config.data, (str, Path)) and Path(config.data).name == "coco.yaml"
+        save_json = config.save_json or (config.task != "speed" and is_coco)
         folder = _run_folder(config, save_json)
         result = evaluate(
             predictor,
@@ -367,20 +368,18 @@ def _check_combination(config: ValConfig, model: ModelFile) -> None:
         raise UserError("--half and --bf16 are for files and PyTorch modules: this model computes as it was made.")
 
 
-def _warn_of_inner_nms(config: ValConfig, model: ModelFile) -> None:
+def _warn_of_inner_nms(model: ModelFile) -> None:
     """Says what NMS inside the model does to the figures."""
     inside = model.metadata.nms
     if inside is None:
         return
+    fixed = f"--iou-thres and --max-det above {inside.max_det} change nothing"
     if inside.iou_thres == 1:  # chosen by the network, not by NMS
-        LOGGER.info(
-            f"{model.path} chooses its boxes itself: --iou-thres and --max-det above {inside.max_det} change nothing"
-        )
+        LOGGER.info(f"{model.path} chooses its boxes itself: {fixed}")
         return
     LOGGER.warning(
         f"WARNING: NMS is inside {model.path} (confidence above {inside.conf_thres}, IoU {inside.iou_thres}, at most "
-        f"{inside.max_det} detections): mAP comes out lower than without it, and --iou-thres {config.iou_thres} and "
-        f"--max-det above {inside.max_det} change nothing"
+        f"{inside.max_det} detections): mAP comes out lower than without it, and {fixed}"
     )
 
 
@@ -406,11 +405,6 @@ def _predictor(config: ValConfig, model: ModelFile, shape: Shape) -> Predictor:
     tiling = Tiling(config.tile, config.tile_overlap) if config.tile else None
     how = {"tiling": tiling, "augment": config.augment, "val_pad": config.pad, "max_batch": config.batch_size}
     return Predictor(backend, config.nms, shape, **how)
-
-
-def _is_coco(data: Any) -> bool:
-    """Tells whether a data set is COCO itself, whose results are wanted as JSON."""
-    return isinstance(data, (str, Path)) and Path(data).name == "coco.yaml"
 
 
 def _run_folder(config: ValConfig, save_json: bool) -> Path | None:
