@@ -99,7 +99,7 @@ def test_links_and_encryption_in_zip_files_are_refused(tmp_path):
     content = bytearray(zip_bytes({"a.txt": b"x"}))
     content[content.index(b"PK\x01\x02") + 8] |= 1
     (tmp_path / "locked.zip").write_bytes(content)
-    with pytest.raises(UserError, match="is encrypted"):
+    with pytest.raises(UserError, match="member 'a.txt' is encrypted"):
         unpack(tmp_path / "locked.zip", tmp_path / "out")
 
 

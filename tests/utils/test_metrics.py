@@ -100,6 +100,7 @@ def test_average_precision_worked_by_hand(right, confidence, label_count, expect
     assert (result.true_positives.tolist(), result.mean_recall) == ([sum(right)], 1)
     assert result.false_positives.tolist() == [len(right) - sum(right)]
     assert result.mean_precision == pytest.approx(sum(right) / len(right))
+    assert (result.precision_curve[0, -1], result.recall_curve[0, -1]) == (1, 0)  # above all confidences
 
 
 def test_classes_without_detections_count_as_zero_and_without_labels_not_at_all():
@@ -185,12 +186,14 @@ def test_confusion_matrix_counts_every_image(tmp_path, caplog):
 
 
 def test_confusion_matrix_pairs_by_overlap_not_by_confidence():
-    """Two detections of one label: the exact one of class 1 wins over the confident, loose one of class 0."""
+    """Two detections of one label: the exact one of class 1 wins over the confident, loose one of class 0.
+
+    The other label and the detection of class 1 on it overlap by 0.4 only.
+    """
     matrix = ConfusionMatrix(2)
-    matrix.process_batch(detections([0, 0, 10, 14, 0.9, 0], [0, 0, 10, 10, 0.5, 1]), labels([1, 0, 0, 10, 10]))
-    assert matrix.matrix[1, 1] == 1
-    assert matrix.matrix[0, 2] == 1
-    assert matrix.matrix.sum() == 2
+    found = detections([0, 0, 10, 14, 0.9, 0], [0, 0, 10, 10, 0.5, 1], [50, 50, 60, 54, 0.5, 1])
+    matrix.process_batch(found, labels([1, 0, 0, 10, 10], [0, 50, 50, 60, 60]))
+    assert matrix.matrix.tolist() == [[0, 0, 1], [0, 1, 1], [1, 0, 0]]
 
 
 @settings(max_examples=30, deadline=None)
