@@ -63,7 +63,11 @@ class PyTorchBackend(Backend):
         """
         with torch.inference_mode():
             if visualize is not None:
-                rows = self._show(inputs, visualize)
+
+                def show(layer: nn.Module, output: Tensor) -> None:
+                    visualize(layer.i, layer.type.rpartition(".")[2], output.detach().float().cpu().numpy())
+
+                rows = self._shown_model(inputs, visualize=show)[0]
                 if not augment:
                     return rows
             return augmented_rows(self._model, inputs, self._model.stride) if augment else self._model(inputs)
@@ -77,14 +81,6 @@ class PyTorchBackend(Backend):
         """Waits for CUDA's queue; elsewhere there is none."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-    def _show(self, inputs: Tensor, visualize: LayerHook) -> Tensor:
-        """Hands the maps of the trained model's layers to `visualize` and returns its rows (b, n, 5 + nc)."""
-
-        def show(layer: nn.Module, output: Tensor) -> None:
-            visualize(layer.i, layer.type.rpartition(".")[2], output.detach().float().cpu().numpy())
-
-        return self._shown_model(inputs, visualize=show)[0]
 
     @cached_property
     def _shown_model(self) -> nn.Module:
