@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import train
 from utils.callbacks import Callbacks
@@ -48,6 +49,8 @@ KINDS = {  # what is forgotten shows in
     "fitted anchors": {"noautoanchor": False, "cfg": "none.yaml"},  # anchors that only the checkpoint has
     "balance": {},  # the weights of the layers' objectness; see the test
 }
+
+OWN_CACHE = ("AdamW", "image weights")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,13 +133,9 @@ def copying(run: Path, copies: Path) -> Callbacks:
     return callbacks
 
 
-def parts(value: object, prefix: str = "") -> dict[str, object]:
+def parts(value: object) -> dict[str, object]:
     """All tensors, numbers and texts in nested dicts and lists, by path."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    found = {} if isinstance(value, (dict, list, tuple)) else {prefix: value}
-    for key, item in items:
-        found.update(parts(item, f"{prefix}/{key}"))
-    return found
+    return {pytree.keystr(path): part for path, part in pytree.tree_flatten_with_path(value)[0]}
 
 
 def assert_same_end(run: Path, whole: Path) -> None:
@@ -150,7 +149,7 @@ def assert_same_end(run: Path, whole: Path) -> None:
         different = [
             key
             for key, value in other.items()
-            if not key.startswith(("/date", "/opt/", "/versions"))
+            if not key.startswith(("['date']", "['opt']", "['versions']"))
             and not (torch.equal(mine[key], value) if isinstance(value, torch.Tensor) else mine[key] == value)
         ]
         assert not different, f"{path.name}: {len(different)} of {len(other)} parts differ, such as {different[:4]}"
@@ -172,26 +171,9 @@ def test_resumed_after_any_epoch_the_end_is_the_same(kind, folder, tmp_path, mon
     for number in range(1, epochs):
         last = copies / str(number) / "weights" / "last.pt"
         assert load_checkpoint(last)["epoch"] == number - 1
-        train.run(resume=str(last))
+        changed = {} if kind in OWN_CACHE else {"cache": (None, "ram", "disk")[number - 1]}
+        train.run(resume=str(last), workers=2 * (number == 2), **changed)  # neither makes a difference
         assert_same_end(copies / str(number), whole)
-
-
-@pytest.mark.slow
-def test_ended_and_resumed_in_every_epoch_the_end_is_the_same(folder, tmp_path):
-    """Ctrl-C in the second batch of each later epoch, each time with another number of workers and another cache."""
-    whole = start(folder, tmp_path, Callbacks(), name="whole")
-    last = tmp_path / "exp" / "weights" / "last.pt"
-
-    def interrupted(epoch, begin, **options):
-        told = rf"Epoch {epoch - 1} is saved. Go on with: .*--resume {last}"
-        with pytest.raises(KeyboardInterrupt, match=told):
-            begin(callbacks=ending(epoch * BATCHES + 1), **options)
-
-    interrupted(1, functools.partial(start, folder, tmp_path))
-    interrupted(2, train.run, resume=str(last), workers=2)
-    interrupted(3, train.run, resume=str(last), workers=2, cache="disk")
-    train.run(resume=last, cache="ram", workers=0)
-    assert_same_end(tmp_path / "exp", whole)
 
 
 def test_an_empty_name_to_resume_starts_no_new_run(command, folder, tmp_path):

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import train
 from utils.callbacks import Callbacks
@@ -99,12 +100,9 @@ def launch(monkeypatch):
     return settle
 
 
-def tensors_of(value, prefix: str = "") -> dict[str, torch.Tensor]:
-    """All tensors in nested dicts, by path."""
-    if isinstance(value, torch.Tensor):
-        return {prefix: value}
-    items = value.items() if isinstance(value, dict) else ()
-    return {path: tensor for key, item in items for path, tensor in tensors_of(item, f"{prefix}/{key}").items()}
+def tensors_of(value: dict) -> dict[str, torch.Tensor]:
+    leaves = {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(value)[0]}
+    return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
 
 
 def few_images(tiny_shapes: Path, folder: Path, count: int) -> Path:

@@ -60,23 +60,16 @@ class World:
             environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
         Raises:
-            UserError: variables are missing, are no numbers, or do not go together.
+            UserError: variables are missing.
         """
         if "RANK" not in environment or environment.get("WORLD_SIZE") == "1":
             return cls()
         missing = [name for name in NEEDED if name not in environment]
         if missing:
             raise UserError(f"RANK is set, but not {', '.join(missing)}: start with python -m torch.distributed.run.")
-        defaults = {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": environment["WORLD_SIZE"]}
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        try:
-            rank, size, own, here = (int(environment.get(name, defaults.get(name))) for name in names)
-        except ValueError as error:
-            raise UserError(f"one of {', '.join(names)} is not a whole number: {error}.") from error
-        own = rank % here if own < 0 else own
-        if not (0 <= rank < size and 0 <= own < here <= size):
-            raise UserError(f"RANK {rank} of {size} and LOCAL_RANK {own} of {here} do not go together.")
-        return cls(rank, size, own, here)
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        here, own = int(environment.get("LOCAL_WORLD_SIZE", size)), int(environment.get("LOCAL_RANK", local_rank))
+        return cls(rank, size, rank % here if own < 0 else own, here)
 
     @property
     def is_main(self) -> bool:
