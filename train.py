@@ -173,6 +173,7 @@ def train(
         return result
     finally:
         callbacks.run("teardown")
+        callbacks.trainer = None
 
 
 def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, Any] | None, world: Any) -> tuple:

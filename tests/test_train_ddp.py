@@ -47,7 +47,8 @@ for line in sys.stdin:
         train.run(**job["options"])
         answer = "done"
     except UserError as error:
-        answer = f"{type(error).__name__}: {error}"
+        print(json.dumps(f"{type(error).__name__}: {error}"), flush=True)
+        sys.exit(1)  # as a command does: by the end of its connections the other process notices
     if job["still"]:
         del nn.BatchNorm2d.train
     print(json.dumps(answer), flush=True)
@@ -219,8 +220,9 @@ def test_a_callback_of_the_first_process_stops_all(helper, launch, tiny_shapes, 
     assert not dist.is_initialized()
 
 
-def test_a_mistake_met_by_rank_1_alone_ends_all_and_is_told_once(helper, launch, tiny_shapes, tmp_path):
+def test_a_mistake_met_by_rank_1_alone_ends_all_and_is_told_once(launch, tiny_shapes, tmp_path):
     """An image that only rank 1 reads is damaged after the scan."""
+    helper = Helper()
     shutil.copytree(tiny_shapes.parent, tmp_path / "shapes")
     data = tmp_path / "shapes" / tiny_shapes.name
     table = load_labels([tmp_path / "shapes" / "images" / "train"])
@@ -234,6 +236,8 @@ def test_a_mistake_met_by_rank_1_alone_ends_all_and_is_told_once(helper, launch,
     with pytest.raises(ReportedError):  # prints nothing
         train.run(callbacks, **options)
     assert helper.answer().startswith(f"UserError: {ninth}: ")
+    assert helper.process.wait(20) == 1
+    helper.close()
     assert not dist.is_initialized()
 
 
