@@ -108,10 +108,6 @@ class ModelEMA(ema.ModelEMA):
         """Copies the model; `updates` is how often the copy was updated before."""
         super().__init__(de_parallel(model), decay, updates=updates)
 
-    def update(self, model: nn.Module) -> None:
-        """Moves the average towards the model; call it after every optimizer step."""
-        super().update(de_parallel(model))
-
     def update_attr(
         self, model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ("process_group", "reducer")
     ) -> None:
