@@ -7,11 +7,6 @@ without the model's modules: all batch norm folded, GSConv's shuffles folded int
 
 Tried and left out, since neither ONNX Runtime nor OpenVINO gained: flattening nested concatenations, splitting the sum
 behind a GSConv among its halves, folding a GSBottleneck's linear shortcut into the convolution after it.
-
-What torch.fx keeps of every graph that it compiles, as long as the process lives: 30 KB and more for each model.
-
-It is meant for tracebacks and for tracing the compiled code once more. Names that torch does not promise are looked up
-with care: where they are gone, nothing is dropped.
 """
 
 from __future__ import annotations
@@ -391,7 +386,11 @@ def _inverse(order: Sequence[int]) -> Layout:
 
 
 def forget_source(forward: FunctionType) -> None:
-    """Drops the source and the globals of a graph's compiled `forward`."""
+    """Drops what torch.fx keeps of a graph that it has compiled as long as the process lives: 30 KB and more a model.
+
+    It is meant for tracebacks and for tracing the compiled code once more. Names that torch does not promise are looked
+    up with care: where they are gone, nothing is dropped.
+    """
     name = forward.__code__.co_filename
     linecache.cache.pop(name, None)
     getattr(getattr(graph_module, "_loader", None), "eval_cache", {}).pop(name, None)
