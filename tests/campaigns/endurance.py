@@ -199,11 +199,7 @@ class EndlessCapture:
 
 
 def detect_all(options: argparse.Namespace, items: int, folder: Path, source: Path, **more: Any) -> Watch:
-    """Detects in files, or with `live` in a stand-in for a camera, writing images or video and a table.
-
-    Raises:
-        UserError: nothing was found, so that drawing and writing were not at work.
-    """
+    """Detects in files, or with `live` in a stand-in for a camera, writing images or video and a table."""
     import detect
     from models.inference.pipeline import open_pipeline
     from utils.cli import options_from
@@ -275,11 +271,7 @@ def serve_requests(options: argparse.Namespace, items: int, folder: Path) -> Wat
 
 
 def wait_for_address(process: subprocess.Popen, log: Path) -> str:
-    """Returns the address that a server tells in its log.
-
-    Raises:
-        UserError: it ended or was silent for START_S.
-    """
+    """Returns the address that a server tells in its log."""
     deadline_s = time.monotonic() + START_S
     while time.monotonic() < deadline_s and process.poll() is None:
         if found := re.search(r"Serving on (http://\S+)", log.read_text()):

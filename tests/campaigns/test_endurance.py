@@ -245,11 +245,12 @@ def test_the_endurance_command_runs_a_part(weights):
 @pytest.mark.slow
 def test_the_many_images_command_finds_what_is_cut_short(tmp_path):
     """The scan's figure must count every image, the damaged one among them."""
-
     from tests.campaigns.many_images import write_images
 
-    assert write_images(tmp_path, 1000, seed=0) == 1
-    for stage, expected in (("first scan", "scan_per_s"), ("epochs", "epochs_main_mb")):
-        figures = json.loads(run_campaign("many_images", "--measure", stage, "--folder", tmp_path).splitlines()[-1])
+    many, few = tmp_path / "many", tmp_path / "few"
+    assert (write_images(many, 1000, seed=0), write_images(few, 150, seed=0)) == (1, 0)
+    for stage, folder, expected in (("first scan", many, "scan_per_s"), ("epochs", few, "epochs_main_mb")):
+        said = run_campaign("many_images", "--measure", stage, "--folder", folder)
+        figures = json.loads(said.splitlines()[-1])
         assert figures[expected] > 0
         assert figures.get("corrupt", 1) == 1

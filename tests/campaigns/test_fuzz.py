@@ -13,7 +13,16 @@ from tests.campaigns import fuzz
 from tests.campaigns.fuzz_targets import REFUSALS, TARGETS
 from utils.errors import UserError
 
-COUNTS = {"labels": 3000, "options": 5000, "image": 3000, "yaml": 2000, "checkpoint": 600, "archive": 600, "hyp": 600}
+COUNTS = {
+    "labels": 3000,
+    "options": 5000,
+    "image": 3000,
+    "yaml": 2000,
+    "checkpoint": 600,
+    "archive": 600,
+    "hyp": 600,
+    "voc": 500,
+}
 USUAL_COUNT = 1000
 
 

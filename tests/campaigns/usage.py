@@ -86,11 +86,7 @@ def peak_resident_mb() -> float:
 
 
 class Watch:
-    """Takes samples while items pass, evenly over the run; of this process, of children, or of another process.
-
-    Attributes:
-        samples: so far.
-    """
+    """Takes samples while items pass, evenly over the run; of this process, of children, or of another process."""
 
     def __init__(self, total: int, pid: int | str = "self", samples: int = 200) -> None:
         """Begins a run of `total` items of which `samples` times a sample is taken."""
@@ -117,16 +113,7 @@ def after_warm_up(samples: Sequence[Sample], warm_up: float = WARM_UP) -> list[S
 
 
 def growth_of(samples: Sequence[Sample], field: str, warm_up: float = WARM_UP) -> Growth:
-    """Compares the halves of a series after its warm-up.
-
-    Args:
-        samples: in order.
-        field: of `Usage`.
-        warm_up: share of the items that is left out.
-
-    Raises:
-        UserError: too few samples are left.
-    """
+    """Compares the halves of a series of a field of `Usage`, after its warm-up."""
     kept = after_warm_up(samples, warm_up)
     if len(kept) < LEAST_SAMPLES:
         raise UserError(
@@ -147,11 +134,7 @@ def largest_step_mb(samples: Sequence[Sample]) -> tuple[int, float]:
 
 
 def memory_growth(samples: Sequence[Sample], warm_up: float = WARM_UP) -> Growth:
-    """Compares private memory after the warm-up, in MB, its largest step left out.
-
-    Raises:
-        UserError: see `growth_of`.
-    """
+    """Compares private memory after the warm-up, in MB, its largest step left out."""
     kept = after_warm_up(samples, warm_up)
     number, rise = largest_step_mb(kept)
     lowered = [
