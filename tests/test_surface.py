@@ -326,7 +326,7 @@ class UseReader(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_Attribute(self, node):
-        if ast.unparse(node.value).split(".")[-1] in ("config", "options", "opt", "self"):
+        if ast.unparse(node.value).split(".")[-1].lstrip("_") in ("config", "options", "self"):
             self.used.add(node.attr)
         self.generic_visit(node)
 
