@@ -47,6 +47,7 @@ KINDS = {
     "multi-scale": {"multi_scale": True},
     "image weights": {"image_weights": True},
     "quad": {"quad": True},
+    "bfloat16": {"amp": "bf16"},
 }
 NO_MATTER = [  # what makes no difference: worker processes, where images are cached
     ("mosaic", {"workers": 4}),
@@ -57,6 +58,7 @@ NO_MATTER = [  # what makes no difference: worker processes, where images are ca
     ("multi-scale", {"workers": 4}),
     ("image weights", {"workers": 4}),
     ("quad", {"workers": 4}),
+    ("bfloat16", {"workers": 2}),
 ]
 
 pytestmark = [
