@@ -26,7 +26,7 @@ FLOORS = [  # from the ground: imports go to the same floor or a lower one
     "models.load",
     "models.backends",
     "models.inference models.experimental",
-    "models.export",
+    "models.export models.transplant",
     "service",
     "train val detect export serve hubconf",
     "benchmarks",

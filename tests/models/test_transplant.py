@@ -1,0 +1,297 @@
+"""A slim model fitted to a dense one: the least squares against other solvers, the rows, the command."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models import transplant
+from models.common import Conv, GSConv
+from models.load import load_model
+from models.transplant import LeastSquares, check_rows, fit_conv, inherit, match, patches_at, shuffled
+from models.yolo import Model
+from utils.errors import UserError
+
+ANCHORS = "anchors: [[10, 13, 16, 30, 33, 23], [30, 61, 62, 45, 59, 119]]\ndepth_multiple: 1.0\nwidth_multiple: 1.0\n"
+BACKBONE = "backbone: [[-1, 1, Conv, [8, 6, 2, 2]], [-1, 1, Conv, [16, 3, 2]], [-1, 1, Conv, [16, 3, 2]]]\n"
+NECK = """head:
+  [[-1, 1, {conv}, [16, 1, 1]], [-1, 1, {conv}, [32, 3, 2]], [-1, 1, nn.Upsample, [None, 2, nearest]],
+   [[-1, 3], 1, Concat, [1]], [-1, {n}, {c3}, [32, False]], [[7, 4], 1, Detect, [nc, anchors]]]
+"""
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    """A function that writes a model YAML of two levels with these blocks in the neck."""
+    folder = tmp_path_factory.mktemp("cfg")
+
+    def write(conv="Conv", c3="C3", n=1, **changes):
+        text = f"nc: 4\n{ANCHORS}{BACKBONE}{NECK.format(conv=conv, c3=c3, n=n)}"
+        for old, new in changes.get("replace", {}).items():
+            text = text.replace(old, new)
+        path = folder / f"{len(list(folder.iterdir()))}.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def drawn(cfg, seed, lively=False):
+    """A model with weights of a seed; `lively`: with batch norms and biases as of a trained one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Model(cfg, nc=4).eval()
+        if lively:
+            for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+                norm.running_mean.normal_(0, 0.2)
+                norm.running_var.uniform_(0.05, 0.3)
+                nn.init.uniform_(norm.weight, 0.8, 1.2)
+                nn.init.normal_(norm.bias, 0, 0.3)
+            for layer in model.head.m:
+                nn.init.normal_(layer.weight, std=0.2)
+                layer.bias.data.view(3, -1)[:, 4] = -2.0
+    return model.requires_grad_(False)
+
+
+def coarse_images(batches=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(batches, 8, 3, 16, 16, generator=generator)
+    return [nn.functional.interpolate(one, 64, mode="bilinear").mul(255).byte() for one in coarse]
+
+
+# --------------------------------------------------------------------------------------------- least squares
+
+
+def test_least_squares_are_those_of_a_solver_in_whatever_parts_the_samples_come():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 5, generator=generator) + 3, torch.randn(60, 2, generator=generator) - 7
+    weights = torch.rand(60, generator=generator) + 0.1
+    squares = LeastSquares()
+    for part in (slice(0, 7), slice(7, 60)):
+        squares.add(x[part], y[part], weights[part])
+    weight, bias, r2 = squares.solve(0.0)
+    root = weights.sqrt()[:, None]
+    ones = torch.cat((x, torch.ones(60, 1)), 1)
+    expected = torch.linalg.lstsq((ones * root).double(), (y * root).double()).solution
+    # what rounding adds to the inputs' variance is the only difference
+    torch.testing.assert_close(weight.T.double(), expected[:-1], atol=2e-3, rtol=0)
+    torch.testing.assert_close(bias.double(), expected[-1], atol=2e-2, rtol=0)
+    error = ((y - x @ weight.T - bias).square() * weights[:, None]).sum(0) / weights.sum()
+    mean = (y * weights[:, None]).sum(0) / weights.sum()
+    variance = ((y - mean).square() * weights[:, None]).sum(0) / weights.sum()
+    torch.testing.assert_close(r2, 1 - error / variance, atol=1e-4, rtol=0)
+
+
+def test_a_strong_pull_gives_the_weights_that_it_pulls_towards():
+    x, y = torch.randn(50, 3), torch.randn(50, 2)
+    squares, towards = LeastSquares(), torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+    squares.add(x, y)
+    weight, bias, _ = squares.solve(1e6, towards)
+    torch.testing.assert_close(weight, towards, atol=1e-3, rtol=0)
+    torch.testing.assert_close(bias, y.mean(0) - towards @ x.mean(0), atol=1e-2, rtol=0)
+
+
+def test_problems_side_by_side_are_solved_each_for_itself():
+    x, y = torch.randn(3, 40, 4), torch.randn(3, 40, 1)
+    together = LeastSquares()
+    together.add(x, y)
+    for number in range(3):
+        alone = LeastSquares()
+        alone.add(x[number], y[number])
+        for ours, theirs in zip(together.solve(0.1), alone.solve(0.1), strict=True):
+            torch.testing.assert_close(ours[number], theirs)
+
+
+def test_channels_are_paired_so_that_no_exchange_of_two_pairs_is_better():
+    loss = torch.rand(16, 16, generator=torch.Generator().manual_seed(0))
+    tellers, told = match(loss)
+    assert sorted([*tellers.tolist(), *told.tolist()]) == list(range(16))
+    assert all(loss[a, b] <= loss[b, a] for a, b in zip(tellers, told, strict=True))
+    cost = torch.minimum(loss, loss.T)
+    for (a, b), (c, d) in itertools.combinations(list(zip(tellers.tolist(), told.tolist(), strict=True)), 2):
+        assert cost[a, b] + cost[c, d] <= min(cost[a, c] + cost[b, d], cost[a, d] + cost[b, c]) + 1e-6
+
+
+def test_channels_that_tell_each_other_are_paired():
+    loss, order = torch.ones(12, 12), torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
+    for teller, told in zip(order[::2], order[1::2], strict=True):
+        loss[teller, told] = 0.1
+    assert sorted(zip(*(one.tolist() for one in match(loss)), strict=True)) == sorted(
+        zip(order[::2], order[1::2], strict=True)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ the rows
+
+
+@pytest.mark.parametrize(("k", "s", "groups"), [(1, 1, 1), (3, 2, 1), (3, 1, 1), (5, 1, 6)])
+def test_a_convolution_is_found_again(k, s, groups):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    source, receiver = (Conv(6, 6, k, s, g=groups).eval().requires_grad_(False) for _ in range(2))
+    inputs = [torch.randn(4, 6, 12, 10, generator=generator) for _ in range(2)]
+    targets = [source.conv(maps) + torch.arange(6.0)[:, None, None] for maps in inputs]
+    places = transplant.draw_places(targets, generator)
+    r2 = fit_conv(receiver, inputs, targets, places, 1e-9)
+    assert r2.min() > 0.999
+    for maps, target in zip(inputs, targets, strict=True):
+        torch.testing.assert_close(receiver.bn(receiver.conv(maps)), target, atol=5e-3, rtol=0)
+    outputs = torch.cat([receiver.conv(maps) for maps in inputs])
+    torch.testing.assert_close(receiver.bn.running_mean, outputs.mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(receiver.bn.running_var, outputs.var((0, 2, 3)), atol=1e-3, rtol=1e-1)
+
+
+def test_patches_are_what_the_convolution_reads():
+    conv = nn.Conv2d(3, 4, (3, 5), stride=(2, 1), padding=(1, 2))
+    maps = torch.randn(2, 3, 9, 8)
+    output = conv(maps)
+    places = torch.tensor([[0, 0, 0], [1, 4, 7], [1, 2, 3]])
+    seen = patches_at(maps, places, conv).flatten(1) @ conv.weight.flatten(1).T + conv.bias
+    torch.testing.assert_close(seen, transplant.values_at(output, places), atol=1e-5, rtol=1e-5)
+
+
+def test_the_order_of_channels_is_the_shuffles():
+    block = GSConv(4, 8).eval()
+    maps = torch.randn(1, 4, 3, 3)
+    first = block.cv1(maps)
+    joined = torch.cat((first, block.cv2(first)), 1)
+    torch.testing.assert_close(block(maps), joined[:, shuffled(torch.arange(8))])
+
+
+@pytest.mark.parametrize(
+    ("conv", "c3", "n", "least"),
+    [
+        ("GSConv", "C3", 1, 0.85),
+        ("GSConv", "VoVGSCSP", 1, 0.8),
+        ("Conv", "VoVGSCSP", 2, 0.8),
+        ("GSConv", "VoVGSCSPC", 2, 0.6),
+    ],
+)
+def test_rows_give_what_their_twins_give(cfg, conv, c3, n, least):
+    teacher, student = drawn(cfg(n=n), 0, lively=True), drawn(cfg(conv, c3, n), 1)
+    images, fresh = coarse_images(), coarse_images(seed=1)[0].float() / 255
+    with torch.no_grad():
+        wanted, before = teacher(fresh)[0], student(fresh)[0]
+    fits = inherit(student, teacher, images, steps=0)
+    assert [fit.row for fit in fits] == [row for row in (3, 4, 7) if row == 7 or conv == "GSConv"]
+    assert fits[-1].r2 > least
+    with torch.no_grad():
+        after = student(fresh)[0]
+    # confidences on images that the fit has not seen
+    error, distance = ((one[..., 4:] - wanted[..., 4:]).square().mean().sqrt() for one in (after, before))
+    assert error < 0.35 * distance
+    assert torch.equal(student.head.anchors, teacher.head.anchors) and not student.training
+
+
+def test_gradient_steps_bring_the_logits_nearer_and_leave_the_backbone(cfg):
+    teacher, images = drawn(cfg(), 0, lively=True), coarse_images(8)
+    errors = []
+    for steps in (0, 40):
+        student = drawn(cfg("GSConv", "VoVGSCSPC"), 1)
+        inherit(student, teacher, images, steps=steps)
+        with torch.no_grad():
+            rows = [torch.cat([model(batch.float() / 255)[0] for batch in images]) for model in (student, teacher)]
+        errors.append((rows[0][..., 4:] - rows[1][..., 4:]).square().mean().item())
+        for key, value in teacher.state_dict().items():
+            if int(key.split(".")[1]) < 3:
+                assert torch.equal(student.state_dict()[key], value)
+        assert all(norm.momentum == 0.03 for norm in student.modules() if isinstance(norm, nn.BatchNorm2d))
+    assert errors[1] < errors[0]
+
+
+def test_the_same_seed_gives_the_same_model(cfg):
+    teacher = drawn(cfg(), 0, lively=True)
+    states = []
+    for seed in (0, 0, 1):
+        student = drawn(cfg("GSConv", "VoVGSCSP"), 1)
+        inherit(student, teacher, coarse_images(), steps=2, seed=seed)
+        states.append(student.state_dict())
+    different = [[key for key in states[0] if not torch.equal(states[0][key], other[key])] for other in states[1:]]
+    assert not different[0] and different[1]
+
+
+def test_logits_that_agree_cost_nothing():
+    logits = torch.randn(2, 3 * 9, 4, 4)
+    assert transplant.logit_loss(logits, logits, 3).item() == pytest.approx(0, abs=1e-4)
+    assert transplant.logit_loss(logits + 0.5, logits, 3) > 0.01
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("slim", "message"),
+    [
+        ({}, "the same rows"),
+        ({"conv": "GhostConv"}, r"row 3 \(GhostConv for Conv\): there is no way"),
+        ({"conv": "GSConvns"}, r"row 3 \(GSConvns for Conv\)"),
+        ({"replace": {"[[-1, 3], 1, Concat, [1]]": "[[-1, 2], 1, Concat, [1]]"}}, "row 6 .* reads other rows"),
+        (
+            {"conv": "GSConv", "replace": {"GSConv, [16": "GSConv, [24"}},
+            r"row 3 .* gives maps \(24, 16, 16\), not \(16",
+        ),
+        ({"replace": {"head:\n  [": "head:\n  [[-1, 1, Conv, [16, 1, 1]], "}}, "8 .*rows|9 .*rows|10 and 9 rows"),
+    ],
+    ids=str,
+)
+def test_models_that_are_no_twins_are_refused_by_row(cfg, slim, message):
+    if "replace" in slim and "head" in next(iter(slim["replace"])):
+        slim["replace"] |= {"[-1, 3], 1, Concat": "[-1, 4], 1, Concat", "[7, 4], 1, Detect": "[8, 5], 1, Detect"}
+    with pytest.raises(UserError, match=message):
+        check_rows(drawn(cfg(**slim), 0), drawn(cfg(), 0))
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def dense(cfg, tiny_shapes, tmp_path_factory):
+    """A dense model trained for a moment."""
+    import train
+
+    project = tmp_path_factory.mktemp("dense")
+    options = {"cfg": cfg(), "data": str(tiny_shapes), "imgsz": 64, "batch_size": 8, "epochs": 2, "workers": 0}
+    return (
+        train.run(**options, device="cpu", amp="off", noplots=True, project=str(project)).save_dir + "/weights/best.pt"
+    )
+
+
+def run(dense, cfg, tmp_path, *more):
+    arguments = ["--weights", dense, "--cfg", cfg, "--project", str(tmp_path), "--device", "cpu", "--amp", "off"]
+    options = transplant.build_parser().parse_args([*arguments, "--workers", "0", "--images", "48", *more])
+    return transplant.main(options)
+
+
+def test_the_command_writes_a_checkpoint_that_every_command_takes(dense, cfg, tmp_path, monkeypatch, caplog):
+    import val
+
+    monkeypatch.setattr(transplant, "MIN_IMAGES", 16)
+    caplog.set_level("INFO")
+    before, after = run(dense, cfg("GSConv", "VoVGSCSP"), tmp_path, "--steps", "3")
+    file = tmp_path / "exp" / "weights" / "best.pt"
+    model = load_model(file)
+    assert [type(row).__name__ for row in model.model][3:8:4] == ["GSConv", "VoVGSCSP"]
+    assert model.names == {0: "circle", 1: "square", 2: "triangle", 3: "star"}
+    figures, _, _ = val.run(weights=str(file), plots=False, project=str(tmp_path), device="cpu", workers=0, imgsz=64)
+    assert figures[3] == pytest.approx(after.map, abs=2e-3) and math.isfinite(before.map)
+    assert "row   3  GSConv for Conv" in caplog.text and f"{before.map:.4f} -> {after.map:.4f}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), r"24 training images are too few to fit a model on: at least 32"),
+        (("--data", "others.yaml"), r"knows the classes circle, square, triangle, star, .*\(a, b, c, d\)"),
+    ],
+    ids=["few images", "other classes"],
+)
+def test_data_that_do_not_suit_are_refused(dense, cfg, tiny_shapes, tmp_path, more, message):
+    text = tiny_shapes.read_text().replace("path: .", f"path: {tiny_shapes.parent}")
+    others = tmp_path / "others.yaml"
+    others.write_text(text.replace("[circle, square, triangle, star]", "[a, b, c, d]"))
+    more = [str(others) if one == "others.yaml" else one for one in more]
+    with pytest.raises(UserError, match=message):
+        run(dense, cfg("GSConv"), tmp_path / "runs", *more)
+    assert not (tmp_path / "runs").exists()
