@@ -36,7 +36,8 @@ BASES = {
     "data": {"path": "set", "train": "images/train", "val": "images/val", "test": "images/test"}
     | {"nc": "2", "names": "[cat, dog]", "kpt_shape": "[17, 3]", "download": None, "convert": None, "generate": None},
     "hyp": dict(re.findall(r"^(\w+): (\S+)", HYP_TEXT, re.MULTILINE))
-    | {"anchors": "3", "mosaic9": "0.1", "label_smoothing": "0.1", "nominal_batch": "64"},
+    | {"anchors": "3", "mosaic9": "0.1", "label_smoothing": "0.1", "nominal_batch": "64"}
+    | {"warmup_ratio": "0.05", "ema_tau": "0.25", "close_mosaic": "0.1"},
     "model": {"nc": "1", "depth_multiple": "1.0", "width_multiple": "1.0", "anchors": "[[8, 16], [32, 64]]"}
     | {"backbone": f"[[-1, 1, Conv, [8, 3, 2]], [-1, 1, Conv, [8, 3, 2]], {ROW}]"}
     | {"head": "[[-1, 1, C3, [16]], [[1, 3], 1, Detect, [nc, anchors]]]"}
@@ -82,6 +83,7 @@ KINDS |= {value: value for [value] in table(PLAIN)}
 UNBOUNDED = (
     "lr0|lrf|weight_decay|nominal_batch|warmup_epochs|warmup_bias_lr|box|cls|cls_pw|obj|obj_pw|anchor_t|fl_gamma"
 )
+SHARES = "warmup_ratio|ema_tau|close_mosaic"
 LEGAL = {  # reader and key, kind -> why what only looks wrong is taken
     r"data nc: (missing|null)": "the names count",
     r"data names: (missing|null)": "with nc alone the classes are called class0, class1, ...",
@@ -89,7 +91,7 @@ LEGAL = {  # reader and key, kind -> why what only looks wrong is taken
     r"data (convert|generate|download|kpt_shape): (missing|null)": "most data sets need none",
     r"data kpt_shape: \[1, 2]": "one keypoint of two numbers",
     rf"hyp ({UNBOUNDED}): huge": "no bound is right for every optimizer and schedule",
-    r"hyp (copy_paste|anchors|mosaic9|label_smoothing|nominal_batch): missing": "younger than many files",
+    rf"hyp (copy_paste|anchors|mosaic9|label_smoothing|nominal_batch|{SHARES}): missing": "younger than many files",
     r"hyp anchors: null": "means as many as the model has",
     r"model (ch|inplace|activation|channel_multiple): missing": "have defaults",
     r"model activation: (null|\{a: 1})": "the default, and a block that is not there",

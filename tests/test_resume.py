@@ -23,6 +23,7 @@ import train
 from utils.callbacks import Callbacks
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
+from utils.files import ROOT
 from utils.loggers import LOGGERS
 from utils.loss import ComputeLoss
 from utils.train import engine
@@ -31,6 +32,7 @@ from utils.train.resume import check_dataset, find_resumable, resume_options
 
 EPOCHS, BATCHES = 4, 4
 FITNESS = (0.3, 0.5, 0.2, 0.4)  # of the epochs: the second is the best
+HYP = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
 MODEL = """
 nc: 4
 depth_multiple: 1.0
@@ -46,6 +48,7 @@ KINDS = {  # what is forgotten shows in
     "multi-scale": {"multi_scale": True, "label_smoothing": 0.1, "freeze": [1]},  # the iteration
     "image weights": {"image_weights": True, "cache": "disk"},  # the last validation's figures of each class
     "patience": {"patience": 1},  # the best epoch so far; the run ends with the third
+    "shares of the run": {"hyp": "shares.yaml"},  # where the mosaics end, the pace of the moving average
     "fitted anchors": {"noautoanchor": False, "cfg": "none.yaml"},  # anchors that only the checkpoint has
     "balance": {},  # the weights of the layers' objectness; see the test
 }
@@ -68,6 +71,8 @@ def folder(tiny_shapes, tmp_path_factory) -> Path:
             shutil.copy(tiny_shapes.parent / "labels" / split / f"{index}.txt", root / "labels" / split)
     (root / "data.yaml").write_text("path: .\ntrain: images/train\nval: images/val\nnames: [a, b, c, d]\n")
     (root / "tiny.yaml").write_text(MODEL)
+    shares = "close_mosaic: 0.5\nema_tau: 0.25\nwarmup_ratio: 0.5\nnominal_batch: 4\n"
+    (root / "shares.yaml").write_text(HYP.read_text() + shares)
     rows = MODEL.splitlines()
     (root / "none.yaml").write_text("\n".join("anchors: 3" if row.startswith("anchors") else row for row in rows))
     return root
@@ -95,7 +100,7 @@ def start(folder: Path, project: Path, callbacks: Callbacks, **differently) -> P
     """Trains and returns the run's folder."""
     options = {"cfg": "tiny.yaml", "imgsz": 64, "batch_size": 2, "epochs": EPOCHS, "device": "cpu", "amp": "off"}
     options |= {"noplots": True, "noautoanchor": True, "save_period": 1, "workers": 0, **differently}
-    options["cfg"] = str(folder / options["cfg"])
+    options |= {name: str(folder / options[name]) for name in ("cfg", "hyp") if name in options}
     options = {"data": str(folder / "data.yaml"), **options}
     return Path(train.run(callbacks, project=str(project), **options).save_dir)
 

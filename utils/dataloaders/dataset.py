@@ -1,7 +1,7 @@
 """`LoadImagesAndLabels`, the training and evaluation data set: a key in, an image with its targets out.
 
 Covers: choosing mosaic or single image, letterbox, rectangular batch shapes, joining the augmentations, normalised
-targets. An item is a function of (seed, epoch, position, index), not of the process that makes it or of caches.
+targets. An item is a function of the seed and its `SampleKey`, not of the process that makes it or of caches.
 Reading label files is `utils.dataloaders.labels`' work, batching is `utils.dataloaders.loader`'s.
 """
 
@@ -164,7 +164,7 @@ class LoadImagesAndLabels(Dataset):
             key = SampleKey(self.epoch, int(key), int(key))
         generator = keyed_generator(Stream.SAMPLE, self.seed, key.epoch, key.position)
         shapes = None
-        if self.mosaic and generator.random() < self.hyp.mosaic:
+        if self.mosaic and key.mosaic and generator.random() < self.hyp.mosaic:
             image, labels = self._mosaic(key, key.index, generator)
             if generator.random() < self.hyp.mixup:
                 (other,) = self._partners(key, 1, generator)

@@ -1,7 +1,7 @@
 """Batches: `create_dataloader`, worker processes, and how items are joined (`--quad` included).
 
-A loader's batches depend on (seed, epoch) alone, whatever the number of workers; resuming at an epoch's beginning takes
-no more than `set_epoch`.
+A loader's batches depend on its seed, the epoch and whether that has mosaics, not on the number of workers; resuming at
+an epoch's beginning takes no more than `set_epoch`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ class BatchKeys(Sampler[list[SampleKey]]):
 
     Attributes:
         epoch: of the next iteration.
+        mosaic: whether that has mosaics, where the data set makes them.
     """
 
     def __init__(self, dataset: LoadImagesAndLabels, shuffle: bool, shard: Shard, unit: int) -> None:
         """Takes the data set, this process's place among those that share batches, and groups that stay together."""
         self.dataset, self.shuffle, self.shard, self.unit = dataset, shuffle, shard, unit
-        self.epoch = 0
+        self.epoch, self.mosaic = 0, True
 
     def __len__(self) -> int:
         """Returns the number of batches; the last may be short."""
@@ -51,14 +52,15 @@ class BatchKeys(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         """Yields the keys of `epoch` as it is now, not as it is when the first of them is asked for."""
-        return self._of(self.epoch)
+        return self._of(self.epoch, self.mosaic)
 
-    def _of(self, epoch: int) -> Iterator[list[SampleKey]]:
+    def _of(self, epoch: int, mosaic: bool) -> Iterator[list[SampleKey]]:
         order = self.dataset.order(epoch) if self.shuffle else np.arange(len(self.dataset))
         for start in range(0, len(order), self.dataset.batch_size):
             indices = order[start : start + self.dataset.batch_size].tolist()
             part = self.shard.of(len(indices), self.unit)
-            yield [SampleKey(epoch, start + place, indices[place]) for place in range(part.start, part.stop)]
+            places = range(part.start, part.stop)
+            yield [SampleKey(epoch, start + place, indices[place], mosaic) for place in places]
 
 
 class BatchMaker(Dataset):
@@ -191,11 +193,11 @@ class DetectionLoader:
                 self._ahead = iter(self._loader)
         return self
 
-    def set_epoch(self, epoch: int) -> None:
-        """Says which epoch the next iteration is of."""
-        if epoch != self.keys.epoch:
+    def set_epoch(self, epoch: int, mosaic: bool = True) -> None:
+        """Says which epoch the next iteration is of, and whether it has mosaics; drops what was begun otherwise."""
+        if (epoch, mosaic) != (self.keys.epoch, self.keys.mosaic):
             self._ahead = None
-        self.keys.epoch = epoch
+        self.keys.epoch, self.keys.mosaic = epoch, mosaic
 
     def set_image_weights(self, weights: np.ndarray) -> None:
         """Draws the coming epochs' images with replacement, by `weights` (N,); starts the workers anew."""

@@ -33,6 +33,7 @@ class SampleKey(NamedTuple):
     epoch: int
     position: int
     index: int
+    mosaic: bool = True  # whether its epoch has mosaics
 
 
 class BatchSlice(NamedTuple):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from utils.log import LOGGER
 
+EMA_TAU = 2000  # updates after which the decay has reached 63 % of its end, in YOLOv5
+
 
 class ModelEMA:
     """Keeps a float32 average of a model's parameters and floating buffers (Tarvainen and Valpola 2017, 1703.01780).
@@ -18,7 +20,7 @@ class ModelEMA:
     The decay rises from 0 to `decay`, so that the average follows a young model closely. Integer buffers are copied.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, updates: int = 0, tau: float = 2000) -> None:
+    def __init__(self, model: nn.Module, decay: float = 0.9999, updates: int = 0, tau: float = EMA_TAU) -> None:
         """Copies the model as it is.
 
         Args:

@@ -95,12 +95,12 @@ class Trainer:
             for folder in (self.save_dir, self.last.parent):
                 remove_temporaries(folder)
         self.model = model.to(memory_format=torch.channels_last)
-        self.ema = ModelEMA(self.model) if world.is_main else None
+        self.schedule = Schedule(hyp, options.epochs, len(loaders.train), options.batch_size, options.cos_lr)
+        self.ema = ModelEMA(self.model, tau=self.schedule.ema_tau) if world.is_main else None
         self.ddp_model = replicate(self.model, device, world, options.sync_bn)
         loss = LOSSES[model.head.loss]
         self.model.hyp = dict(vars(loss.scaled(hyp, model.head, loaders.imgsz)))  # those, too, that the file leaves out
         self.loss = loss(self.model)
-        self.schedule = Schedule(hyp, options.epochs, len(loaders.train), options.batch_size, options.cos_lr)
         weight_decay = scaled_weight_decay(hyp, options.batch_size)
         self.optimizer = build_optimizer(model, options.optimizer, hyp.lr0, hyp.momentum, weight_decay)
         self.autocast_dtype = resolve_amp(options.amp, device)
@@ -180,7 +180,7 @@ class Trainer:
         """Trains on every batch once; returns the mean loss terms (n,), or None where a callback stops the run."""
         self.ddp_model.train()
         loader, epochs = self.loaders.train, self.options.epochs
-        loader.set_epoch(epoch)
+        loader.set_epoch(epoch, self.schedule.has_mosaic(epoch))
         if self.options.image_weights:  # high for images whose classes do badly
             table = loader.dataset.table
             classes = table.rows[:, 0]
@@ -285,7 +285,7 @@ class Trainer:
         """
         self.callbacks.run("on_train_epoch_end", epoch=epoch)
         if epoch + 1 < self.options.epochs and not self.options.image_weights:
-            self.loaders.train.set_epoch(epoch + 1)
+            self.loaders.train.set_epoch(epoch + 1, self.schedule.has_mosaic(epoch + 1))
             self.loaders.train.start()
         if self.world.is_main:
             self._validate_and_save(epoch, items)

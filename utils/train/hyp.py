@@ -1,6 +1,6 @@
 """Training hyperparameters: read and checked.
 
-Covers every key of YOLOv5 6.1's `data/hyps/*.yaml`, plus `mosaic9`, `label_smoothing` and `nominal_batch`. A `Hyp` does
+Covers every key of YOLOv5 6.1's `data/hyps/*.yaml`, plus optional ones, without which a run is 6.1's. A `Hyp` does
 not change. Not here: what the augmentations do with their keys (`utils.augmentations`), how a loss fits its gains to a
 model (`utils.loss`), the schedule (`utils.train.optim`).
 """
@@ -89,6 +89,9 @@ class Hyp:
     mosaic9: float = _key(_FRACTION, default=0.0)  # share of mosaics made of nine images
     label_smoothing: float = _key(_BELOW_ONE, default=0.0)
     nominal_batch: float = _key(Range(1.0), default=64.0)  # images an optimizer step; smaller batches are accumulated
+    warmup_ratio: float = _key(_FRACTION, default=0.0)  # warm-up's share of the run; 0 = warmup_epochs with its floor
+    ema_tau: float = _key(_FRACTION, default=0.0)  # EMA's time constant as a share of the run's steps; 0 = 2000 updates
+    close_mosaic: float = _key(_FRACTION, default=0.0)  # share of the epochs, at the end, without mosaics
     key_order: tuple[str, ...] = field(default=(), repr=False, compare=False)  # as the file had them, for to_dict
 
     def __post_init__(self) -> None:

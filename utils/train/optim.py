@@ -1,4 +1,4 @@
-"""Optimizer, learning rates and warm-up.
+"""Optimizer, and the schedule of a run: learning rates, warm-up, steps, where its mosaics end.
 
 The learning rate, momentum and accumulation of an iteration are a function of the epoch and the batch alone
 (`Schedule.at`), so a resumed run needs no scheduler state. The optimizer's own state is stored by parameter name.
@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from utils.errors import UserError, did_you_mean
 from utils.log import LOGGER, colorstr
+from utils.train.ema import EMA_TAU
 from utils.train.hyp import Hyp
 
 WARMUP_FLOOR = 100  # iterations of warm-up at least
@@ -144,7 +145,7 @@ def lr_factor(epoch: float, epochs: int, lrf: float, cosine: bool = False) -> fl
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate, momentum and accumulation over a run."""
+    """Learning rate, momentum and accumulation over a run, and what else is a share of it."""
 
     hyp: Hyp
     epochs: int
@@ -155,7 +156,31 @@ class Schedule:
     @property
     def warmup_iterations(self) -> int:
         """The last iteration of the warm-up, counted from the start of the run."""
+        if self.hyp.warmup_ratio:
+            return round(self.hyp.warmup_ratio * self.epochs * self.batches)
         return max(round(self.hyp.warmup_epochs * self.batches), WARMUP_FLOOR)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run; the last batch of an epoch always steps."""
+        warming = min(self.warmup_iterations // self.batches + 1, self.epochs)
+        steps = (self.epochs - warming) * math.ceil(self.batches / accumulation(self.hyp, self.batch_size))
+        for epoch in range(warming):
+            gathered = 0
+            for batch in range(self.batches):
+                gathered += 1
+                if gathered >= self.at(epoch, batch).accumulate or batch + 1 == self.batches:
+                    steps, gathered = steps + 1, 0
+        return steps
+
+    @property
+    def ema_tau(self) -> float:
+        """Time constant of the moving average, in updates."""
+        return self.hyp.ema_tau * self.steps if self.hyp.ema_tau else EMA_TAU
+
+    def has_mosaic(self, epoch: int) -> bool:
+        """Tells whether an epoch may have mosaics: all but the last `close_mosaic` of them."""
+        return epoch < self.epochs - round(self.hyp.close_mosaic * self.epochs)
 
     def at(self, epoch: int, batch: int) -> StepSettings:
         """Returns the settings of a batch, both counted from 0.

@@ -88,6 +88,20 @@ def test_an_epoch_can_be_entered_at_once_and_left_early(label_table):
     assert same(epochs_of(loader, (2,)), expected[2:])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_without_mosaics_is_that_of_a_data_set_without_them(label_table, workers, monkeypatch):
+    loader = loader_of(label_table, workers)
+    mosaics = epochs_of(loader, (0,))
+    loader.set_epoch(1)
+    loader.start()  # with mosaics, and that is dropped
+    loader.set_epoch(1, mosaic=False)
+    closed = list(loader)
+    monkeypatch.setitem(HYP, "mosaic", 0.0)
+    assert same([closed], epochs_of(loader_of(label_table), (1,)))
+    assert all(shapes for batch in closed for shapes in batch.shapes)
+    assert same(epochs_of(loader, (0,)), mosaics)  # as a test, or somebody's script, may go back
+
+
 @pytest.mark.slow
 def test_spawned_workers_give_the_same_batches(label_table, tmp_path):
     script = tmp_path / "spawned.py"

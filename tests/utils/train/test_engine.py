@@ -134,6 +134,20 @@ def test_the_next_epochs_batches_are_begun_before_validation(options, monkeypatc
     assert events == (late if image_weights else early)
 
 
+def test_the_last_epochs_have_no_mosaics_where_the_hyperparameters_say_so(options, tmp_path, monkeypatch):
+    """With worker processes, which live on and begin each epoch during the validation before it."""
+    train_batch, mosaics = engine.Trainer._train_batch, {}
+
+    def trained(trainer, batch, epoch, index):
+        mosaics.setdefault(epoch, set()).update(shapes is None for shapes in batch.shapes)
+        return train_batch(trainer, batch, epoch, index)
+
+    monkeypatch.setattr(engine.Trainer, "_train_batch", trained)
+    (tmp_path / "hyp.yaml").write_text(HYP.read_text() + "close_mosaic: 0.34\n")  # one of three
+    train.run(**{**options, "workers": 2, "hyp": str(tmp_path / "hyp.yaml")})
+    assert mosaics == {0: {True}, 1: {True}, 2: {False}}
+
+
 @pytest.mark.parametrize("hook", ["on_val_start", "on_fit_epoch_end"])
 def test_no_worker_is_left_where_a_run_ends_while_the_next_epoch_is_begun(options, hook):
     def interrupt(*_):

@@ -175,6 +175,38 @@ def test_the_demo_steps_at_every_batch_and_trains_as_well_for_longer():
         assert rates[8:] == sorted(rates[8:], reverse=True)
 
 
+def test_a_runs_steps_by_hand(hyp):
+    """205 images in batches of 16. The warm-up of 100 iterations gathers 1 to 4 batches, each epoch begins anew.
+
+    By its place i: 1 batch to i = 16, 2 to 50, 3 to 83, then 4, so the epochs have 13, 9, 7, 7, 5, 5, 4 and 4 steps.
+    """
+    assert Schedule(hyp, epochs=30, batches=13, batch_size=16).steps == 13 + 9 + 7 + 7 + 5 + 5 + 4 + 4 + 22 * 4
+    assert Schedule(hyp, epochs=2, batches=13, batch_size=16).steps == 13 + 9
+    small = dataclasses.replace(hyp, nominal_batch=16)
+    assert [Schedule(small, epochs, 13, 16).steps for epochs in (1, 60)] == [13, 780]
+
+
+def test_shares_of_a_run_follow_its_length(hyp):
+    assert [Schedule(hyp, 60, 13, 16).ema_tau, Schedule(hyp, 60, 13, 16).warmup_iterations] == [2000, 100]
+    shares = Hyp.from_yaml(ROOT / "data/hyps/hyp.small.yaml")
+    run, short = Schedule(shares, epochs=60, batches=13, batch_size=16), Schedule(shares, 10, 13, 16)
+    assert (run.warmup_iterations, run.ema_tau) == (39, 195)  # of 780 iterations, each a step
+    assert (short.warmup_iterations, short.ema_tau) == (6, 32.5)  # 6.5 rounds to even; of 130
+    assert [short.at(0, batch).lrs[1] for batch in (0, 3, 6, 7)] == pytest.approx([0, 0.005, 0.01, 0.01])
+    assert [schedule.has_mosaic(epoch) for schedule in (run, short) for epoch in (7, 8, 49, 50, 59)] == [
+        *[True, True, True, False, False],
+        *[True, False, False, False, False],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("share", "epochs", "mosaics"), [(0, 4, 4), (0.1667, 1, 1), (0.5, 4, 2), (0.99, 4, 0), (1, 1, 0)]
+)
+def test_mosaics_end_for_a_share_of_the_epochs(hyp, share, epochs, mosaics):
+    schedule = Schedule(dataclasses.replace(hyp, close_mosaic=share), epochs, batches=5, batch_size=16)
+    assert [schedule.has_mosaic(epoch) for epoch in range(epochs)] == [True] * mosaics + [False] * (epochs - mosaics)
+
+
 def test_settings_reach_the_optimizer(hyp):
     optimizer = build_optimizer(Odd(), "SGD", lr=0.01, momentum=0.9, weight_decay=0.0)
     apply_settings(optimizer, Schedule(hyp, epochs=100, batches=200, batch_size=16).at(0, 300))

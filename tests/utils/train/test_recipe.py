@@ -38,6 +38,7 @@ backbone: [[-1, 1, Conv, [8, 6, 2, 2]], [-1, 1, Conv, [8, 3, 2]], [-1, 1, GSConv
 head: [[-1, 1, GSConv, [8, 3, 2]], [[2, 3], 1, Detect, [nc, anchors]]]
 """
 EPOCHS, BATCHES, BATCH, SIDE_PX, NC, LAYERS = 3, 5, 2, 64, 3, 2
+STEPS = 11  # in three epochs, by the recipe below
 LOW = Hyp.from_yaml(ROOT / "data" / "hyps" / "hyp.scratch-low.yaml")
 # A warm-up of 7 of the 15 batches, which ends within the second epoch; steps of two batches when it has ended; gains
 # with which some gradients are clipped and others not; a decay that can be seen.
@@ -75,7 +76,7 @@ class Loader(list):
 
     dataset, workers = range(BATCH * BATCHES), 0
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, mosaic: bool) -> None:
         """Has no order to settle."""
 
 
@@ -121,25 +122,27 @@ def trained_by_hand(model, hyp: Hyp, factor: float = 1.0) -> tuple[dict, dict, l
             step = gradient + momentum * velocity[name]  # Nesterov
             parameter.data -= rates["bias" if name.endswith("bias") else "other"] * step
             parameter.grad = None
-        keep = 0.9999 * (1 - math.exp(-len(norms) / 2000))
+        keep = 0.9999 * (1 - math.exp(-len(norms) / (hyp.ema_tau * STEPS or 2000)))
         for name, value in model.state_dict().items():
             average[name] = keep * average[name] + (1 - keep) * value if value.is_floating_point() else value
     return model.state_dict(), average, norms
 
 
-@pytest.mark.parametrize(("quad", "amp"), [(False, "off"), (True, "off"), (False, "fp16")])
-def test_the_trainer_takes_the_steps_of_the_recipe(quad, amp, model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("quad", "amp", "tau"), [(False, "off", 0), (True, "off", 0.5), (False, "fp16", 0)])
+def test_the_trainer_takes_the_steps_of_the_recipe(quad, amp, tau, model, tmp_path, monkeypatch):
     """With fp16 the loss is scaled, as on a GPU; of a float64 model that is all it does."""
     monkeypatch.setattr("utils.train.optim.WARMUP_FLOOR", 1)
     monkeypatch.setitem(LOGGERS, "tensorboard", lambda *_: None)
     monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: torch.float16 if mode == "fp16" else None)
-    hyp = dataclasses.replace(LOW, **RECIPE)
+    hyp = dataclasses.replace(LOW, **RECIPE, ema_tau=tau)
     expected, average, norms = trained_by_hand(copy.deepcopy(model), hyp, 4.0 if quad else 1.0)
     start = copy.deepcopy(model.state_dict())
     trainer = trainer_of(model, hyp, tmp_path / "run", quad=quad, amp=amp)
     for epoch in range(EPOCHS):
         trainer._train_epoch(epoch)
-    assert len(norms) == 11 and max(norms) > 10 and (quad or min(norms) < 10)  # some are clipped
+    assert (
+        len(norms) == STEPS == trainer.schedule.steps and max(norms) > 10 and (quad or min(norms) < 10)
+    )  # some are clipped
     assert trainer.scaler.is_enabled() == (amp == "fp16")
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
@@ -176,7 +179,7 @@ def test_a_step_waits_for_the_device_for_the_loss_and_the_norm_alone(model, tmp_
 
 
 UNUSED = {"iou_t"}
-CHANGED = {  # another value of every key, with which the same four steps come to other weights
+CHANGED = {  # another value of every key, with which the same four batches come to other weights
     **dict.fromkeys("lrf momentum warmup_momentum obj_pw copy_paste mosaic9 mixup fliplr flipud".split(), 0.95),
     **dict.fromkeys("hsv_h hsv_s hsv_v translate scale mosaic label_smoothing".split(), 0.3),
     **dict.fromkeys("lr0 weight_decay warmup_bias_lr box cls obj cls_pw".split(), 0.2),
@@ -213,7 +216,7 @@ class Outcomes:
         (folder / "tiny.yaml").write_text(MODEL)
 
     def of(self, hyp: dict[str, float] | None = None, **switches) -> list[torch.Tensor]:
-        """Returns the weights after four batches; nothing is validated, saved or drawn, no anchors are looked for."""
+        """Returns the weights and their average after four batches; nothing is validated, saved or drawn."""
         key = str((hyp, sorted(switches.items())))
         if key not in self.known:
             self.known[key] = self.train(hyp or {}, switches)
@@ -222,9 +225,10 @@ class Outcomes:
     def train(self, hyp: dict[str, float], switches: dict) -> list[torch.Tensor]:
         run, callbacks, weights = self.folder / f"run{len(self.known)}", Callbacks(), []
 
-        def after_batch(iteration, model, *_):
+        def after_batch(iteration, *_, trainer):
             if iteration == 3:
-                weights.extend(value.clone() for value in model.state_dict().values())
+                for model in (trainer.model, trainer.ema.ema):
+                    weights.extend(value.clone() for value in model.state_dict().values())
                 callbacks.stop_training = True
 
         callbacks.register_action("on_train_batch_end", callback=after_batch)
