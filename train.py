@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", default=str(ROOT / "data" / "shapes.yaml"), help="data set YAML")
     add("--hyp", default=str(ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"), help="hyperparameter YAML")
     add("--epochs", type=number(int, 1), default=300, help="number of epochs")
+    add("--hours", type=number(float, 0), help="hours of training at most: fewer epochs, by how long the first takes")
     add("--batch-size", type=_batch_size, default=16, help="images per batch, over all GPUs; -1: what fits")
     add("--imgsz", "--img", "--img-size", type=number(int, 1, MAX_IMAGE_SIDE_PX), default=640, help="image side in px")
     add("--rect", action="store_true", help="rectangular batches, without shuffling and mosaic")

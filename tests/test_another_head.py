@@ -150,7 +150,7 @@ def test_the_figures_bear_the_names_of_its_terms(trained):
     figures = [[float(cell) for cell in row.split(",")] for row in rows]
     assert len(figures) == 3 and all(loss > 0 for row in figures for loss in (*row[1:3], *row[7:9]))
     assert figures[2][1] < figures[0][1] and figures[2][7] < figures[0][7]  # it learns
-    assert any(line.split() == "Epoch gpu_mem sides class labels img_size".split() for line in trained.headers)
+    assert any(line.split() == "Epoch gpu_mem sides class labels img_size eta".split() for line in trained.headers)
     assert len(trained.done.result.losses) == 2
     figure = _results_figure({"a": _read_results(trained.run / "results.csv")})
     panels = [axes.get_title(loc="left") for axes in figure.axes]

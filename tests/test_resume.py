@@ -49,6 +49,7 @@ KINDS = {  # what is forgotten shows in
     "image weights": {"image_weights": True, "cache": "disk"},  # the last validation's figures of each class
     "patience": {"patience": 1},  # the best epoch so far; the run ends with the third
     "shares of the run": {"hyp": "shares.yaml"},  # where the mosaics end, the pace of the moving average
+    "hours": {"epochs": 30, "hours": 1.0, "hyp": "shares.yaml"},  # how many epochs the first one's time has settled
     "fitted anchors": {"noautoanchor": False, "cfg": "none.yaml"},  # anchors that only the checkpoint has
     "balance": {},  # the weights of the layers' objectness; see the test
 }
@@ -166,6 +167,7 @@ def test_resumed_after_any_epoch_the_end_is_the_same(kind, folder, tmp_path, mon
     if kind == "balance":  # train.py has no option for it
         monkeypatch.setattr(ComputeLoss, "__init__", functools.partialmethod(ComputeLoss.__init__, autobalance=True))
         monkeypatch.setattr("utils.loss.anchor_based._REFERENCE_STRIDE", 8)
+    monkeypatch.setattr(engine, "fitting_epochs", lambda *_: EPOCHS)
     copies = tmp_path / "copies"
     whole = start(folder, tmp_path, copying(tmp_path / "exp", copies), **KINDS[kind])
     epochs = 3 if kind == "patience" else EPOCHS
@@ -173,6 +175,7 @@ def test_resumed_after_any_epoch_the_end_is_the_same(kind, folder, tmp_path, mon
     assert [int(row.split(",")[0]) for row in rows] == list(range(epochs))
     assert load_checkpoint(whole / "weights" / f"epoch{epochs - 1}.pt")["optimizer"] is not None
     assert len(list(copies.iterdir())) == epochs - 1
+    monkeypatch.setattr(engine, "fitting_epochs", lambda *_: 2)  # of another machine, say
     for number in range(1, epochs):
         last = copies / str(number) / "weights" / "last.pt"
         assert load_checkpoint(last)["epoch"] == number - 1

@@ -95,13 +95,13 @@ class World:
         dist.all_gather(parts, figures)
         return torch.stack(parts).sum(dim=0)
 
-    def broadcast(self, value: bool) -> bool:
-        """Returns what the first process hands in; the others wait for it."""
+    def broadcast(self, value: int) -> int:
+        """Returns what the first process hands in, a whole number or a bool as all of them; the others wait for it."""
         if self.size == 1:
             return value
-        decision = torch.tensor([value], dtype=torch.uint8)
+        decision = torch.tensor([value], dtype=torch.int64)
         dist.broadcast(decision, src=0)
-        return bool(decision.item())
+        return type(value)(decision.item())
 
     def broadcast_str(self, text: str) -> str:
         """Returns the text that the first process hands in, once in a run; the others wait for it."""

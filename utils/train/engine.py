@@ -10,6 +10,7 @@ validates, decides and writes.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import re
 import shlex
@@ -46,6 +47,7 @@ from utils.train.optim import (
     Schedule,
     apply_settings,
     build_optimizer,
+    fitting_epochs,
     load_optimizer_state,
     optimizer_state_by_name,
     scaled_weight_decay,
@@ -120,6 +122,8 @@ class Trainer:
             with checkpoint_errors(options.resume):
                 self._restore(checkpoint)
             self.saved = Path(options.resume), self.epoch
+        self.began = self.epoch_began = time.monotonic()
+        self.first_epoch = self.epoch + 1  # not of the run, but since `began`
         self.plots = world.is_main and not options.noplots
         settings = {"opt": vars(options), "hyp": hyp.to_dict()}
         self.loggers = open_loggers(self.save_dir, self.epoch + 1, settings) if world.is_main else []
@@ -135,7 +139,7 @@ class Trainer:
             UserError: a loss or gradient that is not finite; a checkpoint that cannot be written; another process is
                 gone.
         """
-        started, first, side = time.monotonic(), self.epoch + 1, self.loaders.imgsz
+        side = self.loaders.imgsz
         LOGGER.info(
             f"Image sizes {side} train, {side} val, {self.precision}\n"
             f"Using {self.loaders.train.workers} dataloader workers\n"
@@ -153,8 +157,8 @@ class Trainer:
                 if items is None:
                     return None
                 self._after_epoch(self.epoch + 1, items)
-            hours = (time.monotonic() - started) / 3600
-            LOGGER.info(f"\n{self.epoch + 1 - first} epochs completed in {hours:.3f} hours.")
+            hours = (time.monotonic() - self.began) / 3600
+            LOGGER.info(f"\n{self.epoch + 1 - self.first_epoch} epochs completed in {hours:.3f} hours.")
             result = self._finish() if self.world.is_main else None
             self.world.barrier()
             return result
@@ -178,6 +182,7 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> Tensor | None:
         """Trains on every batch once; returns the mean loss terms (n,), or None where a callback stops the run."""
+        self.epoch_began = time.monotonic()
         self.ddp_model.train()
         loader, epochs = self.loaders.train, self.options.epochs
         loader.set_epoch(epoch, self.schedule.has_mosaic(epoch))
@@ -187,7 +192,7 @@ class Trainer:
             by_class = class_weights(classes, self.model.nc)
             loader.set_image_weights(image_weights(classes, table.offsets, by_class, self.maps))
         self.callbacks.run("on_train_epoch_start")
-        header = ("Epoch", "gpu_mem", *self.loss.terms, "labels", "img_size")
+        header = ("Epoch", "gpu_mem", *self.loss.terms, "labels", "img_size", "eta")
         LOGGER.info(("\n" + "%10s" * len(header)) % header)
         mean_items = torch.zeros(len(self.loss.terms))
         with progress(total=len(loader.dataset), unit="img") as bar:
@@ -197,11 +202,22 @@ class Trainer:
                 mean_items += (loss.items - mean_items) / (index + 1)
                 reserved = torch.cuda.memory_reserved(self.device) / 1e9 if self.device.type == "cuda" else 0
                 row = (f"{epoch}/{epochs - 1}", f"{reserved:.3g}G", *mean_items.tolist(), loss.labels, side)
-                bar.set_description_str(("%10s" * 2 + "%10.4g" * (len(row) - 2)) % row, refresh=False)
+                left = self._seconds_left(epoch)
+                eta = "-" if left is None else bar.format_interval(left)
+                text = ("%10s" * 2 + "%10.4g" * (len(row) - 2) + "%10s") % (*row, eta)
+                bar.set_description_str(text, refresh=False)
                 bar.update(min(self.options.batch_size, len(loader.dataset) - index * self.options.batch_size))
                 if self.world.broadcast(self.callbacks.stop_training):
                     return None
         return mean_items
+
+    def _seconds_left(self, epoch: int) -> float | None:
+        """Returns how long the run goes on at the pace of the epochs finished here; None in the first of them."""
+        finished = epoch - self.first_epoch
+        if not finished:
+            return None
+        an_epoch = (self.epoch_began - self.began) / finished
+        return max(an_epoch * (self.options.epochs - epoch) - (time.monotonic() - self.epoch_began), 0.0)
 
     def _train_batch(self, batch: Batch, epoch: int, index: int) -> tuple[LossResult, int]:
         """Computes one batch's gradient, and steps where enough have been gathered.
@@ -290,6 +306,8 @@ class Trainer:
         if self.world.is_main:
             self._validate_and_save(epoch, items)
         self.complete = self.world.broadcast(self.complete)
+        if self._sets_epochs(epoch):
+            self._set_epochs(self.world.broadcast(self.options.epochs))
         self.epoch = epoch
         if self.world.broadcast(self.saved == (self.last, epoch)):
             self.saved = self.last, epoch
@@ -299,13 +317,16 @@ class Trainer:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         final = epoch + 1 == self.options.epochs
         possibly_final = final or self.stopper.possible_stop
-        fitness, is_best = 0.0, False
-        if possibly_final or not self.options.noval:
+        fitness, is_best, trained = 0.0, False, time.monotonic()
+        if possibly_final or self._sets_epochs(epoch) or not self.options.noval:
             result = self._validate()
             self.validation, self.maps, fitness = list(result.as_tuple()), result.maps, result.fitness
             is_best = fitness >= self.best_fitness
             self.best_fitness = max(fitness, self.best_fitness)
             final |= self.stopper(epoch, fitness)
+        if self._sets_epochs(epoch):
+            self._fit_into_hours(trained - self.epoch_began, time.monotonic() - trained)
+            final |= self.options.epochs == 1
         figures = epoch_figures(self.loss.terms, items.tolist(), self.validation, rates)
         for logger in self.loggers:
             logger.log_epoch(epoch, figures)
@@ -314,6 +335,32 @@ class Trainer:
         if possibly_final or final or not self.options.nosave:
             self._save(epoch, is_best)
             self.callbacks.run("on_model_save", self.last, epoch, final, self.best_fitness, fitness)
+
+    def _sets_epochs(self, epoch: int) -> bool:
+        """Tells whether `--hours` sets the number of epochs after this one."""
+        return epoch == 0 and self.options.hours is not None
+
+    def _fit_into_hours(self, training_s: float, validation_s: float) -> None:
+        """Lowers the number of epochs to what fits into `--hours`, by how long the first one took.
+
+        The run is validated once more at its end; with `--noval` twice, and the first epoch alone before.
+        """
+        hours, asked, noval = self.options.hours, self.options.epochs, self.options.noval
+        epoch_s = training_s + (0 if noval else validation_s)
+        self._set_epochs(fitting_epochs(hours, epoch_s, (3 if noval else 1) * validation_s, asked))
+        epochs = self.options.epochs
+        if epochs == asked:
+            fitting = f"all {asked} epochs fit"
+        else:
+            fitting = f"{epochs} epoch{'s fit' if epochs > 1 else ' fits'} instead of {asked}"
+        LOGGER.info(f"--hours {hours:g}: an epoch takes {epoch_s:.1f} s, {fitting}")
+
+    def _set_epochs(self, epochs: int) -> None:
+        """Makes a run so long, with all that follows from it; checkpoints hold the number as the run's option."""
+        self.options.epochs = epochs
+        self.schedule = dataclasses.replace(self.schedule, epochs=epochs)
+        if self.ema:
+            self.ema.tau = self.schedule.ema_tau
 
     def _validate(self, final: bool = False) -> EvalResult:
         """Evaluates the EMA on the validation set; at the end with the table of classes and the images.

@@ -136,6 +136,11 @@ class StepSettings(NamedTuple):
     accumulate: int  # iterations an optimizer step
 
 
+def fitting_epochs(hours: float, epoch_s: float, finish_s: float, most: int) -> int:
+    """Returns how many epochs of `epoch_s` seconds, and a finish, fit into `hours`: at least 1, at most `most`."""
+    return max(int(min((hours * 3600 - finish_s) / epoch_s, most)), 1)
+
+
 def lr_factor(epoch: float, epochs: int, lrf: float, cosine: bool = False) -> float:
     """Returns the learning rate of an epoch as a fraction of the initial one: from 1 down to `lrf` after `epochs`."""
     if cosine:

@@ -43,7 +43,7 @@ class TrainConfig:
 
     A resumed run takes over the interrupted one's (`utils.train.resume`). What depends on the model and its data is
     settled once, in train.py: `data` becomes absolute, `imgsz` a multiple of the stride, `batch_size` of -1 what fits,
-    `save_dir` the run's folder.
+    `save_dir` the run's folder. `epochs` becomes what fits into `hours` after the first.
     """
 
     weights: str
@@ -51,6 +51,7 @@ class TrainConfig:
     data: str | Mapping[str, Any]
     hyp: str
     epochs: int
+    hours: float | None  # None: no limit
     batch_size: int  # over all processes
     imgsz: int
     rect: bool

@@ -137,7 +137,7 @@ def test_sync_bn_replaces_batch_norm_and_keeps_its_parameters_and_names(monkeypa
 def test_a_process_alone_connects_to_nobody_and_runs_the_model_itself():
     with process_group(ALONE), ALONE.rank_zero_first():
         assert not dist.is_initialized()
-        assert ALONE.broadcast(True) and not ALONE.broadcast(False)
+        assert ALONE.broadcast(True) and not ALONE.broadcast(False) and ALONE.broadcast(198) == 198
         assert ALONE.broadcast_str("runs/exp") == "runs/exp"
     model = nn.Linear(1, 1)
     assert replicate(model, torch.device("cpu"), ALONE) is model
@@ -185,6 +185,7 @@ with process_group(World.from_environment()) as world:
     assert total == [3.0, 3.0], total
     text = world.broadcast_str("ordner/\u00e4" if world.is_main else "")
     assert text == "ordner/\u00e4" and world.broadcast(world.is_main) is True
+    assert world.broadcast(300 + world.rank) == 300
     with world.rank_zero_first():
         log.write(f"{world.rank} in\\n")
         time.sleep(0.1)

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -300,6 +301,67 @@ def test_the_progress_bar_counts_the_images_of_the_data_set(quad, options, monke
     monkeypatch.setattr(engine, "progress", progress)
     train.run(**{**options, "epochs": 1, "batch_size": 16}, quad=quad)
     assert [(bar.total, seen) for bar, seen in bars] == [(24, [16, 8])]
+
+
+@pytest.fixture
+def clock(monkeypatch) -> tuple[Callbacks, list]:
+    """Lets a batch of training take 10 seconds, a validation 5; keeps what the progress line says of time."""
+    now, told, make = [1000.0], [], engine.progress
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    def progress(*arguments, **named):
+        bar = make(*arguments, **named)
+        monkeypatch.setattr(bar, "set_description_str", lambda text, refresh: told.append(text.split()[-1]))
+        return bar
+
+    monkeypatch.setattr(engine, "progress", progress)
+    callbacks = Callbacks()
+    callbacks.register_action("on_train_batch_start", callback=lambda: pass_time(10))
+    callbacks.register_action("on_val_start", callback=lambda: pass_time(5))
+    return callbacks, told
+
+
+def test_the_progress_line_tells_how_long_the_run_goes_on(options, clock, tmp_path):
+    """By the epochs, of 35 seconds each, that are finished."""
+    callbacks, told = clock
+    train.run(callbacks, **options)
+    assert told == ["-"] * 3 + ["01:00", "00:50", "00:40", "00:25", "00:15", "00:05"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "noval", "epochs", "said"),
+    [
+        (110, False, 3, "an epoch takes 35.0 s, 3 epochs fit instead of 4"),  # 3 * 35 and a last validation
+        (109, False, 2, "an epoch takes 35.0 s, 2 epochs fit instead of 4"),
+        (20, False, 1, "an epoch takes 35.0 s, 1 epoch fits instead of 4"),
+        (9999, False, 4, "an epoch takes 35.0 s, all 4 epochs fit"),
+        (105, True, 3, "an epoch takes 30.0 s, 3 epochs fit instead of 4"),  # 3 * 30, three validations
+    ],
+)
+def test_hours_set_the_number_of_epochs_after_the_first(seconds, noval, epochs, said, options, clock, tmp_path, caplog):
+    caplog.set_level("INFO", "yolov5")
+    callbacks, _ = clock
+    schedules = []
+    callbacks.register_action("on_train_epoch_end", callback=lambda epoch, trainer: schedules.append(trainer.schedule))
+    given = {**options, "epochs": 4, "noval": noval, "hours": seconds / 3600}
+    done = train.run(callbacks, **given)
+    assert [schedule.epochs for schedule in schedules] == [4] + [epochs] * (epochs - 1)
+    assert [message.partition(": ")[2] for message in caplog.messages if message.startswith("--hours")] == [said]
+    assert done.epochs == epochs and len((tmp_path / "exp" / "results.csv").read_text().splitlines()) == 1 + epochs
+    last = load_checkpoint(tmp_path / "exp" / "weights" / "last.pt")
+    assert last["opt"]["epochs"] == epochs and last["opt"]["hours"] == seconds / 3600
+    assert read_yaml(tmp_path / "exp" / "opt.yaml")["epochs"] == 4  # as it was asked
+
+
+def test_the_moving_average_follows_the_number_of_epochs_that_hours_leave(options, clock, tmp_path):
+    callbacks, taus = clock[0], []
+    callbacks.register_action("on_train_epoch_end", callback=lambda epoch, trainer: taus.append(trainer.ema.tau))
+    (tmp_path / "hyp.yaml").write_text(HYP.read_text() + "nominal_batch: 8\nema_tau: 0.5\n")
+    train.run(callbacks, **{**options, "epochs": 4, "hyp": str(tmp_path / "hyp.yaml"), "hours": 80 / 3600})
+    assert taus == [6.0, 3.0]  # half of the steps, of which an epoch has three
 
 
 def test_every_image_counts_in_a_step(options, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from utils.train.optim import (
     accumulation,
     apply_settings,
     build_optimizer,
+    fitting_epochs,
     load_optimizer_state,
     lr_factor,
     optimizer_state_by_name,
@@ -173,6 +174,22 @@ def test_the_demo_steps_at_every_batch_and_trains_as_well_for_longer():
         rates = [step.lrs[1] for step in settings]
         assert 0.8 * demo.lr0 < max(rates) <= demo.lr0 and rates.index(max(rates)) <= 8
         assert rates[8:] == sorted(rates[8:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("hours", "epoch_s", "finish_s", "epochs"),
+    [
+        (1, 35, 5, 102),  # 3595 seconds hold 102.7
+        (1, 36, 0, 100),
+        (1, 36, 1, 99),
+        (10, 36, 0, 300),  # as many as are wanted
+        (0.001, 36, 5, 1),
+        (0, 36, 5, 1),
+        (1e308, 1e-3, 0, 300),
+    ],
+)
+def test_epochs_that_fit_into_hours(hours, epoch_s, finish_s, epochs):
+    assert fitting_epochs(hours, epoch_s, finish_s, most=300) == epochs
 
 
 def test_a_runs_steps_by_hand(hyp):
