@@ -38,11 +38,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cfg", default="", help="model YAML, such as yolov5s-slimneck.yaml; default: the checkpoint's own")
     add("--data", default=str(ROOT / "data" / "shapes.yaml"), help="data set YAML")
     add("--hyp", default=str(ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"), help="hyperparameter YAML")
+    recipe_help = "hyperparameters without --hyp: YOLOv5's, hyp.small.yaml, or (auto) that for runs of few steps"
+    add("--recipe", choices=["auto", "yolov5", "small"], default="yolov5", help=recipe_help)
     add("--epochs", type=number(int, 1), default=300, help="number of epochs")
     add("--hours", type=number(float, 0), help="hours of training at most: fewer epochs, by how long the first takes")
     add("--batch-size", type=_batch_size, default=16, help="images per batch, over all GPUs; -1: what fits")
     add("--imgsz", "--img", "--img-size", type=number(int, 1, MAX_IMAGE_SIDE_PX), default=640, help="image side in px")
-    add("--rect", action="store_true", help="rectangular batches, without shuffling and mosaic")
+    # --rec was short for it before there was --recipe
+    add("--rect", "--rec", action="store_true", help="rectangular batches, without shuffling and mosaic")
     add("--resume", nargs="?", const=True, default=False, help="resume the newest run, or this last.pt")
     add("--nosave", action="store_true", help="save checkpoints after the last epoch only")
     add("--noval", action="store_true", help="validate after the last epoch only")
@@ -112,13 +115,17 @@ def main(options: argparse.Namespace | TrainConfig, callbacks: Any = None, given
     processes = World.from_environment(config.local_rank)
     with process_group(processes) as world, explain_resource_errors(_sizes(config)):
         check_options(config, world.size)
+        if given is None and (config.resume or config.recipe != "yolov5"):
+            given = _given_options()
         if config.resume:
-            given = _given_options() if given is None else given
             checkpoint = resume_options(config, given, vars(build_parser().parse_args([])))
             check_options(config, world.size)
             hyp = Hyp.from_dict(checkpoint["hyp"], source=config.resume)
         else:
             checkpoint = None
+            if config.recipe != "yolov5" and "hyp" in given:
+                LOGGER.info(f"--hyp {config.hyp} holds, --recipe {config.recipe} chooses nothing")
+                config.recipe = "yolov5"
             hyp = Hyp.from_yaml(find_file(config.hyp, (".yaml", ".yml"), "--hyp"))
             run_folder(config.project, config.name)  # refused, if at all, before anything is read
         echo_options("train", config)
@@ -157,7 +164,7 @@ def train(
         LOGGER.info(device_line(device) + "\n")
         asked = config.batch_size
         with world.rank_zero_logging():
-            model, loaders = _prepare(hyp, config, device, checkpoint, world)
+            hyp, model, loaders = _prepare(hyp, config, device, checkpoint, world)
         if config.batch_size != asked:
             callbacks.run("on_params_update", {"batch_size": config.batch_size})
         callbacks.run("on_pretrain_routine_end")
@@ -178,7 +185,7 @@ def train(
 
 
 def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, Any] | None, world: Any) -> tuple:
-    """Makes the model, the loaders and then the run's folder; returns the first two.
+    """Makes the model, the loaders and then the run's folder; returns the recipe's hyperparameters and the first two.
 
     Here `config` is settled. What can be refused is so before the folder is there. The first process settles and
     writes.
@@ -186,7 +193,14 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
     from models.load import build_for_training
     from utils.autoanchor import check_anchors
     from utils.dataloaders.config import load_spec
-    from utils.train.prepare import absolute_data, build_loaders, fitting_batch_size, freeze_layers
+    from utils.train.prepare import (
+        absolute_data,
+        build_loaders,
+        choose_recipe,
+        fitting_batch_size,
+        freeze_layers,
+        load_tables,
+    )
     from utils.train.resume import check_dataset, check_names, checkpoint_errors
 
     with world.rank_zero_first():  # the first may have to download
@@ -208,18 +222,21 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
     config.imgsz = check_img_size(config.imgsz, stride, floor=2 * stride)
     if config.batch_size == -1:
         config.batch_size = fitting_batch_size(model, config, stride)
-    loaders = build_loaders(spec, stride, hyp, config, world)
+    tables = load_tables(spec, config, world)
+    if not checkpoint:
+        hyp = choose_recipe(hyp, config, len(tables["train"]))
+    loaders = build_loaders(spec, tables, stride, hyp, config, world)
     if checkpoint:
         if world.is_main:
             with checkpoint_errors(config.resume):
                 check_dataset(checkpoint, loaders.dataset, config.resume, config.data)
-        return model, loaders
+        return hyp, model, loaders
     if world.is_main:
         if model.head.has_anchors and not config.noautoanchor:
             check_anchors(loaders.train.dataset, model, hyp.anchor_t, config.imgsz, config.seed)
         model.half().float()  # as YOLOv5 does: what is trained and what is saved (float16) agree on the anchors
     _open_folder(hyp, config, loaders.train.dataset.table.rows, names, world)
-    return model, loaders
+    return hyp, model, loaders
 
 
 def _open_folder(hyp: Any, config: TrainConfig, rows: Any, names: dict[int, str], world: Any) -> None:

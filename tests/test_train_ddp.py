@@ -204,6 +204,14 @@ def test_early_stopping_ends_all(helper, launch, tiny_shapes, tmp_path, monkeypa
     assert (tmp_path / "exp" / "results.csv").read_text().count("\n") == 1 + 2  # the best, and one without gain
 
 
+def test_the_first_process_alone_finds_how_many_epochs_fit_into_hours(helper, launch, tiny_shapes, tmp_path):
+    options = {**SMALL, "data": str(tiny_shapes), "epochs": 9, "hours": 0.0, "noplots": True, "project": str(tmp_path)}
+    helper.start(launch(own_rank=1), options)
+    assert train.run(**options).epochs == 1
+    assert helper.answer() == "done"
+    assert (tmp_path / "exp" / "results.csv").read_text().count("\n") == 1 + 1
+
+
 def test_a_callback_of_the_first_process_stops_all(helper, launch, tiny_shapes, tmp_path):
     callbacks, seen = Callbacks(), []
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +21,23 @@ from torch import Tensor, nn
 
 from utils.autobatch import autobatch
 from utils.dataloaders.config import SPLITS, DataSpec
-from utils.dataloaders.labels import load_labels
+from utils.dataloaders.labels import LabelTable, load_labels
 from utils.dataloaders.loader import QUAD, create_dataloader
 from utils.devices import resolve_amp
 from utils.downloads import file_name_of
 from utils.errors import UserError, make_divisible
 from utils.eval.coco import COCO80_TO_91, category_ids
+from utils.files import ROOT
 from utils.log import LOGGER
 from utils.train.distributed import ALONE, World
 from utils.train.fingerprint import dataset_record, versions_here
 from utils.train.hyp import Hyp
+from utils.train.optim import Schedule
 
 COCO_IOU_THRES = 0.65
 VAL_PAD = 0.5  # of a stride, around validation's rectangles
+SMALL_HYP = ROOT / "data" / "hyps" / "hyp.small.yaml"
+SMALL_STEPS = 1000  # optimizer steps below which `--recipe auto` takes it: a guess (60 epochs of 205 images have 262)
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # those with which cuBLAS gives the same result every time
 
@@ -43,13 +48,15 @@ class TrainConfig:
 
     A resumed run takes over the interrupted one's (`utils.train.resume`). What depends on the model and its data is
     settled once, in train.py: `data` becomes absolute, `imgsz` a multiple of the stride, `batch_size` of -1 what fits,
-    `save_dir` the run's folder. `epochs` becomes what fits into `hours` after the first.
+    `save_dir` the run's folder, a `recipe` of auto one of the others, with its file in `hyp`. After the first epoch
+    `epochs` becomes what fits into `hours`.
     """
 
     weights: str
     cfg: str
     data: str | Mapping[str, Any]
     hyp: str
+    recipe: str
     epochs: int
     hours: float | None  # None: no limit
     batch_size: int  # over all processes
@@ -199,24 +206,63 @@ def fitting_batch_size(model: nn.Module, config: TrainConfig, stride: int) -> in
     return max(fitting // QUAD * QUAD, QUAD) if config.quad else fitting
 
 
-def build_loaders(spec: DataSpec, stride: int, hyp: Hyp, config: TrainConfig, world: World = ALONE) -> Loaders:
-    """Makes the loaders: augmented squares (or rectangles with `--rect`), and rectangles for validation.
-
-    Of several processes the first scans the labels, and the others find what it kept; images are cached by the first
-    of each machine, for all.
+def load_tables(spec: DataSpec, config: TrainConfig, world: World = ALONE) -> dict[str, LabelTable]:
+    """Reads the labels of "train", and for the first process of "val"; the others find what it kept.
 
     Raises:
         UserError: no images, no labels, or labels that are wrong.
     """
+    with world.rank_zero_first():
+        return {
+            split: load_labels(getattr(spec, split), spec, config.single_cls, config.workers, prefix=f"{split}: ")
+            for split in (("train", "val") if world.is_main else ("train",))
+        }
+
+
+def choose_recipe(hyp: Hyp, config: TrainConfig, images: int) -> Hyp:
+    """Returns the hyperparameters of `--recipe`, and settles it in `config`; `--label-smoothing` stays.
+
+    Auto takes the recipe for small data where YOLOv5's would make too few optimizer steps of the images to train on.
+    What `--hours` leaves of the epochs is not known yet.
+
+    Args:
+        hyp: YOLOv5's.
+        config: its batch size settled.
+        images: to train on.
+    """
+    if config.recipe == "auto":
+        batches = math.ceil(images / config.batch_size)
+        steps = Schedule(hyp, config.epochs, batches, config.batch_size).steps
+        few = steps < SMALL_STEPS
+        config.recipe = "small" if few else "yolov5"
+        LOGGER.info(
+            f"--recipe auto: {config.recipe}, as YOLOv5's makes {steps} optimizer steps of this run, "
+            f"{'fewer than' if few else 'at least'} {SMALL_STEPS}"
+        )
+    if config.recipe == "yolov5":
+        return hyp
+    config.hyp = str(SMALL_HYP)
+    return replace(Hyp.from_yaml(SMALL_HYP), label_smoothing=hyp.label_smoothing)
+
+
+def build_loaders(
+    spec: DataSpec, tables: Mapping[str, LabelTable], stride: int, hyp: Hyp, config: TrainConfig, world: World = ALONE
+) -> Loaders:
+    """Makes the loaders: augmented squares (or rectangles with `--rect`), and rectangles for validation.
+
+    Args:
+        spec: the data set.
+        tables: its labels, of `load_tables`.
+        stride: the model's grid.
+        hyp: hyperparameters.
+        config: the options, sound.
+        world: of its processes the first of each machine caches the images, for all.
+    """
     batch_size = config.batch_size
     loading = {"workers": config.workers, "neighbours": world.local_size, "seed": config.seed}
     with world.rank_zero_first():
-        table = load_labels(spec.train, spec, config.single_cls, config.workers, prefix="train: ")
-        if world.is_main:
-            val_table = load_labels(spec.val, spec, config.single_cls, config.workers, prefix="val: ")
-    with world.rank_zero_first():
         train, _ = create_dataloader(
-            table,
+            tables["train"],
             config.imgsz,
             batch_size,
             stride,
@@ -236,9 +282,9 @@ def build_loaders(spec: DataSpec, stride: int, hyp: Hyp, config: TrainConfig, wo
         return Loaders(train, None, config.imgsz, stride, {}, {})
     cache = None if config.noval else "ram" if config.cache == "val" else config.cache
     val, _ = create_dataloader(
-        val_table, config.imgsz, 2 * batch_size, stride, cache=cache, pad=VAL_PAD, rect=True, **loading
+        tables["val"], config.imgsz, 2 * batch_size, stride, cache=cache, pad=VAL_PAD, rect=True, **loading
     )
-    record = dataset_record(spec, {"train": table, "val": val_table})
+    record = dataset_record(spec, tables)
     return Loaders(train, val, config.imgsz, stride, final_keywords(spec), record)
 
 

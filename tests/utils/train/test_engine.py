@@ -226,6 +226,37 @@ def test_label_smoothing_of_the_file_holds_unless_the_option_is_given(
     assert made == [smoothing] and Hyp.from_yaml(tmp_path / "exp" / "hyp.yaml").label_smoothing == smoothing
 
 
+@pytest.mark.parametrize(
+    ("given", "kept", "file"),
+    [
+        ({}, "yolov5", "hyp.scratch-low.yaml"),
+        ({"recipe": "auto"}, "small", "hyp.small.yaml"),
+        ({"recipe": "small", "optimizer": "AdamW", "label_smoothing": 0.1}, "small", "hyp.small.yaml"),
+        ({"recipe": "auto", "hyp": HYP}, "yolov5", "hyp.scratch-low.yaml"),  # the default, but stated
+        ({"recipe": "small", "hyp": HYP.with_name("hyp.scratch-med.yaml")}, "yolov5", "hyp.scratch-med.yaml"),
+    ],
+)
+def test_a_recipe_is_kept_with_the_run_and_a_stated_file_wins(given, kept, file, options, tmp_path, caplog):
+    caplog.set_level("INFO", "yolov5")
+    with pytest.raises(KeyboardInterrupt):
+        train.run(stopping_at(3), **{**options, **given})
+    expected = dataclasses.replace(
+        Hyp.from_yaml(HYP.with_name(file)), label_smoothing=given.get("label_smoothing", 0.0)
+    )
+    last = load_checkpoint(tmp_path / "exp" / "weights" / "last.pt")
+    recorded = read_yaml(tmp_path / "exp" / "opt.yaml")
+    assert Hyp.from_dict(last["hyp"]) == Hyp.from_yaml(tmp_path / "exp" / "hyp.yaml") == expected
+    for opt in (last["opt"], recorded):
+        assert (opt["recipe"], Path(opt["hyp"]).name) == (kept, file)
+    assert last["optimizer"]["name"] == given.get("optimizer", "SGD")
+    assert ("holds, --recipe" in caplog.text) == ("hyp" in given)
+    caplog.clear()
+    seen, callbacks = [], Callbacks()
+    callbacks.register_action("on_train_start", callback=lambda trainer: seen.append(trainer.hyp))
+    train.run(callbacks, resume=str(tmp_path / "exp" / "weights" / "last.pt"))
+    assert seen == [expected] and "--recipe" not in caplog.text
+
+
 def test_a_label_smoothing_that_leaves_nothing_to_learn_is_refused_before_anything_is_written(options, tmp_path):
     with pytest.raises(UserError, match="--label-smoothing 1 .* below 1"):
         train.run(**{**options, "project": str(tmp_path / "runs")}, label_smoothing=1.0)

@@ -1,5 +1,6 @@
 """What is settled before a run starts: options that are refused, frozen layers, loaders, reproducibility."""
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -228,6 +229,27 @@ def test_only_coco_has_its_own_threshold_and_results_file():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "batch_size", "chosen", "said"),
+    [
+        # 205 images in batches of 16: 54 steps in eight epochs of warm-up, then 4 in each
+        ("auto", 244, 16, "small", "small, as YOLOv5's makes 998 optimizer steps of this run, fewer than 1000"),
+        ("auto", 245, 16, "yolov5", "yolov5, as YOLOv5's makes 1002 optimizer steps of this run, at least 1000"),
+        ("auto", 999, 205, "small", "small, as YOLOv5's makes 999 optimizer steps of this run, fewer than 1000"),
+        ("small", 300, 16, "small", ""),
+        ("yolov5", 1, 16, "yolov5", ""),
+    ],
+)
+def test_a_recipe_is_chosen_by_the_steps_of_the_run(recipe, epochs, batch_size, chosen, said, caplog):
+    caplog.set_level(logging.INFO, "yolov5")
+    config = config_of(recipe=recipe, epochs=epochs, batch_size=batch_size)
+    hyp = prepare.choose_recipe(dataclasses.replace(Hyp.from_yaml(HYP), label_smoothing=0.1), config, images=205)
+    file = {"small": HYP.with_name("hyp.small.yaml"), "yolov5": HYP}[chosen]
+    assert (config.recipe, config.hyp) == (chosen, str(file))
+    assert hyp == dataclasses.replace(Hyp.from_yaml(file), label_smoothing=0.1)
+    assert [message.removeprefix("--recipe auto: ") for message in caplog.messages] == [said] * bool(said)
+
+
 CACHES = {
     None: (ImageFiles, ImageFiles),
     "ram": (RamImages, RamImages),
@@ -237,7 +259,8 @@ CACHES = {
 
 
 def loaders_of(data, world=ALONE, **switches):
-    return prepare.build_loaders(load_spec(str(data)), 32, Hyp.from_yaml(HYP), config_of(**switches), world)
+    spec, config = load_spec(str(data)), config_of(**switches)
+    return prepare.build_loaders(spec, prepare.load_tables(spec, config, world), 32, Hyp.from_yaml(HYP), config, world)
 
 
 @pytest.mark.parametrize("cache", CACHES)
