@@ -135,18 +135,32 @@ def test_the_next_epochs_batches_are_begun_before_validation(options, monkeypatc
     assert events == (late if image_weights else early)
 
 
-def test_the_last_epochs_have_no_mosaics_where_the_hyperparameters_say_so(options, tmp_path, monkeypatch):
-    """With worker processes, which live on and begin each epoch during the validation before it."""
-    train_batch, mosaics = engine.Trainer._train_batch, {}
+@pytest.mark.parametrize(("fitting", "expected"), [(3, [True, True, False]), (2, [True, False])])
+def test_the_last_epochs_have_no_mosaics_where_the_hyperparameters_say_so(
+    fitting, expected, options, tmp_path, monkeypatch
+):
+    """Also where --hours leaves fewer, with workers, which begin each epoch during the validation before it.
+
+    Of three epochs what is begun is used, of two the second one is begun with mosaics and then anew without.
+    """
+    train_batch, start, mosaics, begun = engine.Trainer._train_batch, DetectionLoader.start, {}, []
+
+    def started(loader):
+        if loader.keys.shuffle and loader._ahead is None:
+            begun.append((loader.keys.epoch, loader.keys.mosaic))
+        return start(loader)
 
     def trained(trainer, batch, epoch, index):
         mosaics.setdefault(epoch, set()).update(shapes is None for shapes in batch.shapes)
         return train_batch(trainer, batch, epoch, index)
 
     monkeypatch.setattr(engine.Trainer, "_train_batch", trained)
-    (tmp_path / "hyp.yaml").write_text(HYP.read_text() + "close_mosaic: 0.34\n")  # one of three
-    train.run(**{**options, "workers": 2, "hyp": str(tmp_path / "hyp.yaml")})
-    assert mosaics == {0: {True}, 1: {True}, 2: {False}}
+    monkeypatch.setattr(DetectionLoader, "start", started)
+    monkeypatch.setattr(engine, "fitting_epochs", lambda *_: fitting)
+    (tmp_path / "hyp.yaml").write_text(HYP.read_text() + "close_mosaic: 0.34\n")  # one epoch of three, and of two
+    train.run(**{**options, "workers": 2, "hyp": str(tmp_path / "hyp.yaml"), "hours": 1.0})
+    assert mosaics == {epoch: {mosaic} for epoch, mosaic in enumerate(expected)}
+    assert begun == ([(0, True), (1, True), (2, False)] if fitting == 3 else [(0, True), (1, True), (1, False)])
 
 
 @pytest.mark.parametrize("hook", ["on_val_start", "on_fit_epoch_end"])
