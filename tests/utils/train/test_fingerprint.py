@@ -106,7 +106,7 @@ def rename_image(run: Path) -> None:
 CHANGES = {
     "written again": (in_checkpoint(lambda content: None), ""),
     "memory format, order": (in_checkpoint(memory_and_order), ""),
-    "workers, paths": (update("opt", workers=0, project="/b"), ""),
+    "workers, paths": (update("opt", workers=0, project="/b", recipe="small"), ""),
     "a weight's last bit": (in_checkpoint(next_bit), "last.pt"),
     "a weight more": (update("model", b=torch.zeros(1)), "last.pt"),
     "a weight's name": (in_checkpoint(rename_weight), "last.pt"),
