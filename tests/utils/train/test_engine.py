@@ -384,6 +384,7 @@ def test_the_progress_line_tells_how_long_the_run_goes_on(options, clock, tmp_pa
         (20, False, 1, "an epoch takes 35.0 s, 1 epoch fits instead of 4"),
         (9999, False, 4, "an epoch takes 35.0 s, all 4 epochs fit"),
         (105, True, 3, "an epoch takes 30.0 s, 3 epochs fit instead of 4"),  # 3 * 30, three validations
+        (104, True, 2, "an epoch takes 30.0 s, 2 epochs fit instead of 4"),
     ],
 )
 def test_hours_set_the_number_of_epochs_after_the_first(seconds, noval, epochs, said, options, clock, tmp_path, caplog):
