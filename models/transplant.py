@@ -54,7 +54,6 @@ FIT_IMAGES = 96  # images whose maps they see; the gradient steps see all
 RIDGE = 1e-2  # pull towards the twin's filters, as a share of the inputs' mean variance
 FREE_RIDGE = 1e-3  # pull towards zero where there are none
 RIDGE_OF_HEAD = 1e-3
-ROUNDING = 1e-4  # share of the inputs' mean square that counts as noise: bfloat16 has eight bits
 CHUNK = 32_000_000  # numbers that side-by-side problems may hold at a time
 HEAD_BATCHES = 16  # recorded batches that the head's fit and batch norm see
 MIN_IMAGES = 32
@@ -78,11 +77,11 @@ class LeastSquares:
         x, y = x - self.x0, y - self.y0
         wx, wy = (x, y) if weights is None else (x * weights[:, None], y * weights[:, None])
         self.total += x.shape[-2] if weights is None else weights.sum().item()
-        self.gram = self.gram + (wx.mT @ x).cpu().double()  # not every GPU has float64
-        self.cross = self.cross + (wx.mT @ y).cpu().double()
-        self.sum_x = self.sum_x + wx.sum(-2).cpu().double()
-        self.sum_y = self.sum_y + wy.sum(-2).cpu().double()
-        self.power = self.power + (wy * y).sum(-2).cpu().double()
+        with torch.autocast(x.device.type, enabled=False):  # it would multiply in 16 bits
+            products = (wx.mT @ x, wx.mT @ y, wx.sum(-2), wy.sum(-2), (wy * y).sum(-2))
+        gram, cross, sum_x, sum_y, power = (one.cpu().double() for one in products)  # not every GPU has float64
+        self.gram, self.cross, self.power = self.gram + gram, self.cross + cross, self.power + power
+        self.sum_x, self.sum_y = self.sum_x + sum_x, self.sum_y + sum_y
 
     def solve(self, ridge: float, towards: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Minimises the mean squared error plus a pull of the weights towards `towards` (..., o, d), or zero.
@@ -94,13 +93,8 @@ class LeastSquares:
         gram = self.gram / self.total - mean_x[..., :, None] * mean_x[..., None, :]
         cross = self.cross / self.total - mean_x[..., :, None] * mean_y[..., None, :]
         variance = (self.power / self.total - mean_y.square()).clamp(min=1e-12)
-        # Values in bfloat16 are rounded to a share of themselves, however little they vary: that is noise, too
         centre_x = self.x0.cpu().double()[..., 0, :] + mean_x
-        pull = (
-            (ridge * gram.diagonal(dim1=-2, dim2=-1) + ROUNDING * centre_x.square())
-            .mean(-1)
-            .clamp(min=1e-12)[..., None, None]
-        )
+        pull = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[..., None, None]
         right = cross if towards is None else cross + pull * towards.cpu().double().mT
         weight = torch.linalg.solve(gram + pull * torch.eye(gram.shape[-1], dtype=torch.float64), right)  # (..., d, o)
         error = variance + (weight * (gram @ weight - 2 * cross)).sum(-2)

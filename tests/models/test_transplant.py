@@ -84,6 +84,18 @@ def test_least_squares_are_those_of_a_solver_in_whatever_parts_the_samples_come(
     torch.testing.assert_close(r2, 1 - error / variance, atol=1e-4, rtol=0)
 
 
+def test_autocast_takes_no_digits():
+    """Products of 16 bits would make noise of what is nearly collinear."""
+    x = torch.randn(200, 1) + 0.01 * torch.randn(200, 8)
+    y, found = x.sum(1, keepdim=True), []
+    for enabled in (False, True):
+        squares = LeastSquares()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            squares.add(x, y)
+        found.append(squares.solve(1e-4)[0])
+    assert torch.equal(*found)
+
+
 def test_a_strong_pull_gives_the_weights_that_it_pulls_towards():
     x, y = torch.randn(50, 3), torch.randn(50, 2)
     squares, towards = LeastSquares(), torch.tensor([[1.0, 2, 3], [4, 5, 6]])
@@ -199,6 +211,15 @@ def test_gradient_steps_bring_the_logits_nearer_and_leave_the_backbone(cfg):
                 assert torch.equal(student.state_dict()[key], value)
         assert all(norm.momentum == 0.03 for norm in student.modules() if isinstance(norm, nn.BatchNorm2d))
     assert errors[1] < errors[0]
+
+
+def test_sixteen_bits_fit_as_well(cfg):
+    teacher, found = drawn(cfg(), 0, lively=True), []
+    for dtype in (None, torch.bfloat16):
+        student = drawn(cfg("GSConv", "VoVGSCSP"), 1)
+        found.append([fit.r2 for fit in inherit(student, teacher, coarse_images(), steps=1, dtype=dtype)])
+        assert all(value.dtype != torch.bfloat16 for value in student.state_dict().values())
+    assert found[0] == pytest.approx(found[1], abs=0.02)
 
 
 def test_the_same_seed_gives_the_same_model(cfg):

@@ -39,7 +39,7 @@ CHECKPOINTS = ("best.pt", "last.pt")
 SPLITS = ("train", "val")
 # Options that name files and folders, whose content counts instead, or that do not touch the result.
 NOT_COUNTED = frozenset(
-    "weights cfg data hyp recipe project name save_dir exist_ok resume device local_rank workers cache noplots "
+    "weights cfg data hyp recipe hours project name save_dir exist_ok resume device local_rank workers cache noplots "
     "save_period".split()
 )
 READING_THREADS = 8
