@@ -54,16 +54,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=number(int, 0), default=8, help="data loader processes (at most one per core)")
     add("--single-cls", action="store_true", help="treat all classes as one")
     add("--augment", action="store_true", help="test-time augmentation (3 scales, flip)")
-    add("--verbose", action="store_true", help="list every class even when they are many")
+    add("--verbose", action="store_true", help="list every class even when there are many")
     add("--save-txt", action="store_true", help="write detections as label files: labels/*.txt")
     add(
         "--save-hybrid",
         action="store_true",
-        help="write labels among them, from before NMS; the figures then mean nothing",
+        help="add the labels before NMS (hybrid labels); the metrics then mean nothing",
     )
     add("--save-conf", action="store_true", help="write confidences into the label files as well")
     add("--save-json", action="store_true", help="write detections as COCO results (JSON)")
-    add("--coco-metrics", action="store_true", help="print COCO's twelve figures as well")
+    add("--coco-metrics", action="store_true", help="print COCO's twelve metrics as well")
     add("--project", default=str(ROOT / "runs" / "val"), help="folder of the runs")
     add("--name", default="exp", help="the run's folder in it")
     add("--exist-ok", action="store_true", help="write into an existing folder")

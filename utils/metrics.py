@@ -1,7 +1,7 @@
 """Detection metrics: which detections are right, average precision with its curves, the confusion matrix, fitness.
 
 Matched for every IoU threshold on its own. Sorts are stable: of detections with equal confidence the one that came
-first ranks first. COCO's twelve figures are in `utils.eval.coco`; curves and matrix are drawn by
+first ranks first. COCO's twelve metrics are in `utils.eval.coco`; curves and matrix are drawn by
 `utils.plots.evaluation`.
 """
 

@@ -1,4 +1,4 @@
-"""COCO's twelve figures, for any data set with YOLO labels, and its prediction files.
+"""COCO's twelve metrics, for any data set with YOLO labels, and its prediction files.
 
 The ground truth is built in memory from the labels that were evaluated, or read from an annotation file, which also
 says what numbers COCO results give to images and categories. The computation is faster-coco-eval's or pycocotools',

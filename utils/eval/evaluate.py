@@ -56,7 +56,7 @@ class EvalOptions:
         categories: category of every class for the JSON, where `annotations` does not tell; None takes class numbers.
         annotations: COCO annotation file. Where it exists and has the data set's class names, the JSON carries its
             numbers of categories; where it lists all images as well, theirs, and mAP is what COCO's computation says.
-        coco_metrics: compute and log COCO's twelve figures.
+        coco_metrics: compute and log COCO's twelve metrics.
         verbose: list single classes even when they are many.
         training: log the overall row alone.
         quiet: log no figures at all.
