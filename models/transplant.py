@@ -626,7 +626,6 @@ def build_parser() -> CommandParser:
     add("--batch-size", type=number(int, 2), default=16, help="images per batch")
     add("--images", type=number(int, MIN_IMAGES), default=416, help="augmented training images to fit on")
     add("--steps", type=number(int, 0), help="gradient steps; default: 60, or none where every C3 is kept")
-    add("--hyp", default=str(ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"), help="hyperparameter YAML: augmentation")
     add("--device", default="", help="cpu, mps, or a CUDA device such as 0")
     add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto", help="mixed precision")
     add("--workers", type=number(int, 0), default=8, help="data loader processes (at most one per core)")
@@ -677,13 +676,14 @@ def convert(options: argparse.Namespace, folder: Path) -> tuple[EvalResult, Eval
         raise UserError(f"--cfg {cfg} and --weights {path}: {error}") from error
     trained = (weights.meta["opt"] or {}).get("imgsz")
     imgsz = options.imgsz or (trained if isinstance(trained, int) else DEFAULT_IMGSZ)
-    imgsz = check_img_size(imgsz, stride := int(max(teacher.stride)))
+    stride = int(max(teacher.stride))
+    imgsz = check_img_size(imgsz, stride)
     table = load_labels(spec.train, spec, False, options.workers, "train: ", need_labels=False)
     if len(table) < MIN_IMAGES:
         raise UserError(
             f"{len(table)} training images are too few to fit a model on: at least {MIN_IMAGES} are needed."
         )
-    hyp = read_yaml(find_file(options.hyp, (".yaml", ".yml"), "--hyp"))
+    hyp = read_yaml(ROOT / "data" / "hyps" / "hyp.scratch-low.yaml")  # its augmentation
     loading = {"workers": options.workers, "seed": options.seed}
     loader, _ = create_dataloader(
         table, imgsz, options.batch_size, stride, hyp=hyp, augment=True, shuffle=True, **loading
