@@ -622,7 +622,13 @@ def build_parser() -> CommandParser:
     add("--weights", default="", help="trained dense model; default: the newest runs/train/*/weights/best.pt")
     add("--cfg", required=True, help="model YAML of the slim model, such as yolov5s-slimneck.yaml")
     add("--data", default="", help="data set YAML; default: the one that the model was trained on")
-    add("--imgsz", "--img", "--img-size", type=number(int, 32, MAX_IMAGE_SIDE_PX), help="image side in px")
+    add(
+        "--imgsz",
+        "--img",
+        "--img-size",
+        type=number(int, 32, MAX_IMAGE_SIDE_PX),
+        help="image side in px; default: as trained, else 640",
+    )
     add("--batch-size", type=number(int, 2), default=16, help="images per batch")
     add("--images", type=number(int, MIN_IMAGES), default=416, help="augmented training images to fit on")
     add("--steps", type=number(int, 0), help="gradient steps; default: 60, or none where every C3 is kept")
@@ -655,7 +661,9 @@ def convert(options: argparse.Namespace, folder: Path) -> tuple[EvalResult, Eval
     (path,) = find_weights(options.weights)
     weights = read_weights(path)
     teacher = load_model(path, device).to(memory_format=torch.channels_last)
-    spec = load_spec(options.data or weights.meta["data"] or "")
+    if not (options.data or weights.meta["data"]):
+        raise UserError(f"{path} does not say which data set it was trained on: give --data.")
+    spec = load_spec(options.data or weights.meta["data"])
     known, wanted = (
         [str(name).strip().lower() for _, name in sorted(one.items())] for one in (teacher.names, spec.names)
     )

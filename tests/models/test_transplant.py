@@ -300,6 +300,11 @@ def test_the_command_writes_a_checkpoint_that_every_command_takes(dense, cfg, tm
     assert "row   3  GSConv for Conv" in caplog.text and f"{before.map:.4f} -> {after.map:.4f}" in caplog.text
 
 
+def test_weights_that_name_no_data_need_them(cfg, write_checkpoint, tmp_path):
+    with pytest.raises(UserError, match=r"does not say which data set it was trained on: give --data"):
+        run(str(write_checkpoint(data=None)), cfg("GSConv"), tmp_path / "runs")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
