@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from models import transplant
-from models.common import Conv, GSConv
+from models.common import Conv, GSBottleneck, GSConv
 from models.load import load_model
 from models.transplant import LeastSquares, check_rows, fit_conv, inherit, match, patches_at, shuffled
 from models.yolo import Model
+from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
 ANCHORS = "anchors: [[10, 13, 16, 30, 33, 23], [30, 61, 62, 45, 59, 119]]\ndepth_multiple: 1.0\nwidth_multiple: 1.0\n"
@@ -197,6 +198,48 @@ def test_rows_give_what_their_twins_give(cfg, conv, c3, n, least):
     assert torch.equal(student.head.anchors, teacher.head.anchors) and not student.training
 
 
+def test_the_pull_is_towards_the_twins_filters_in_the_order_of_the_inputs(cfg, monkeypatch):
+    teacher, student, given = drawn(cfg(), 0, lively=True), drawn(cfg("GSConv", "VoVGSCSP"), 1), {}
+    fit_head = transplant._fit_head
+    monkeypatch.setattr(transplant, "_fit_head", lambda *parts: given.update(parts[3]) or fit_head(*parts))
+    monkeypatch.setattr(transplant, "RIDGE", 1e6)
+    monkeypatch.setattr(transplant, "RIDGE_OF_HEAD", 1e6)
+    inherit(student, teacher, coarse_images(), steps=0)
+    assert given[3].tolist() != list(range(16)) and torch.equal(given[6], torch.cat((given[5], given[3] + 32)))
+    dense = given[4][torch.argsort(shuffled(torch.arange(32)))[:16]]  # channels of the twin that row 4 computes densely
+    wanted = [
+        (student.model[4].cv1, transplant.folded_weight(teacher.model[4], given[3])[dense]),
+        (student.model[7].cv1, transplant.folded_weight(teacher.model[7].cv1, given[6])),
+    ]
+    for block, weight in wanted:
+        torch.testing.assert_close(transplant.folded_weight(block), weight, atol=1e-3, rtol=1e-3)
+    own, twin = (transplant.folded_weight(model.model[7].cv3) for model in (student, teacher))
+    torch.testing.assert_close(own[:, :16], twin[:, 16:], atol=1e-3, rtol=1e-3)  # the passed branch comes first here
+    torch.testing.assert_close(own[:, 16:].sum(1), twin[:, :16].sum(1), atol=1e-3, rtol=1e-3)
+    for layer, original, row in zip(student.head.m, teacher.head.m, (7, 4), strict=True):
+        torch.testing.assert_close(layer.weight, original.weight[:, given[row]], atol=1e-3, rtol=1e-3)
+
+
+def test_the_shortcut_of_a_bottleneck_takes_its_share():
+    """A twin that is linear in its input: neither of the GSConvs could give that."""
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cv1 = Conv(8, 8).eval()
+            self.map = nn.Conv2d(8, 8, 1)
+
+        def forward(self, maps):
+            return self.map(maps)
+
+    torch.manual_seed(0)
+    block, twin = GSBottleneck(8, 8, e=1.0).eval().requires_grad_(False), Linear().requires_grad_(False)
+    inputs = [torch.randn(4, 8, 12, 12) for _ in range(2)]
+    targets, order = transplant.fit_bottleneck(block, [twin], inputs, inputs, torch.Generator().manual_seed(0))
+    wanted, given = torch.cat(targets)[:, order], torch.cat([block(maps) for maps in inputs])
+    assert ((given - wanted).square().mean((0, 2, 3)) < 0.01 * wanted.var((0, 2, 3))).all()
+
+
 def test_gradient_steps_bring_the_logits_nearer_and_leave_the_backbone(cfg):
     teacher, images = drawn(cfg(), 0, lively=True), coarse_images(8)
     errors = []
@@ -293,6 +336,7 @@ def test_the_command_writes_a_checkpoint_that_every_command_takes(dense, cfg, tm
     before, after = run(dense, cfg("GSConv", "VoVGSCSP"), tmp_path, "--steps", "3")
     file = tmp_path / "exp" / "weights" / "best.pt"
     model = load_model(file)
+    assert {value.dtype for value in load_checkpoint(file)["model"].values()} == {torch.float16, torch.int64}
     assert [type(row).__name__ for row in model.model][3:8:4] == ["GSConv", "VoVGSCSP"]
     assert model.names == {0: "circle", 1: "square", 2: "triangle", 3: "star"}
     figures, _, _ = val.run(weights=str(file), plots=False, project=str(tmp_path), device="cpu", workers=0, imgsz=64)
