@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("benchmarks/neck.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--size", default="s", choices=tuple("nsmlx"), help="size of the models")
+    add("--models", nargs="+", help="names of model YAMLs; the first is compared with; default: all necks of --size")
     add("--imgsz", "--img", "--img-size", type=number(int, 32), default=640, help="image side in pixels")
     add("--repeats", type=number(int, 1), default=30, help="rounds; the median counts")
     add("--threads", type=number(int, 1), default=os.cpu_count(), help="threads of each runtime")
@@ -84,7 +85,7 @@ def main(options: argparse.Namespace) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         entries = write_graphs(Path(folder), options)
-        line = ["--folder", folder, "--size", options.size, "--clock", options.clock]
+        line = ["--folder", folder, "--clock", options.clock]
         line += ["--imgsz", options.imgsz, "--repeats", options.repeats, "--threads", options.threads]
         results = [measured(__file__, *line, "--measure", runtime) for runtime in options.runtimes]
     how = f"{options.imgsz} px, batch 1, median of {options.repeats} ({options.clock} time)"
@@ -103,7 +104,7 @@ def write_graphs(folder: Path, options: argparse.Namespace) -> list[Entry]:
 
     entries = []
     image = torch.zeros(1, 3, options.imgsz, options.imgsz)
-    for name in model_names(options.size):
+    for name in options.models or [f"yolov5{options.size}{neck}" for neck in NECKS]:
         for form, module in both_forms(name, options.imgsz).items():
             file = folder / f"{name} {form}.onnx"
             export(module, image, file)
@@ -112,11 +113,6 @@ def write_graphs(folder: Path, options: argparse.Namespace) -> list[Entry]:
             entries.append(Entry(name, form, parameters, count_gflops(module, image), nodes, str(file)))
     (folder / LIST).write_text(json.dumps([asdict(entry) for entry in entries]))
     return entries
-
-
-def model_names(size: str) -> list[str]:
-    """Returns the models of a size; the first is the one with the C3 neck."""
-    return [f"yolov5{size}{neck}" for neck in NECKS]
 
 
 def both_forms(name: str, imgsz: int) -> dict[str, Any]:
@@ -252,10 +248,10 @@ LOADERS: dict[str, Callable[[Sequence[Entry], Any, int], tuple[list[Run], str]]]
 
 
 def print_table(entries: Sequence[Entry], results: Sequence[dict[str, Any]]) -> None:
-    """Prints a line for each model and form: costs, and for each runtime ms and two shares of the C3 neck's time."""
+    """Prints a line for each model and form: costs, and for each runtime ms and two shares of the first one's."""
     for result in results:
         print(f"{result['runtime']} {result['version']}")
-    print("ms; in brackets the share of the C3 neck's time, of the same form's and of the one's as trained")
+    print("ms; in brackets the share of the first model's time, of the same form's and of the one's as trained")
     header = f"{'model':20} {'form':11} {'parameters':>10} {'GFLOPs':>6} {'nodes':>5}"
     print(header + "".join(f"{result['runtime']:>23}" for result in results))
     for place, entry in enumerate(entries):
