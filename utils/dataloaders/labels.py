@@ -286,7 +286,7 @@ def scan_images(
             bar.set_description_str(f"{desc} {counts}", refresh=False)
             bar.update(table.counts.total)
     if problems:
-        raise UserError(_describe_problems(problems))
+        raise UserError(describe_problems(problems))
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(table, name) for table in tables])
@@ -491,7 +491,8 @@ def _encoding_problem(content: bytes) -> str:
     return ""
 
 
-def _describe_problems(problems: Sequence[LabelProblem]) -> str:
+def describe_problems(problems: Sequence[LabelProblem]) -> str:
+    """Words the first of some problems, and how many more there are."""
     first = problems[0]
     where = f"{first.path}, line {first.line}" if first.line else first.path
     more = ""
