@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--weights", default="", help="checkpoint to start from; none trains from scratch")
     add("--cfg", default="", help="model YAML, such as yolov5s-slimneck.yaml; default: the checkpoint's own")
+    add("--no-inherit", action="store_true", help="fit nothing to --weights: take over only what is the same in --cfg")
     add("--data", default=str(ROOT / "data" / "shapes.yaml"), help="data set YAML")
     add("--hyp", default=str(ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"), help="hyperparameter YAML")
     recipe_help = "hyperparameters without --hyp: YOLOv5's, hyp.small.yaml, or (auto) that for runs of few steps"
@@ -190,7 +191,7 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
     Here `config` is settled. What can be refused is so before the folder is there. The first process settles and
     writes.
     """
-    from models.load import build_for_training
+    from models.load import build_for_training, read_weights
     from utils.autoanchor import check_anchors
     from utils.dataloaders.config import load_spec
     from utils.train.prepare import (
@@ -210,11 +211,10 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
         if checkpoint:
             with checkpoint_errors(config.resume):
                 check_names(checkpoint, names, config.resume, config.data)
-            model = build_for_training(checkpoint["yaml"], "", names, config.seed, source=config.resume)
+            model = build_for_training(checkpoint["yaml"], names, config.seed, source=config.resume, verbose=False)
         else:
-            model = build_for_training(config.cfg, config.weights, names, config.seed, hyp.anchors)
-    if not checkpoint and config.noautoanchor and isinstance(model.yaml.get("anchors"), int):
-        raise UserError("--noautoanchor: this model's YAML has no anchors of its own (`anchors: 3`). Leave it out.")
+            given = read_weights(config.weights) if config.weights else None
+            model = _new_model(given, names, hyp, config)
     if len(names) == 1 and hyp.label_smoothing:
         LOGGER.warning("WARNING: --label-smoothing has no effect: one class (as of --single-cls) has no class loss")
     freeze_layers(model, config.freeze)
@@ -231,12 +231,57 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
             with checkpoint_errors(config.resume):
                 check_dataset(checkpoint, loaders.dataset, config.resume, config.data)
         return hyp, model, loaders
-    if world.is_main:
+    if world.is_main:  # whose weights the others are given
+        if given:
+            _start_from(given, model, tables["train"], hyp, config)
         if model.head.has_anchors and not config.noautoanchor:
             check_anchors(loaders.train.dataset, model, hyp.anchor_t, config.imgsz, config.seed)
         model.half().float()  # as YOLOv5 does: what is trained and what is saved (float16) agree on the anchors
     _open_folder(hyp, config, loaders.train.dataset.table.rows, names, world)
     return hyp, model, loaders
+
+
+def _new_model(weights: Any, names: dict[int, str], hyp: Any, config: TrainConfig) -> Any:
+    """Builds `--cfg`, or what `models.load.Weights` are of, with initial weights."""
+    from models.load import build_for_training
+
+    cfg, source = (config.cfg, "") if config.cfg else (weights.yaml, weights.path)
+    model = build_for_training(cfg, names, config.seed, hyp.anchors, source)
+    if config.noautoanchor and isinstance(model.yaml.get("anchors"), int):
+        raise UserError("--noautoanchor: this model's YAML has no anchors of its own (`anchors: 3`). Leave it out.")
+    return model
+
+
+def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainConfig) -> None:
+    """Gives a new model what `models.load.Weights` hold, and says what.
+
+    Where `--cfg` is a slim twin of their model, that is first fitted to it, as a model of the file's own classes.
+    """
+    import torch
+
+    from models.load import model_from, transfer
+    from models.transplant import BATCH_SIZE, IMAGES, MIN_IMAGES, augmented_images, inherit, log_fits, make_student
+    from utils.devices import resolve_amp
+
+    exclude = ("anchor",) if config.cfg or hyp.anchors else ()
+    rows = [[*yaml["backbone"], *yaml["head"]] for yaml in (model.yaml, weights.yaml)]
+    if config.cfg and not config.no_inherit and rows[0] != rows[1]:
+        device = next(model.parameters()).device
+        teacher = model_from(weights).for_inference().to(device, memory_format=torch.channels_last)
+        try:
+            student = make_student(teacher, config.cfg, config.seed)
+            if len(table) < MIN_IMAGES:
+                raise UserError(f"{len(table)} training images are too few, at least {MIN_IMAGES} are needed.")
+        except UserError as error:
+            LOGGER.info(f"{config.cfg} is not fitted to {config.weights}: {error}")
+        else:
+            LOGGER.info(f"Fitting {config.cfg} to {config.weights} (--no-inherit leaves that out) ...")
+            images = augmented_images(table, config.imgsz, BATCH_SIZE, IMAGES, config.workers, config.seed)
+            log_fits(inherit(student, teacher, images, seed=config.seed, dtype=resolve_amp(config.amp, device)))
+            state = {key: tensor.cpu() for key, tensor in student.state_dict().items()}
+            weights = dataclasses.replace(weights, yaml=student.yaml, state_dict=state)
+            exclude = ("anchor",) if hyp.anchors else ()
+    LOGGER.info(transfer(model, weights, exclude).told(config.weights))
 
 
 def _open_folder(hyp: Any, config: TrainConfig, rows: Any, names: dict[int, str], world: Any) -> None:

@@ -253,44 +253,36 @@ def read_weights(weights: str | Path, prefer_ema: bool = True) -> Weights:
 
 def build_for_training(
     cfg: str | Mapping[str, Any],
-    weights: str,
     names: Mapping[int, str],
     seed: int = 0,
     anchors: float | None = None,
     source: str | Path = "",
+    verbose: bool = True,
 ) -> Model:
-    """Builds the architecture of `cfg`, or of `weights`, and takes over what weights fit; on the CPU, float32.
+    """Builds the architecture of `cfg` with initial weights; on the CPU, float32.
 
     Args:
-        cfg: model YAML; empty for the weights' own; the content of one from a checkpoint of a run that is resumed,
-            whose weights are the trainer's business.
-        weights: weights file, or empty.
+        cfg: model YAML; or the content of one, as checkpoints hold it.
         names: the data's class names by number.
         seed: of the initial weights; no other generator is touched.
         anchors: anchors per level, in place of the YAML's (the hyperparameter of that name).
         source: the file that `cfg` as a mapping is from, for messages.
+        verbose: log the table of layers.
 
     Raises:
         UserError: a file is missing or unsound.
     """
-    resumed = isinstance(cfg, Mapping)
-    given = read_weights(weights) if weights else None
-    exclude = ("anchor",) if cfg or anchors else ()
-    if cfg and not resumed:
+    if not isinstance(cfg, Mapping):
         cfg = find_file(cfg, (".yaml", ".yml"), "--cfg")
-    elif not cfg:
-        cfg, source = given.yaml, given.path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = Model(cfg, nc=len(names), anchors=anchors, verbose=not resumed)
+            model = Model(cfg, nc=len(names), anchors=anchors, verbose=verbose)
         except UserError as error:
             if not source:
                 raise
             raise UserError(f"{source}: {error}") from error
     model.names = dict(names)
-    if given:
-        LOGGER.info(transfer(model, given, exclude).told(weights))
     return model
 
 

@@ -38,8 +38,8 @@ from models.yolo import Model
 from utils.checkpoint import save_checkpoint, strip_checkpoint
 from utils.cli import CommandParser, echo_options, find_weights, number, run_command
 from utils.dataloaders.config import load_spec
-from utils.dataloaders.labels import load_labels
-from utils.dataloaders.loader import Batch, create_dataloader
+from utils.dataloaders.labels import LabelTable, load_labels
+from utils.dataloaders.loader import create_dataloader
 from utils.devices import resolve_amp, select_device
 from utils.errors import MAX_IMAGE_SIDE_PX, UserError, check_img_size, explain_resource_errors
 from utils.eval.evaluate import NMS, EvalResult, evaluate
@@ -57,6 +57,8 @@ RIDGE_OF_HEAD = 1e-3
 CHUNK = 32_000_000  # numbers that side-by-side problems may hold at a time
 HEAD_BATCHES = 16  # recorded batches that the head's fit and batch norm see
 MIN_IMAGES = 32
+IMAGES, BATCH_SIZE = 416, 16  # by default
+AUGMENTATION = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
 STEPS = 60
 LEARNING_RATE, BETAS, WARMUP_STEPS, CLIP_NORM = 2e-3, (0.9, 0.99), 10, 10.0
 LOGIT_GAIN, OBJECTNESS_GAIN, BOX_GAIN = 0.3, 20.0, 10.0
@@ -389,6 +391,14 @@ class RowFit(NamedTuple):
     r2: float  # share of the variance of the twin's maps that it explains, on the images of the fit
 
 
+def log_fits(fits: Sequence[RowFit]) -> None:
+    """Says what became of each row."""
+    if fits[0].row:
+        LOGGER.info(f"rows 0 to {fits[0].row - 1}: copied")
+    for fit in fits:
+        LOGGER.info(f"row {fit.row:>3}  {f'{fit.block} for {fit.twin}':<22} R2 {fit.r2:.3f}")
+
+
 def inherit(
     student: Model,
     teacher: Model,
@@ -443,6 +453,38 @@ def inherit(
     return fits
 
 
+def make_student(teacher: Model, cfg: str | Path, seed: int) -> Model:
+    """Builds a slim model of the teacher's classes, on its device, in evaluation mode.
+
+    Raises:
+        UserError: the two are no twins (`check_rows`), or the YAML is unsound.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = Model(cfg, nc=teacher.nc, verbose=False)
+    student = student.to(next(teacher.parameters()).device, memory_format=torch.channels_last).eval()
+    student.names = dict(teacher.names)
+    with torch.no_grad():
+        check_rows(student, teacher)
+    return student
+
+
+def augmented_images(
+    table: LabelTable, imgsz: int, batch_size: int, count: int, workers: int, seed: int
+) -> Iterator[Tensor]:
+    """Yields whole batches (b, 3, imgsz, imgsz) uint8 of training images, `count` in all, as YOLOv5 augments them.
+
+    They go on epoch after epoch; of a set smaller than a batch, all are one.
+    """
+    hyp, loading = read_yaml(AUGMENTATION), {"workers": workers, "seed": seed}
+    loader, _ = create_dataloader(table, imgsz, batch_size, 32, hyp=hyp, augment=True, shuffle=True, **loading)
+    size = min(batch_size, len(table))
+    with contextlib.closing(loader):
+        epochs = itertools.chain.from_iterable(itertools.repeat(loader))
+        whole = (batch.images for batch in epochs if len(batch.images) == size)
+        yield from itertools.islice(whole, -(-count // batch_size))
+
+
 def rows_read(model: Model, row: int) -> list[int]:
     """Returns the rows that a row reads; -1 is the image."""
     read = model.model[row].f
@@ -459,7 +501,7 @@ def check_rows(student: Model, teacher: Model) -> int:
     """Returns the first row that is to be fitted.
 
     Raises:
-        UserError: the models differ in more than blocks that can be fitted.
+        UserError: the models differ in more than blocks that can be fitted, or not at all.
     """
     if len(student.model) != len(teacher.model):
         raise UserError(f"not the same body: the models have {len(student.model)} and {len(teacher.model)} rows.")
@@ -629,8 +671,8 @@ def build_parser() -> CommandParser:
         type=number(int, 32, MAX_IMAGE_SIDE_PX),
         help="image side in px; default: as trained, else 640",
     )
-    add("--batch-size", type=number(int, 2), default=16, help="images per batch")
-    add("--images", type=number(int, MIN_IMAGES), default=416, help="augmented training images to fit on")
+    add("--batch-size", type=number(int, 2), default=BATCH_SIZE, help="images per batch")
+    add("--images", type=number(int, MIN_IMAGES), default=IMAGES, help="augmented training images to fit on")
     add("--steps", type=number(int, 0), help="gradient steps; default: 60, or none where every C3 is kept")
     add("--device", default="", help="cpu, mps, or a CUDA device such as 0")
     add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto", help="mixed precision")
@@ -659,11 +701,11 @@ def convert(options: argparse.Namespace, folder: Path) -> tuple[EvalResult, Eval
     device = select_device(options.device)
     dtype = resolve_amp(options.amp, device)
     (path,) = find_weights(options.weights)
-    weights = read_weights(path)
+    meta = read_weights(path).meta
     teacher = load_model(path, device).to(memory_format=torch.channels_last)
-    if not (options.data or weights.meta["data"]):
+    if not (options.data or meta["data"]):
         raise UserError(f"{path} does not say which data set it was trained on: give --data.")
-    spec = load_spec(options.data or weights.meta["data"])
+    spec = load_spec(options.data or meta["data"])
     known, wanted = (
         [str(name).strip().lower() for _, name in sorted(one.items())] for one in (teacher.names, spec.names)
     )
@@ -673,16 +715,11 @@ def convert(options: argparse.Namespace, folder: Path) -> tuple[EvalResult, Eval
             f"({', '.join(wanted[:5])}{' ...' * (len(wanted) > 5)}): train the dense model on this data set first."
         )
     cfg = find_file(options.cfg, (".yaml", ".yml"), "--cfg")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        student = Model(cfg, nc=teacher.nc).to(device, memory_format=torch.channels_last).eval()
-    student.names = dict(teacher.names)
     try:
-        with torch.no_grad():
-            check_rows(student, teacher)
+        student = make_student(teacher, cfg, options.seed)
     except UserError as error:
         raise UserError(f"--cfg {cfg} and --weights {path}: {error}") from error
-    trained = (weights.meta["opt"] or {}).get("imgsz")
+    trained = (meta["opt"] or {}).get("imgsz")
     imgsz = options.imgsz or (trained if isinstance(trained, int) else DEFAULT_IMGSZ)
     stride = int(max(teacher.stride))
     imgsz = check_img_size(imgsz, stride)
@@ -691,17 +728,9 @@ def convert(options: argparse.Namespace, folder: Path) -> tuple[EvalResult, Eval
         raise UserError(
             f"{len(table)} training images are too few to fit a model on: at least {MIN_IMAGES} are needed."
         )
-    hyp = read_yaml(ROOT / "data" / "hyps" / "hyp.scratch-low.yaml")  # its augmentation
-    loading = {"workers": options.workers, "seed": options.seed}
-    loader, _ = create_dataloader(
-        table, imgsz, options.batch_size, stride, hyp=hyp, augment=True, shuffle=True, **loading
-    )
     started = time.monotonic()
-    with contextlib.closing(loader):
-        images = itertools.islice(_batches(loader, options.batch_size), -(-options.images // options.batch_size))
-        fits = inherit(student, teacher, images, options.steps, options.seed, dtype)
-    for fit in fits:
-        LOGGER.info(f"row {fit.row:>3}  {f'{fit.block} for {fit.twin}':<22} R2 {fit.r2:.3f}")
+    batches = augmented_images(table, imgsz, options.batch_size, options.images, options.workers, options.seed)
+    log_fits(inherit(student, teacher, batches, options.steps, options.seed, dtype))
     seconds = time.monotonic() - started
     val = make_loader(spec, imgsz, stride, batch_size=2 * options.batch_size, workers=options.workers)
     with contextlib.closing(val):
@@ -717,8 +746,9 @@ def convert(options: argparse.Namespace, folder: Path) -> tuple[EvalResult, Eval
         file,
         {
             **{"epoch": -1, "model": student.state_dict(), "ema": None, "yaml": student.yaml, "names": student.names},
-            **{"nc": student.nc, "stride": [int(one) for one in student.stride], "hyp": hyp, "data": str(spec.source)},
-            **{"opt": {**vars(options), "imgsz": imgsz}, "date": datetime.datetime.now().isoformat(timespec="seconds")},
+            **{"nc": student.nc, "stride": [int(one) for one in student.stride], "data": str(spec.source)},
+            **{"hyp": read_yaml(AUGMENTATION), "opt": {**vars(options), "imgsz": imgsz}},
+            "date": datetime.datetime.now().isoformat(timespec="seconds"),
         },
     )
     strip_checkpoint(file)
@@ -729,14 +759,6 @@ def convert(options: argparse.Namespace, folder: Path) -> tuple[EvalResult, Eval
         f"Results saved to {colorstr('bold', file)}"
     )
     return before, after
-
-
-def _batches(loader: Iterable[Batch], batch_size: int) -> Iterator[Tensor]:
-    """Yields images of whole batches, epoch after epoch; of a smaller set all of each epoch."""
-    while True:
-        for batch in loader:
-            if len(batch.images) == min(batch_size, len(loader.dataset)):
-                yield batch.images
 
 
 if __name__ == "__main__":

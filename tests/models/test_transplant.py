@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -342,6 +343,42 @@ def test_the_command_writes_a_checkpoint_that_every_command_takes(dense, cfg, tm
     figures, _, _ = val.run(weights=str(file), plots=False, project=str(tmp_path), device="cpu", workers=0, imgsz=64)
     assert figures[3] == pytest.approx(after.map, abs=2e-3) and math.isfinite(before.map)
     assert "row   3  GSConv for Conv" in caplog.text and f"{before.map:.4f} -> {after.map:.4f}" in caplog.text
+
+
+def test_training_a_slim_model_from_dense_weights_fits_it_first(dense, cfg, tiny_shapes, tmp_path, monkeypatch, caplog):
+    import train
+
+    monkeypatch.setattr(transplant, "IMAGES", 48)
+    monkeypatch.setattr(transplant, "STEPS", 3)
+    caplog.set_level("INFO")
+    slim = cfg("GSConv", "VoVGSCSP")
+    options = {"data": str(tiny_shapes), "imgsz": 64, "batch_size": 8, "epochs": 1, "workers": 0, "amp": "off"}
+    options |= {"device": "cpu", "noplots": True, "project": str(tmp_path), "noval": True}
+    few = train.run(weights=dense, cfg=slim, **options)
+    assert "24 training images are too few" in caplog.text
+    monkeypatch.setattr(transplant, "MIN_IMAGES", 16)
+    run(dense, slim, tmp_path, "--name", "fitted")
+    in_two_steps = train.run(weights=str(tmp_path / "fitted" / "weights" / "best.pt"), **options)
+    caplog.clear()
+    in_one_step = train.run(weights=dense, cfg=slim, **options)
+    assert "row   7  VoVGSCSP for C3" in caplog.text
+    without = train.run(weights=dense, cfg=slim, no_inherit=True, **options)
+    states = [
+        load_checkpoint(f"{one.save_dir}/weights/last.pt")["model"] for one in (in_two_steps, in_one_step, few, without)
+    ]
+    for equal, (one, other) in ((True, states[:2]), (True, states[2:]), (False, states[1:3])):
+        assert equal == all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def test_a_model_that_is_no_twin_takes_what_is_the_same(dense, cfg, tiny_shapes, tmp_path, caplog):
+    import train
+
+    caplog.set_level("INFO")
+    other = cfg(replace={"Conv, [32, 3, 2]": "Conv, [24, 3, 2]"})
+    options = {"data": str(tiny_shapes), "imgsz": 64, "batch_size": 8, "epochs": 1, "workers": 0, "device": "cpu"}
+    train.run(weights=dense, cfg=other, noplots=True, noval=True, project=str(tmp_path), **options)
+    assert re.search(r"is not fitted to .*: not the same body: row 4 .* gives maps", caplog.text)
+    assert "row 4: Conv: nothing" in caplog.text
 
 
 def test_weights_that_name_no_data_need_them(cfg, write_checkpoint, tmp_path):

@@ -54,6 +54,7 @@ class TrainConfig:
 
     weights: str
     cfg: str
+    no_inherit: bool
     data: str | Mapping[str, Any]
     hyp: str
     recipe: str
