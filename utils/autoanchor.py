@@ -7,16 +7,17 @@ K-means on the labels' sizes gives a start, random changes that raise the fitnes
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from utils.dataloaders.config import load_spec
 from utils.dataloaders.labels import LabelTable, load_labels
 from utils.errors import UserError
 from utils.log import LOGGER, colorstr
+
+if TYPE_CHECKING:
+    from torch import nn
 
 GOOD_BPR = 0.98
 SMALL_PX = 3  # labels with a side below this are warned of
@@ -72,6 +73,8 @@ def check_anchors(dataset: Any, model: nn.Module, thr: float = 4.0, imgsz: int =
     if new_bpr <= bpr and not placeholders:
         LOGGER.info(f"{found} No better anchors found, keeping the model's.")
         return
+    import torch  # only here, so that judging anchors needs none
+
     detect.anchors.copy_(torch.from_numpy(new_px.reshape(anchors_px.shape) / strides))
     check_anchor_order(detect)
     LOGGER.info(f"{found} New anchors in the model, in pixels: {_sides(new_px)}")
@@ -148,7 +151,8 @@ def anchor_fit(sizes_px: np.ndarray, anchors_px: np.ndarray, thr: float) -> tupl
     Returns:
         Best possible recall, the share of labels that match an anchor; how many anchors a label matches on average.
     """
-    matching = _log_ratios(np.log(sizes_px), anchors_px) < np.log(thr)
+    with np.errstate(divide="ignore"):  # labels without a side match nothing
+        matching = _log_ratios(np.log(sizes_px), anchors_px) < np.log(thr)
     return float(matching.any(axis=0).mean()), float(matching.sum(axis=0).mean())
 
 

@@ -174,6 +174,16 @@ def image_info(data: bytes) -> ImageInfo:
     return _read_header(data).info
 
 
+def exif_orientation(data: bytes) -> int:
+    """Returns the EXIF orientation that an image file's content states, by which readers turn it; 1 for none.
+
+    Raises:
+        ImageError: as `image_info`.
+    """
+    orientation = _read_header(data).orientation
+    return orientation if orientation in _TURNS else 1
+
+
 def check_image(path: str | Path) -> ImageInfo:
     """Looks at an image closely enough to find truncation and damage, and reads its size.
 

@@ -249,7 +249,7 @@ def load_labels(
             raise UserError(_why_no_labels(table))
         LOGGER.warning(f"{prefix}WARNING: {_why_no_labels(table)}")
     if kpt_shape is None:
-        _refuse_keypoints(table, spec)
+        refuse_keypoints(table, spec)
     if single_cls:
         return replace(table, rows=table.rows * np.float32([0, 1, 1, 1, 1]))
     if spec is not None:
@@ -542,8 +542,12 @@ def check_classes(table: LabelTable, spec: DataSpec) -> None:
     )
 
 
-def _refuse_keypoints(table: LabelTable, spec: DataSpec | None) -> None:
-    """Refuses polygons that are boxes with keypoints, `class x y w h` and x, y or x, y, visibility of each."""
+def refuse_keypoints(table: LabelTable, spec: DataSpec | None) -> None:
+    """Refuses polygons that are boxes with keypoints, `class x y w h` and x, y or x, y, visibility of each.
+
+    Raises:
+        UserError: they are, all with the same number of keypoints.
+    """
     counts = np.diff(table.seg_offsets)
     rows = np.flatnonzero(counts)
     if not len(rows) or counts[rows].max() != counts[rows].min():
