@@ -21,6 +21,7 @@ SWITCHES = {
     "quad": True,
     "cos_lr": True,
     "label_smoothing": 0.1,
+    "box_loss": "eiou",
     "optimizer": "AdamW",
     "seed": 1,
     "amp": "bf16",

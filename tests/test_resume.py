@@ -47,6 +47,7 @@ KINDS = {  # what is forgotten shows in
     "Adam, rect": {"optimizer": "Adam", "rect": True},
     "multi-scale": {"multi_scale": True, "label_smoothing": 0.1, "freeze": [1]},  # the iteration
     "image weights": {"image_weights": True, "cache": "disk"},  # the last validation's figures of each class
+    "WIoU": {"box_loss": "wiou"},  # the running mean of its distances
     "patience": {"patience": 1},  # the best epoch so far; the run ends with the third
     "shares of the run": {"hyp": "shares.yaml"},  # where the mosaics end, the pace of the moving average
     "hours": {"epochs": 30, "hours": 1.0, "hyp": "shares.yaml"},  # how many epochs the first one's time has settled

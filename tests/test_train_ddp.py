@@ -139,7 +139,7 @@ def figures(monkeypatch) -> list:
 
 VARIANTS = {
     "17 images in one memory: the last batch leaves rank 1 none of its own": {"batch_size": 16, "cache": "ram"},
-    "AdamW; batches of 6, and 5 in the end": {"batch_size": 6, "optimizer": "AdamW"},
+    "AdamW, WIoU; batches of 6, and 5 in the end": {"batch_size": 6, "optimizer": "AdamW", "box_loss": "wiou"},
     "fours and sizes": {"batch_size": 16, "quad": True, "multi_scale": True, "imgsz": 96},
 }
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.boxes import bbox_iou
 from utils.errors import UserError
 from utils.loss.assigners import LayerTargets, match_targets
 from utils.loss.base import Loss, Mean
+from utils.loss.iou import BoxLoss
 
 if TYPE_CHECKING:
     from utils.train.hyp import Hyp
@@ -59,9 +59,9 @@ def bce_sum(
     return (entropy * weights * wrong**gamma).sum()
 
 
-def box_term(ciou: Tensor) -> Mean:
-    """Returns 1 - CIoU over (n,) matched rows."""
-    return Mean((1.0 - ciou).sum(), ciou.numel())
+def box_term(losses: Tensor) -> Mean:
+    """Returns the mean of the box losses of (n,) matched rows."""
+    return Mean(losses.sum(), losses.numel())
 
 
 def objectness_term(
@@ -134,6 +134,7 @@ class ComputeLoss(Loss):
         na, nc, nl: anchors a layer, classes, layers.
         anchors: (nl, na, 2) in cells, as they were when the loss was made.
         balance: weights (nl) of the layers' objectness.
+        box_loss: what a box costs.
     """
 
     terms = ("box", "obj", "cls")
@@ -156,6 +157,7 @@ class ComputeLoss(Loss):
                 raise UserError(f"autobalance needs a layer of stride {_REFERENCE_STRIDE}; this model has {pixels}.")
             self._reference_layer = pixels.index(_REFERENCE_STRIDE)
         self._smoothing = smooth_BCE(self.hyp.get("label_smoothing", 0.0))
+        self.box_loss = BoxLoss(self.hyp)
 
     @staticmethod
     def scaled(hyp: Hyp, head: nn.Module, imgsz: int) -> Hyp:
@@ -176,13 +178,13 @@ class ComputeLoss(Loss):
         return self.anchors.cpu()
 
     def means(self, outputs: Sequence[Tensor], targets: Tensor) -> list[Mean]:
-        """Returns box, objectness and class means of each layer in turn; arguments as of `Loss.means`."""
+        """Returns box, objectness, class and `BoxLoss`'s means of each layer in turn; arguments as of `Loss.means`."""
         grids = [(output.shape[2], output.shape[3]) for output in outputs]
         matches = match_targets(targets.cpu().float(), self._anchors_on_cpu, grids, self.hyp["anchor_t"])
         layers = [self._layer_means(output, match) for output, match in zip(outputs, matches, strict=True)]
         return [mean for layer in layers for mean in layer]
 
-    def _layer_means(self, output: Tensor, match: LayerTargets) -> tuple[Mean, Mean, Mean]:
+    def _layer_means(self, output: Tensor, match: LayerTargets) -> tuple[Mean, Mean, Mean, Mean]:
         """Returns the means of one layer (batch, na, ny, nx, 5 + nc), whose labels are on the CPU."""
         _, na, ny, nx, width = output.shape
         cells = match.flat_cells(na, ny, nx)
@@ -193,27 +195,33 @@ class ComputeLoss(Loss):
         rows, objectness = _RowsAndObjectness.apply(output.reshape(-1, width), cells)
         xy, wh = rows[:, :4].sigmoid().split(2, dim=1)
         boxes = torch.cat(self.head.decode_boxes(xy, wh, 2.0, -0.5, 4 * anchor_wh), dim=1)  # as `box_xywh`
-        ciou = bbox_iou(boxes, box_xywh, xywh=True, CIoU=True)
+        pairs = self.box_loss.pairs(boxes, box_xywh, (nx, ny), xywh=True)
+        box, distance = box_term(self.box_loss(pairs)), self.box_loss.distance_mean(pairs)
         gamma = self.hyp["fl_gamma"]
-        obj = objectness_term(objectness, last_cells, ciou.detach()[last], self.hyp["obj_pw"], gamma)
+        obj = objectness_term(objectness, last_cells, pairs.ciou.detach()[last], self.hyp["obj_pw"], gamma)
         if self.nc == 1:
-            return box_term(ciou), obj, Mean(rows.new_zeros(()), 0)
-        return box_term(ciou), obj, class_term(rows[:, 5:], classes, self._smoothing, self.hyp["cls_pw"], gamma)
+            return box, obj, Mean(rows.new_zeros(()), 0), distance
+        cls = class_term(rows[:, 5:], classes, self._smoothing, self.hyp["cls_pw"], gamma)
+        return box, obj, cls, distance
 
     def weigh(self, means: Sequence[Mean]) -> Tensor:
         """Returns the three terms (3,): sums over the layers, of objectness with the layers' weights."""
         terms = []
         for index, term in enumerate(self.terms):
             weights = self.balance if term == "obj" else [1.0] * self.nl
-            values = [mean.value() * weight for mean, weight in zip(means[index::3], weights, strict=True)]
+            values = [mean.value() * weight for mean, weight in zip(means[index::4], weights, strict=True)]
             terms.append(torch.stack(values).sum() * self.hyp[term])
         return torch.stack(terms)
 
     def after_training_batch(self, means: Sequence[Mean]) -> None:
-        """Moves the layers' weights towards the inverse of their losses, the stride-16 layer's staying at 1."""
+        """Moves the layers' weights towards the inverse of their losses, the stride-16 layer's staying at 1.
+
+        Does so with autobalance alone; `box_loss` follows always.
+        """
+        self.box_loss.follow(means[3::4])
         if self._reference_layer is None:
             return
-        losses = torch.stack([mean.value() for mean in means[1::3]]).tolist()
+        losses = torch.stack([mean.value() for mean in means[1::4]]).tolist()
         moved = [
             _BALANCE_DECAY * weight + (1 - _BALANCE_DECAY) / loss
             for weight, loss in zip(self.balance, losses, strict=True)
@@ -221,12 +229,13 @@ class ComputeLoss(Loss):
         self.balance = [weight / moved[self._reference_layer] for weight in moved]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the layers' objectness weights."""
-        return {"balance": list(self.balance)}
+        """Returns the layers' objectness weights and the state of the box loss."""
+        return {"balance": list(self.balance), **self.box_loss.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over the layers' objectness weights of an interrupted run."""
+        """Takes over the state of an interrupted run."""
         self.balance = list(state["balance"])
+        self.box_loss.load_state_dict(state)
 
     def build_targets(self, p: Sequence[Tensor], targets: Tensor) -> tuple[list, list, list, list]:
         """Returns which cells and anchors learn which label: for each of nl layers n rows, one a (label, anchor, cell).

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from utils.errors import UserError, did_you_mean
 from utils.files import read_yaml
 from utils.log import LOGGER
+from utils.loss.iou import BOX_LOSSES
 
 
 class Range(NamedTuple):
@@ -38,20 +39,27 @@ class Range(NamedTuple):
         return lower + upper
 
 
+class OneOf(tuple[str, ...]):
+    """Allowed texts of one hyperparameter."""
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self)}"
+
+
 _NOT_NEGATIVE = Range()
 _POSITIVE = Range(low_open=True)
 _FRACTION = Range(0.0, 1.0)
 _BELOW_ONE = Range(0.0, 1.0, high_open=True)
 
 
-def _key(allowed: Range, **default: Any) -> Any:
+def _key(allowed: Range | OneOf, **default: Any) -> Any:
     """Declares one hyperparameter; without `default` a file must hold it."""
     return field(metadata={"range": allowed}, **default)
 
 
 @dataclass(frozen=True)
 class Hyp:
-    """Hyperparameters of a training run, all of them numbers; `anchors` is None unless a file gives it.
+    """Hyperparameters of a training run, numbers but for `box_loss`; `anchors` is None unless a file gives it.
 
     Raises:
         UserError: a value outside its range, when one is constructed.
@@ -88,6 +96,7 @@ class Hyp:
     anchors: float | None = _key(Range(0.0, 100.0), default=None)  # per layer, rounded; 0 = as the model says
     mosaic9: float = _key(_FRACTION, default=0.0)  # share of mosaics made of nine images
     label_smoothing: float = _key(_BELOW_ONE, default=0.0)
+    box_loss: str = _key(OneOf(BOX_LOSSES), default="ciou")
     nominal_batch: float = _key(Range(1.0), default=64.0)  # images an optimizer step; smaller batches are accumulated
     warmup_ratio: float = _key(_FRACTION, default=0.0)  # warm-up's share of the run; 0 = warmup_epochs with its floor
     ema_tau: float = _key(_FRACTION, default=0.0)  # EMA's time constant as a share of the run's steps; 0 = 2000 updates
@@ -96,10 +105,13 @@ class Hyp:
 
     def __post_init__(self) -> None:
         for name, entry in _KEYS.items():
-            value = getattr(self, name)
-            if value is not None and value not in entry.metadata["range"]:
-                finite = "" if math.isfinite(value) else "finite, "
-                raise UserError(f"hyperparameter '{name}' is {value:g}; it must be {finite}{entry.metadata['range']}.")
+            value, allowed = getattr(self, name), entry.metadata["range"]
+            if (value is None and name == "anchors") or value in allowed:
+                continue
+            if name in _TEXTS:
+                raise UserError(f"hyperparameter '{name}' is {value!r:.80}; it must be {allowed}.")
+            finite = "" if math.isfinite(value) else "finite, "
+            raise UserError(f"hyperparameter '{name}' is {value:g}; it must be {finite}{allowed}.")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Hyp:
@@ -120,7 +132,7 @@ class Hyp:
                 hint = did_you_mean(str(name)[:80], _KEYS)
                 raise UserError(f"{source}: unknown hyperparameter {name!r:.80}.{hint}")
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number and not (value is None and name == "anchors"):
+            if not number and name not in _TEXTS and not (value is None and name == "anchors"):
                 raise UserError(f"{source}: hyperparameter '{name}' is {value!r:.80}; a number is expected.")
         missing = [name for name, entry in _KEYS.items() if entry.default is dataclasses.MISSING and name not in values]
         if missing:
@@ -134,16 +146,19 @@ class Hyp:
             LOGGER.warning(f"WARNING: {source}: iou_t has no effect, as in YOLOv5")
         try:
             # by way of text a whole number beyond float's range is infinite, and refused as such
-            numbers = {name: None if value is None else float(str(value)) for name, value in values.items()}
-            return cls(**numbers, key_order=tuple(values))
+            kept = {
+                name: value if value is None or name in _TEXTS else float(str(value)) for name, value in values.items()
+            }
+            return cls(**kept, key_order=tuple(values))
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | str]:
         """Returns the values in the order of the file they came from; optional keys only where they say something."""
         added = [name for name in _KEYS if name not in self.key_order and getattr(self, name) != _KEYS[name].default]
         return {name: getattr(self, name) for name in (*self.key_order, *added) if getattr(self, name) is not None}
 
 
 _KEYS: dict[str, dataclasses.Field] = {entry.name: entry for entry in dataclasses.fields(Hyp) if entry.metadata}
+_TEXTS = {name for name, entry in _KEYS.items() if isinstance(entry.metadata["range"], OneOf)}
 UNUSED_IOU_T = 0.2  # what YOLOv5's files give the key that nothing reads

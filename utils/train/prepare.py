@@ -83,6 +83,7 @@ class TrainConfig:
     quad: bool
     cos_lr: bool
     label_smoothing: float | None
+    box_loss: str | None
     patience: int
     freeze: Sequence[int]
     save_period: int
@@ -221,7 +222,7 @@ def load_tables(spec: DataSpec, config: TrainConfig, world: World = ALONE) -> di
 
 
 def choose_recipe(hyp: Hyp, config: TrainConfig, images: int) -> Hyp:
-    """Returns the hyperparameters of `--recipe`, and settles it in `config`; `--label-smoothing` stays.
+    """Returns the hyperparameters of `--recipe`, and settles it in `config`; `--label-smoothing` and `--box-loss` stay.
 
     Auto takes the recipe for small data where YOLOv5's would make too few optimizer steps of the images to train on.
     What `--hours` leaves of the epochs is not known yet.
@@ -243,7 +244,7 @@ def choose_recipe(hyp: Hyp, config: TrainConfig, images: int) -> Hyp:
     if config.recipe == "yolov5":
         return hyp
     config.hyp = str(SMALL_HYP)
-    return replace(Hyp.from_yaml(SMALL_HYP), label_smoothing=hyp.label_smoothing)
+    return replace(Hyp.from_yaml(SMALL_HYP), label_smoothing=hyp.label_smoothing, box_loss=hyp.box_loss)
 
 
 def build_loaders(

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.yolo import Detect, Model
-from utils.boxes import bbox_iou
+from utils.boxes import bbox_iou, xywh2xyxy
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.loss import ComputeLoss, smooth_BCE
 from utils.loss.anchor_based import bce_sum, class_term, last_of_each, objectness_term
 from utils.loss.assigners import match_targets
 from utils.loss.base import BatchReduction
+from utils.loss.iou import BOX_LOSSES, BoxPairs
 from utils.train.hyp import Hyp
 
 STRIDES = (8, 16, 32)
@@ -133,7 +134,9 @@ def test_last_of_each_picks_the_last_positions():
     assert last_of_each(torch.zeros(0, dtype=torch.int64)).tolist() == []
 
 
-@pytest.mark.parametrize("switches", [{}, {"cls_pw": 0.5, "obj_pw": 2.0, "fl_gamma": 1.5, "label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "switches", [{"box_loss": "wiou"}, {"cls_pw": 0.5, "obj_pw": 2.0, "fl_gamma": 1.5, "label_smoothing": 0.1}]
+)
 def test_nothing_waits_for_the_device(hyp, switches, monkeypatch):
     """Tensors on the meta device have no values: whatever asks for one, or for how many there are, fails."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
@@ -213,13 +216,46 @@ def test_autobalance_keeps_the_middle_layer_at_one_and_is_resumed(hyp):
     loss(outputs, targets)
     assert loss.balance == [4.0, 1.0, 0.4], "validation must not move the balance"
     leaves = [output.requires_grad_() for output in outputs]
-    objectness = [mean.value().item() for mean in loss.means(outputs, targets)[1::3]]
+    objectness = [mean.value().item() for mean in loss.means(outputs, targets)[1::4]]
     loss(leaves, targets)
     moved = [0.9999 * old + 0.0001 / new for old, new in zip((4.0, 1.0, 0.4), objectness, strict=True)]
     assert loss.balance == pytest.approx([weight / moved[1] for weight in moved])
     resumed = loss_of(hyp, autobalance=True)
     resumed.load_state_dict(loss.state_dict())
     assert resumed.balance == loss.balance
+
+
+@pytest.mark.parametrize("name", BOX_LOSSES)
+def test_a_box_loss_is_of_the_matched_boxes_in_cells_and_leaves_the_other_terms(name, hyp):
+    outputs, targets = scene()
+    losses = 0.0
+    matches = match_targets(targets, ANCHORS, [output.shape[2:4] for output in outputs], hyp.anchor_t)
+    for output, match in zip(outputs, matches, strict=True):
+        rows = output[match.image, match.anchor, match.cell_y, match.cell_x]
+        xy, wh = rows[:, :2].sigmoid() * 2 - 0.5, (rows[:, 2:4].sigmoid() * 2) ** 2 * match.anchor_wh
+        boxes = [xywh2xyxy(boxes) for boxes in (torch.cat((xy, wh), 1), match.box_xywh)]
+        losses += BOX_LOSSES[name](BoxPairs(*boxes, (output.shape[3], output.shape[2]), torch.ones(()))).mean()
+    expected = loss_of(hyp)(outputs, targets)[1]
+    items = loss_of(dataclasses.replace(hyp, box_loss=name))(outputs, targets)[1]
+    assert items[0].item() == pytest.approx(losses.item() * hyp.box, rel=1e-6)
+    assert (items[0] == expected[0]) == (name == "ciou") and torch.equal(items[1:], expected[1:])
+
+
+def test_the_running_mean_of_a_box_loss_moves_in_training_alone_and_is_resumed(hyp):
+    outputs, targets = scene()
+    loss = loss_of(dataclasses.replace(hyp, box_loss="wiou"))
+    loss(outputs, targets)
+    assert loss.box_loss.mean_distance == 1, "validation must not move the mean"
+    leaves = [output.requires_grad_() for output in outputs]
+    loss(leaves, targets)
+    moved = loss.box_loss.mean_distance
+    assert 0.9999 < moved < 1
+    resumed = loss_of(dataclasses.replace(hyp, box_loss="wiou"))
+    resumed.load_state_dict(loss.state_dict())
+    assert torch.equal(resumed(leaves, targets)[0], loss(leaves, targets)[0])
+    assert (
+        torch.equal(resumed.box_loss.mean_distance, loss.box_loss.mean_distance) and loss.box_loss.mean_distance < moved
+    )
 
 
 def test_autobalance_needs_stride_16(hyp):
@@ -242,6 +278,7 @@ class Exchange:
 @pytest.mark.parametrize("labels", [0, 1, 40])
 def test_parts_of_a_batch_add_up_to_the_whole(hyp, labels):
     """Five images as 2, 2 and 1, and a stand-in for the last: gradients, averaged over four, are the whole batch's."""
+    hyp = dataclasses.replace(hyp, box_loss="wiou")  # the one with a state
     outputs, targets = scene(batch=5, labels=labels)
     loss = loss_of(hyp, autobalance=True)
     whole = [output.clone().requires_grad_() for output in outputs]
@@ -269,6 +306,8 @@ def test_parts_of_a_batch_add_up_to_the_whole(hyp, labels):
         assert result.items.tolist() == pytest.approx(expected.items.tolist(), rel=1e-6)
         assert result.labels == labels
         assert sharing[number].balance == sharing[0].balance == pytest.approx(loss.balance, rel=1e-9)
+        means = [one.box_loss.mean_distance.item() for one in (sharing[number], sharing[0], loss)]
+        assert means[0] == means[1] == pytest.approx(means[2], rel=1e-7) and (means[0] == 1) == (labels == 0)
 
 
 def test_a_part_that_is_not_finite_shows_in_the_items_of_all_and_in_its_own_total(hyp):

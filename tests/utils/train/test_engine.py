@@ -225,19 +225,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_a_step(options, tmp_
     assert not list((tmp_path / "exp" / "weights").iterdir())
 
 
-@pytest.mark.parametrize(("option", "smoothing"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
-def test_label_smoothing_of_the_file_holds_unless_the_option_is_given(
-    option, smoothing, options, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize(
+    ("key", "in_file", "option"),
+    [("label_smoothing", 0.1, None), ("label_smoothing", 0.1, 0.0), ("label_smoothing", 0.1, 0.3)]
+    + [("box_loss", "giou", None), ("box_loss", "giou", "ciou"), ("box_loss", "giou", "siou")],
+)
+def test_what_the_file_says_holds_unless_the_option_is_given(key, in_file, option, options, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(
-        ComputeLoss, "__init__", lambda loss, model: made.append(model.hyp.get("label_smoothing", 0)) or 1 / 0
-    )
-    (tmp_path / "hyp.yaml").write_text(HYP.read_text() + "label_smoothing: 0.1\n")
-    given = {} if option is None else {"label_smoothing": option}
+    monkeypatch.setattr(ComputeLoss, "__init__", lambda loss, model: made.append(model.hyp[key]) or 1 / 0)
+    (tmp_path / "hyp.yaml").write_text(HYP.read_text() + f"{key}: {in_file}\n")
+    given = {} if option is None else {key: option}
     with pytest.raises(ZeroDivisionError):
         train.run(**options, hyp=str(tmp_path / "hyp.yaml"), **given)
-    assert made == [smoothing] and Hyp.from_yaml(tmp_path / "exp" / "hyp.yaml").label_smoothing == smoothing
+    expected = in_file if option is None else option
+    assert made == [expected] and getattr(Hyp.from_yaml(tmp_path / "exp" / "hyp.yaml"), key) == expected
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,10 @@ def test_label_smoothing_of_the_file_holds_unless_the_option_is_given(
     [
         ({}, "yolov5", "hyp.scratch-low.yaml"),
         ({"recipe": "auto"}, "small", "hyp.small.yaml"),
-        ({"recipe": "small", "optimizer": "AdamW", "label_smoothing": 0.1}, "small", "hyp.small.yaml"),
+        (
+            {"recipe": "small", "optimizer": "AdamW", "label_smoothing": 0.1, "box_loss": "wiou"},
+            *("small", "hyp.small.yaml"),
+        ),
         ({"recipe": "auto", "hyp": HYP}, "yolov5", "hyp.scratch-low.yaml"),  # the default, but stated
         ({"recipe": "small", "hyp": HYP.with_name("hyp.scratch-med.yaml")}, "yolov5", "hyp.scratch-med.yaml"),
     ],
@@ -254,9 +258,8 @@ def test_a_recipe_is_kept_with_the_run_and_a_stated_file_wins(given, kept, file,
     caplog.set_level("INFO", "yolov5")
     with pytest.raises(KeyboardInterrupt):
         train.run(stopping_at(3), **{**options, **given})
-    expected = dataclasses.replace(
-        Hyp.from_yaml(HYP.with_name(file)), label_smoothing=given.get("label_smoothing", 0.0)
-    )
+    stated = {name: given[name] for name in ("label_smoothing", "box_loss") if name in given}
+    expected = dataclasses.replace(Hyp.from_yaml(HYP.with_name(file)), **stated)
     last = load_checkpoint(tmp_path / "exp" / "weights" / "last.pt")
     recorded = read_yaml(tmp_path / "exp" / "opt.yaml")
     assert Hyp.from_dict(last["hyp"]) == Hyp.from_yaml(tmp_path / "exp" / "hyp.yaml") == expected

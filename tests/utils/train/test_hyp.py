@@ -88,6 +88,9 @@ def test_unknown_keys_name_file_and_nearest_missing_ones_are_all_named(tmp_path)
         ("box", None, "'box' is None; a number is expected"),
         ("mosaic9", 2, "'mosaic9'"),
         ("close_mosaic", 10, "'close_mosaic' is 10; it must be at least 0 and at most 1"),  # epochs elsewhere
+        ("box_loss", "cious", "'box_loss' is 'cious'; it must be one of ciou, giou,"),
+        ("box_loss", 0.05, "'box_loss' is 0.05; it must be one of ciou, giou,"),  # `box` is the gain
+        ("box_loss", None, "'box_loss' is None; it must be one of ciou, giou,"),
         ("ema_tau", 2000, "'ema_tau' is 2000; it must be at least 0 and at most 1"),
     ],
 )
@@ -108,7 +111,7 @@ def test_older_files_lack_copy_paste_which_is_said(caplog):
 
 
 def test_optional_keys_survive_a_round_trip():
-    hyp = Hyp.from_dict({**plain(), "mosaic9": 0.5, "anchors": 3, "label_smoothing": 0.1})
+    hyp = Hyp.from_dict({**plain(), "mosaic9": 0.5, "anchors": 3, "label_smoothing": 0.1, "box_loss": "siou"})
     assert Hyp.from_dict(hyp.to_dict()) == hyp
-    assert (hyp.mosaic9, hyp.anchors, hyp.label_smoothing) == (0.5, 3.0, 0.1)
+    assert (hyp.mosaic9, hyp.anchors, hyp.label_smoothing, hyp.box_loss) == (0.5, 3.0, 0.1, "siou")
     assert Hyp.from_dict({**plain(), "anchors": None}).anchors is None
