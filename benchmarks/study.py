@@ -13,6 +13,7 @@ seeds. docs/study.md says what the tables' columns mean.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import fcntl
 import io
@@ -23,7 +24,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any, NamedTuple
@@ -49,23 +50,25 @@ class Start(NamedTuple):
     Attributes:
         command: of this repository, with the names that `Study.command` fills in.
         share: of the epochs that a training from scratch has; 0 for a command without epochs.
-        needs: start of the cell whose best.pt is `{needed}`; the dense model has no start that needs another.
-        of_dense: that cell is the dense model's, not the model's own.
+        needs: start of the dense model's cell of the same seed, whose best.pt is `{needed}`.
+        slim: is not for the dense model.
     """
 
     command: str
     share: float = 0
     needs: str = ""
-    of_dense: bool = False
+    slim: bool = False
 
 
 STARTS = {
-    "scratch": Start("train.py --cfg {cfg} --recipe auto", share=1),
-    "scratch-yolov5": Start("train.py --cfg {cfg} --recipe yolov5", share=1),
-    "coco": Start("train.py --weights {coco} --cfg {cfg} --recipe auto", share=1 / 2),
-    "inherited": Start("-m models.transplant --weights {needed} --cfg {cfg}", needs="coco", of_dense=True),
-    "tuned": Start("train.py --weights {needed} --recipe auto", share=1 / 4, needs="inherited"),
+    "scratch": Start("train.py --cfg {cfg} --recipe auto", 1),
+    "scratch-yolov5": Start("train.py --cfg {cfg} --recipe yolov5", 1),
+    "coco": Start("train.py --weights {coco} --cfg {cfg} --recipe auto", 1 / 2),
+    "coco-no-inherit": Start("train.py --weights {coco} --cfg {cfg} --no-inherit --recipe auto", 1 / 2, slim=True),
+    "inherited": Start("-m models.transplant --weights {needed} --cfg {cfg}", needs="coco", slim=True),
+    "tuned": Start("train.py --weights {needed} --cfg {cfg} --recipe auto", 1 / 4, needs="coco", slim=True),
 }
+DEFAULT_STARTS = ["scratch", "coco", "inherited", "tuned"]
 EVERY_START = "--data {data} --imgsz {imgsz} --seed {seed} --workers 0 --project {project} --name {name} --exist-ok"
 EVERY_TRAINING = "--epochs {epochs} --noplots"
 
@@ -95,37 +98,31 @@ class Study:
 
         self.out, self.imgsz = options.out.resolve(), options.imgsz
         self.data = by_stem(options.data, "--data")
-        self.cfgs = by_stem([name if name.endswith(".yaml") else f"{name}.yaml" for name in options.models], "--models")
+        self.cfgs = by_stem(options.models, "--models")
         self.coco = options.coco.resolve()
-        if any("coco" in (start, STARTS[start].needs) for start in options.starts) and not self.coco.is_file():
-            raise UserError(f"--coco {options.coco}: no such file. It is what the start 'coco' begins with.")
         self.train_images = {name: len(list_images(load_spec(file).train)) for name, file in self.data.items()}
         self.scratch_epochs = {name: options.images / count for name, count in self.train_images.items()}
         self.dense = next(iter(self.cfgs))
-        wanted = (
+        wanted = [
             Cell(data, model, start, seed)
             for data in self.data
             for model in self.cfgs
             for start in options.starts
             for seed in options.seeds
-            if model != self.dense or not STARTS[start].needs
-        )
-        self.cells = list(dict.fromkeys(one for cell in wanted for one in self.with_needed(cell)))
+            if model != self.dense or not STARTS[start].slim
+        ]
+        self.cells = list(dict.fromkeys(one for cell in wanted for one in (self.needed(cell), cell) if one))
         for cell in self.cells:
+            if "{coco}" in STARTS[cell.start].command and not self.coco.is_file():
+                raise UserError(f"--coco {options.coco}: no such file. The start '{cell.start}' begins with it.")
             file = self.folder(cell) / CELL
             if file.exists() and (was := read_json(file)["command"]) != self.command(cell):
                 raise UserError(f"{file.parent} is of another command: {shlex.join(was)}. Choose another --out.")
 
-    def with_needed(self, cell: Cell) -> list[Cell]:
-        """Returns a cell behind those that it needs."""
-        needed = self.needed(cell)
-        return [*(self.with_needed(needed) if needed else ()), cell]
-
     def needed(self, cell: Cell) -> Cell | None:
         """Returns the cell that one starts from."""
-        start = STARTS[cell.start]
-        model = self.dense if start.of_dense else cell.model
-        return cell._replace(model=model, start=start.needs) if start.needs else None
+        needs = STARTS[cell.start].needs
+        return cell._replace(model=self.dense, start=needs) if needs else None
 
     def folder(self, cell: Cell) -> Path:
         """Returns where a cell's run, log and figures are."""
@@ -153,34 +150,26 @@ class Study:
 
     def next_step(self, cell: Cell) -> list[str]:
         """Returns what brings a cell on: its command, that resumed, or its figures' measuring."""
-        weights = self.folder(cell) / "weights"
-        last = weights / "last.pt"
-        if not STARTS[cell.start].share:
-            trained = (weights / "best.pt").exists()
-        elif last.exists():
+        best, last = (self.folder(cell) / "weights" / name for name in ("best.pt", "last.pt"))
+        trained = not self.epochs(cell) and best.exists()
+        if last.exists():
             from utils.checkpoint import load_checkpoint
 
             trained = load_checkpoint(last)["optimizer"] is None
             if not trained:
                 return ["train.py", "--resume", str(last)]
-        else:
-            trained = False
         return ["-m", "benchmarks.study", "--measure", str(self.folder(cell))] if trained else self.command(cell)
 
     def begin(self, cell: Cell, lock: IO[str]) -> subprocess.Popen:
         """Starts the next step of a cell, in a process that holds `lock` too."""
         folder, step = self.folder(cell), self.next_step(cell)
-        folder.mkdir(parents=True, exist_ok=True)
         if "--measure" not in step:
-            seconds = 0.0
-            if "--resume" in step:  # what came after last.pt is done again
-                before, last = read_json(folder / CELL), folder / "weights" / "last.pt"
-                seconds = before["seconds"] + max(0, last.stat().st_mtime - before["begun"])
+            folder.mkdir(parents=True, exist_ok=True)
             record = {**cell._asdict(), "epochs": self.epochs(cell), "imgsz": self.imgsz}
             record |= {"train_images": self.train_images[cell.data], "data_yaml": str(self.data[cell.data])}
-            record |= {"machine": machine(), "seconds": seconds, "begun": time.time(), "command": self.command(cell)}
-            write_json(folder / CELL, record)
-        with open(folder / log_name(step), "a", encoding="utf-8") as log:
+            record |= {"machine": machine(), "seconds": seconds_of(folder), "begun": time.time()}
+            write_json(folder / CELL, {**record, "command": self.command(cell)})
+        with open(folder / LOG, "a", encoding="utf-8") as log:
             return subprocess.Popen(
                 [sys.executable, *step],
                 **{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": ROOT, "pass_fds": [lock.fileno()]},
@@ -196,12 +185,7 @@ class Study:
         """
         running: dict[Cell, subprocess.Popen] = {}
         failed: list[Cell] = []
-        self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / "lock", "w", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"processes of another or a killed study run in {self.out}: end them first.") from error
+        with locked(self.out) as lock:
             try:
                 while True:
                     ready = [cell for cell in self.cells if cell not in (*running, *failed) and self.is_ready(cell)]
@@ -211,7 +195,14 @@ class Study:
                         break
                     time.sleep(POLL_S)
                     for cell in [cell for cell, process in running.items() if process.poll() is not None]:
-                        failed += [cell] * self.has_failed(cell, running.pop(cell))
+                        if status := running.pop(cell).returncode:
+                            failed.append(cell)
+                            log = self.folder(cell) / LOG
+                            print(f"{cell} failed with status {status}; {log} ends in:\n{end_of(log)}", flush=True)
+                        elif self.is_done(cell):
+                            done = sum(map(self.is_done, self.cells))
+                            print(f"{time.strftime('%H:%M')} {cell}, {done} of {len(self.cells)} are done", flush=True)
+                            write_csv(self.out)
             finally:
                 for process in running.values():
                     process.terminate()
@@ -227,29 +218,41 @@ class Study:
         needed = self.needed(cell)
         return not self.is_done(cell) and (needed is None or self.is_done(needed))
 
-    def has_failed(self, cell: Cell, process: subprocess.Popen) -> bool:
-        """Tells how a cell's process has ended; returns whether badly."""
-        if process.returncode:
-            log = self.folder(cell) / log_name(process.args)
-            print(f"{cell} failed with status {process.returncode}; {log} ends in:\n{end_of(log)}", flush=True)
-        elif self.is_done(cell):
-            write_csv(self.out)
-            print(f"{time.strftime('%H:%M')} {cell} is done", flush=True)
-        return process.returncode != 0
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[IO[str]]:
+    """Makes a study's folder and locks it; who inherits the file, keeps the lock where this process is killed.
+
+    Raises:
+        UserError: it is locked.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            what = f"processes of another study, or of a killed one, still run in {out}"
+            raise UserError(f"{what}: wait for them, or end them (pgrep -f {out} lists them).") from error
+        yield lock
 
 
 def by_stem(files: Sequence[str], option: str) -> dict[str, Path]:
-    """Returns YAML files, found as train.py finds them, by their names without suffix; of ours what is below ROOT."""
-    found = {file.stem: file for file in (find_file(name, (".yaml", ".yml"), option).resolve() for name in files)}
-    found = {stem: file.relative_to(ROOT) if file.is_relative_to(ROOT) else file for stem, file in found.items()}
+    """Returns YAML files, whose suffix may be missing, by their names; those of this repository relative to ROOT."""
+    names = [name if name.endswith((".yaml", ".yml")) else f"{name}.yaml" for name in files]
+    paths = [find_file(name, (".yaml", ".yml"), option).resolve() for name in names]
+    found = {path.stem: path.relative_to(ROOT) if path.is_relative_to(ROOT) else path for path in paths}
     if len(found) < len(files):
         raise UserError(f"{option}: two of the files have one name, by which the study tells them apart. Rename one.")
     return found
 
 
-def log_name(step: Sequence[str]) -> str:
-    """Returns the log of a step of a cell; the command's own ends when the command does."""
-    return "measuring.txt" if "--measure" in step else LOG
+def seconds_of(folder: Path) -> float:
+    """Returns how long a cell's command took to its last checkpoint; after an interruption it goes on from there."""
+    if not (folder / CELL).exists():
+        return 0
+    record = read_json(folder / CELL)
+    written = max((file.stat().st_mtime for file in folder.glob("weights/*.pt")), default=0)
+    return record["seconds"] + max(0, written - record["begun"])
 
 
 def end_of(log: Path) -> str:
@@ -273,30 +276,24 @@ def write_json(file: Path, content: Any) -> None:
 def measure(folder: Path) -> None:
     """Measures what a cell's command has made, and writes its figures: after this the cell is done."""
     from models.backends import open_model
-    from models.inference.evaluation import check_classes, make_loader
+    from models.inference.evaluation import make_loader
     from models.inference.predictor import Predictor
     from models.load import load_model
     from models.yolo import count_gflops
     from utils.dataloaders.config import load_spec
     from utils.eval.evaluate import NMS, evaluate
 
-    figures = read_json(folder / CELL)
-    figures["seconds"] += (folder / LOG).stat().st_mtime - figures.pop("begun")
+    figures = {**read_json(folder / CELL), "seconds": seconds_of(folder)}
+    del figures["begun"]
     spec = load_spec(figures["data_yaml"], need=("val",))
-    weights = folder / "weights"
     # A command without epochs chooses none: what it makes is its last.
-    files = (
-        {"best": weights / "best.pt", "last": weights / "last.pt"}
-        if figures["epochs"]
-        else {"last": weights / "best.pt"}
-    )
+    files = {"best": "best.pt", "last": "last.pt"} if figures["epochs"] else {"last": "best.pt"}
     for name, file in files.items():
-        opened = open_model(file)
-        check_classes(opened, spec)
+        opened = open_model(folder / "weights" / file)
         loader = make_loader(spec, figures["imgsz"], opened.metadata.stride, workers=0)
         coco = evaluate(Predictor(opened.build(), NMS), loader, names=spec.names, coco_metrics=True).coco
         figures |= {f"map_{name}": coco.ap, f"map50_{name}": coco.ap50}
-    model = load_model(files["last"])
+    model = load_model(folder / "weights" / files["last"])
     figures["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     figures["gflops"] = count_gflops(model, figures["imgsz"])
     write_json(folder / FIGURES, figures)
@@ -304,11 +301,10 @@ def measure(folder: Path) -> None:
 
 def all_figures(out: Path) -> list[dict[str, Any]]:
     """Reads the figures of all cells of a study: by data set, start, and model, the largest first."""
+    order = {start: place for place, start in enumerate(STARTS)}
     rows = [read_json(file) for file in out.glob(f"*/*/{FIGURES}")]
-    starts = list(STARTS)
-    return sorted(
-        rows, key=lambda row: (row["data"], starts.index(row["start"]), -row["parameters"], row["model"], row["seed"])
-    )
+    rows.sort(key=lambda row: (row["data"], order[row["start"]], -row["parameters"], row["model"], row["seed"]))
+    return rows
 
 
 def write_csv(out: Path) -> None:
@@ -323,7 +319,7 @@ def write_csv(out: Path) -> None:
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
-COLUMNS: Mapping[str, tuple[str, float, int]] = {  # title, unit, decimals
+COLUMNS = {  # key in figures.json: title, unit, decimals
     "map_last": ("mAP50-95 last", 1, 3),
     "map_best": ("mAP50-95 best", 1, 3),
     "map50_last": ("mAP50 last", 1, 3),
@@ -332,7 +328,6 @@ COLUMNS: Mapping[str, tuple[str, float, int]] = {  # title, unit, decimals
     "parameters": ("M parameters", 1e6, 2),
     "gflops": ("GFLOPs", 1, 2),
 }
-SPREAD = ("map_last", "map_best", "map50_last", "map50_best")
 
 
 def tables(out: Path) -> str:
@@ -340,33 +335,29 @@ def tables(out: Path) -> str:
     rows = all_figures(out)
     parts = []
     for data, start in dict.fromkeys((row["data"], row["start"]) for row in rows):
-        some = [row for row in rows if (row["data"], row["start"]) == (data, start)]
-        about = some[0]
-        epochs = f"{about['epochs']} epochs" if about["epochs"] else "no epochs"
-        parts.append(
-            f"### {data}, `{start}`\n\n{about['train_images']} training images, {epochs}, {about['imgsz']} px."
-        )
+        models: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if (row["data"], row["start"]) == (data, start):
+                models.setdefault(row["model"], []).append(row)
+                about = f"{row['train_images']} training images, {row['epochs'] or 'no'} epochs, {row['imgsz']} px."
         lines = [["model", "seeds", *(title for title, _, _ in COLUMNS.values())]]
-        for model in dict.fromkeys(row["model"] for row in some):
-            mine = [row for row in some if row["model"] == model]
-            lines.append(
-                [f"`{model}`", str(len(mine)), *(cell_of([row.get(key) for row in mine], key) for key in COLUMNS)]
-            )
-        parts.append(markdown(lines))
+        for model, some in models.items():
+            cells = [cell_of([row[key] for row in some if row.get(key) is not None], key) for key in COLUMNS]
+            lines.append([f"`{model}`", str(len(some)), *cells])
+        parts.append(f"### {data}, `{start}`\n\n{about}\n\n{markdown(lines)}")
     if (out / LATENCY).exists():
         parts.append(latency_table(read_json(out / LATENCY)))
     machines = sorted({row["machine"] for row in rows})
-    return "\n\n".join([*parts, *([f"Minutes are of: {'; '.join(machines)}."] if machines else [])])
+    return "\n\n".join([*parts, *(f"Minutes are of: {one}." for one in machines)])
 
 
-def cell_of(values: Sequence[float | None], key: str) -> str:
+def cell_of(values: Sequence[float], key: str) -> str:
     """Returns the mean over the seeds and, of accuracies, in brackets the largest less the smallest."""
-    _, unit, decimals = COLUMNS[key]
-    known = [value / unit for value in values if value is not None]
-    if not known:
+    if not values:
         return "-"
-    spread = f" ({max(known) - min(known):.{decimals}f})" if key in SPREAD and len(known) > 1 else ""
-    return f"{fmean(known):.{decimals}f}{spread}"
+    _, unit, decimals = COLUMNS[key]
+    spread = f" ({max(values) - min(values):.{decimals}f})" if key.startswith("map") and len(values) > 1 else ""
+    return f"{fmean(values) / unit:.{decimals}f}{spread}"
 
 
 def latency_table(report: Mapping[str, Any]) -> str:
@@ -409,8 +400,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", nargs="+", default=[], help="data set YAMLs")
     add("--models", nargs="+", default=[], help="model YAMLs, .yaml may be left out; the first is the dense one")
-    starts = ["scratch", "coco", "inherited", "tuned"]
-    add("--starts", nargs="+", default=starts, choices=list(STARTS), help=f"default: {' '.join(starts)}")
+    default = f"default: {' '.join(DEFAULT_STARTS)}"
+    add("--starts", nargs="+", default=DEFAULT_STARTS, choices=list(STARTS), help=default)
     add("--seeds", nargs="+", type=number(int, 0), default=[0, 1, 2], help="default: 0 1 2")
     add("--imgsz", "--img", "--img-size", type=number(int, 32, MAX_IMAGE_SIDE_PX), default=320, help="image side in px")
     add("--images", type=number(int, 1), default=IMAGES, help="images that a training from scratch sees")
@@ -429,12 +420,13 @@ def main(options: argparse.Namespace) -> None:
     """Runs the cells, or what else the options say, and prints the tables."""
     if options.measure:
         return measure(options.measure)
-    if not (options.tables or options.models) or not (options.tables or options.ms or options.data):
-        raise UserError("--models and --data are needed: see --help.")
+    if not options.tables and not (options.models and (options.data or options.ms)):
+        raise UserError("--models and --data are needed. See --help.")
     if options.ms:
-        options.out.mkdir(parents=True, exist_ok=True)
         line = ["--imgsz", options.imgsz, "--threads", 1, "--clock", "cpu", "--json", options.out / LATENCY]
-        print(run(ROOT / "benchmarks" / "neck.py", "--models", *options.models, "--runtimes", *RUNTIMES, *line))
+        line += ["--runtimes", *RUNTIMES, "--models", *by_stem(options.models, "--models")]
+        with locked(options.out):  # trainings would slow it
+            print(run(ROOT / "benchmarks" / "neck.py", *line))
     elif not options.tables:
         from utils.eval.coco import require_coco_tools
 
