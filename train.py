@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import CommandParser, echo_options, number, options_from, run_command, with_hint
+from utils.cli import CommandParser, echo_options, find_weights, number, options_from, run_command, with_hint
 from utils.errors import MAX_IMAGE_SIDE_PX, UserError, check_img_size, explain_resource_errors, grid_stride
 from utils.files import ROOT, find_file, increment_path, run_folder, write_yaml
 from utils.log import LOGGER
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", default="", help="checkpoint to start from; none trains from scratch")
     add("--cfg", default="", help="model YAML, such as yolov5s-slimneck.yaml; default: the checkpoint's own")
     add("--no-inherit", action="store_true", help="fit nothing to --weights: take over only what is the same in --cfg")
+    add("--teacher", default="", help="checkpoint of this size whose maps are learned, with the hyperparameter distill")
     add("--data", default=str(ROOT / "data" / "shapes.yaml"), help="data set YAML")
     add("--hyp", default=str(ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"), help="hyperparameter YAML")
     recipe_help = "hyperparameters without --hyp: YOLOv5's, hyp.small.yaml, or (auto) that for runs of few steps"
@@ -168,11 +169,11 @@ def train(
         LOGGER.info(device_line(device) + "\n")
         asked = config.batch_size
         with world.rank_zero_logging():
-            hyp, model, loaders = _prepare(hyp, config, device, checkpoint, world)
+            hyp, model, loaders, teacher = _prepare(hyp, config, device, checkpoint, world)
         if config.batch_size != asked:
             callbacks.run("on_params_update", {"batch_size": config.batch_size})
         callbacks.run("on_pretrain_routine_end")
-        trainer = Trainer(model, hyp, config, loaders, device, callbacks, module_predictor, checkpoint, world)
+        trainer = Trainer(model, hyp, config, loaders, device, callbacks, module_predictor, checkpoint, world, teacher)
         with (
             with_hint(trainer.how_to_resume),
             lost_processes(world),
@@ -189,7 +190,7 @@ def train(
 
 
 def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, Any] | None, world: Any) -> tuple:
-    """Makes the model, the loaders and then the run's folder; returns the recipe's hyperparameters and the first two.
+    """Makes the model, the loaders and then the run's folder; returns hyperparameters, model, loaders and the teacher.
 
     Here `config` is settled. What can be refused is so before the folder is there. The first process settles and
     writes.
@@ -222,6 +223,7 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
         LOGGER.warning("WARNING: --label-smoothing has no effect: one class (as of --single-cls) has no class loss")
     freeze_layers(model, config.freeze)
     model, stride = model.to(device), grid_stride(model.stride)
+    teacher = _load_teacher(model, config, checkpoint, world) if config.teacher else None
     config.imgsz = check_img_size(config.imgsz, stride, floor=2 * stride)
     if config.batch_size == -1:
         config.batch_size = fitting_batch_size(model, config, stride)
@@ -233,7 +235,7 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
         if world.is_main:
             with checkpoint_errors(config.resume):
                 check_dataset(checkpoint, loaders.dataset, config.resume, config.data)
-        return hyp, model, loaders
+        return hyp, model, loaders, teacher
     if world.is_main:  # whose weights the others are given
         if given:
             _start_from(given, model, tables["train"], hyp, config)
@@ -241,7 +243,26 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
             check_anchors(loaders.train.dataset, model, hyp.anchor_t, config.imgsz, config.seed)
         model.half().float()  # as YOLOv5 does: what is trained and what is saved (float16) agree on the anchors
     _open_folder(hyp, config, loaders.train.dataset.table.rows, names, world)
-    return hyp, model, loaders
+    return hyp, model, loaders, teacher
+
+
+def _load_teacher(model: Any, config: TrainConfig, checkpoint: dict[str, Any] | None, world: Any) -> Any:
+    """Opens `--teacher` for a model, on its device; a resumed run's must be the one that it was begun with."""
+    from models.load import load_model
+    from utils.loss.distill import Teacher
+    from utils.train.fingerprint import tensors_digest
+
+    with world.rank_zero_first():  # the first may have to download
+        (path,) = find_weights(config.teacher, "--teacher")
+        loaded = load_model(path)
+    config.teacher = str(path.absolute())
+    digest = tensors_digest(loaded.state_dict())
+    if checkpoint and digest != checkpoint.get("teacher"):
+        raise UserError(
+            f"--resume {config.resume}: its teacher, {path}, has other weights than when the run was begun. Put that "
+            f"file back, or start a new run with --weights {config.resume}."
+        )
+    return Teacher(loaded.to(next(model.parameters()).device).fuse(), model, digest, config.teacher)
 
 
 def _new_model(weights: Any, names: dict[int, str], hyp: Any, config: TrainConfig) -> Any:

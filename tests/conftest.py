@@ -94,11 +94,11 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def more_weights():
-    """Makes another such model at a path, of other classes or with another seed."""
+    """Makes another such model at a path, of other classes, with another seed or of another YAML."""
     return save_weights
 
 
-def save_weights(path: Path, names: dict[int, str], seed: int = 0) -> Path:
+def save_weights(path: Path, names: dict[int, str], seed: int = 0, cfg: str = "yolov5n.yaml") -> Path:
     import torch
 
     from models.yolo import Model
@@ -106,11 +106,11 @@ def save_weights(path: Path, names: dict[int, str], seed: int = 0) -> Path:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Model("yolov5n.yaml", nc=len(names))
+        model = Model(cfg, nc=len(names))
     for conv in model.head.m:
         conv.bias.data.view(3, -1)[:, 4:] = torch.tensor([2.0, 2.5, *[1.0] * (len(names) - 1)])
     content = {"epoch": 3, "model": model.state_dict(), "yaml": model.yaml, "names": names, "nc": len(names)}
-    content |= {"stride": [8, 16, 32], "hyp": {}, "opt": {}, "data": None, "versions": {}, "date": ""}
+    content |= {"stride": model.stride.tolist(), "hyp": {}, "opt": {}, "data": None, "versions": {}, "date": ""}
     content |= {"format": "yolov5-slim", "format_version": 1, **dict.fromkeys(TRAINING_STATE), "updates": 7}
     save_checkpoint(path, content)
     return path

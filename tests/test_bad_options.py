@@ -131,7 +131,8 @@ def typed(flag: str, text: str) -> tuple[str, ...]:
 
 # Texts --------------------------------------------------------------------------------------------------------------
 
-FILES = {"weights": ".pt", "cfg": ".yaml", "data": ".yaml", "hyp": ".yaml", "resume": ".pt", "source": ".jpg"}
+FILES = {"cfg": ".yaml", "data": ".yaml", "hyp": ".yaml", "source": ".jpg"}
+FILES |= dict.fromkeys(("weights", "teacher", "resume"), ".pt")
 # {} is the suffix of the files that the option takes; what the names mean is in the fixture `place`
 PATHS = (
     "gone{}|'gone{}'|gone|no/gone{}|text.md/gone{}|~nobody-here/gone{}|folder{}|..|text.md| ||a\0b{}|\x1b[2Jgone{}|"
@@ -174,7 +175,7 @@ TEXTS["source"] += (
     "nothing.txt|rubbish.txt|missing.txt|mixed.txt|folder.txt|empty"
 ).split("|")
 EMPTY_IS_NONE = {  # options that mean "none given" by an empty text
-    *(("train", "weights"), ("train", "device"), ("val", "device")),
+    *(("train", "weights"), ("train", "teacher"), ("train", "device"), ("val", "device")),
     *(("detect", name) for name in ("weights", "data", "device", "count")),
     *(("export", "data"), ("serve", "weights"), ("serve", "device")),
 }

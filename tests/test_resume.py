@@ -51,6 +51,7 @@ KINDS = {  # what is forgotten shows in
     "patience": {"patience": 1},  # the best epoch so far; the run ends with the third
     "shares of the run": {"hyp": "shares.yaml"},  # where the mosaics end, the pace of the moving average
     "hours": {"epochs": 30, "hours": 1.0, "hyp": "shares.yaml"},  # how many epochs the first one's time has settled
+    "teacher": {"teacher": "teacher.pt", "multi_scale": True, "hyp": "alike.yaml"},  # its weights, which a file has
     "fitted anchors": {"noautoanchor": False, "cfg": "none.yaml"},  # anchors that only the checkpoint has
     "balance": {},  # the weights of the layers' objectness; see the test
 }
@@ -61,8 +62,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_shapes, tmp_path_factory) -> Path:
-    """Eight images to train on and two to validate with, a data set YAML and two models."""
+def folder(tiny_shapes, more_weights, tmp_path_factory) -> Path:
+    """Eight images to train on and two to validate with, a data set YAML, two models and a teacher."""
     root = tmp_path_factory.mktemp("eight")
     for split, count in (("train", 8), ("val", 2)):
         for kind in ("images", "labels"):
@@ -76,6 +77,10 @@ def folder(tiny_shapes, tmp_path_factory) -> Path:
     shares = "close_mosaic: 0.5\nema_tau: 0.25\nwarmup_ratio: 0.5\nnominal_batch: 4\n"
     (root / "shares.yaml").write_text(HYP.read_text() + shares)
     rows = MODEL.splitlines()
+    (root / "dense.yaml").write_text(MODEL.replace("GSConv", "Conv"))
+    more_weights(root / "teacher.pt", dict(enumerate("abcdefg")), cfg=str(root / "dense.yaml"))
+    only = re.sub(r"(?m)^(box|obj|cls): .*", r"\1: 0.0", HYP.read_text())
+    (root / "alike.yaml").write_text(only + "distill: 1.0\nwarmup_ratio: 0.1\nnominal_batch: 2\n")
     (root / "none.yaml").write_text("\n".join("anchors: 3" if row.startswith("anchors") else row for row in rows))
     return root
 
@@ -168,6 +173,7 @@ def test_resumed_after_any_epoch_the_end_is_the_same(kind, folder, tmp_path, mon
     if kind == "balance":  # train.py has no option for it
         monkeypatch.setattr(ComputeLoss, "__init__", functools.partialmethod(ComputeLoss.__init__, autobalance=True))
         monkeypatch.setattr("utils.loss.anchor_based._REFERENCE_STRIDE", 8)
+    monkeypatch.chdir(folder)  # where the teacher is
     monkeypatch.setattr(engine, "fitting_epochs", lambda *_: EPOCHS)
     copies = tmp_path / "copies"
     whole = start(folder, tmp_path, copying(tmp_path / "exp", copies), **KINDS[kind])
@@ -176,6 +182,10 @@ def test_resumed_after_any_epoch_the_end_is_the_same(kind, folder, tmp_path, mon
     assert [int(row.split(",")[0]) for row in rows] == list(range(epochs))
     assert load_checkpoint(whole / "weights" / f"epoch{epochs - 1}.pt")["optimizer"] is not None
     assert len(list(copies.iterdir())) == epochs - 1
+    if kind == "teacher":
+        header, values = (whole / "results.csv").read_text().splitlines()[0], [float(row.split(",")[4]) for row in rows]
+        assert header.split(",")[4].strip() == "train/distill_loss" and "val/distill_loss" not in header
+        assert values[3] < values[0] - 0.1, values  # it learns, and of the teacher alone
     monkeypatch.setattr(engine, "fitting_epochs", lambda *_: 2)  # of another machine, say
     for number in range(1, epochs):
         last = copies / str(number) / "weights" / "last.pt"
@@ -349,3 +359,21 @@ def test_data_given_as_a_dict_is_found_again_from_another_folder(folder, own_fol
     assert load_checkpoint(last)["data"] is None  # no file that val.py could read
     own_folder("other")
     assert train.run(resume=str(last)).data["train"] == [str(mine / "set" / "images" / "train")]
+
+
+def test_a_run_keeps_to_its_teacher(command, folder, own_folder, more_weights, tmp_path):
+    mine = own_folder("mine")
+    names, cfg, file = {0: "a"}, str(folder / "dense.yaml"), mine / "dense.pt"
+    more_weights(file, names, cfg=cfg)
+    last = stopped(folder, tmp_path, teacher="dense.pt")
+    assert load_checkpoint(last)["opt"]["teacher"] == str(file)
+    own_folder("other")
+    more_weights(file, names, seed=1, cfg=cfg)
+    command(train, "--resume", last).assert_refused("--resume", str(file), "other weights")
+    file.unlink()
+    command(train, "--resume", last).assert_refused("--teacher", str(file), "no such file")
+    more_weights(file, names, cfg=cfg)
+    command(train, "--resume", last, "--teacher", "").assert_refused("--teacher", str(file))
+    assert load_checkpoint(last)["epoch"] == 0
+    train.run(resume=str(last))
+    assert (tmp_path / "exp" / "results.csv").read_text().count("\n") == 1 + EPOCHS

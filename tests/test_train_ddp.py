@@ -172,9 +172,9 @@ def test_two_processes_follow_one(switches, helper, launch, still, figures, tiny
     assert (tmp_path / "two" / "results.csv").read_text().count("\n") == 4
 
 
-def test_a_resumed_run_ends_with_the_same_bits(helper, launch, tiny_shapes, tmp_path):
+def test_a_resumed_run_ends_with_the_same_bits(helper, launch, more_weights, tiny_shapes, tmp_path):
     options = {**SMALL, "data": str(tiny_shapes), "epochs": 3, "save_period": 1, "project": str(tmp_path), "name": "a"}
-    options.update(noplots=True, noval=True, cache="ram")
+    options.update(noplots=True, noval=True, cache="ram", teacher=str(more_weights(tmp_path / "t.pt", {0: "cat"})))
     helper.start(launch(), options)
     train.run(**options)
     assert helper.answer() == "done"

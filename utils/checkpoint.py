@@ -3,8 +3,8 @@
 A checkpoint is a dict of tensors, numbers, strings, None, lists, tuples and dicts, in torch's zip format. Keys: format,
 format_version, epoch (the last finished one, -1 once stripped), best_fitness, model (state dict, float32; the float16
 EMA once stripped), ema, updates, optimizer, scaler, schedule, stopper, generators, dataset (None once stripped), yaml,
-names, nc, stride, hyp, opt, precision, data, versions, date. Building a model from one, and what original YOLOv5 files
-hold, is `models.load`'s concern.
+names, nc, stride, hyp, opt, precision, data, versions, date; with `--teacher` also teacher, a digest of its weights.
+Building a model from one, and what original YOLOv5 files hold, is `models.load`'s concern.
 """
 
 from __future__ import annotations

@@ -190,17 +190,17 @@ def number(kind: type, minimum: float | None = None, maximum: float | None = Non
     return parse
 
 
-def find_weights(weights: str | Path | Sequence[str | Path] | None = None) -> list[Path]:
+def find_weights(weights: str | Path | Sequence[str | Path] | None = None, option: str = "--weights") -> list[Path]:
     """Returns the files and folders that `--weights` names; without any, the newest runs/train/*/weights/best.pt.
 
-    Weights that YOLOv5 publishes (`yolov5s.pt`) are fetched where there is no such file.
+    Weights that YOLOv5 publishes (`yolov5s.pt`) are fetched where there is no such file. `option` is for messages.
 
     Raises:
         UserError: nothing has been trained yet, no such file (the nearest names are shown), or it cannot be fetched.
     """
     names = [weights] if isinstance(weights, (str, Path)) else list(weights or ())
     if any(map(str, names)):
-        return [_existing(Path(name)) for name in names if str(name)]
+        return [_existing(Path(name), option) for name in names if str(name)]
     trained = ROOT / "runs" / "train"
     found = list(trained.glob("*/weights/best.pt"))
     if not found:
@@ -208,7 +208,7 @@ def find_weights(weights: str | Path | Sequence[str | Path] | None = None) -> li
     return [max(found, key=os.path.getmtime)]
 
 
-def _existing(path: Path) -> Path:
+def _existing(path: Path, option: str) -> Path:
     if os.path.isfile(path) or os.path.isdir(path):  # a pipe would be waited for; Path's own raise for names too long
         return path
     from utils.downloads import RELEASES, attempt_download
@@ -220,4 +220,4 @@ def _existing(path: Path) -> Path:
     hint = did_you_mean(path.name, {*map(os.path.basename, nearby), *RELEASES})
     alike = sorted({file for file in nearby if os.path.isfile(file) and Path(file).suffix == path.suffix})
     there = f" There are: {', '.join(alike[:5])}." if alike else ""
-    raise UserError(f"--weights {path}: no such file or folder.{hint}{there}")
+    raise UserError(f"{option} {path}: no such file or folder.{hint}{there}")

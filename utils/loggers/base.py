@@ -45,9 +45,10 @@ def epoch_figures(
     Args:
         terms: names of the loss's terms.
         train_items: their means over the epoch.
-        validation: precision, recall, mAP50, mAP50-95, and the terms.
+        validation: precision, recall, mAP50, mAP50-95, and the terms that are not of training alone: the first ones.
         rates: learning rates of the parameter groups.
     """
+    validated = terms[: len(validation) - len(METRICS)]
     names = [f"train/{term}_loss" for term in terms]
-    names += [*METRICS, *(f"val/{term}_loss" for term in terms), *(f"x/lr{group}" for group in range(len(rates)))]
+    names += [*METRICS, *(f"val/{term}_loss" for term in validated), *(f"x/lr{group}" for group in range(len(rates)))]
     return dict(zip(names, map(float, (*train_items, *validation, *rates)), strict=True))

@@ -48,6 +48,7 @@ class LossResult(NamedTuple):
     total: Tensor  # () float32 with gradient: the items' sum times the batch size, or see `BatchReduction`
     items: Tensor  # (n,) float32, detached: the terms in the order of `Loss.terms`, each with its gain
     labels: int
+    images: int
 
 
 class Loss:
@@ -120,7 +121,7 @@ class Loss:
                 items = self.weigh(whole)
         if total.requires_grad:  # training, not validation
             self.after_training_batch(whole)
-        return LossResult(total, items, labels)
+        return LossResult(total, items, labels, images)
 
     def __call__(self, p: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Returns as YOLOv5 does the loss (1,), times the batch size, and its terms (n,) without gradient."""

@@ -9,6 +9,7 @@ validates, decides and writes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -38,6 +39,7 @@ from utils.loggers import open_loggers
 from utils.loggers.base import epoch_figures
 from utils.loss import LOSSES
 from utils.loss.base import BatchReduction, LossResult
+from utils.loss.distill import TERM, Teacher, head_inputs, with_distillation
 from utils.nms import NMSConfig
 from utils.process import defer_signals
 from utils.train.distributed import ALONE, World, no_sync_unless, replicate
@@ -74,6 +76,7 @@ class Trainer:
         make_predictor: Callable[[nn.Module, NMSConfig, torch.dtype | None], Any],
         checkpoint: dict | None = None,
         world: World = ALONE,
+        teacher: Teacher | None = None,
     ) -> None:
         """Sets a run up, at its beginning or where `checkpoint` left it.
 
@@ -87,9 +90,10 @@ class Trainer:
             make_predictor: makes what `evaluate` takes of a module, how detections are chosen, and what to compute in.
             checkpoint: the last finished epoch of the run to go on with.
             world: the processes that train together; all make a trainer.
+            teacher: whose maps the model learns to give as well, with the gain `hyp.distill`.
         """
         self.options, self.hyp, self.device, self.callbacks, self.loaders = options, hyp, device, callbacks, loaders
-        self.world, self.make_predictor = world, make_predictor
+        self.world, self.make_predictor, self.teacher = world, make_predictor, teacher
         self.save_dir = Path(options.save_dir)
         self.last, self.best = (self.save_dir / "weights" / f"{name}.pt" for name in ("last", "best"))
         if world.is_main:
@@ -103,6 +107,7 @@ class Trainer:
         loss = LOSSES[model.head.loss]
         self.model.hyp = dict(vars(loss.scaled(hyp, model.head, loaders.imgsz)))  # those, too, that the file leaves out
         self.loss = loss(self.model)
+        self.terms = (*self.loss.terms, TERM) if teacher else self.loss.terms  # of training
         weight_decay = scaled_weight_decay(hyp, options.batch_size)
         self.optimizer = build_optimizer(model, options.optimizer, hyp.lr0, hyp.momentum, weight_decay)
         self.autocast_dtype = resolve_amp(options.amp, device)
@@ -192,9 +197,9 @@ class Trainer:
             by_class = class_weights(classes, self.model.nc)
             loader.set_image_weights(image_weights(classes, table.offsets, by_class, self.maps))
         self.callbacks.run("on_train_epoch_start")
-        header = ("Epoch", "gpu_mem", *self.loss.terms, "labels", "img_size", "eta")
+        header = ("Epoch", "gpu_mem", *self.terms, "labels", "img_size", "eta")
         LOGGER.info(("\n" + "%10s" * len(header)) % header)
-        mean_items = torch.zeros(len(self.loss.terms))
+        mean_items = torch.zeros(len(self.terms))
         with progress(total=len(loader.dataset), unit="img") as bar:
             for index, batch in enumerate(loader):
                 self.callbacks.run("on_train_batch_start")
@@ -236,20 +241,24 @@ class Trainer:
             images = rescaled(images, self.loaders.imgsz, self.loaders.grid_stride, self.options.seed, iteration)
         self.gathered += 1
         steps = self.gathered >= settings.accumulate or index + 1 == len(self.loaders.train)
+        autocast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
         with no_sync_unless(self.ddp_model, wanted=steps):
-            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            with autocast, head_inputs(self.model) if self.teacher else contextlib.nullcontext() as maps:
                 outputs = self.ddp_model(images)
+                wanted = self.teacher.maps(images) if self.teacher else None
             reduction = None
             if self.world.size > 1:
                 owned = float(self.loaders.train.owns(index))
                 reduction = BatchReduction(self.world.all_reduce_sum, self.world.size, weight=owned)
             loss = self.loss.compute(outputs, batch.targets, reduction)
+            if self.teacher:
+                loss = with_distillation(loss, maps, wanted, self.hyp.distill, reduction)
             self.scaler.scale(loss.total * 4 if self.options.quad else loss.total).backward()
         loss = loss._replace(items=loss.items.cpu())  # waits for the device, which has the backward pass to do
         more = len(batch.paths) - SHOWN_IMAGES
         shown = ", ".join(batch.paths[:SHOWN_IMAGES]) + (f" and {more} more" if more > 0 else "")
         where = f"in epoch {epoch}, batch {index} (images {shown})"
-        for term, value in zip(self.loss.terms, loss.items.tolist(), strict=True):
+        for term, value in zip(self.terms, loss.items.tolist(), strict=True):
             if not math.isfinite(value):
                 if self.world.size > 1 and torch.isfinite(loss.total):
                     raise ReportedError("the loss of another process is not finite.")
@@ -327,7 +336,7 @@ class Trainer:
         if self._sets_epochs(epoch):
             self._fit_into_hours(trained - self.epoch_began, time.monotonic() - trained)
             final |= self.options.epochs == 1
-        figures = epoch_figures(self.loss.terms, items.tolist(), self.validation, rates)
+        figures = epoch_figures(self.terms, items.tolist(), self.validation, rates)
         for logger in self.loggers:
             logger.log_epoch(epoch, figures)
         self.callbacks.run("on_fit_epoch_end", list(figures.values()), epoch, self.best_fitness, fitness)
@@ -406,6 +415,7 @@ class Trainer:
             "stopper": self.stopper.state_dict(),
             "generators": {"torch": torch.get_rng_state()},
             "dataset": self.loaders.dataset,
+            **({"teacher": self.teacher.digest} if self.teacher else {}),
         }
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:

@@ -40,8 +40,8 @@ SPLITS = ("train", "val")
 # Options that name files and folders, whose content counts instead, or hyperparameters, which are counted as such; and
 # those that do not touch the result.
 NOT_COUNTED = frozenset(
-    "weights cfg data hyp recipe box_loss hours project name save_dir exist_ok resume device local_rank workers cache "
-    "noplots save_period".split()
+    "weights teacher cfg data hyp recipe box_loss hours project name save_dir exist_ok resume device local_rank "
+    "workers cache noplots save_period".split()
 )
 READING_THREADS = 8
 SHORT_DIGITS = 12  # of a digest, in the line at the end of a training
@@ -99,6 +99,7 @@ def fingerprint(run: str | Path, data: str | Path = "", images: bool = True) -> 
         parts += [Part(name, None, f"not available: {error}") for name in ("labels", "images")[: 1 + images]]
     options = {name: value for name, value in newest["opt"].items() if name not in NOT_COUNTED}
     content = {"options": options, "hyperparameters": newest["hyp"], "model": newest["yaml"]}
+    content |= {"teacher": newest["teacher"]} if "teacher" in newest else {}
     versions = newest["versions"]
     parts += [
         Part("options", json_digest(content), " ".join(f"{name}={value}" for name, value in sorted(options.items()))),

@@ -101,6 +101,7 @@ class Hyp:
     warmup_ratio: float = _key(_FRACTION, default=0.0)  # warm-up's share of the run; 0 = warmup_epochs with its floor
     ema_tau: float = _key(_FRACTION, default=0.0)  # EMA's time constant as a share of the run's steps; 0 = 2000 updates
     close_mosaic: float = _key(_FRACTION, default=0.0)  # share of the epochs, at the end, without mosaics
+    distill: float = _key(_NOT_NEGATIVE, default=0.1)  # gain of what `--teacher` adds to the loss
     key_order: tuple[str, ...] = field(default=(), repr=False, compare=False)  # as the file had them, for to_dict
 
     def __post_init__(self) -> None:

@@ -47,12 +47,13 @@ class TrainConfig:
     """The options of one run, by train.py's names, where each is described.
 
     A resumed run takes over the interrupted one's (`utils.train.resume`). What depends on the model and its data is
-    settled once, in train.py: `data` becomes absolute, `imgsz` a multiple of the stride, `batch_size` of -1 what fits,
-    `save_dir` the run's folder, a `recipe` of auto one of the others, with its file in `hyp`. After the first epoch
-    `epochs` becomes what fits into `hours`.
+    settled once, in train.py: `data` and `teacher` become absolute, `imgsz` a multiple of the stride, `batch_size` of
+    -1 what fits, `save_dir` the run's folder, a `recipe` of auto one of the others, with its file in `hyp`. After the
+    first epoch `epochs` becomes what fits into `hours`.
     """
 
     weights: str
+    teacher: str
     cfg: str
     no_inherit: bool
     data: str | Mapping[str, Any]
@@ -119,6 +120,10 @@ def check_options(config: TrainConfig, processes: int = 1) -> None:
         (
             config.weights and not config.weights.endswith(".pt"),
             f"--weights {config.weights}: a checkpoint ending in .pt is expected here.",
+        ),
+        (
+            config.teacher and not config.teacher.endswith(".pt"),
+            f"--teacher {config.teacher}: a checkpoint ending in .pt is expected here.",
         ),
         (
             batch_size == 0 or batch_size < -1,

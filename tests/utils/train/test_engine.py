@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.files import ROOT, read_yaml, write_yaml
 from utils.loggers import LOGGERS
 from utils.loss import ComputeLoss
+from utils.loss.distill import Teacher
 from utils.train import engine
 from utils.train.hyp import Hyp
 
@@ -114,6 +115,40 @@ def test_epochs_are_validated_folded_in_the_precision_of_training_and_the_best_o
     monkeypatch.setattr(engine, "evaluate", evaluated)
     train.run(**options)
     assert seen == [(False, torch.bfloat16)] * EPOCHS + [(True, None)]
+
+
+def test_a_teacher_sees_what_the_model_sees_in_the_precision_of_training(options, more_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "resolve_amp", lambda mode, device: torch.bfloat16)
+    teach, seen, trained, terms = Teacher.maps, [], [], []
+
+    def taught(teacher, images):
+        maps = teach(teacher, images)
+        seen.append((images, {level.dtype for level in maps}, any(level.requires_grad for level in maps)))
+        return maps
+
+    def ended(_iteration, model, images, *_):
+        trained.append(images)
+        assert not model.head._forward_pre_hooks and "teacher" not in model.state_dict()
+
+    monkeypatch.setattr(Teacher, "maps", taught)
+    callbacks = Callbacks()
+    callbacks.register_action("on_train_batch_end", callback=ended)
+    callbacks.register_action("on_fit_epoch_end", callback=lambda values, *_: terms.append(values))
+    more_weights(tmp_path / "t.pt", {0: "cat"}, cfg=options["cfg"])
+    options = {**options, "teacher": str(tmp_path / "t.pt"), "multi_scale": True, "epochs": 1}
+    train.run(callbacks, **options)
+    assert len(seen) == len(trained) == 3 and len({images.shape for images in trained}) > 1
+    assert all(images is batch for (images, *_), batch in zip(seen, trained, strict=True))
+    assert all(how == [{torch.bfloat16}, False] for _, *how in seen)
+    header = (tmp_path / "exp" / "results.csv").read_text().splitlines()[0].replace(" ", "").split(",")
+    assert header[1:6] == [*(f"train/{term}_loss" for term in ("box", "obj", "cls", "distill")), "metrics/precision"]
+    assert "val/distill_loss" not in header and len(terms[0]) == len(header) - 1 and terms[0][3] > 0
+    more_weights(tmp_path / "t.pt", {0: "cat"})
+    with pytest.raises(
+        UserError, match=r"--teacher .*t\.pt: .* 64 at stride 8, .*Choose a teacher of this model's size"
+    ):
+        train.run(**options)
+    assert not (tmp_path / "exp2").exists()
 
 
 @pytest.mark.parametrize("image_weights", [False, True])

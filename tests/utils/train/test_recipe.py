@@ -244,10 +244,12 @@ class Outcomes:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tiny_shapes, tmp_path_factory) -> Outcomes:
+def outcomes(tiny_shapes, more_weights, tmp_path_factory) -> Outcomes:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LOGGERS, "tensorboard", lambda *_: None)
-        yield Outcomes(tiny_shapes, tmp_path_factory.mktemp("outcomes"))
+        made = Outcomes(tiny_shapes, tmp_path_factory.mktemp("outcomes"))
+        more_weights(made.folder / "teacher.pt", {0: "cat"}, cfg=str(made.folder / "tiny.yaml"))
+        yield made
 
 
 def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
@@ -257,7 +259,11 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Hyp) if field.metadata])
 def test_every_hyperparameter_acts_or_is_known_not_to(key, outcomes):
     switches = {"noautoanchor": False} if key == "anchors" else {}  # how many, without saying which
-    assert same(outcomes.of({key: CHANGED.get(key, 0.5)}, **switches), outcomes.of()) == (key in UNUSED)
+    taught = {"teacher": str(outcomes.folder / "teacher.pt")} if key == "distill" else {}
+    changed = {key: CHANGED.get(key, 0.5)}
+    assert same(outcomes.of(changed, **switches, **taught), outcomes.of(**taught)) == (key in UNUSED)
+    if taught:
+        assert same(outcomes.of(changed), outcomes.of()) and not same(outcomes.of(**taught), outcomes.of())
 
 
 def test_a_key_without_effect_is_told_where_it_was_changed(caplog):
