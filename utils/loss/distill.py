@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.loss.base import BatchReduction, LossResult
 
 TERM = "distill"  # as the columns bear it
-EPS = 1e-6  # added to a channel's variance: without pattern it is compared with nothing
+EPS = 1e-6  # added to a channel's variance: a constant channel has no pattern
 
 
 class Teacher:

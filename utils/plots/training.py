@@ -208,10 +208,14 @@ def _results_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
     names = list(next(iter(tables.values())).columns)
     kinds = ("train/", "val/", "metrics/")
     above, below, metrics = ([name for name in names if name.startswith(kind)] for kind in kinds)
-    width = max(len(above), len(below)) + 2
+    width = len(above) + 2
+    below += [""] * (len(above) - len(below))  # terms of training alone
     figure = Figure(figsize=(3 * width, 6.5), layout="constrained")
     panels = figure.subplots(2, width, sharex=True)
     for axes, name in zip(panels.ravel(), (*above, *metrics[:2], *below, *metrics[2:]), strict=True):
+        if not name:
+            axes.remove()
+            continue
         for number, (run, table) in enumerate(tables.items()):
             if name not in table:
                 continue

@@ -22,9 +22,10 @@ def label_rows(count, classes, seed=0):
     return np.column_stack((rng.integers(0, classes, count), centres, sides)).astype(np.float32)
 
 
-def write_csv(path, epochs):
-    cells = [[str(epoch), *(f"{(epoch + 1) * column / 100:.5g}" for column in range(1, 14))] for epoch in range(epochs)]
-    lines = [HEADER.split(","), *cells]
+def write_csv(path, epochs, header=HEADER):
+    names = header.split(",")
+    values = [[f"{(epoch + 1) * column / 100:.5g}" for column in range(1, len(names))] for epoch in range(epochs)]
+    lines = [names, *([str(epoch), *row] for epoch, row in enumerate(values))]
     path.write_text("".join(",".join(f"{cell:>20}" for cell in line) + "\n" for line in lines))
 
 
@@ -120,6 +121,17 @@ def test_results_show_ten_columns_in_the_known_order(tmp_path):
         np.testing.assert_allclose(epochs, range(4))
         np.testing.assert_allclose(values, [(epoch + 1) * column / 100 for epoch in range(4)])
     assert [axes.get_title(loc="right") for axes in figure.axes[8:]] == ["best 0.240", "best 0.280"]
+
+
+def test_a_term_of_training_alone_has_a_panel_above(tmp_path):
+    header = HEADER.replace("train/cls_loss", "train/cls_loss,train/distill_loss")
+    write_csv(tmp_path / "results.csv", 4, header)
+    figure = plots._results_figure({"results": plots._read_results(tmp_path / "results.csv")})
+    columns = (1, 2, 3, 4, 5, 6, 9, 10, 11, 7, 8)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [header.split(",")[column] for column in columns]
+    assert [axes.lines[0].get_ydata()[3] for axes in figure.axes] == [column / 25 for column in columns]
+    places = [round(axes.get_subplotspec().colspan.start) for axes in figure.axes]
+    assert places == [0, 1, 2, 3, 4, 5, 0, 1, 2, 4, 5]
 
 
 def test_results_overlay_the_other_tables_of_the_folder(tmp_path, caplog):
