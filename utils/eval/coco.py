@@ -275,3 +275,29 @@ class Annotations:
             return _evaluate(known, self._boxes, found, images, categories)
         except (LookupError, ValueError, TypeError, RuntimeError) as error:  # of a box that lacks what COCO's have
             raise UserError(f"{self.path}: cannot be used ({type(error).__name__}: {error}).") from error
+
+
+def result_numbers(
+    paths: Sequence[str], names: Mapping[int, str], categories: Sequence[int], file: Path | None
+) -> tuple[list[int | str], Sequence[int], Annotations | None]:
+    """Returns what COCO results call images and classes: as an annotation file does where there is one that fits.
+
+    Args:
+        paths: the images.
+        names: class names.
+        categories: the category of every class where the file does not tell.
+        file: the annotation file; None, or one that is not there, is none.
+
+    Returns:
+        The identifier of every image, the category of every class, and the file where it knows both.
+    """
+    ids, truth = None, None
+    if file is not None and file.is_file():
+        try:
+            truth = Annotations(file)
+            categories = truth.category_ids(names)
+            ids = truth.image_ids(paths)
+        except UserError as error:  # an extra: the evaluation itself stands
+            truth = None
+            LOGGER.warning(f"WARNING: COCO's annotations were not used for mAP: {error}")
+    return ids or image_ids(paths), categories, truth

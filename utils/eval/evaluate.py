@@ -18,13 +18,12 @@ import torch
 from utils.boxes import Detections, scale_boxes, xywhn2xyxy
 from utils.errors import UserError
 from utils.eval.coco import (
-    Annotations,
     CocoFigures,
     ImageRecord,
     coco_figures,
     detection_rows,
     figure_lines,
-    image_ids,
+    result_numbers,
 )
 from utils.eval.report import HEADER, speed_line, table_rows
 from utils.files import atomic_write
@@ -332,16 +331,8 @@ def _tell_labels(writer: LabelWriter, stems: Mapping[str, str]) -> None:
 def _save_json(result: EvalResult, names: Mapping[int, str], settings: EvalOptions) -> EvalResult:
     """Writes the JSON; returns the result with COCO's mAP where there are annotations that fit."""
     paths = [record.path for record in result.records]
-    truth, categories, ids = None, settings.categories or range(len(names)), None
-    if settings.annotations is not None and settings.annotations.is_file():
-        try:
-            truth = Annotations(settings.annotations)
-            categories = truth.category_ids(names)
-            ids = truth.image_ids(paths)
-        except UserError as error:  # an extra: the evaluation itself stands
-            truth = None
-            LOGGER.warning(f"WARNING: COCO's annotations were not used for mAP: {error}")
-    ids = ids or image_ids(paths)
+    default = settings.categories or range(len(names))
+    ids, categories, truth = result_numbers(paths, names, default, settings.annotations)
     file = settings.save_dir / settings.json_name
     records = zip(result.records, ids, strict=True)
     rows = [row for record, image in records for row in detection_rows(image, record.detections, categories)]

@@ -97,6 +97,11 @@ class Sample(NamedTuple):
     flags: list[tuple[str, ...]]  # of every row
 
 
+def split_in(text: str) -> str:
+    """Returns the split that a name speaks of (instances_train2017), or an empty text."""
+    return next((SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", text.lower()) if word in SPLIT_WORDS), "")
+
+
 class Images:
     """The images below a folder, by name."""
 
@@ -106,7 +111,7 @@ class Images:
         Raises:
             UserError: there are none.
         """
-        self.root = root
+        self.root = root.absolute()
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         for path in map(Path, list_images([root])):
             for name in {path.name.casefold(), path.stem.casefold()}:
@@ -131,8 +136,8 @@ class Images:
         def score(path: Path) -> tuple[int, bool, int]:
             folders = [part.casefold() for part in path.parts[:-1]]
             tail = os.path.commonprefix([folders[::-1], wanted[-2::-1]])
-            words = (SPLIT_WORDS.get(part) for part in folders)
-            return len(tail), split in words, len(os.path.commonprefix([path.parts, beside.parts]))
+            of_split = split in map(split_in, path.relative_to(self.root).parts[:-1])
+            return len(tail), of_split, len(os.path.commonprefix([path.parts, beside.parts]))
 
         best = max(map(score, found))
         return [path for path in found if score(path) == best]
@@ -275,7 +280,12 @@ def _read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of bounded size.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     content = _read_bytes(path)
     try:
         return json.loads(content)
@@ -638,7 +648,7 @@ FORMATS = {
     "yolo": Format("YOLO", ".txt", _is_label_text, read_yolo),
 }
 ONE_IMAGE_EACH = ("voc", "labelme", "yolo")  # a file of them is about one image
-PARSERS = {".json": _read_json, ".xml": _read_xml, ".csv": _read_header, ".txt": _read_bytes}
+PARSERS = {".json": read_json, ".xml": _read_xml, ".csv": _read_header, ".txt": _read_bytes}
 
 
 def read_source(
@@ -654,10 +664,8 @@ def read_source(
     yaml = _data_yaml(source) if wanted in (None, "yolo") else None
     if yaml:
         return "yolo", [(yaml, one) for one in read_yolo_yaml(yaml, reading)]
-    folder = source if source.is_dir() else source.parent
-    beside = folder.parent if folder.name.lower() in ("annotations", "labels") else folder
-    reading.images = Images(image_dir or beside)
-    reading.ids = reading.ids or _class_list(folder)
+    reading.images = Images(image_dir or folder_of_images(source))
+    reading.ids = reading.ids or _class_list(source if source.is_dir() else source.parent)
     found: dict[str, list[tuple[Path, Labelled]]] = {}
     suffixes = {form.suffix for kind, form in FORMATS.items() if wanted in (None, kind)}
     files = _below(source, "*") if source.is_dir() else [source]
@@ -683,6 +691,12 @@ def read_source(
         what = f"annotations of {wanted or ', '.join(FORMATS)} are expected"
         raise UserError(f"{source}: {what}, none of its {len(files)} {', '.join(sorted(suffixes))} files is.")
     return next(iter(found.items()))
+
+
+def folder_of_images(source: Path) -> Path:
+    """Returns where the images of annotations are looked for: with them, or one up from folders for annotations."""
+    folder = source if source.is_dir() else source.parent
+    return folder.absolute().parent if folder.name.lower() in ("annotations", "labels") else folder
 
 
 def _data_yaml(source: Path) -> Path | None:
@@ -758,8 +772,7 @@ def _split_of(path: Path, source: Path, of_one_image: bool) -> str:
         *reversed(folders),
         (source if source.is_dir() else path.parent).name,
     ]
-    words = (SPLIT_WORDS.get(word) for part in parts for word in re.split(r"[^a-z]+", part.lower()))
-    return next(filter(None, words), "train")
+    return next(filter(None, map(split_in, parts)), "train")
 
 
 def _kept(image: Path, shapes: Iterable[Shape], leave_out: Iterable[str], lost: Lost) -> list[Shape]:
@@ -948,9 +961,9 @@ def write_voc(folder: Path, samples: Named, names: Mapping[int, str], listed: bo
                 _add(node, {"name": names[label], "pose": "Unspecified", **marks})
                 xy = [value * one.size_wh[index % 2] for index, value in enumerate(fractions)]
                 corners = [math.floor(value + 0.5) for value in box_of(xy)]
-                for low, high, side in ((0, 2, one.size_wh[0]), (1, 3, one.size_wh[1])):
+                for low, high in ((0, 2), (1, 3)):
                     if corners[low] == corners[high]:
-                        corners[low] = min(math.floor(xy[low]), side - 1)
+                        corners[low] = math.floor(box_of(xy)[low])
                         corners[high] = corners[low] + 1
                 tags = ("xmin", "ymin", "xmax", "ymax")
                 _add(ElementTree.SubElement(node, "bndbox"), dict(zip(tags, corners, strict=True)))
@@ -1068,7 +1081,7 @@ def convert_coco(root: Path, names: Mapping[int, str]) -> int:
         if not match or path.stem.startswith(_OTHER_COCO_FILES) or _is_written(root, match[1]):
             continue
         try:
-            images = list(read_coco(path, _read_json(path), Reading(Lost())))
+            images = list(read_coco(path, read_json(path), Reading(Lost())))
         except _NONSENSE as error:
             raise _explain(path, "COCO", error) from error
         folder = _coco_folder(path, match[1], root, [one.image for one in images])

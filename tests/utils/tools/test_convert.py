@@ -18,6 +18,7 @@ from utils.dataloaders.config import load_spec
 from utils.dataloaders.labels import read_label_file
 from utils.dataloaders.paths import list_images
 from utils.errors import UserError
+from utils.images import image_size
 from utils.tools import convert
 from utils.tools.convert import convert_coco, convert_visdrone, convert_voc
 
@@ -372,9 +373,9 @@ def area(xy):
 
 
 def test_parts_are_joined_without_area(source, tmp_path, caplog):
-    parts = [[0, 0, 10, 0, 10, 10], [50, 20, 70, 20, 70, 40], [20, 5, 30, 5, 30, 15]]
-    assert area(convert.join_parts(parts)) == sum(map(area, parts)) == 50 + 200 + 50
-    outline = {"image_id": 0, "category_id": 5, "bbox": [0, 0, 70, 40], "segmentation": parts}
+    parts = [[0, 0, 10, 0, 10, 10], [50, 20, 70, 20, 70, 40], [20, 5, 30, 5, 30, 45, 20, 10]]
+    assert area(convert.join_parts(parts)) == sum(map(area, parts)) == 50 + 200 + (5 + 40) / 2 * 10
+    outline = {"image_id": 0, "category_id": 5, "bbox": [0, 0, 70, 45], "segmentation": parts}
     mask = {
         "image_id": 0,
         "category_id": 6,
@@ -384,7 +385,7 @@ def test_parts_are_joined_without_area(source, tmp_path, caplog):
     as_json(source / "a.json", coco_content([outline, mask]))
     run(source, "--out", tmp_path / "out")
     found = read_label_file(tmp_path / "out" / "labels" / "train" / "a.txt")
-    np.testing.assert_allclose(found.rows, [[0, 0.35, 0.4, 0.7, 0.8], [1, 0.2, 0.3, 0.2, 0.4]], atol=1e-6)
+    np.testing.assert_allclose(found.rows, [[0, 0.35, 0.45, 0.7, 0.9], [1, 0.2, 0.3, 0.2, 0.4]], atol=1e-6)
     assert "1 objects in several parts" in caplog.text and "1 masks (RLE)" in caplog.text
     shapes = [{"label": "cat", "group_id": 3, "points": np.reshape(part, (-1, 2)).tolist()} for part in parts]
     (source / "a.json").unlink()
@@ -470,6 +471,11 @@ def test_splits_by_folder_by_name_and_by_hand(tmp_path, caplog):
     run(tmp_path / "r", "--out", tmp_path / "one")
     assert [numbers(tmp_path / f"one/labels/{split}/a.txt")[0][1] for split in ("train", "val")] == [0.2, 0.6]
     assert load_spec(tmp_path / "one" / "data.yaml").names == NAMES  # 'pet' is a group without objects
+    for name, corner in (("train", 10), ("val", 50)):  # COCO's own layout, and again the same image name in both
+        image_file(tmp_path / "c" / f"{name}2017" / "a.jpg", width=100 + corner)
+        as_json(tmp_path / "c" / "annotations" / f"instances_{name}2017.json", coco_content([box]))
+    run(tmp_path / "c", "--out", tmp_path / "coco")
+    assert [image_size(tmp_path / f"coco/images/{split}/a.jpg").width for split in ("train", "val")] == [110, 150]
     run(f"val={tmp_path / 'r/train'}", f"train={tmp_path / 'r/valid'}", "--out", tmp_path / "two")
     assert [numbers(tmp_path / f"two/labels/{split}/a.txt")[0][1] for split in ("train", "val")] == [0.6, 0.2]
     run(tmp_path / "one" / "data.yaml", "--out", tmp_path / "voc", "--to", "voc")  # one folder for all images

@@ -1,0 +1,334 @@
+"""Compare two runs on the same images: the mAP of each class, and the images that got better or worse.
+
+`python -m utils.tools.compare A B --data mine.yaml`, where A and B are folders of val.py with --save-json, or with
+--save-txt --save-conf, or JSON files of COCO results. The labels are those of a data set YAML, or of a COCO file. Both
+runs go through validation's own matching and average precision. An image is judged by its F1 at IoU 0.5, of the
+detections above a confidence: each run's best one unless one is given. The page holds its pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import sys
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from utils.boxes import box_iou, xywhn2xyxy
+from utils.cli import CommandParser, number, run_command
+from utils.dataloaders.config import SPLITS, load_spec
+from utils.dataloaders.labels import load_labels
+from utils.errors import UserError, explain_resource_errors, printable
+from utils.eval.coco import category_ids, result_numbers
+from utils.files import ROOT, atomic_write, increment_path, run_folder
+from utils.images import ImageError, read_image
+from utils.log import LOGGER, colorstr
+from utils.media.writers import OutputStems
+from utils.metrics import IOU_THRESHOLDS, APResult, ap_per_class, match_detections
+from utils.plots.boxes import Annotation, Annotator
+from utils.tools.convert import Images, Lost, Reading, box_of, folder_of_images, read_coco, read_json
+
+PICTURE_PX = 380  # height, at most
+RIGHT, WRONG, MISSED = (70, 150, 30), (50, 50, 210), (200, 100, 20)  # colours in BGR
+ROW = "%20s" + "%9s" * 7
+COLUMNS = ("Class", "Labels", "mAP50 A", "B", "B - A", "mAP A", "B", "B - A")
+
+
+class Truth(NamedTuple):
+    """N labelled images."""
+
+    paths: list[str]  # empty texts for images that are not there
+    sizes_wh: np.ndarray  # (N, 2) px
+    labels: list[np.ndarray]  # N of (m, 5) [class, x1, y1, x2, y2] in px
+    names: dict[int, str]
+    ids: Sequence[int | str]  # what results call the images
+    categories: Sequence[int]  # and the classes
+
+
+class Scores(NamedTuple):
+    """What a run is worth."""
+
+    confidence: float
+    detections: list[np.ndarray]  # N of (n, 6) [x1, y1, x2, y2, confidence, class], of at least that
+    result: APResult  # of all detections
+    counts: np.ndarray  # (N, 3) int: right, wrong and missed in each image
+    f1: np.ndarray  # (N,), 1 where nothing is there and nothing found
+
+
+def read_truth(data: str, split: str) -> Truth:
+    """Reads the labels of a data set YAML's split, or of a COCO file.
+
+    Raises:
+        UserError: it cannot be read, or has no labels.
+    """
+    if data.lower().endswith(".json"):
+        return _coco_truth(Path(data))
+    spec = load_spec(data, need=[split], download=False)
+    table = load_labels(getattr(spec, split), spec)
+    paths, sizes_wh = list(table.image_paths), table.sizes_wh
+    labels = []
+    for index, (width, height) in enumerate(sizes_wh.tolist()):
+        rows = table.labels(index).astype(np.float64)
+        labels.append(np.column_stack((rows[:, 0], xywhn2xyxy(rows[:, 1:], width, height))))
+    annotations = spec.root / "annotations" / "instances_val2017.json"
+    ids, categories, _ = result_numbers(paths, spec.names, category_ids(spec.val, spec.names), annotations)
+    return Truth(paths, sizes_wh, labels, spec.names, ids, categories)
+
+
+def _coco_truth(path: Path) -> Truth:
+    content = read_json(path)
+    try:
+        found = list(read_coco(path, content, Reading(Lost())))
+        categories = {str(one["name"]): one["id"] for one in sorted(content["categories"], key=lambda one: one["id"])}
+        ids = [one["id"] for one in content["images"]]
+        classes = {name: index for index, name in enumerate(categories)}
+        labels = [
+            [(classes[shape.name], *box_of(shape.xy)) for shape in one.shapes if "crowd" not in shape.flags]
+            for one in found
+        ]
+        sizes_wh = np.array([one.size_wh for one in found], dtype=float).reshape(-1, 2)
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a usable COCO annotation file ({type(error).__name__}: {error}).") from error
+    images = Images(folder_of_images(path))
+    places = [images.find(one.image, path, "") for one in found]
+    paths = [str(place[0]) if len(place) == 1 else "" for place in places]
+    arrays = [np.array(rows, dtype=float).reshape(-1, 5) for rows in labels]
+    return Truth(paths, sizes_wh, arrays, dict(enumerate(classes)), ids, list(categories.values()))
+
+
+def read_run(path: Path, truth: Truth) -> list[np.ndarray]:
+    """Returns a run's detections (n, 6) in each image, the most confident first.
+
+    Raises:
+        UserError: there are none, they lack confidences, or they are of other images or classes.
+    """
+    files = sorted(path.glob("*predictions.json")) if path.is_dir() else [path]
+    if len(files) > 1:
+        raise UserError(f"{path}: holds several results, {', '.join(one.name for one in files)}. Give one of them.")
+    if files:
+        rows = _json_rows(files[0], truth)
+    elif (path / "labels").is_dir():
+        rows = _text_rows(path / "labels", truth)
+    else:
+        weights = path / "weights" / "best.pt"
+        whose = weights if weights.is_file() else "best.pt"
+        raise UserError(
+            f"{path}: holds no detections. Make them: python val.py --weights {whose} --data mine.yaml --save-json, "
+            "and give the folder that it names."
+        )
+    arrays = [np.array(some, dtype=float).reshape(-1, 6) for some in rows]
+    if not all(np.isfinite(some).all() for some in arrays):
+        raise UserError(f"{path}: holds numbers that are not finite.")
+    return [some[np.argsort(-some[:, 4], kind="stable")] for some in arrays]
+
+
+def _json_rows(path: Path, truth: Truth) -> list[list[tuple[float, ...]]]:
+    images = {image: index for index, image in enumerate(truth.ids)}
+    classes = {category: index for index, category in enumerate(truth.categories)}
+    rows: list[list[tuple[float, ...]]] = [[] for _ in truth.ids]
+    try:
+        for one in read_json(path):
+            for key, known in (("image_id", images), ("category_id", classes)):
+                if one[key] not in known:
+                    raise UserError(f"{path}: {key} {one[key]!r:.80} is not in the data set. Is this its --split?")
+            left, top, width, height = map(float, one["bbox"])
+            box = (left, top, left + width, top + height)
+            rows[images[one["image_id"]]].append((*box, float(one["score"]), classes[one["category_id"]]))
+    except (LookupError, ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{path}: not COCO results ({type(error).__name__}: {error}).") from error
+    return rows
+
+
+def _text_rows(folder: Path, truth: Truth) -> list[list[tuple[float, ...]]]:
+    """Reads label files with confidences, which val.py names after the images."""
+    stems = OutputStems(truth.paths)
+    files = {path.stem: path for path in folder.glob("*.txt")}
+    rows = []
+    for image, (width, height) in zip(truth.paths, truth.sizes_wh.tolist(), strict=True):
+        path = files.pop(stems[image], None)
+        lines = path.read_text(encoding="utf-8").splitlines() if path else []
+        try:
+            numbers = np.array([[float(token) for token in line.split()] for line in lines]).reshape(-1, 6)
+        except ValueError as error:
+            raise UserError(
+                f"{path}: lines of class, box and confidence are expected. val.py writes them with --save-conf."
+            ) from error
+        boxes = xywhn2xyxy(numbers[:, 1:5], width, height)
+        unknown = [int(label) for label in numbers[:, 0] if label not in truth.names]
+        if unknown:
+            raise UserError(f"{path}: class {unknown[0]} is not in the data set.")
+        rows.append(np.column_stack((boxes, numbers[:, 5], numbers[:, 0])).tolist())
+    if files:
+        raise UserError(f"{next(iter(files.values()))}: is of no image in the data set. Is this its --split?")
+    return rows
+
+
+def score(truth: Truth, detections: Sequence[np.ndarray], confidence: float | None = None) -> Scores:
+    """Scores a run; `confidence` None takes the one of its best mean F1."""
+    right = [match_detections(*pair) for pair in zip(detections, truth.labels, strict=True)]
+    everything = np.concatenate(detections)
+    result = ap_per_class(np.concatenate(right), everything[:, 4], everything[:, 5], np.concatenate(truth.labels)[:, 0])
+    confidence = result.confidence if confidence is None else confidence
+    kept = [some[some[:, 4] >= confidence] for some in detections]
+    counts = []
+    for some, labels in zip(kept, truth.labels, strict=True):
+        hits = int(match_detections(some, labels, IOU_THRESHOLDS[:1]).sum())
+        counts.append((hits, len(some) - hits, len(labels) - hits))
+    counts = np.array(counts).reshape(-1, 3)
+    total = counts @ (2, 1, 1)
+    return Scores(confidence, kept, result, counts, np.where(total == 0, 1.0, 2 * counts[:, 0] / np.maximum(total, 1)))
+
+
+def changes(a: Scores, b: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images that got worse and those that got better, the most changed first.
+
+    An image's F1 decides, and of equal changes the number of wrong and missed objects.
+    """
+    gain = b.f1 - a.f1
+    errors = (b.counts - a.counts)[:, 1:].sum(1)
+    order = np.lexsort((-errors, gain))
+    return order[gain[order] < 0], order[gain[order] > 0][::-1]
+
+
+def class_rows(truth: Truth, a: Scores, b: Scores) -> list[tuple[str, ...]]:
+    """Returns the cells below COLUMNS: all classes together, then each that has labels, the greatest loss first."""
+    counts, aps = a.result.label_counts, [one.result.ap for one in (a, b)]  # at each IoU threshold
+    rows = [("all", counts.sum(), *(ap.mean(0) for ap in aps))]
+    for index in np.argsort((aps[1] - aps[0]).mean(1), kind="stable"):
+        rows.append((truth.names[int(a.result.classes[index])], counts[index], *(ap[index] for ap in aps)))
+    cells_of_rows = []
+    for name, count, *pair in rows:
+        cells = [printable(name), str(count)]
+        for before, after in ([ap[0] for ap in pair], [ap.mean() for ap in pair]):
+            cells += [f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]
+        cells_of_rows.append(tuple(cells))
+    return cells_of_rows
+
+
+def picture(truth: Truth, scores: Scores, image: int) -> str:
+    """Returns an image with its right, wrong and missed objects as an <img> with its data; a text where it is gone."""
+    try:
+        pixels = read_image(truth.paths[image], 2 * PICTURE_PX)
+    except ImageError as error:
+        return f"<span>{escape(printable(error))}</span>"
+    scale = PICTURE_PX / max(pixels.shape[0], pixels.shape[1] / 1.6)
+    shown_wh = tuple(max(round(side * scale), 1) for side in pixels.shape[1::-1])
+    pixels = cv2.resize(pixels, shown_wh, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    to_shown = np.tile(np.array(shown_wh) / truth.sizes_wh[image], 2)
+    found, labels = scores.detections[image], truth.labels[image]
+    right = match_detections(found, labels, IOU_THRESHOLDS[:1])[:, 0]
+    overlap = box_iou(labels[:, 1:5], found[right, :4]) * (labels[:, :1] == found[right, 5])
+    missed = np.setdiff1d(np.arange(len(labels)), overlap.argmax(0) if overlap.size else ())
+    drawn = [(row[1:5], truth.names[int(row[0])], MISSED) for row in labels[missed]]
+    drawn += [
+        (row[:4], f"{truth.names[int(row[5])]} {row[4]:.2f}", RIGHT if hit else WRONG)
+        for row, hit in sorted(zip(found, right, strict=True), key=lambda pair: pair[1])
+    ]
+    Annotator(pixels, 2, 10).annotate(
+        [Annotation(box * to_shown, text if colour != RIGHT else "", colour) for box, text, colour in drawn]
+    )
+    _, data = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, 80))
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(data.tobytes()).decode()}" alt="">'
+
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8886; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; } h1, p, figcaption { overflow-wrap: anywhere; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
+th, td { text-align: right; padding: .2rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 0 0 1.5rem; } figure div { display: flex; flex-wrap: wrap; gap: 6px; }
+figure img { max-width: 100%; height: auto; }
+b { padding: 0 .4rem; color: #fff; }
+"""
+
+
+def page(truth: Truth, titles: Sequence[str], scores: Sequence[Scores], most: int) -> str:
+    """Returns the comparison as one HTML file: at most `most` images that got worse, and as many that got better."""
+    rows = [COLUMNS, *class_rows(truth, *scores)]
+    table = "".join(
+        f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>"
+        for tag, row in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True)
+    )
+    legend = " ".join(
+        f'<b style="background:rgb{colour[::-1]}">{name}</b>'
+        for name, colour in (("right", RIGHT), ("wrong", WRONG), ("missed", MISSED))
+    )
+    sections = []
+    for heading, images in zip(("Worse", "Better"), changes(*scores), strict=True):
+        figures = []
+        for image in images[:most].tolist():
+            told = [
+                f"{title}: F1 {one.f1[image]:.2f}, {_counts(one.counts[image])}"
+                for title, one in zip("AB", scores, strict=True)
+            ]
+            figures.append(
+                f"<figure><div>{''.join(picture(truth, one, image) for one in scores)}</div><figcaption>"
+                f"{escape(printable(truth.paths[image] or truth.ids[image]))}. {'. '.join(told)}.</figcaption></figure>"
+            )
+        sections.append(f"<h2>{heading}: {len(images)} images</h2>{''.join(figures)}")
+    head = "".join(f"<p>{letter}: {escape(printable(title))}</p>" for letter, title in zip("AB", titles, strict=True))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<link rel="icon" href="data:,"><title>Comparison</title><style>{STYLE}</style></head><body>'
+        f"<h1>Comparison of two runs</h1>{head}<table>{table}</table><p>{legend} A on the left, B on the right</p>"
+        f"{''.join(sections)}</body></html>\n"
+    )
+
+
+def _counts(counts: np.ndarray) -> str:
+    return "{} right, {} wrong, {} missed".format(*counts.tolist())
+
+
+def main(options: argparse.Namespace) -> tuple[Scores, Scores]:
+    """Compares as the parsed `options` say.
+
+    Raises:
+        UserError: a run or the data set cannot be read, or the page cannot be written.
+    """
+    project = ROOT / "runs" / "compare"
+    if options.html is None:
+        run_folder(project, "exp")  # refused, if at all, before anything is read
+    with explain_resource_errors({}):
+        truth = read_truth(options.data, options.split)
+        a, b = (score(truth, read_run(path, truth), options.conf_thres) for path in (options.a, options.b))
+        for row in [COLUMNS, *class_rows(truth, a, b)]:
+            LOGGER.info(ROW % row)
+        worse, better = changes(a, b)
+        same = len(truth.labels) - len(worse) - len(better)
+        LOGGER.info(f"F1 at IoU 0.5: {len(worse)} images are worse in B, {len(better)} better, {same} as good")
+        for name, one in (("A", a), ("B", b)):
+            LOGGER.info(f"{name}: {_counts(one.counts.sum(0))} above confidence {one.confidence:.3f}")
+        html = options.html or increment_path(project / "exp", mkdir=True) / "index.html"
+        html.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(html) as temporary:
+            content = page(truth, (options.a, options.b), (a, b), options.images)
+            temporary.write_text(content, encoding="utf-8")
+    LOGGER.info(f"Page: {colorstr('bold', html)}")
+    return a, b
+
+
+def build_parser() -> CommandParser:
+    """Declares the options."""
+    parser = CommandParser("utils.tools.compare", description="Compare two runs' detections in the same images.")
+    add = parser.add_argument
+    add(
+        "a", type=Path, help="folder of val.py with --save-json, or with --save-txt --save-conf; or COCO results (JSON)"
+    )
+    add("b", type=Path, help="the same of the other run")
+    add("--data", required=True, help="data set YAML, or COCO annotation file, with the labels")
+    add("--split", choices=SPLITS, default="val", help="of the YAML")
+    add("--conf-thres", type=number(float, 0, 1), help="confidence of the images' F1; default: each run's best")
+    add("--images", type=number(int, 0), default=12, help="images to show that got worse, and that got better")
+    add("--html", type=Path, help="where the page goes; default: runs/compare/exp/index.html, exp2 and so on")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, build_parser()))
