@@ -8,7 +8,6 @@ mended; the data set itself is never changed.
 from __future__ import annotations
 
 import argparse
-import base64
 import hashlib
 import os
 import shutil
@@ -47,6 +46,7 @@ from utils.log import LOGGER, colorstr, progress
 from utils.plots.boxes import Annotation, Annotator, colors
 from utils.process import process_map
 from utils.tools.convert import label_text
+from utils.tools.page import fill_page, html_table, image_tag
 
 MEND, LOOK, NOTE = "mend", "look", "note"
 HEADINGS = {MEND: "To mend", LOOK: "To look at", NOTE: "For information"}
@@ -688,10 +688,7 @@ def picture(contents: Contents, number: int, rows: Sequence[int] = ()) -> str:
         if marked or len(labels) <= 8
         else [Annotation(box, "", colors(label, bgr=True)) for box, label in zip(boxes_px, labels[:, 0], strict=True)]
     )
-    _, data = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, 80))
-    content = base64.b64encode(data.tobytes()).decode()
-    name = escape(printable(contents.name(scanned.path)))
-    return f'<img src="data:image/jpeg;base64,{content}" width="{shown_wh[0]}" height="{shown_wh[1]}" alt="{name}">'
+    return image_tag(image, contents.name(scanned.path))
 
 
 def _figure(contents: Contents, example: Example) -> str:
@@ -788,10 +785,6 @@ def page(
         numbers = " + ".join(str(count[label]) for count in counts.values())
         bars.append(f'<span title="{name}">{name}</span><span class="track">{parts}</span><span>{numbers}</span>')
     legend = "".join(f'<span><i class="{split}"></i>{split}</span>' for split in counts)
-    head, *rows = split_table(contents)
-    table = f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>" + "".join(
-        f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows
-    )
     sections = [
         f"<section><h2>{heading}</h2>{''.join(_finding(contents, one) for one in found) or '<p>Nothing.</p>'}</section>"
         for level, heading in HEADINGS.items()
@@ -811,7 +804,7 @@ def page(
     body = f"""<header><h1>{escape(printable(Path(source).name))}</h1>
 <p class="quiet">{escape(printable(source))}</p><p>{totals}: {verdict}</p></header>
 <main>
-<section><h2>Splits</h2><div class="scroll"><table>{table}</table></div></section>
+<section><h2>Splits</h2>{html_table(split_table(contents))}</section>
 {sections[0]}{sections[1]}
 <section><h2>Labels of each class</h2><div class="legend">{legend}</div>
 <div class="bars">{"".join(bars)}</div></section>
@@ -819,8 +812,7 @@ def page(
 <section><h2>Some training images</h2><div class="shown">{figures}</div></section>
 {sections[2]}
 </main>"""
-    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    return template.replace("{{title}}", escape(printable(Path(source).name))).replace("{{body}}", body)
+    return fill_page(f"Check of {Path(source).name}", body)
 
 
 # ------------------------------------------------------------------------------------------------------ a clean copy

@@ -9,7 +9,6 @@ detections above a confidence: each run's best one unless one is given. The page
 from __future__ import annotations
 
 import argparse
-import base64
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -32,8 +31,9 @@ from utils.media.writers import OutputStems
 from utils.metrics import IOU_THRESHOLDS, APResult, ap_per_class, match_detections
 from utils.plots.boxes import Annotation, Annotator
 from utils.tools.convert import Images, Lost, Reading, box_of, folder_of_images, read_coco, read_json
+from utils.tools.page import fill_page, html_table, image_tag
 
-PICTURE_PX = 380  # height, at most
+PICTURE_PX = 300  # height, at most
 RIGHT, WRONG, MISSED = (70, 150, 30), (50, 50, 210), (200, 100, 20)  # colours in BGR
 ROW = "%20s" + "%9s" * 7
 COLUMNS = ("Class", "Labels", "mAP50 A", "B", "B - A", "mAP A", "B", "B - A")
@@ -232,32 +232,13 @@ def picture(truth: Truth, scores: Scores, image: int) -> str:
     Annotator(pixels, 2, 10).annotate(
         [Annotation(box * to_shown, text if colour != RIGHT else "", colour) for box, text, colour in drawn]
     )
-    _, data = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, 80))
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(data.tobytes()).decode()}" alt="">'
-
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8886; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; } h1, p, figcaption { overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
-th, td { text-align: right; padding: .2rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 0 0 1.5rem; } figure div { display: flex; flex-wrap: wrap; gap: 6px; }
-figure img { max-width: 100%; height: auto; }
-b { padding: 0 .4rem; color: #fff; }
-"""
+    return image_tag(pixels, truth.paths[image])
 
 
 def page(truth: Truth, titles: Sequence[str], scores: Sequence[Scores], most: int) -> str:
     """Returns the comparison as one HTML file: at most `most` images that got worse, and as many that got better."""
-    rows = [COLUMNS, *class_rows(truth, *scores)]
-    table = "".join(
-        f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>"
-        for tag, row in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True)
-    )
     legend = " ".join(
-        f'<b style="background:rgb{colour[::-1]}">{name}</b>'
+        f'<b style="color:#fff;background:rgb{colour[::-1]};padding:0 .4rem">{name}</b>'
         for name, colour in (("right", RIGHT), ("wrong", WRONG), ("missed", MISSED))
     )
     sections = []
@@ -265,21 +246,25 @@ def page(truth: Truth, titles: Sequence[str], scores: Sequence[Scores], most: in
         figures = []
         for image in images[:most].tolist():
             told = [
-                f"{title}: F1 {one.f1[image]:.2f}, {_counts(one.counts[image])}"
-                for title, one in zip("AB", scores, strict=True)
+                f"{letter}: F1 {one.f1[image]:.2f}, {_counts(one.counts[image])}"
+                for letter, one in zip("AB", scores, strict=True)
             ]
+            name = truth.paths[image] or truth.ids[image]
             figures.append(
-                f"<figure><div>{''.join(picture(truth, one, image) for one in scores)}</div><figcaption>"
-                f"{escape(printable(truth.paths[image] or truth.ids[image]))}. {'. '.join(told)}.</figcaption></figure>"
+                f"<figure><div>{''.join(picture(truth, one, image) for one in scores)}</div>"
+                f"<figcaption>{escape(printable(f'{name}. {told[0]}. {told[1]}.'))}</figcaption></figure>"
             )
-        sections.append(f"<h2>{heading}: {len(images)} images</h2>{''.join(figures)}")
-    head = "".join(f"<p>{letter}: {escape(printable(title))}</p>" for letter, title in zip("AB", titles, strict=True))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f'<link rel="icon" href="data:,"><title>Comparison</title><style>{STYLE}</style></head><body>'
-        f"<h1>Comparison of two runs</h1>{head}<table>{table}</table><p>{legend} A on the left, B on the right</p>"
-        f"{''.join(sections)}</body></html>\n"
-    )
+        sections.append(
+            f'<section><h2>{heading}: {len(images)} images</h2><div class="shown">{"".join(figures)}</div></section>'
+        )
+    runs = "".join(f"<p>{letter}: {escape(printable(title))}</p>" for letter, title in zip("AB", titles, strict=True))
+    body = f"""<header><h1>Comparison of two runs</h1>{runs}</header>
+<main>
+<section><h2>Classes</h2>{html_table([COLUMNS, *class_rows(truth, *scores)])}</section>
+<section><p>Images by their F1 at IoU 0.5, A on the left, B on the right: {legend}</p></section>
+{"".join(sections)}
+</main>"""
+    return fill_page("Comparison of two runs", body)
 
 
 def _counts(counts: np.ndarray) -> str:

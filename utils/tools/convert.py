@@ -203,6 +203,9 @@ def clip(xy: Sequence[float]) -> list[float]:
     if len(xy) == 4:
         result = [min(max(value, 0.0), 1.0) for value in xy]
         left, top, right, bottom = result
+    elif min(xy) >= 0 and max(xy) <= 1:
+        result = list(xy)
+        left, top, right, bottom = box_of(xy)
     else:
         points = list(zip(xy[::2], xy[1::2], strict=True))
         for axis, bound, inwards in ((0, 0.0, 1), (0, 1.0, -1), (1, 0.0, 1), (1, 1.0, -1)):

@@ -129,7 +129,7 @@ def test_pictures_tell_right_wrong_and_missed_apart(truth):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(compare.Annotator, "annotate", lambda _, annotations: drawn.extend(annotations))
             compare.picture(truth, scores, image)
-        return [(np.rint(np.array(one.box_xyxy) / 3.8).tolist(), one.color) for one in drawn]  # 380 px of 100
+        return [(np.rint(np.array(one.box_xyxy) * 100 / compare.PICTURE_PX).tolist(), one.color) for one in drawn]
 
     a, b = (compare.score(truth, some, 0.2) for some in (FIRST, SECOND))
     for gone in ("", "gone.png"):
