@@ -35,7 +35,7 @@ from xml.parsers import expat
 
 import numpy as np
 
-from utils.cli import CommandParser, number, run_command
+from utils.cli import CommandParser, number, run_command, with_hint
 from utils.dataloaders.config import SPLITS, YAML_SUFFIXES, load_spec, parse_names
 from utils.dataloaders.labels import describe_problems, read_label_file
 from utils.dataloaders.paths import image_to_label_path, is_hidden, is_image, list_images
@@ -50,6 +50,13 @@ FRACTIONS = (1.0, 1.0)  # the "size" of an image whose coordinates are fractions
 MAX_BYTES = 2 << 30  # of a file that is read as a whole; LVIS's largest has 1.1 GB
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLIT_WORDS |= {"test": "test", "testing": "test"}
+_OTHER_COCO_FILES = (
+    "captions_",
+    "person_keypoints_",
+    "image_info_",
+    "panoptic_",
+    "stuff_",
+)  # no boxes, or again those of the instances
 CLASS_LISTS = ("classes.txt", "obj.names")  # labelImg's and Label Studio's, CVAT's
 Row = Sequence[float]  # class, then left, top, right, bottom, or a polygon's x1, y1, x2, y2, x3, y3, ...
 
@@ -448,7 +455,8 @@ def read_labelme(path: Path, content: Mapping[str, Any], reading: Reading) -> It
             whole = whole._replace(xy=xy, losses=(*whole.losses, loss))
         shapes.append(whole)
     name = _text(content["imagePath"], "imagePath")
-    image = name if name in reading.images else str(path.with_suffix(""))  # the image may have been moved or renamed
+    moved = re.split(r"[/\\]", name)[-1] not in reading.images  # or renamed, with the annotation
+    image = str(path.with_suffix("")) if moved else name
     yield Labelled(image, _size(content.get("imageWidth"), content.get("imageHeight")), shapes)
 
 
@@ -667,7 +675,8 @@ def read_source(
     yaml = _data_yaml(source) if wanted in (None, "yolo") else None
     if yaml:
         return "yolo", [(yaml, one) for one in read_yolo_yaml(yaml, reading)]
-    reading.images = Images(image_dir or folder_of_images(source))
+    with with_hint(lambda: "--image-dir names another folder."):
+        reading.images = Images(image_dir or folder_of_images(source))
     reading.ids = reading.ids or _class_list(source if source.is_dir() else source.parent)
     found: dict[str, list[tuple[Path, Labelled]]] = {}
     suffixes = {form.suffix for kind, form in FORMATS.items() if wanted in (None, kind)}
@@ -677,6 +686,9 @@ def read_source(
         suffix = path.suffix.lower()
         if suffix == ".txt" and path.stem not in reading.images:
             continue  # a list of images, a text to be read
+        if suffix == ".json" and path != source and path.name.startswith(_OTHER_COCO_FILES):
+            reading.lost.add("COCO files beside the instances", str(path))
+            continue
         content = PARSERS[suffix](path)
         kinds = [kind for kind, one in FORMATS.items() if one.suffix == suffix and wanted in (None, kind)]
         kind = next((kind for kind in kinds if FORMATS[kind].fits(content)), None)
@@ -756,6 +768,9 @@ def gather(options: argparse.Namespace, lost: Lost) -> tuple[list[Sample], dict[
         raise UserError(f"no image is left to convert: {'; '.join(lost.lines())}. --image-dir names their folder.")
     used = {shape.name for _, parts in found.values() for one in parts for shape in one.shapes}
     ids, names = _class_ids([*reading.names, *sorted(used - {*reading.names})], asked, options)
+    if not names:
+        told = "; ".join(["the annotations have no objects of any class that is wanted", *lost.lines()])
+        raise UserError(f"{told}.")
     samples = [
         sample
         for image in progress(sorted(found), desc="Checking images", unit="img")
@@ -830,8 +845,6 @@ def _class_ids(
     if unasked:
         raise UserError(f"--names: has no '{unasked[0]}', which the annotations have. Name it, or use --drop.")
     names = parse_names(final, None, "the annotations") if final else {}
-    if not names:
-        raise UserError("the annotations have no objects of any class that is wanted.")
     return {name: final.index(new) for name, new in new_names.items()}, names
 
 
@@ -888,22 +901,22 @@ def _named(samples: Sequence[Sample], in_one_folder: bool) -> Named:
 def write_yolo(folder: Path, samples: Named, names: Mapping[int, str], listed: bool) -> None:
     """Writes labels and `data.yaml`; labels of images that stay where they are go where training looks for them."""
     splits = {split: f"{split}.txt" if listed else f"images/{split}" for split in samples}
+    texts: dict[Path, str] = {}
     for split, named in samples.items():
-        texts = {
-            Path(image_to_label_path(one.image.absolute())) if listed else folder / "labels" / split / f"{name}.txt": (
-                label_text(one.rows, FRACTIONS)
-            )
-            for name, one in ((Path(name).stem, one) for name, one in named)
-        }
-        taken = [path for path, text in texts.items() if path.exists() and path.read_bytes() != text.encode()]
-        if taken:
-            raise UserError(f"{taken[0]}: exists, and --images list would overwrite it. Use --images link.")
-        for path, text in texts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+        for name, one in named:
+            path = folder / "labels" / split / f"{Path(name).stem}.txt"
+            path = Path(image_to_label_path(one.image.absolute())) if listed else path
+            text = label_text(one.rows, FRACTIONS)
+            if path in texts or path.exists() and path.read_bytes() != text.encode():
+                why = "is the label file of two images" if path in texts else "exists, and would be overwritten"
+                raise UserError(f"--images list: {path} {why}. Use --images link.")
+            texts[path] = text
         if listed:
             lines = "".join(f"{one.image.absolute()}\n" for _, one in named)
             (folder / splits[split]).write_text(lines, encoding="utf-8", errors="surrogateescape")
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     write_yaml(folder / "data.yaml", {"path": ".", **splits, "names": dict(names)})
 
 
@@ -1003,7 +1016,6 @@ TARGETS = {
 
 # --- `convert:` of a data set YAML
 
-_OTHER_COCO_FILES = ("captions_", "person_keypoints_", "image_info_", "panoptic_", "stuff_")  # no detection boxes
 Box = tuple[int, float, float, float, float]  # class, left, top, right, bottom in pixels
 
 

@@ -473,8 +473,10 @@ def test_splits_by_folder_by_name_and_by_hand(tmp_path, caplog):
     assert load_spec(tmp_path / "one" / "data.yaml").names == NAMES  # 'pet' is a group without objects
     for name, corner in (("train", 10), ("val", 50)):  # COCO's own layout, and again the same image name in both
         image_file(tmp_path / "c" / f"{name}2017" / "a.jpg", width=100 + corner)
-        as_json(tmp_path / "c" / "annotations" / f"instances_{name}2017.json", coco_content([box]))
+        for kind in ("instances", "person_keypoints"):
+            as_json(tmp_path / "c" / "annotations" / f"{kind}_{name}2017.json", coco_content([box]))
     run(tmp_path / "c", "--out", tmp_path / "coco")
+    assert len(numbers(tmp_path / "coco/labels/val/a.txt")) == 1
     assert [image_size(tmp_path / f"coco/images/{split}/a.jpg").width for split in ("train", "val")] == [110, 150]
     run(f"val={tmp_path / 'r/train'}", f"train={tmp_path / 'r/valid'}", "--out", tmp_path / "two")
     assert [numbers(tmp_path / f"two/labels/{split}/a.txt")[0][1] for split in ("train", "val")] == [0.6, 0.2]
@@ -519,9 +521,15 @@ def test_images_are_copied_or_listed_where_they_are(source, tmp_path):
         "\n"
     )[2]
     (source / "a.txt").write_text("0 0.5 0.5 1 1\n")
-    with pytest.raises(UserError, match=r"a\.txt: exists, and --images list would overwrite it"):
+    with pytest.raises(UserError, match=r"a\.txt exists, and would be overwritten"):
         run(source, "--out", tmp_path / "again", "--images", "list", "--from", "labelme")
     assert not (tmp_path / "again").exists() and (source / "a.txt").read_text() == "0 0.5 0.5 1 1\n"
+    image_file(source / "a.png")
+    as_json(source / "b.json", {"shapes": [], "imagePath": "a.png"})
+    (source / "a.txt").unlink()
+    with pytest.raises(UserError, match=r"a\.txt is the label file of two images"):
+        run(source, "--out", tmp_path / "again", "--images", "list")
+    assert not (source / "a.txt").exists()
 
 
 HOSTILE = {
