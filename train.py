@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", default=str(ROOT / "data" / "shapes.yaml"), help="data set YAML")
     add("--hyp", default=str(ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"), help="hyperparameter YAML")
     recipe_help = "hyperparameters without --hyp: YOLOv5's, hyp.small.yaml, or (auto) that for runs of few steps"
-    add("--recipe", choices=["auto", "yolov5", "small"], default="yolov5", help=recipe_help)
+    add("--recipe", choices=["auto", "yolov5", "small"], default="auto", help=recipe_help)
     add("--epochs", type=number(int, 1), default=300, help="number of epochs")
     add("--hours", type=number(float, 0), help="hours of training at most: fewer epochs, by how long the first takes")
     add("--batch-size", type=_batch_size, default=16, help="images per batch, over all GPUs; -1: what fits")
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="", help="cpu, mps, or a CUDA device such as 0; several with torch.distributed.run: 0,1")
     add("--multi-scale", action="store_true", help="vary the image size by up to 50%% per batch")
     add("--single-cls", action="store_true", help="treat all classes as one")
-    add("--optimizer", choices=["SGD", "Adam", "AdamW"], default="SGD", help="optimizer")
+    add("--optimizer", choices=["SGD", "Adam", "AdamW"], help="optimizer, in place of --hyp's (SGD)")
     add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto", help="mixed precision")
     add("--sync-bn", action="store_true", help="synchronise batch norm over all GPUs")
     add("--workers", type=number(int, 0), default=8, help="data loader processes (at most one per core)")
@@ -155,14 +155,13 @@ def train(
     from utils.train import fingerprint
     from utils.train.distributed import ALONE, lost_processes, own_device
     from utils.train.engine import Trainer
-    from utils.train.prepare import prepare_device
+    from utils.train.prepare import prepare_device, with_options
 
     world = world or ALONE
     callbacks = callbacks if world.is_main else Callbacks()
     try:
         callbacks.run("on_pretrain_routine_start")
-        stated = {name: getattr(config, name) for name in ("label_smoothing", "box_loss")}
-        hyp = dataclasses.replace(hyp, **{name: value for name, value in stated.items() if value is not None})
+        hyp = with_options(hyp, config)
         device = own_device(config.device, world)
         prepare_device(config, device, world.size)  # refused, if at all, before anything is written
         prepare_cpu_memory(device)
@@ -230,6 +229,7 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
     tables = load_tables(spec, config, world)
     if not checkpoint:
         hyp = choose_recipe(hyp, config, len(tables["train"]))
+    config.optimizer = hyp.optimizer
     loaders = build_loaders(spec, tables, stride, hyp, config, world)
     if checkpoint:
         if world.is_main:

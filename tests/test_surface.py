@@ -137,6 +137,7 @@ WHETHER_GIVEN = "the same, but whether it was given is known: without --nms it i
 DEFAULTS_THAT_DIFFER = {
     ("train", "weights"): ("", "offline nothing is fetched: from scratch"),
     ("train", "label_smoothing"): (None, "0, or what the hyperparameter file says"),
+    ("train", "optimizer"): (None, "SGD, or what the hyperparameter file says"),
     ("train", "data"): (str(ROOT / "data" / "shapes.yaml"), "offline nothing is fetched: the embedded data set"),
     ("val", "weights"): ([], NEWEST),
     ("val", "data"): ("", DATA_OF_MODEL),

@@ -109,7 +109,7 @@ class Trainer:
         self.loss = loss(self.model)
         self.terms = (*self.loss.terms, TERM) if teacher else self.loss.terms  # of training
         weight_decay = scaled_weight_decay(hyp, options.batch_size)
-        self.optimizer = build_optimizer(model, options.optimizer, hyp.lr0, hyp.momentum, weight_decay)
+        self.optimizer = build_optimizer(model, hyp.optimizer, hyp.lr0, hyp.momentum, weight_decay)
         self.autocast_dtype = resolve_amp(options.amp, device)
         self.precision = str(self.autocast_dtype or torch.float32).removeprefix("torch.")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast_dtype == torch.float16)

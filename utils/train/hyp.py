@@ -46,6 +46,7 @@ class OneOf(tuple[str, ...]):
         return f"one of {', '.join(self)}"
 
 
+OPTIMIZERS = ("SGD", "Adam", "AdamW")
 _NOT_NEGATIVE = Range()
 _POSITIVE = Range(low_open=True)
 _FRACTION = Range(0.0, 1.0)
@@ -59,7 +60,7 @@ def _key(allowed: Range | OneOf, **default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Hyp:
-    """Hyperparameters of a training run, numbers but for `box_loss`; `anchors` is None unless a file gives it.
+    """Hyperparameters of a run, numbers but for `optimizer` and `box_loss`; `anchors` is None unless a file gives it.
 
     Raises:
         UserError: a value outside its range, when one is constructed.
@@ -96,6 +97,7 @@ class Hyp:
     anchors: float | None = _key(Range(0.0, 100.0), default=None)  # per layer, rounded; 0 = as the model says
     mosaic9: float = _key(_FRACTION, default=0.0)  # share of mosaics made of nine images
     label_smoothing: float = _key(_BELOW_ONE, default=0.0)
+    optimizer: str = _key(OneOf(OPTIMIZERS), default="SGD")
     box_loss: str = _key(OneOf(BOX_LOSSES), default="ciou")
     nominal_batch: float = _key(Range(1.0), default=64.0)  # images an optimizer step; smaller batches are accumulated
     warmup_ratio: float = _key(_FRACTION, default=0.0)  # warm-up's share of the run; 0 = warmup_epochs with its floor

@@ -19,11 +19,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from utils.errors import UserError, did_you_mean
 from utils.log import LOGGER, colorstr
 from utils.train.ema import EMA_TAU
-from utils.train.hyp import Hyp
+from utils.train.hyp import OPTIMIZERS, Hyp
 
 WARMUP_FLOOR = 100  # iterations of warm-up at least
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # the first: batch and instance norms
-OPTIMIZERS = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 
 
 def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], ...]:
@@ -85,7 +84,7 @@ def build_optimizer(
         f"{colorstr('optimizer:')} {name} with parameter groups {len(undecayed)} weight (no decay), "
         f"{len(weights)} weight, {len(biases)} bias"
     )
-    return OPTIMIZERS[name](settings, lr=lr, **own)
+    return getattr(torch.optim, name)(settings, lr=lr, **own)
 
 
 def optimizer_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

@@ -37,7 +37,8 @@ from utils.train.optim import Schedule
 COCO_IOU_THRES = 0.65
 VAL_PAD = 0.5  # of a stride, around validation's rectangles
 SMALL_HYP = ROOT / "data" / "hyps" / "hyp.small.yaml"
-SMALL_STEPS = 1000  # optimizer steps below which `--recipe auto` takes it: a guess (60 epochs of 205 images have 262)
+SMALL_STEPS = 10_000  # optimizer steps below which `--recipe auto` takes it: five time constants of YOLOv5's EMA
+OF_OPTIMIZER = ("lr0", "lrf", "momentum", "weight_decay", "warmup_momentum", "warmup_bias_lr")
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # those with which cuBLAS gives the same result every time
 
@@ -48,8 +49,8 @@ class TrainConfig:
 
     A resumed run takes over the interrupted one's (`utils.train.resume`). What depends on the model and its data is
     settled once, in train.py: `data` and `teacher` become absolute, `imgsz` a multiple of the stride, `batch_size` of
-    -1 what fits, `save_dir` the run's folder, a `recipe` of auto one of the others, with its file in `hyp`. After the
-    first epoch `epochs` becomes what fits into `hours`.
+    -1 what fits, `save_dir` the run's folder, a `recipe` of auto one of the others, with its file in `hyp`, `optimizer`
+    what that says. After the first epoch `epochs` becomes what fits into `hours`.
     """
 
     weights: str
@@ -74,7 +75,7 @@ class TrainConfig:
     device: str
     multi_scale: bool
     single_cls: bool
-    optimizer: str
+    optimizer: str | None
     amp: str
     sync_bn: bool
     workers: int
@@ -226,8 +227,14 @@ def load_tables(spec: DataSpec, config: TrainConfig, world: World = ALONE) -> di
         }
 
 
+def with_options(hyp: Hyp, config: TrainConfig) -> Hyp:
+    """Returns hyperparameters in which the options stand that name some of them."""
+    stated = {name: getattr(config, name) for name in ("label_smoothing", "optimizer", "box_loss")}
+    return replace(hyp, **{name: value for name, value in stated.items() if value is not None})
+
+
 def choose_recipe(hyp: Hyp, config: TrainConfig, images: int) -> Hyp:
-    """Returns the hyperparameters of `--recipe`, and settles it in `config`; `--label-smoothing` and `--box-loss` stay.
+    """Returns the hyperparameters of `--recipe`, and settles it in `config`; options that name some of them stay.
 
     Auto takes the recipe for small data where YOLOv5's would make too few optimizer steps of the images to train on.
     What `--hours` leaves of the epochs is not known yet.
@@ -249,7 +256,13 @@ def choose_recipe(hyp: Hyp, config: TrainConfig, images: int) -> Hyp:
     if config.recipe == "yolov5":
         return hyp
     config.hyp = str(SMALL_HYP)
-    return replace(Hyp.from_yaml(SMALL_HYP), label_smoothing=hyp.label_smoothing, box_loss=hyp.box_loss)
+    small = Hyp.from_yaml(SMALL_HYP)
+    if config.optimizer not in (None, small.optimizer):
+        LOGGER.info(
+            f"--optimizer {config.optimizer}: with YOLOv5's learning rates, as the recipe's are {small.optimizer}'s"
+        )
+        small = replace(small, **{name: getattr(hyp, name) for name in OF_OPTIMIZER})
+    return with_options(small, config)
 
 
 def build_loaders(

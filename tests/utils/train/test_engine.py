@@ -279,8 +279,8 @@ def test_what_the_file_says_holds_unless_the_option_is_given(key, in_file, optio
 @pytest.mark.parametrize(
     ("given", "kept", "file"),
     [
-        ({}, "yolov5", "hyp.scratch-low.yaml"),
-        ({"recipe": "auto"}, "small", "hyp.small.yaml"),
+        ({}, "small", "hyp.small.yaml"),
+        ({"recipe": "yolov5"}, "yolov5", "hyp.scratch-low.yaml"),
         (
             {"recipe": "small", "optimizer": "AdamW", "label_smoothing": 0.1, "box_loss": "wiou"},
             *("small", "hyp.small.yaml"),
@@ -300,7 +300,7 @@ def test_a_recipe_is_kept_with_the_run_and_a_stated_file_wins(given, kept, file,
     assert Hyp.from_dict(last["hyp"]) == Hyp.from_yaml(tmp_path / "exp" / "hyp.yaml") == expected
     for opt in (last["opt"], recorded):
         assert (opt["recipe"], Path(opt["hyp"]).name) == (kept, file)
-    assert last["optimizer"]["name"] == given.get("optimizer", "SGD")
+    assert last["optimizer"]["name"] == expected.optimizer == recorded["optimizer"]
     assert ("holds, --recipe" in caplog.text) == ("hyp" in given)
     caplog.clear()
     seen, callbacks = [], Callbacks()

@@ -38,7 +38,7 @@ def test_default_file_is_what_the_golden_losses_were_made_with(golden_dir):
         ("scratch-high", {"lrf": 0.1, "cls": 0.3, "obj": 0.7, "scale": 0.9, "mixup": 0.1, "copy_paste": 0.1}),
         ("VOC", {"lr0": 0.0033, "warmup_epochs": 3.4278, "anchor_t": 3.4172, "anchors": 3.3556, "mosaic": 0.87158}),
         ("Objects365", {"lr0": 0.00258, "warmup_bias_lr": 0.0711, "anchors": 3.2, "hsv_h": 0.0188, "scale": 0.491}),
-        ("small", {"nominal_batch": 16.0, "close_mosaic": 0.1667, "ema_tau": 0.25, "warmup_ratio": 0.05, "lr0": 0.01}),
+        ("small", {"nominal_batch": 16.0, "close_mosaic": 0.1667, "ema_tau": 0.25, "optimizer": "AdamW", "lr0": 0.003}),
         ("no-augmentation", {"mosaic": 0.0, "fliplr": 0.0, "translate": 0.0, "hsv_s": 0.0, "scale": 0.0}),
     ],
 )
@@ -47,10 +47,11 @@ def test_values_of_shipped_files(name, expected):
     assert {key: getattr(hyp, key) for key in expected} == expected
 
 
-def test_the_recipe_for_small_data_differs_from_the_default_in_its_steps_and_shares_alone():
+def test_the_recipe_for_small_data_differs_from_the_default_in_its_optimizer_steps_and_shares_alone():
     default, small = plain(), plain("small")
     assert {key for key, value in small.items() if default.get(key) != value} == {
-        *["nominal_batch", "close_mosaic", "ema_tau", "warmup_ratio"]
+        *["optimizer", "lr0", "momentum", "warmup_bias_lr"],
+        *["nominal_batch", "close_mosaic", "ema_tau", "warmup_ratio"],
     }
     assert default.keys() < small.keys()
 

@@ -233,9 +233,9 @@ def test_only_coco_has_its_own_threshold_and_results_file():
     ("recipe", "epochs", "batch_size", "chosen", "said"),
     [
         # 205 images in batches of 16: 54 steps in eight epochs of warm-up, then 4 in each
-        ("auto", 244, 16, "small", "small, as YOLOv5's makes 998 optimizer steps of this run, fewer than 1000"),
-        ("auto", 245, 16, "yolov5", "yolov5, as YOLOv5's makes 1002 optimizer steps of this run, at least 1000"),
-        ("auto", 999, 205, "small", "small, as YOLOv5's makes 999 optimizer steps of this run, fewer than 1000"),
+        ("auto", 2494, 16, "small", "small, as YOLOv5's makes 9998 optimizer steps of this run, fewer than 10000"),
+        ("auto", 2495, 16, "yolov5", "yolov5, as YOLOv5's makes 10002 optimizer steps of this run, at least 10000"),
+        ("auto", 9999, 205, "small", "small, as YOLOv5's makes 9999 optimizer steps of this run, fewer than 10000"),
         ("small", 300, 16, "small", ""),
         ("yolov5", 1, 16, "yolov5", ""),
     ],
@@ -248,6 +248,14 @@ def test_a_recipe_is_chosen_by_the_steps_of_the_run(recipe, epochs, batch_size, 
     assert (config.recipe, config.hyp) == (chosen, str(file))
     assert hyp == dataclasses.replace(Hyp.from_yaml(file), label_smoothing=0.1)
     assert [message.removeprefix("--recipe auto: ") for message in caplog.messages] == [said] * bool(said)
+
+
+@pytest.mark.parametrize(("optimizer", "lr0", "momentum"), [(None, 0.003, 0.9), ("SGD", 0.01, 0.937)])
+def test_the_rates_of_a_recipe_are_for_its_own_optimizer(optimizer, lr0, momentum):
+    config = config_of(recipe="small", optimizer=optimizer)
+    hyp = prepare.choose_recipe(prepare.with_options(Hyp.from_yaml(HYP), config), config, images=205)
+    assert (hyp.optimizer, hyp.lr0, hyp.momentum) == (optimizer or "AdamW", lr0, momentum)
+    assert (hyp.nominal_batch, hyp.warmup_ratio) == (16, 0.05)
 
 
 CACHES = {
