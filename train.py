@@ -283,7 +283,7 @@ def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainCon
     """
     import torch
 
-    from models.load import model_from, transfer
+    from models.load import model_from, transfer, with_classes_of
     from models.transplant import BATCH_SIZE, IMAGES, MIN_IMAGES, augmented_images, inherit, log_fits, make_student
     from utils.devices import resolve_amp
 
@@ -305,6 +305,8 @@ def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainCon
             state = {key: tensor.cpu() for key, tensor in student.state_dict().items()}
             weights = dataclasses.replace(weights, yaml=student.yaml, state_dict=state)
             exclude = ("anchor",) if hyp.anchors else ()
+    if config.recipe == "small":  # with few images what a head knows of boxes is much
+        weights = with_classes_of(model, weights)
     LOGGER.info(transfer(model, weights, exclude).told(config.weights))
 
 

@@ -56,6 +56,10 @@ class Head(nn.Module):
         """Raw numbers per box."""
         return self.no
 
+    def has_class_rows(self, key: str) -> bool:
+        """Tells of a tensor of the state dict whether its first axis holds, box by box, other rows and then classes."""
+        return key.startswith("m.")
+
     def set_strides(self, stride: Tensor, source: str) -> None:
         """Takes the pixels per cell (nl,) of each level, once, when a model is made; `source` names it in messages."""
         self.stride.copy_(stride)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice, permutations, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,6 +181,34 @@ def transfer(model: Model, weights: Weights, exclude: Sequence[str] = ()) -> Tra
     model.load_state_dict(taken, strict=False)
     told = [f"row{'s' * (len(which) > 1)} {', '.join(map(str, which))}: {row}" for row, which in rows.items()]
     return Transfer(len(taken), len(own), [key for key in own if key not in taken], told)
+
+
+def with_classes_of(model: Model, weights: Weights) -> Weights:
+    """Returns weights whose head has the model's classes, so that `transfer` takes it over.
+
+    What belongs to no class (boxes, objectness) and the classes of the same name, whatever their case, are the file's,
+    the other classes the model's own. A head that differs in more stays the file's, and so does one without a name in
+    common if the number of classes is the same: they may have been renamed.
+    """
+    known, wanted = ([str(name).strip().lower() for _, name in sorted(one.names.items())] for one in (weights, model))
+    if known == wanted or (len(known) == len(wanted) and not set(known) & set(wanted)):
+        return weights
+    head, prefix = model.head, f"model.{len(model.model) - 1}."
+    state = dict(weights.state_dict)
+    for key, own in head.state_dict().items():
+        given = state.get(prefix + key)
+        if not head.has_class_rows(key) or given is None or given.shape[1:] != own.shape[1:]:
+            continue
+        rows = len(given) / head.na - len(known)  # of a box, before those of the classes
+        if rows != len(own) / head.na - len(wanted):
+            continue
+        given, own = (tensor.unflatten(0, (head.na, -1)) for tensor in (given, own.clone()))
+        own[:, : int(rows)] = given[:, : int(rows)]
+        for number, name in enumerate(wanted):
+            if name in known:
+                own[:, int(rows) + number] = given[:, int(rows) + known.index(name)]
+        state[prefix + key] = own.flatten(0, 1)
+    return replace(weights, state_dict=state)
 
 
 def _fits(tensor: Tensor | None, own: Tensor) -> bool:

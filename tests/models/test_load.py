@@ -15,7 +15,7 @@ from torch import nn
 
 from models import config, load, yolo
 from models.common import C3, Conv
-from models.load import Weights, find_stub, load_model, model_from, read_weights, transfer
+from models.load import Weights, find_stub, load_model, model_from, read_weights, transfer, with_classes_of
 from models.yolo import BLOCKS, Model, register_block
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
@@ -182,6 +182,41 @@ def test_a_transfer_says_row_by_row_what_came_over(published, caplog):
         "  row 24: Detect: anchors, not m",
     ]
     assert "model.10.cv1.conv.weight" in transfer(Model("yolov5n-slimneck.yaml"), published).missing_keys
+
+
+TWO_ANCHORS = [[8, 16, 16, 8], [32, 64, 64, 32]]
+
+
+def test_a_head_of_other_classes_takes_the_boxes_and_the_classes_of_the_same_name():
+    torch.manual_seed(0)
+    old, new = (Model(tiny(nc=nc, anchors=TWO_ANCHORS)).eval() for nc in (3, 4))
+    old.names, new.names = {0: "cat", 1: "dog", 2: "hen"}, {0: "cow", 1: " Hen", 2: "pig", 3: "cat "}
+    for head in (old.head, new.head):
+        for tensor in head.parameters():
+            nn.init.normal_(tensor)
+    own = [layer.bias.detach().view(2, 9).clone() for layer in new.head.m]
+    given = with_classes_of(new, weights_of(old))
+    assert transfer(new, given).missing_keys == []
+    maps = [torch.rand(1, layer.in_channels, 4, 4) for layer in old.head.m]
+    with torch.no_grad():
+        before, after = (model.head.maps(maps) for model in (old, new))
+    for level, (one, other) in enumerate(zip(before, after, strict=True)):
+        one, other = one.view(2, 8, 16), other.view(2, 9, 16)
+        torch.testing.assert_close(other[:, [0, 1, 2, 3, 4, 6, 8]], one[:, [0, 1, 2, 3, 4, 7, 5]])
+        assert torch.equal(new.head.m[level].bias.view(2, 9)[:, [5, 7]], own[level][:, [5, 7]])
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"), [("cat hen dog", [0, 2, 1]), ("cow pig fox", [0, 1, 2]), ("cat pig fox", [0, None, None])]
+)
+def test_classes_of_one_number_are_told_apart_by_their_names_unless_all_are_other(names, taken):
+    torch.manual_seed(0)
+    old, new = (Model(tiny(nc=3, anchors=TWO_ANCHORS)) for _ in range(2))
+    old.names, new.names = ({number: name for number, name in enumerate(one.split())} for one in ("cat dog hen", names))
+    own, given = (model.head.m[0].weight.detach().view(2, 8, -1) for model in (new, old))
+    found = with_classes_of(new, weights_of(old)).state_dict["model.4.m.0.weight"].view(2, 8, -1)
+    for number, source in enumerate(taken):
+        assert torch.equal(found[:, 5 + number], own[:, 5 + number] if source is None else given[:, 5 + source])
 
 
 def test_blocks_of_other_programs_take_what_has_the_same_keys(monkeypatch, published):

@@ -256,7 +256,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_a_step(options, tmp_
 
     monkeypatch.setattr(ComputeLoss, "compute", lost)
     with pytest.raises(UserError, match=r"gradient norm is nan in epoch 0, batch 0 \(images .*\.jpg"):
-        train.run(**options)
+        train.run(**options, recipe="yolov5")
     assert not list((tmp_path / "exp" / "weights").iterdir())
 
 
@@ -323,7 +323,7 @@ def test_all_hooks_run_at_their_moments_with_their_arguments(options, tmp_path, 
     monkeypatch.setattr("utils.train.prepare.prepare_device", lambda *_: None)  # which wants a GPU for it
     monkeypatch.setattr("utils.train.prepare.fitting_batch_size", lambda *_: 16)
     monkeypatch.setattr("utils.train.optim.WARMUP_FLOOR", 4)
-    train.run(callbacks, **{**options, "epochs": 2, "batch_size": -1})
+    train.run(callbacks, **{**options, "epochs": 2, "batch_size": -1, "recipe": "yolov5"})
     validation = ["on_val_start", "on_val_batch_start", *["on_val_image_end"] * 8, "on_val_batch_end", "on_val_end"]
     step, end = ["optimizer_step", "on_before_zero_grad"], ["on_train_batch_end"]
     epoch = ["on_train_epoch_end", *validation, "on_fit_epoch_end", "on_model_save"]

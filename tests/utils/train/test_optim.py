@@ -209,7 +209,7 @@ def test_shares_of_a_run_follow_its_length(hyp):
     run, short = Schedule(shares, epochs=60, batches=13, batch_size=16), Schedule(shares, 10, 13, 16)
     assert (run.warmup_iterations, run.ema_tau) == (39, 195)  # of 780 iterations, each a step
     assert (short.warmup_iterations, short.ema_tau) == (6, 32.5)  # 6.5 rounds to even; of 130
-    assert [short.at(0, batch).lrs[1] for batch in (0, 3, 6, 7)] == pytest.approx([0, 0.005, 0.01, 0.01])
+    assert [short.at(0, batch).lrs[1] for batch in (0, 3, 6, 7)] == pytest.approx([0, 0.0015, 0.003, 0.003])
     assert [schedule.has_mosaic(epoch) for schedule in (run, short) for epoch in (7, 8, 49, 50, 59)] == [
         *[True, True, True, False, False],
         *[True, False, False, False, False],

@@ -242,8 +242,8 @@ def test_only_coco_has_its_own_threshold_and_results_file():
 )
 def test_a_recipe_is_chosen_by_the_steps_of_the_run(recipe, epochs, batch_size, chosen, said, caplog):
     caplog.set_level(logging.INFO, "yolov5")
-    config = config_of(recipe=recipe, epochs=epochs, batch_size=batch_size)
-    hyp = prepare.choose_recipe(dataclasses.replace(Hyp.from_yaml(HYP), label_smoothing=0.1), config, images=205)
+    config = config_of(recipe=recipe, epochs=epochs, batch_size=batch_size, label_smoothing=0.1)
+    hyp = prepare.choose_recipe(prepare.with_options(Hyp.from_yaml(HYP), config), config, images=205)
     file = {"small": HYP.with_name("hyp.small.yaml"), "yolov5": HYP}[chosen]
     assert (config.recipe, config.hyp) == (chosen, str(file))
     assert hyp == dataclasses.replace(Hyp.from_yaml(file), label_smoothing=0.1)

@@ -184,7 +184,7 @@ CHANGED = {  # another value of every key, with which the same four batches come
     **dict.fromkeys("hsv_h hsv_s hsv_v translate scale mosaic label_smoothing".split(), 0.3),
     **dict.fromkeys("lr0 weight_decay warmup_bias_lr box cls obj cls_pw".split(), 0.2),
     **{"warmup_epochs": 90.0, "anchor_t": 1.5, "fl_gamma": 1.5, "degrees": 20.0, "shear": 10.0, "perspective": 0.001},
-    **{"anchors": 2.0, "nominal_batch": 10.0, "box_loss": "giou"},
+    **{"anchors": 2.0, "nominal_batch": 10.0, "box_loss": "giou", "optimizer": "AdamW"},
 }
 SWITCHES = {"rect": True, "image_weights": True, "multi_scale": True, "single_cls": True, "quad": True, "cos_lr": True}
 SWITCHES |= {"label_smoothing": 0.1, "optimizer": "AdamW", "seed": 1, "amp": "bf16", "freeze": [1]}
