@@ -204,6 +204,7 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
         fitting_batch_size,
         freeze_layers,
         load_tables,
+        warn_of_unread,
     )
     from utils.train.resume import check_dataset, check_names, checkpoint_errors
 
@@ -218,8 +219,7 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
         else:
             given = read_weights(config.weights) if config.weights else None
             model = _new_model(given, names, hyp, config)
-    if len(names) == 1 and hyp.label_smoothing:
-        LOGGER.warning("WARNING: --label-smoothing has no effect: one class (as of --single-cls) has no class loss")
+    warn_of_unread(hyp, model.head)
     freeze_layers(model, config.freeze)
     model, stride = model.to(device), grid_stride(model.stride)
     teacher = _load_teacher(model, config, checkpoint, world) if config.teacher else None

@@ -233,10 +233,10 @@ def expanded_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
 
 
 def head_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
-    """Plans a detection head from (nc, rest ...): the sources' channels come last."""
+    """Plans a detection head (nc, ch, rest ...) from (nc, rest ...): the sources' channels come second."""
     if not args or not _is_a(args[0], int) or args[0] < 1:
         raise ValueError("its first argument must be nc, a whole number from 1")
-    return LayerPlan([*args, inputs.channels], inputs.channels[0])
+    return LayerPlan([args[0], inputs.channels, *args[1:]], inputs.channels[0])
 
 
 def detect_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:

@@ -2,17 +2,21 @@
 
 A head is a subclass of `Head`, a row of `models.yolo.BLOCKS` and the name of its loss (`utils.loss.LOSSES`). The rest
 of the program asks it: for its loss, for raw outputs, for rows that NMS reads. All consists of plain tensor operations
-on at most four axes, which every converter knows; only raw outputs need five.
+on at most four axes, which every converter knows; only raw outputs need five. `Detect` is YOLOv5's, `DetectAF` the
+anchor-free one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor, nn
 
+from models.common import Conv, DWConv, GSConv
+from utils.errors import make_divisible
 from utils.log import LOGGER
 from utils.nms import MAX_SIDE_PX, MIN_SIDE_PX, NMSConfig
 
@@ -27,14 +31,15 @@ class Head(nn.Module):
     without objectness leaves that column to the decoder, which fills it with ones.
 
     A subclass makes `m`, names its `loss` and its `level_decoder`, and prepares in `set_strides` what depends on the
-    strides (biases, anchors).
+    strides (biases, anchors). Layers before the last ones are for `hidden`.
 
     Attributes:
         loss: the row of `utils.loss.LOSSES` that trains it.
         level_decoder: the subclass of `LevelDecoder` that turns its raw maps into rows.
         has_anchors: whether it has a buffer `anchors` that AutoAnchor may fit to the labels.
         objectness: whether its level decoders give an objectness.
-        m: a module per level, from the neck's map (b, ch_i, ny_i, nx_i) to the raw map (b, na * channels, ny_i, nx_i).
+        m: the last layers, from the maps of `hidden` to the numbers of the raw maps: here a module per level, from the
+            neck's map (b, ch_i, ny_i, nx_i) to the raw map (b, na * channels, ny_i, nx_i).
         nc, nl, na, no: classes, levels, boxes per cell, columns of a row (5 + nc).
         stride: buffer (nl,), pixels per cell; not in the state dict.
     """
@@ -72,19 +77,30 @@ class Head(nn.Module):
             are float32 (b, n, no), level by level, then by box of a cell, y, x. Under autocast the raw outputs have the
             weights' own type.
         """
-        device_type = features[0].device.type
+        hidden, device_type = self.hidden(features), features[0].device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             # bfloat16 has steps of 1/32 at the -5 to -8 of the objectness' biases
-            dtype = next(self.parameters()).dtype
+            dtype = next(self.m.parameters()).dtype
             with torch.autocast(device_type, enabled=False):
-                return self.forward([feature.to(dtype) for feature in features])
-        maps = self.maps(features)
+                return self._outputs([maps.to(dtype) for maps in hidden])
+        return self._outputs(hidden)
+
+    def _outputs(self, hidden: Sequence[Tensor]) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        maps = self.predict(hidden)
         raw = [raw_output(level, self.na) for level in maps]
         return [level.contiguous() for level in raw] if self.training else (self.decoder()(maps), raw)
 
     def maps(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Returns the raw maps (b, na * channels, ny, nx) of each level: the head's part with weights."""
-        return [layer(feature) for layer, feature in zip(self.m, features, strict=True)]
+        return self.predict(self.hidden(features))
+
+    def hidden(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Returns what each layer of `m` reads, in autocast's precision where there is one; here the features."""
+        return list(features)
+
+    def predict(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """Maps what `hidden` returns to the raw maps of each level; in the weights' own precision."""
+        return [layer(maps) for layer, maps in zip(self.m, hidden, strict=True)]
 
     def decoder(self, shape_hw: Sequence[int] | None = None, normalised: bool = False) -> Decoder:
         """Returns the module that makes rows of the raw maps.
@@ -201,11 +217,15 @@ class LevelDecoder(_Float32):
 
     def forward(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Maps (b, na * channels, ny, nx) to what `decode` returns, of the map's ny * nx cells."""
+        grid = self._make_grid(level.shape[2:], level.device) if self.grid is None else self.grid
+        return self.decode(self._split(level.float(), self.na, self.channels), grid)
+
+    def _split(self, values: Tensor, *shape: int) -> Tensor:
+        """Returns values of all cells as (b, *shape, n)."""
         if self.grid is None:
-            batch, cells, grid = level.shape[0], -1, self._make_grid(level.shape[2:], level.device)
-        else:  # the number of images alone is free, so that no size is computed in the graph
-            batch, cells, grid = -1, self.row_count // self.na, self.grid
-        return self.decode(level.float().reshape(batch, self.na, self.channels, cells), grid)
+            return values.reshape(values.shape[0], *shape, -1)
+        # The number of images alone is free, so that no size is computed in the graph
+        return values.reshape(-1, *shape, self.row_count // self.na)
 
     def _make_grid(self, size: Sequence[int], device: torch.device) -> Tensor:
         """Returns x and y in px of each cell's grid point, (1, 1, 2, ny * nx), of a map of `size` ny, nx cells."""
@@ -322,6 +342,129 @@ class Detect(Head):
             anchors_4: four times the anchors' width and height.
         """
         return xy * scale + offset, wh * wh * anchors_4  # not a power: some converters have none
+
+
+class _BinDecoder(LevelDecoder):
+    """The decoder of a level of `DetectAF`."""
+
+    def __init__(self, head: DetectAF, level: int, shape_hw: Sequence[int] | None, unit_px: Sequence[int]) -> None:
+        super().__init__(head, level, shape_hw, unit_px)
+        self.register_buffer("bins", head.stride.new_ones(head.bins).float().cumsum(0).sub(1).view(1, 1, -1, 1))
+
+    def decode(self, values: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bins = self.bins.shape[2]
+        logits = self._split(values[:, :, : 4 * bins], 4, bins)
+        distances = DetectAF.distances(logits, self.bins, 2).transpose(1, 2)
+        before, after = distances[:, :, :2] * self.cell, distances[:, :, 2:] * self.cell
+        return grid + (after - before) / 2, before + after, values[:, :, 4 * bins :].sigmoid()
+
+
+_BRANCHES: dict[str, Callable[[int, int], list[nn.Module]]] = {  # a step of a branch, from c1 channels to c2
+    "Conv": lambda c1, c2: [Conv(c1, c2, 3)],
+    "DWConv": lambda c1, c2: [DWConv(c1, c1, 3), Conv(c1, c2, 1)],
+    "GSConv": lambda c1, c2: [GSConv(c1, c2, 3)],
+}
+
+
+class DetectAF(Head):
+    """An anchor-free head: each cell has one box and no objectness, the class score alone is the confidence.
+
+    A branch of convolutions for boxes and one for classes, on each level. A box is told by the distances of its left,
+    upper, right and lower side from the cell's centre, in cells, each the expectation of a distribution over 0, 1 ..
+    bins - 1: so boxes have at most 2 * (bins - 1) cells a side. With 8 bins that is 448 px at a stride of 32.
+
+    The last 1x1 convolutions are computed in float32, the branches in autocast's precision.
+
+    Sources: Generalized Focal Loss, arXiv:2006.04388 (section 3.2, distributions); TOOD, arXiv:2108.07755; the branches
+    are those of the YOLO family since 2023, the class branch depthwise since 2024.
+
+    Args:
+        nc: number of classes.
+        ch: channels of each level.
+        bins: numbers that a distance is made of, at least 2.
+        box, cls: [kind, width, steps] of the branch; what is left out, or null, is as published. A kind is "Conv" (a
+            step is a 3x3), "DWConv" (a depthwise 3x3 and a 1x1) or "GSConv" (a 3x3). The width is a share of the first
+            level's channels, rounded up to a multiple of 8. Steps are 2; with 0 the last layer reads the neck's map.
+
+    Attributes:
+        bins: numbers that a distance is made of.
+        box, cls: the branches of each level, but for their last layers.
+        m: those: nl 1x1 convolutions to 4 * bins numbers, side by side, then nl to nc.
+
+    Raises:
+        ValueError: an argument that is none of these.
+    """
+
+    loss = "anchor_free"
+    level_decoder = _BinDecoder
+    objectness = False
+
+    def __init__(
+        self,
+        nc: int,
+        ch: Sequence[int],
+        bins: int = 16,
+        box: Sequence[str | float | None] = (),
+        cls: Sequence[str | float | None] = (),
+    ) -> None:
+        super().__init__(nc, len(ch))
+        if not isinstance(bins, int) or bins < 2:
+            raise ValueError(f"bins are a whole number from 2, not {bins}")
+        self.bins = bins
+        self.box, box_widths = _branches(ch, box, "Conv", max(16, ch[0] // 4, 4 * bins))
+        self.cls, cls_widths = _branches(ch, cls, "DWConv", max(ch[0], min(nc, 100)))
+        last = [nn.Conv2d(width, 4 * bins, 1) for width in box_widths]
+        self.m = nn.ModuleList(last + [nn.Conv2d(width, nc, 1) for width in cls_widths])
+
+    @property
+    def channels(self) -> int:
+        """Raw numbers per box: of each side the logits of all bins, then of the classes."""
+        return 4 * self.bins + self.nc
+
+    def set_strides(self, stride: Tensor, source: str) -> None:
+        """Sets strides and biases: the classes' expect 5 objects in an image of 640 px, on each level."""
+        super().set_strides(stride, source)
+        for box, cls, pixels in zip(self.m[: self.nl], self.m[self.nl :], stride.tolist(), strict=True):
+            nn.init.constant_(box.bias, 2.0)
+            nn.init.constant_(cls.bias, math.log(5 / self.nc / (640 / pixels) ** 2))
+
+    def hidden(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Returns what each layer of `m` reads: the maps of the box branches, then of the class branches."""
+        both = zip((*self.box, *self.cls), (*features, *features), strict=True)
+        return [branch(maps) for branch, maps in both]
+
+    def predict(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """Maps what `hidden` returns to the raw maps (b, 4 * bins + nc, ny, nx) of each level."""
+        maps = super().predict(hidden)
+        return [torch.cat(pair, 1) for pair in zip(maps[: self.nl], maps[self.nl :], strict=True)]
+
+    @staticmethod
+    def distances(logits: Tensor, bins: Tensor, dim: int) -> Tensor:
+        """Returns the distances of sides in cells from logits of all `bins` (0 .. bins - 1) along `dim`, which stays.
+
+        All of the arguments broadcast.
+        """
+        return (logits.softmax(dim) * bins).sum(dim, keepdim=True)
+
+
+def _branches(
+    ch: Sequence[int], asked: Sequence[str | float | None], kind: str, width: int
+) -> tuple[nn.ModuleList, list[int]]:
+    """Makes the branches of `DetectAF` for each level, as `asked` or else of the published `kind` and `width`.
+
+    Returns:
+        The branches, and the channels that each gives.
+    """
+    try:
+        kind, share, steps = (usual if given is None else given for given, usual in zip_longest(asked, (kind, None, 2)))
+        width = width if share is None else make_divisible(share * ch[0], 8)
+        step, counts = _BRANCHES[kind], range(steps)
+        branches = [[step(c1 if not count else width, width) for count in counts] for c1 in ch]
+    except (KeyError, TypeError, ValueError):
+        kinds = f"kinds are {', '.join(_BRANCHES)}"
+        raise ValueError(f"a branch is [kind, width, steps] such as [DWConv, 0.5, 2] ({kinds}), not {asked}") from None
+    made = nn.ModuleList(nn.Sequential(*chain.from_iterable(branch)) for branch in branches)
+    return made, [width if steps else c1 for c1 in ch]
 
 
 def _unit_px(shape_hw: Sequence[int] | None, normalised: bool) -> tuple[int, int]:

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 from models import common, config  # noqa: E402
 from models.config import Totals, check_map, gather, on_meta_device, run_hollow, strides_of  # noqa: E402
 from models.deploy import fold_model  # noqa: E402
-from models.heads import Detect, Head  # noqa: E402
+from models.heads import Detect, DetectAF, Head  # noqa: E402
 from utils.cli import ReportedError, run_command  # noqa: E402
 from utils.devices import select_device  # noqa: E402
 from utils.errors import UserError, did_you_mean, make_divisible  # noqa: E402
@@ -69,6 +69,7 @@ BLOCKS: dict[str, Block] = {
     "Contract": Block(common.Contract, config.contracted_channels),
     "Expand": Block(common.Expand, config.expanded_channels),
     "Detect": Block(Detect, config.detect_channels),
+    "DetectAF": Block(DetectAF, config.head_channels),
     "nn.BatchNorm2d": Block(nn.BatchNorm2d, config.norm_channels),
 }
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.heads import SUPPRESSION_ROUNDS, NMSHead, RawOutputs
+from models.common import Conv, DWConv, GSConv
+from models.heads import SUPPRESSION_ROUNDS, DetectAF, NMSHead, RawOutputs
 from models.yolo import Detect
 from utils.nms import NMSConfig, non_max_suppression
 
@@ -97,6 +98,50 @@ def test_a_half_model_decodes_in_float32(detect, nms):
     found = head.half()(maps)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+# ---- without anchors ----
+
+
+@pytest.mark.parametrize("shape_hw", [None, (64, 96)])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_distances_come_back_as_the_boxes_that_they_are_of(shape_hw, normalised):
+    """Boxes whose sides lie whole cells from a cell's centre: one bin of each side is sure."""
+    if normalised and shape_hw is None:
+        return
+    head, generator = DetectAF(2, [8, 8], bins=8), torch.Generator().manual_seed(0)
+    head.set_strides(torch.tensor([8.0, 32.0]), "head")
+    maps, expected = [], []
+    for stride, (ny, nx) in ((8, (8, 12)), (32, (2, 3))):
+        sides = torch.randint(0, 8, (1, 4, ny, nx), generator=generator)
+        scores = torch.rand(1, 2, ny, nx, generator=generator) * 0.8 + 0.1
+        logits = 50.0 * nn.functional.one_hot(sides, 8).permute(0, 1, 4, 2, 3).flatten(1, 2)
+        maps.append(torch.cat((logits, scores.logit()), 1))
+        for row in range(ny):
+            for column in range(nx):
+                left, up, right, down = sides[0, :, row, column].tolist()
+                x1, x2, y1, y2 = column + 0.5 - left, column + 0.5 + right, row + 0.5 - up, row + 0.5 + down
+                box = [one * stride for one in ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)]
+                expected.append([*box, 1.0, *scores[0, :, row, column].tolist()])
+    expected = torch.tensor(expected)
+    if normalised:
+        expected[:, :4] /= torch.tensor([96, 64, 96, 64])
+    rows = head.decoder(shape_hw, normalised)(maps)
+    torch.testing.assert_close(rows[0], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_branches_are_as_published_or_as_the_row_says():
+    """c2 = max(16, 64 / 4, 4 * 16), c3 = max(64, min(3, 100)); a share of 0.3 of 64 channels is 24, a multiple of 8."""
+    head = DetectAF(3, [64, 128])
+    assert [(conv.in_channels, conv.out_channels) for conv in head.m] == [(64, 64)] * 2 + [(64, 3)] * 2
+    box, cls = (
+        [(type(one), one.conv.in_channels, one.conv.out_channels) for one in of[1]] for of in (head.box, head.cls)
+    )
+    assert box == [(Conv, 128, 64), (Conv, 64, 64)]
+    assert cls == [(DWConv, 128, 128), (Conv, 128, 64), (DWConv, 64, 64), (Conv, 64, 64)]
+    head = DetectAF(3, [64, 128], 8, ["GSConv", 0.3, 1], [None, None, 0])
+    assert [type(one) for one in head.box[0]] == [GSConv] and head.m[0].in_channels == 24 and head.channels == 35
+    assert [conv.in_channels for conv in head.m[2:]] == [64, 128] and not list(head.cls.parameters())
 
 
 # ---- NMS ----

@@ -78,7 +78,7 @@ def test_parameters_of_every_slim_model(golden_dir, built):
 
 
 def test_every_yaml_states_its_parameters(built):
-    assert len(built) == 42
+    assert len(built) == 52
     for path in YAMLS:
         head = path.read_text().split("\n\n")[0]
         assert f"# {parameters(built[path.name]):,} parameters, " in head, path.name
@@ -150,7 +150,7 @@ def test_decoded_boxes_carry_gradients():
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("cfg", [tiny(), "yolov5n-slimneck.yaml", "yolov5n-gsconv.yaml"])
+@pytest.mark.parametrize("cfg", [tiny(), "yolov5n-slimneck-af.yaml", "yolov5n-gsconv.yaml"])
 def test_every_parameter_of_a_model_gets_a_gradient(cfg):
     torch.manual_seed(0)
     model = Model(cfg)
@@ -187,6 +187,21 @@ def test_logits_are_float32_under_autocast():
     assert all(torch.equal(maps, others) for maps, others in zip(logits, exact, strict=True))
     sum(maps.sum() for maps in logits).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_only_the_last_layers_of_an_anchor_free_head_are_float32_under_autocast():
+    """Its branches are convolutions like the neck's, and twice as fast in bfloat16."""
+    torch.manual_seed(0)
+    model, x = Model("yolov5n-af.yaml", nc=3), torch.rand(2, 3, 64, 64)
+    kept = []
+    for branch in (*model.head.box, *model.head.cls):
+        branch.register_forward_hook(lambda *given: kept.append(given[2]))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x)
+    assert {maps.dtype for maps in kept} == {torch.bfloat16} and {maps.dtype for maps in logits} == {torch.float32}
+    exact = model.head.predict([maps.float() for maps in kept])
+    for level, maps in zip(logits, exact, strict=True):
+        assert torch.equal(level[:, 0], maps.permute(0, 2, 3, 1))
 
 
 def test_no_size_is_baked_into_a_traced_model():
@@ -244,6 +259,14 @@ def test_biases_expect_eight_objects_and_even_classes():
         added = (model.head.m[level].bias - fresh.m[level].bias).view(1, 8)[0]
         objectness, classes = math.log(8 / (640 / stride) ** 2), math.log(0.6 / (3 - 0.999999))
         assert added.tolist() == pytest.approx([0, 0, 0, 0, objectness, classes, classes, classes], abs=1e-5)
+
+
+def test_anchor_free_biases_expect_five_objects_on_each_level():
+    head = Model("yolov5n-af.yaml", nc=3).head
+    classes = [math.log(5 / 3 / (640 / stride) ** 2) for stride in (8, 16, 32)]
+    for level in range(3):
+        assert head.m[level].bias.tolist() == [2.0] * 64
+        assert head.m[3 + level].bias.tolist() == pytest.approx([classes[level]] * 3)
 
 
 def test_weights_are_a_function_of_torchs_seed():

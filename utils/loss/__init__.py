@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from utils.loss.anchor_based import ComputeLoss, smooth_BCE
+from utils.loss.anchor_free import AnchorFreeLoss
 from utils.loss.base import Loss
 
 __all__ = [
     "LOSSES",
+    "AnchorFreeLoss",
     "BCEBlurWithLogitsLoss",
     "ComputeLoss",
     "FocalLoss",
@@ -19,6 +21,7 @@ __all__ = [
 
 LOSSES: dict[str, type[Loss]] = {  # a head names its own: `models.heads.Head.loss`
     "anchor_based": ComputeLoss,
+    "anchor_free": AnchorFreeLoss,
 }
 
 

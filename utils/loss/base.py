@@ -7,7 +7,7 @@ way of calling are here, for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -57,12 +57,14 @@ class Loss:
     Attributes:
         terms: the names of its n terms, as in "box": `train/box_loss` is a column of results.csv.
         gains: hyperparameters that `model.hyp` must hold.
+        unread: hyperparameters that change YOLOv5's loss and have no effect here, with the value that leaves them off.
         hyp: the model's hyperparameters, already scaled (`scaled`).
         head: the model's detection head.
     """
 
     terms: tuple[str, ...] = ()
     gains: tuple[str, ...] = ()
+    unread: Mapping[str, float] = {}
 
     def __init__(self, model: nn.Module) -> None:
         """Takes a `models.yolo.Model` with `hyp`, bare or wrapped for several GPUs.

@@ -192,11 +192,12 @@ class BoxLoss:
         """Returns what each pair costs (n,)."""
         return BOX_LOSSES[self.name](pairs)
 
-    def distance_mean(self, pairs: BoxPairs) -> Mean:
-        """Returns the mean of 1 - IoU for `follow`; an empty one, where the loss keeps no running mean."""
+    def distance_mean(self, pairs: BoxPairs, weights: Tensor | None = None) -> Mean:
+        """Returns the mean of 1 - IoU for `follow`, by weights (n,); an empty one, where there is no running mean."""
         if self.name != "wiou":
             return Mean(pairs.pred.new_zeros(()), 0)
-        return Mean((1.0 - pairs.iou.detach()).sum(), len(pairs.pred))
+        distance = 1.0 - pairs.iou.detach()
+        return Mean(distance.sum(), len(distance)) if weights is None else Mean(distance @ weights, weights.sum())
 
     def follow(self, means: Sequence[Mean]) -> None:
         """Moves the running mean towards that of a whole batch of training, given in parts; empty ones move nothing."""

@@ -73,7 +73,7 @@ class Hyp:
     warmup_epochs: float = _key(_NOT_NEGATIVE)
     warmup_momentum: float = _key(_BELOW_ONE)
     warmup_bias_lr: float = _key(_NOT_NEGATIVE)
-    box: float = _key(_NOT_NEGATIVE)  # gains of the three loss terms
+    box: float = _key(_NOT_NEGATIVE)  # gains of the three loss terms of YOLOv5's head
     cls: float = _key(_NOT_NEGATIVE)
     cls_pw: float = _key(_POSITIVE)  # weight of positives in the two cross entropies
     obj: float = _key(_NOT_NEGATIVE)
@@ -99,6 +99,9 @@ class Hyp:
     label_smoothing: float = _key(_BELOW_ONE, default=0.0)
     optimizer: str = _key(OneOf(OPTIMIZERS), default="SGD")
     box_loss: str = _key(OneOf(BOX_LOSSES), default="ciou")
+    af_box: float = _key(_NOT_NEGATIVE, default=7.5)  # gains of the anchor-free head's loss
+    af_cls: float = _key(_NOT_NEGATIVE, default=0.5)
+    af_dfl: float = _key(_NOT_NEGATIVE, default=1.5)
     nominal_batch: float = _key(Range(1.0), default=64.0)  # images an optimizer step; smaller batches are accumulated
     warmup_ratio: float = _key(_FRACTION, default=0.0)  # warm-up's share of the run; 0 = warmup_epochs with its floor
     ema_tau: float = _key(_FRACTION, default=0.0)  # EMA's time constant as a share of the run's steps; 0 = 2000 updates

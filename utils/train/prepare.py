@@ -29,6 +29,7 @@ from utils.errors import UserError, make_divisible
 from utils.eval.coco import COCO80_TO_91, category_ids
 from utils.files import ROOT
 from utils.log import LOGGER
+from utils.loss import LOSSES
 from utils.train.distributed import ALONE, World
 from utils.train.fingerprint import dataset_record, versions_here
 from utils.train.hyp import Hyp
@@ -316,6 +317,15 @@ def final_keywords(spec: DataSpec) -> dict[str, Any]:
     annotations = spec.root / "annotations" / "instances_val2017.json"
     json = {"save_json": True, "json_name": "best_predictions.json", "categories": categories}
     return {"iou_thres": COCO_IOU_THRES, "annotations": annotations, **json}
+
+
+def warn_of_unread(hyp: Hyp, head: nn.Module) -> None:
+    """Warns of hyperparameters that are set and have no effect on the head's loss."""
+    unread = [key for key, off in LOSSES[head.loss].unread.items() if getattr(hyp, key) != off]
+    if unread:
+        LOGGER.warning(f"WARNING: {', '.join(unread)}: without effect on the loss of {type(head).__name__}")
+    elif head.nc == 1 and hyp.label_smoothing:
+        LOGGER.warning("WARNING: --label-smoothing has no effect: one class (as of --single-cls) has no class loss")
 
 
 def freeze_layers(model: nn.Module, freeze: Sequence[int]) -> None:
