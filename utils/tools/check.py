@@ -50,15 +50,16 @@ from utils.tools.page import fill_page, html_table, image_tag
 
 MEND, LOOK, NOTE = "mend", "look", "note"
 HEADINGS = {MEND: "To mend", LOOK: "To look at", NOTE: "For information"}
-# Bits of 256 in which the hashes of near-duplicates differ at most. On 1,389 real images: copies that are re-encoded,
-# resized, noisy or brighter differ in 26 at most, 95 % of those cropped by 2 % or shifted by 4 px in 44 at most; two
-# cards on one carpet in 56, other pairs of different scenes in 60 and more, most in over 90.
+# Bits of 256 in which the hashes of near-duplicates differ at most. On 1,389 real images of four kinds, copies that are
+# re-encoded, resized, noisy or brighter differ in 26 at most, 95 % of those cropped by 2 % or shifted by 4 px in 44 at
+# most; different scenes in 56 (two cards on one carpet) and more, mostly in 126.
 NEAR_BITS = 48
 HASHED_PX = 64  # side of the grey image that is hashed
 HASH_SIDE = 16  # frequencies of each direction
 DECODED_PX = 256  # long side that a JPEG is decoded at, at least
 SAME_PLACE_IOU = 0.9  # two boxes that overlap more are of one object
 HUGE = 0.95  # of the image's area
+BLANK = 8  # of 255, by which the values of an image differ at most that shows nothing
 OUTSIDE_PX = 0.5  # beyond the image's edge; less is rounding
 FEW_LABELS = 10  # of a class
 RATIO = 4.0  # side ratio up to which a label and an anchor match (hyperparameter anchor_t)
@@ -78,11 +79,12 @@ class Scanned(NamedTuple):
     orientation: int = 1  # EXIF
     digest: bytes = b""  # of the file
     look: bytes = b""  # see `perceptual_hash`
+    contrast: int = 255  # the largest less the smallest value of a channel
     labels: ParsedLabels | None = None  # None: there is no label file
 
 
 class Contents(NamedTuple):
-    """A data set as it was read; images are called by their image in `images`, labels by their row in `table`."""
+    """A data set as it was read; images are called by their index in `images`, labels by their row in `table`."""
 
     spec: DataSpec
     images: list[Scanned]  # those that can be used, each once
@@ -186,13 +188,14 @@ def scan(paths: Iterable[str], kpt_shape: tuple[int, int] | None = None) -> list
         try:
             info = check_image(path)
             data = Path(path).read_bytes()
-            look = perceptual_hash(decode_image(data, DECODED_PX))
+            image = decode_image(data, DECODED_PX)
         except ImageError as error:
             found.append(Scanned(path, str(error)))
             continue
         labels = read_label_file(image_to_label_path(path), kpt_shape)
         digest = hashlib.blake2b(data, digest_size=16).digest()
-        found.append(Scanned(path, "", info[:2], exif_orientation(data), digest, look, labels))
+        look, contrast = perceptual_hash(image), int(np.ptp(image, axis=(0, 1)).max())
+        found.append(Scanned(path, "", info[:2], exif_orientation(data), digest, look, contrast, labels))
     return found
 
 
@@ -320,6 +323,14 @@ def find_damage(contents: Contents) -> Iterator[Finding]:
     for split, damaged in contents.damaged.items():
         lines = [Example(f"{contents.name(one.path)}: it {one.damage}") for one in damaged]
         yield Finding(MEND, f"images of {split} that cannot be used", len(lines), "Replace or remove them.", lines)
+    blank = [image for image, one in enumerate(contents.images) if one.contrast <= BLANK]
+    yield Finding(
+        LOOK,
+        "images of one colour",
+        len(blank),
+        "They show nothing: remove them, or their labels.",
+        [Example(contents.name(contents.images[image].path), (image,)) for image in blank],
+    )
     problems = [
         (image, problem) for image, one in enumerate(contents.images) if one.labels for problem in one.labels.problems
     ]
@@ -390,7 +401,7 @@ def find_leaks(contents: Contents, copies: Copies) -> Iterator[Finding]:
             LOOK,
             f"images of {split} that look alike, in {len(alike)} groups",
             sum(map(len, alike)),
-            "Such as frames of a video: they teach less than their image says. Keep each group in one split.",
+            "Such as frames of a video: they teach less than their number says. Keep each group in one split.",
             [
                 Example(
                     f"{len(group)} alike: {', '.join(contents.name(contents.images[one].path) for one in group[:3])}"
@@ -607,6 +618,8 @@ def _pair_example(contents: Contents, one: int, other: int, sign: str, more: str
     if one == other:
         return Example(f"{contents.name(contents.images[one].path)} is in both", (int(one),))
     first, second = (contents.name(contents.images[image].path) for image in (one, other))
+    if sign == "=" and not np.array_equal(contents.table.labels(one), contents.table.labels(other)):
+        more = "with other labels"
     return Example(f"{first} {sign} {second}" + (f" ({more})" if more else ""), (int(one), int(other)))
 
 
@@ -797,8 +810,9 @@ def page(
         _figure(contents, Example(contents.name(contents.images[image].path), (int(image),))) for image in samples
     )
     verdict = ", ".join(
-        f'<b class="{level}">{sum(one.level == level for one in findings) or "nothing"}</b> {HEADINGS[level].lower()}'
+        f'<b class="{level}">{count}</b> {HEADINGS[level].lower()}' if count else f"nothing {HEADINGS[level].lower()}"
         for level in (MEND, LOOK)
+        for count in [sum(one.level == level for one in findings)]
     )
     totals = f"{len(contents.images)} images, {len(contents.table.rows)} labels, {contents.spec.nc} classes"
     body = f"""<header><h1>{escape(printable(Path(source).name))}</h1>
@@ -971,7 +985,7 @@ def main(options: argparse.Namespace) -> list[Finding]:
 
 
 def _anchors_of(cfg: Path) -> np.ndarray | None:
-    """Returns a model YAML's anchors, (k, 2) px; None where it has none, or only their image."""
+    """Returns a model YAML's anchors, (k, 2) px; None where it has none, or only their number."""
     content = read_yaml(cfg)
     anchors = content.get("anchors") if isinstance(content, dict) else None
     if not isinstance(anchors, list):

@@ -51,11 +51,12 @@ def flawed(tmp_path):
     exif[0x0112] = 6
     add(root, "train", "plain.jpg", 0)
     shutil.copy(root / "images/train/plain.jpg", root / "images/train/again.jpg")
-    (root / "labels/train/again.txt").write_text(MIDDLE)
+    (root / "labels/train/again.txt").write_text(f"1{MIDDLE[1:]}")
     add(root, "train", "turned.jpg", 1, exif=exif)
     add(root, "train", "cut.jpg", 2)
     (root / "images/train/cut.jpg").write_bytes((root / "images/train/plain.jpg").read_bytes()[:-200])
     add(root, "train", "unlabelled.jpg", 3, None)
+    Image.new("RGB", (80, 80), (200, 40, 5)).save(root / "images/train/unlabelled.jpg")
     add(root, "train", "background.jpg", 4, "")
     add(root, "train", "repeated.jpg", 5, f"{MIDDLE}\n{MIDDLE}\n{MIDDLE}\n1 0.1 0.1 0.1 0.1")
     add(root, "train", "doubled.jpg", 6, f"{MIDDLE}\n0 0.5 0.5 0.25 0.251")
@@ -87,6 +88,7 @@ def test_each_fault_is_counted_once_and_nothing_else(flawed, command):
         "labels whose class is not among the 3 names": 1,
         "images of val that are copies of train images": 1,
         "images of val that look like train images": 1,
+        "images of one colour": 1,
         "images of train that are copies of others in train": 1,
         "images of train without a label file": 1,
         "label files without an image": 1,
@@ -111,14 +113,29 @@ def test_each_fault_is_counted_once_and_nothing_else(flawed, command):
         "images/train/cut.jpg: it is a truncated JPEG",
         "labels/train/line.txt, line 2: coordinate '40' is beyond 1",
         "labels/train/class.txt: class 7",
-        "images/val/copy.jpg = images/train/again.jpg",
+        "images/val/copy.jpg = images/train/again.jpg (with other labels)",
         "images/val/alike.jpg ~ images/train/background.jpg",
         "labels/train/beyond.txt: cat 4.0 px",  # 0.05 of 80
         "labels/train/mixed.txt: cat and <b>dog",
+        "labels/train/tiny.txt: cat 2.6 px",
     ):
         assert words in said, words
     # 15 images, of which two have no labels; five have two labels each, the other eight one: 18, 1.2 an image
     assert re.search(r"^train +15 +13 +1 +1 +1 +18 +1\.2$", said, re.M), said
+
+
+def test_lists_are_taken_at_their_word(tmp_path, command):
+    add(tmp_path, "all", "a.jpg", 0, "0 0.5 0.5 0.4 0.4 0.5 0.5 2 0.6 0.6 1")
+    add(tmp_path, "all", "b.jpg", 1, "")
+    (tmp_path / "train.txt").write_text("images/all/a.jpg\nimages/all/gone.jpg\nimages/all/a.jpg\n")
+    (tmp_path / "val.txt").write_text("images/all/b.jpg\n")
+    (tmp_path / "d.yaml").write_text("path: .\ntrain: train.txt\nval: val.txt\ntest: images/later\nnames: [cat]\n")
+    outcome = run(command, tmp_path / "d.yaml", "--html", tmp_path / "page.html")
+    titles = found(outcome)
+    assert titles["images that train lists more than once"] == titles["images of train that cannot be used"] == 1
+    assert "images/all/gone.jpg: it cannot be read (No such file" in outcome.said
+    assert titles["label lines that break the rules"] == 1 and "a box with 2 keypoints" in outcome.said
+    assert "splits without a label: val" in titles and not re.search("^test ", outcome.said, re.M)
 
 
 class Page(html.parser.HTMLParser):
