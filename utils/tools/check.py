@@ -67,6 +67,7 @@ POOL_FROM = 300  # images; fewer are read sooner than processes start
 CHUNK = 32  # images handed to a process at a time
 TEXT_EXAMPLES, PAGE_EXAMPLES, PAGE_LINES, SAMPLES, TEXT_CLASSES = 3, 12, 500, 12, 30
 PICTURE_PX = 200  # height on the page
+NAMED_BOXES = 8  # more boxes in a picture are drawn without their class
 ZOOM_BELOW = 0.15  # boxes smaller than this part of the image are shown enlarged
 
 
@@ -305,10 +306,11 @@ def stray_labels(contents: Contents) -> list[str]:
         folders.setdefault(os.path.dirname(image_to_label_path(one.path)), set()).add(os.path.dirname(one.path))
     strays = []
     for folder, image_folders in folders.items():
-        if not os.path.isdir(folder):
-            continue
-        stems = {os.path.splitext(name)[0] for place in image_folders for name in os.listdir(place) if is_image(name)}
-        names = [name for name in os.listdir(folder) if name.endswith(".txt") and name[:-4] not in stems]
+        there = {place: os.listdir(place) for place in {folder, *image_folders} if os.path.isdir(place)}
+        stems = {
+            os.path.splitext(name)[0] for place in image_folders for name in there.get(place, ()) if is_image(name)
+        }
+        names = [name for name in there.get(folder, ()) if name.endswith(".txt") and name[:-4] not in stems]
         strays += [os.path.join(folder, name) for name in sorted(names)]
     # lists, notes and classes.txt stand among labels too
     return [path for path in strays if not read_label_file(path, contents.spec.kpt_shape).problems]
@@ -340,7 +342,10 @@ def find_damage(contents: Contents) -> Iterator[Finding]:
         len(problems),
         "Training refuses them. Correct or delete the lines.",
         [
-            Example(f"{contents.name(problem.path)}, line {problem.line}: {problem.reason}", (image,))
+            Example(
+                f"{contents.name(problem.path)}{f', line {problem.line}' if problem.line else ''}: {problem.reason}",
+                (image,),
+            )
             for image, problem in problems
         ],
     )
@@ -368,22 +373,22 @@ def find_damage(contents: Contents) -> Iterator[Finding]:
 
 def find_leaks(contents: Contents, copies: Copies) -> Iterator[Finding]:
     """Images that repeat others."""
-    of_train = "Figures measured on them flatter: the model has seen them. "
-    for image, split in enumerate(contents.members):
-        earlier = " or ".join([*contents.members][:image])
-        if image:
+    flatter = "Figures measured on them flatter, for they are not new to the model. "
+    for place, split in enumerate(contents.members):
+        earlier = " or ".join([*contents.members][:place])
+        if earlier:
             yield Finding(
                 MEND,
                 f"images of {split} that are copies of {earlier} images",
                 len(copies.exact[split]),
-                of_train + "Remove them from one of the two; --fix does.",
+                flatter + "Remove them from one of the two; --fix does.",
                 [_pair_example(contents, one, other, "=") for one, other in copies.exact[split]],
             )
             yield Finding(
                 MEND,
                 f"images of {split} that look like {earlier} images",
                 len(copies.near[split]),
-                of_train + "Divide so that alike images stay together: python -m utils.tools.split --group-by.",
+                flatter + "Divide so that alike images stay together: python -m utils.tools.split --group-by.",
                 [
                     _pair_example(contents, one, other, "~", f"{bits} of 256 bits differ")
                     for one, other, bits in copies.near[split]
@@ -687,20 +692,21 @@ def picture(contents: Contents, number: int, rows: Sequence[int] = ()) -> str:
     image = read_image(scanned.path, 2 * PICTURE_PX if window[2] - window[0] == 1 else None)
     sides_wh = np.array(image.shape[1::-1])
     left, top, right, bottom = np.rint(window * np.tile(sides_wh, 2)).astype(int)
-    image = image[top : bottom + (bottom == top), left : right + (right == left)]
+    image = image[top:bottom, left:right]
     scale = min(PICTURE_PX / image.shape[0], 1.8 * PICTURE_PX / image.shape[1])
     shown_wh = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
     image = cv2.resize(image, shown_wh, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     boxes_px = (corners * np.tile(sides_wh, 2) - (left, top, left, top)) * scale
-    names = contents.spec.names
-    Annotator(image, 1, 10).annotate(
-        [
-            Annotation(boxes_px[index], _class(names, labels[index, 0]), colors(labels[index, 0], bgr=True))
-            for index in marked or range(len(labels))
-        ]
-        if marked or len(labels) <= 8
-        else [Annotation(box, "", colors(label, bgr=True)) for box, label in zip(boxes_px, labels[:, 0], strict=True)]
-    )
+    named = marked or len(labels) <= NAMED_BOXES
+    annotations = [
+        Annotation(
+            boxes_px[index],
+            _class(contents.spec.names, labels[index, 0]) if named else "",
+            colors(labels[index, 0], bgr=True),
+        )
+        for index in marked or range(len(labels))
+    ]
+    Annotator(image, line_width=1, font_size=10).annotate(annotations)
     return image_tag(image, contents.name(scanned.path))
 
 
@@ -837,7 +843,7 @@ def write_fixed(contents: Contents, copies: Copies, doubled: Sequence[tuple[int,
 
     Left out: images that cannot be used, whose labels break the rules or name no class, and those of a later split that
     are copies of an earlier one's. Boxes are clipped to the image; doubled ones, and those without a side, removed.
-    Label files that need no change are copied as they are. `folder` appears when all is written.
+    Label files that need no change are copied as they are. `folder` appears, in one that exists, when all is written.
 
     Raises:
         UserError: a split would be left without images.
@@ -859,7 +865,6 @@ def write_fixed(contents: Contents, copies: Copies, doubled: Sequence[tuple[int,
     removed |= (table.rows[:, 3:] <= 0).any(axis=1)
     clipped = (reaches_beyond(table, contents.owners) > OUTSIDE_PX) & ~removed
     counts = Counter({"damaged": sum(map(len, contents.damaged.values()))})
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         new = Path(temporary, folder.name)
         for split, numbers in kept.items():
@@ -948,14 +953,19 @@ def main(options: argparse.Namespace) -> list[Finding]:
     """
     echo_options("check", options)
     spec = load_spec(options.data)
-    project = ROOT / "runs" / "check"
-    if options.html is None:
-        run_folder(project, "exp")  # refused, if at all, before anything is read
-    fixed = options.fix and options.fix.absolute()
+    fixed, run = options.fix and options.fix.absolute(), run_folder(ROOT / "runs" / "check", "exp")
     if fixed and os.path.lexists(fixed):
         raise UserError(f"--fix {options.fix}: exists. Give a new folder.")
     if fixed and any(fixed.is_relative_to(path) for path in (*spec.train, *spec.val, *spec.test)):
         raise UserError(f"--fix {options.fix}: lies among the images of the data set. Give a folder elsewhere.")
+    if options.html and os.path.isdir(options.html):
+        raise UserError(f"--html {options.html}: is a folder. Give a file, such as {options.html / 'index.html'}.")
+    for option, path in (("--html", options.html), ("--fix", fixed)):  # refused, if at all, before anything is read
+        try:
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{option} {path}: cannot be written there ({error.strerror}).") from error
     cfg = find_file(options.cfg, (".yaml", ".yml"), "--cfg")
     anchors_px = _anchors_of(cfg)
     with explain_resource_errors({"--workers": options.workers}):
@@ -971,8 +981,7 @@ def main(options: argparse.Namespace) -> list[Finding]:
         ]
         findings = [one for one in found if one.count]
         tell(contents, findings)
-        html = options.html or increment_path(project / "exp", mkdir=True) / "index.html"
-        html.parent.mkdir(parents=True, exist_ok=True)
+        html = options.html or increment_path(run, mkdir=True) / "index.html"
         with atomic_write(html) as temporary:
             content = page(contents, findings, options.imgsz, anchors_px, str(spec.source))
             temporary.write_text(content, encoding="utf-8")

@@ -127,13 +127,13 @@ def test_each_fault_is_counted_once_and_nothing_else(flawed, command):
 def test_lists_are_taken_at_their_word(tmp_path, command):
     add(tmp_path, "all", "a.jpg", 0, "0 0.5 0.5 0.4 0.4 0.5 0.5 2 0.6 0.6 1")
     add(tmp_path, "all", "b.jpg", 1, "")
-    (tmp_path / "train.txt").write_text("images/all/a.jpg\nimages/all/gone.jpg\nimages/all/a.jpg\n")
+    (tmp_path / "train.txt").write_text("images/all/a.jpg\nimages/none/gone.jpg\nimages/all/a.jpg\n")
     (tmp_path / "val.txt").write_text("images/all/b.jpg\n")
     (tmp_path / "d.yaml").write_text("path: .\ntrain: train.txt\nval: val.txt\ntest: images/later\nnames: [cat]\n")
     outcome = run(command, tmp_path / "d.yaml", "--html", tmp_path / "page.html")
     titles = found(outcome)
     assert titles["images that train lists more than once"] == titles["images of train that cannot be used"] == 1
-    assert "images/all/gone.jpg: it cannot be read (No such file" in outcome.said
+    assert "images/none/gone.jpg: it cannot be read (No such file" in outcome.said
     assert titles["label lines that break the rules"] == 1 and "a box with 2 keypoints" in outcome.said
     assert "splits without a label: val" in titles and not re.search("^test ", outcome.said, re.M)
 
@@ -226,6 +226,9 @@ def test_an_interrupted_copy_leaves_nothing(flawed, tmp_path, command, monkeypat
     [
         (("--fix", "{}"), "exists. Give a new folder"),
         (("--fix", "{}/images/val/fixed"), "lies among the images"),
+        (("--html", "{}/flawed.yaml/page.html"), "--html"),
+        (("--html", "{}"), "is a folder"),
+        (("--fix", "{}/flawed.yaml/fixed"), "--fix"),
         (("--cfg", "yolov5.yaml"), "--cfg 'yolov5.yaml'"),
     ],
 )
