@@ -428,6 +428,11 @@ class DetectAF(Head):
             nn.init.constant_(box.bias, 2.0)
             nn.init.constant_(cls.bias, math.log(5 / self.nc / (640 / pixels) ** 2))
 
+    def has_class_rows(self, key: str) -> bool:
+        """Tells of a tensor of the state dict whether its first axis holds the classes."""
+        name, _, rest = key.partition(".")
+        return name == "m" and int(rest.partition(".")[0]) >= self.nl
+
     def hidden(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Returns what each layer of `m` reads: the maps of the box branches, then of the class branches."""
         both = zip((*self.box, *self.cls), (*features, *features), strict=True)

@@ -219,6 +219,21 @@ def test_classes_of_one_number_are_told_apart_by_their_names_unless_all_are_othe
         assert torch.equal(found[:, 5 + number], own[:, 5 + number] if source is None else given[:, 5 + source])
 
 
+@pytest.mark.parametrize("wanted", ["hen cat dog", "hen cow", "cow cat dog hen"])
+def test_the_anchor_free_head_has_its_classes_in_layers_of_their_own(wanted):
+    yaml = tiny()
+    yaml["head"][-1] = [[1, 3], 1, "DetectAF", ["nc", 4]]
+    torch.manual_seed(0)
+    old, new = (Model({**yaml, "nc": nc}) for nc in (3, len(wanted.split())))
+    old.names, new.names = (dict(enumerate(one.split())) for one in ("cat dog hen", wanted))
+    found = with_classes_of(new, weights_of(old)).state_dict
+    for level in range(2):
+        assert torch.equal(found[f"model.4.m.{level}.weight"], old.head.m[level].weight)
+        for number, name in new.names.items():
+            giver, row = (new, number) if name == "cow" else (old, "cat dog hen".split().index(name))
+            assert torch.equal(found[f"model.4.m.{2 + level}.weight"][number], giver.head.m[2 + level].weight[row])
+
+
 def test_blocks_of_other_programs_take_what_has_the_same_keys(monkeypatch, published):
     monkeypatch.setattr(yolo, "BLOCKS", dict(BLOCKS))
     monkeypatch.setattr(load, "BLOCKS", yolo.BLOCKS)
