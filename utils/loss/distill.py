@@ -23,7 +23,7 @@ EPS = 1e-6  # added to a channel's variance: a constant channel has no pattern
 
 
 class Teacher:
-    """A trained model, frozen and without its head, and what a student's maps cost that are not like its own.
+    """A trained model, frozen, that gives the maps its head would read.
 
     Attributes:
         digest: of its weights, by which a resumed run knows it again.
