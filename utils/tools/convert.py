@@ -46,6 +46,7 @@ from utils.log import LOGGER, progress
 from utils.media.writers import OutputStems
 
 FLAGS = ("crowd", "difficult", "truncated", "occluded")  # what formats say of an object, beside its class
+JOINED = "objects in several parts, joined to one: polygons along seams of no width"
 FRACTIONS = (1.0, 1.0)  # the "size" of an image whose coordinates are fractions of it
 MAX_BYTES = 2 << 30  # of a file that is read as a whole; LVIS's largest has 1.1 GB
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -365,7 +366,7 @@ def _coco_shape(name: str, one: Mapping[str, Any]) -> Shape:
     polygons = [_polygon(part) for part in parts if len(part) >= 6]
     losses += ["parts of outlines with less than three points"] * (len(polygons) < len(parts))
     if len(polygons) > 1:
-        losses.append("objects in several parts, joined to one outline along seams of no width")
+        losses.append(JOINED)
     if polygons:
         xy = join_parts(polygons)
     else:
@@ -450,9 +451,8 @@ def read_labelme(path: Path, content: Mapping[str, Any], reading: Reading) -> It
         polygons = [shape.xy for shape in some if len(shape.xy) >= 6]
         whole = some[0]
         if len(some) > 1:
-            loss = "objects in several parts, joined to one outline along seams of no width"
             xy = join_parts(polygons) if len(polygons) == len(some) else box_of(sum((one.xy for one in some), []))
-            whole = whole._replace(xy=xy, losses=(*whole.losses, loss))
+            whole = whole._replace(xy=xy, losses=(*whole.losses, JOINED))
         shapes.append(whole)
     name = _text(content["imagePath"], "imagePath")
     moved = re.split(r"[/\\]", name)[-1] not in reading.images  # or renamed, with the annotation

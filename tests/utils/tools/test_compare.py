@@ -124,17 +124,23 @@ def test_the_page_stands_alone(data, truth, tmp_path, caplog):
 
 
 def test_pictures_tell_right_wrong_and_missed_apart(truth):
-    def colours(scores, image):
+    texts = []
+
+    def colours(scores, image, truth=truth):
         drawn = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(compare.Annotator, "annotate", lambda _, annotations: drawn.extend(annotations))
             compare.picture(truth, scores, image)
+        texts[:] = [one.label for one in drawn]
         return [(np.rint(np.array(one.box_xyxy) * 100 / compare.PICTURE_PX).tolist(), one.color) for one in drawn]
 
     a, b = (compare.score(truth, some, 0.2) for some in (FIRST, SECOND))
     for gone in ("", "gone.png"):
         assert compare.picture(truth._replace(paths=[gone] * 3), a, 0).startswith("<span>")
     assert colours(a, 1) == [([*DOGS[1]], compare.MISSED), ([*DOGS[0]], compare.RIGHT)]
+    both = truth._replace(labels=[np.array([(0, *CAT), (1, *CAT)], float)])  # a cat and a dog at the same place
+    dog = compare.score(both, [detections((*CAT, 0.9, 1))], 0.2)
+    assert colours(dog, 0, both) == [([*CAT], compare.MISSED), ([*CAT], compare.RIGHT)] and texts == ["cat", ""]
     assert colours(b, 0) == [([*CAT], compare.MISSED), ([*CAT], compare.WRONG)]
 
 
