@@ -10,7 +10,7 @@ its teacher, on images alone:
    of the first alone: which channel of the twin comes from which is chosen by how well one tells the other, and the
    rows that read them are fitted to that order.
 3. Some gradient steps tune the fitted rows together: maps that the head reads, and its logits, against the teacher's.
-4. The head's convolutions are fitted to the teacher's logits.
+4. The head is fitted to the teacher's logits, its branches, where it has such, first to the teacher's.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import C3, SPPF, Conv, GSBottleneck, GSConv, VoVGSCSP, VoVGSCSPC
-from models.heads import Detect
+from models.common import C3, SPPF, Conv, DWConv, GSBottleneck, GSConv, VoVGSCSP, VoVGSCSPC
+from models.heads import Detect, DetectAF, Head
 from models.inference.evaluation import make_loader, module_predictor
 from models.load import load_model, read_weights
 from models.yolo import Model
@@ -329,6 +329,22 @@ def fit_row_gsconv(block, twin, inputs, originals, order, generator) -> Tensor:
     return fit_gsconv(block, inputs, targets, RIDGE, folded_weight(twin, order), generator)
 
 
+def fit_row_depthwise(block, twin, inputs, originals, order, generator) -> Tensor:
+    """Depthwise Conv for depthwise Conv; the channels stay in the order of the inputs."""
+    targets = [pre_activation(twin, maps)[:, order] for maps in originals]
+    towards = folded_weight(twin)[order, None]
+    fit_conv(block, inputs, targets, draw_places(targets, generator), RIDGE, towards)
+    return order
+
+
+def fit_row_same_gsconv(block, twin, inputs, originals, order, generator) -> Tensor:
+    """GSConv for GSConv."""
+    order = fit_row_conv(block.cv1, twin.cv1, inputs, originals, order, generator)
+    inputs, originals = [block.cv1(maps) for maps in inputs], [twin.cv1(maps) for maps in originals]
+    fit_row_depthwise(block.cv2, twin.cv2, inputs, originals, order, generator)
+    return torch.arange(2 * len(order))
+
+
 def fit_row_sppf(block, twin, inputs, originals, order, generator) -> Tensor:
     """SPPF for SPPF."""
     fit_row_conv(block.cv1, twin.cv1, inputs, originals, order, generator)
@@ -371,12 +387,74 @@ def fit_row_csp(block, twin, inputs, originals, order, generator) -> Tensor:
 
 FITS: dict[tuple[type, type], Callable[..., Tensor]] = {
     (Conv, Conv): fit_row_conv,
+    (DWConv, DWConv): fit_row_depthwise,
     (GSConv, Conv): fit_row_gsconv,
+    (GSConv, GSConv): fit_row_same_gsconv,
     (SPPF, SPPF): fit_row_sppf,
     (C3, C3): fit_row_csp,
     (VoVGSCSP, C3): fit_row_csp,
     (VoVGSCSPC, C3): fit_row_csp,
 }
+
+
+# ------------------------------------------------------------------------------------------------------- the heads
+
+
+def divergence(logits: Tensor, share: Tensor) -> Tensor:
+    """Returns how far each probability, as a logit, is from a share between 0 and 1 (Kullback and Leibler)."""
+    entropy = F.binary_cross_entropy_with_logits(torch.logit(share, 1e-6), share, reduction="none")
+    return F.binary_cross_entropy_with_logits(logits, share, reduction="none") - entropy
+
+
+def anchor_logit_loss(given: Tensor, wanted: Tensor, head: Detect) -> Tensor:
+    """Compares raw maps of `Detect`: objectness everywhere, boxes and classes where the teacher sees objects."""
+    given, wanted = (logits.unflatten(1, (head.na, -1)) for logits in (given, wanted.detach()))
+    target = wanted.sigmoid()
+    objectness = target[:, :, 4]
+    total = objectness.sum() + 1e-3
+    boxes = ((given[:, :, :4].sigmoid() - target[:, :, :4]).square().sum(2) * objectness).sum() / total
+    classes = (divergence(given[:, :, 5:], target[:, :, 5:]).sum(2) * objectness).sum() / total
+    return OBJECTNESS_GAIN * divergence(given[:, :, 4], objectness).mean() + BOX_GAIN * boxes + classes
+
+
+def distribution_logit_loss(given: Tensor, wanted: Tensor, head: DetectAF) -> Tensor:
+    """Compares raw maps of `DetectAF`: classes everywhere, the sides' distributions where the teacher sees objects."""
+    wanted = wanted.detach()
+    confidence = class_confidence(wanted, head)
+    log_p, log_q = (maps[:, : 4 * head.bins].unflatten(1, (4, -1)).log_softmax(2) for maps in (wanted, given))
+    sides = (log_p.exp() * (log_p - log_q)).sum(2).mean(1)
+    classes = divergence(given[:, 4 * head.bins :], wanted[:, 4 * head.bins :].sigmoid()).sum(1).mean()
+    return OBJECTNESS_GAIN * classes + (sides * confidence).sum() / (confidence.sum() + 1e-3)
+
+
+def class_confidence(maps: Tensor, head: DetectAF) -> Tensor:
+    """Returns the highest class score of each place."""
+    return maps[:, 4 * head.bins :].sigmoid().amax(1)
+
+
+class HeadFit(NamedTuple):
+    """How a type of head is fitted."""
+
+    branches: Callable[[Head], Iterable[Sequence[nn.Module]]]  # what stands before each layer of `m`
+    confidence: Callable[[Tensor, Head], Tensor]  # raw map -> how sure the head is of an object at a place, (b, h, w)
+    logit_loss: Callable[[Tensor, Tensor, Head], Tensor]  # a student's and the teacher's raw map -> ()
+
+
+HEADS: dict[type[Head], HeadFit] = {
+    Detect: HeadFit(
+        lambda head: itertools.repeat(()),
+        lambda maps, head: maps.unflatten(1, (head.na, -1))[:, :, 4].sigmoid().amax(1),
+        anchor_logit_loss,
+    ),
+    DetectAF: HeadFit(lambda head: (*head.box, *head.cls), class_confidence, distribution_logit_loss),
+}
+
+
+def raw_maps(head: Head, features: Sequence[Tensor], autocast: torch.autocast) -> list[Tensor]:
+    """Returns the raw maps of a head, as it computes them in training."""
+    with autocast:
+        hidden = head.hidden(features)
+    return head.predict([maps.float() for maps in hidden])
 
 
 # ------------------------------------------------------------------------------------------------- the whole model
@@ -449,7 +527,7 @@ def inherit(
     if steps:
         _tune(student, teacher, record, orders, first, steps, generator, autocast)
     with torch.no_grad():
-        _fit_head(student, teacher, record[:HEAD_BATCHES], orders, first, autocast)
+        _fit_head(student, teacher, record[:HEAD_BATCHES], orders, first, autocast, generator)
     return fits
 
 
@@ -525,10 +603,18 @@ def check_rows(student: Model, teacher: Model) -> int:
             raise UserError(f"{names}: there is no way to fit one to the other.")
     if first is None:
         raise UserError("the two models have the same rows: there is nothing to fit.")
-    heads = [type(model.model[head]) for model in (student, teacher)]
-    if heads != [Detect, Detect] or rows_read(student, head) != rows_read(teacher, head):
-        raise UserError("the heads differ, or are not YOLOv5's Detect.")
+    _check_heads(student, teacher)
     return first
+
+
+def _check_heads(student: Model, teacher: Model) -> None:
+    kind, twin_kind = type(student.head), type(teacher.head)
+    read = [rows_read(one, len(one.model) - 1) for one in (student, teacher)]
+    shapes = [{key: value.shape for key, value in one.head.state_dict().items()} for one in (student, teacher)]
+    if kind is not twin_kind or shapes[0] != shapes[1] or read[0] != read[1]:
+        raise UserError(f"the heads differ ({kind.__name__} for {twin_kind.__name__}), or their layers or sources do.")
+    if kind not in HEADS:
+        raise UserError(f"there is no way to fit the head {kind.__name__}.")
 
 
 def _fit_rows(student, teacher, record, first, generator) -> tuple[dict[int, Tensor], list[RowFit]]:
@@ -596,11 +682,14 @@ def _tune(student, teacher, record, orders, first, steps, generator, autocast) -
         maps = record[queue.pop()]
         with autocast:
             own = _student_maps(student, maps, first)
+        given = [own[row][:, torch.argsort(orders[row])].float() for row in read]
+        wanted = [maps[row].float() for row in read]
         loss = 0.0
-        for level, row in enumerate(read):
-            given, wanted = own[row][:, torch.argsort(orders[row])].float(), maps[row].float()
-            error = (given - wanted).square().mean((0, 2, 3)) / (spread[row] + 0.05 * spread[row].mean())
-            loss = loss + error.mean() + LOGIT_GAIN * logit_loss(head.m[level](given), head.m[level](wanted), head.na)
+        for row, one, twin in zip(read, given, wanted, strict=True):
+            error = (one - twin).square().mean((0, 2, 3)) / (spread[row] + 0.05 * spread[row].mean())
+            loss = loss + error.mean()
+        for one, twin in zip(*(raw_maps(head, levels, autocast) for levels in (given, wanted)), strict=True):
+            loss = loss + LOGIT_GAIN * HEADS[type(head)].logit_loss(one, twin, head)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
@@ -618,36 +707,34 @@ def _tune(student, teacher, record, orders, first, steps, generator, autocast) -
     student.eval().requires_grad_(True)
 
 
-def logit_loss(given: Tensor, wanted: Tensor, boxes_per_cell: int) -> Tensor:
-    """Compares logits (b, na * no, h, w): objectness everywhere, boxes and classes where the teacher sees objects."""
-    given, wanted = (logits.unflatten(1, (boxes_per_cell, -1)) for logits in (given, wanted.detach()))
-    target = wanted.sigmoid()
-    objectness = target[:, :, 4]
-
-    def divergence(logits: Tensor, share: Tensor) -> Tensor:
-        entropy = F.binary_cross_entropy_with_logits(torch.logit(share, 1e-6), share, reduction="none")
-        return F.binary_cross_entropy_with_logits(logits, share, reduction="none") - entropy
-
-    total = objectness.sum() + 1e-3
-    boxes = ((given[:, :, :4].sigmoid() - target[:, :, :4]).square().sum(2) * objectness).sum() / total
-    classes = (divergence(given[:, :, 5:], target[:, :, 5:]).sum(2) * objectness).sum() / total
-    return OBJECTNESS_GAIN * divergence(given[:, :, 4], objectness).mean() + BOX_GAIN * boxes + classes
-
-
-def _fit_head(student, teacher, record, orders, first, autocast) -> None:
-    """Fits the head's convolutions to the teacher's logits; places weigh by what the teacher sees there."""
-    head, read = teacher.model[-1], rows_read(teacher, len(teacher.model) - 1)
-    squares = [LeastSquares() for _ in read]
-    for maps in record:
+def _fit_head(student, teacher, record, orders, first, autocast, generator) -> None:
+    """Fits the head's layers in turn, the last to the teacher's logits; places weigh by what the teacher sees there."""
+    head, own_head, fit = teacher.head, student.head, HEADS[type(teacher.head)]
+    read = rows_read(teacher, len(teacher.model) - 1)
+    originals = [[maps[row] for row in read] for maps in record]
+    with autocast:
+        own = [[maps[row] for row in read] for maps in (_student_maps(student, maps, first) for maps in record)]
+    sure = [
+        [
+            fit.confidence(maps, head).flatten() + 0.02
+            for maps in raw_maps(head, [maps.float() for maps in levels], autocast)
+        ]
+        for levels in originals
+    ]
+    branches = (fit.branches(one) for one in (own_head, head))
+    layers = zip(own_head.m, head.m, *branches, itertools.cycle(range(head.nl)), strict=False)
+    for own_layer, layer, own_branch, branch, level in layers:
+        inputs, targets = ([levels[level] for levels in batches] for batches in (own, originals))
+        order = orders[read[level]]
         with autocast:
-            own = _student_maps(student, maps, first)
-        for fit, layer, row in zip(squares, head.m, read, strict=True):
-            logits = layer(maps[row].float())
-            objectness = logits.unflatten(1, (head.na, -1))[:, :, 4].sigmoid().amax(1)
-            seen, logits = (one.float().permute(0, 2, 3, 1).flatten(0, 2) for one in (own[row], logits))
-            fit.add(seen, logits, objectness.flatten() + 0.02)
-    for fit, layer, own_layer, row in zip(squares, head.m, student.model[-1].m, read, strict=True):
-        weight, bias, _ = fit.solve(RIDGE_OF_HEAD, layer.weight.flatten(1)[:, orders[row]])
+            for block, twin in zip(own_branch, branch, strict=True):
+                order = FITS[type(block), type(twin)](block, twin, inputs, targets, order, generator)
+                inputs, targets = [block(maps) for maps in inputs], [twin(maps) for maps in targets]
+        squares = LeastSquares()
+        for maps, target, weights in zip(inputs, targets, sure, strict=True):
+            seen, logits = (one.permute(0, 2, 3, 1).flatten(0, 2) for one in (maps.float(), layer(target.float())))
+            squares.add(seen, logits, weights[level])
+        weight, bias, _ = squares.solve(RIDGE_OF_HEAD, layer.weight.flatten(1)[:, order])
         own_layer.weight.copy_(weight[..., None, None])
         own_layer.bias.copy_(bias)
 

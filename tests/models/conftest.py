@@ -39,7 +39,10 @@ def write_checkpoint(tmp_path_factory):
                     nn.init.uniform_(norm.weight, 0.8, 1.2)
             for conv in model.head.m if sure else ():
                 nn.init.normal_(conv.weight, std=0.1)
-                conv.bias.data.view(3, -1)[:, 4:] = torch.tensor([1.0, 0.5, 0.0, 0.3])
+                if model.head.objectness:
+                    conv.bias.data.view(3, -1)[:, 4:] = torch.tensor([1.0, 0.5, 0.0, 0.3])
+                elif conv.out_channels == len(NAMES):
+                    conv.bias.data = torch.tensor([0.5, 0.0, 0.3])
         content = {"epoch": -1, "model": model.state_dict(), "ema": None, "yaml": model.yaml, "names": NAMES}
         content |= {"nc": len(NAMES), "stride": [8, 16, 32], "opt": {}, "hyp": {}, "data": "ants.yaml", **changes}
         path = tmp_path_factory.mktemp("weights") / "best.pt"

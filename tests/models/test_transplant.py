@@ -10,9 +10,10 @@ from torch import nn
 
 from models import transplant
 from models.common import Conv, GSBottleneck, GSConv
+from models.heads import DetectAF
 from models.load import load_model
 from models.transplant import LeastSquares, check_rows, fit_conv, inherit, match, patches_at, shuffled
-from models.yolo import Model
+from models.yolo import Detect, Model
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
@@ -22,6 +23,7 @@ NECK = """head:
   [[-1, 1, {conv}, [16, 1, 1]], [-1, 1, {conv}, [32, 3, 2]], [-1, 1, nn.Upsample, [None, 2, nearest]],
    [[-1, 3], 1, Concat, [1]], [-1, {n}, {c3}, [32, False]], [[7, 4], 1, Detect, [nc, anchors]]]
 """
+ANCHOR_FREE = {"Detect, [nc, anchors]": "DetectAF, [nc, 8, [GSConv, null, 1], [DWConv, null, 1]]"}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,8 @@ def drawn(cfg, seed, lively=False):
                 nn.init.normal_(norm.bias, 0, 0.3)
             for layer in model.head.m:
                 nn.init.normal_(layer.weight, std=0.2)
-                layer.bias.data.view(3, -1)[:, 4] = -2.0
+                if model.head.objectness:
+                    layer.bias.data.view(3, -1)[:, 4] = -2.0
     return model.requires_grad_(False)
 
 
@@ -175,16 +178,16 @@ def test_the_order_of_channels_is_the_shuffles():
 
 
 @pytest.mark.parametrize(
-    ("conv", "c3", "n", "least"),
+    ("conv", "c3", "n", "least", "head"),
     [
-        ("GSConv", "C3", 1, 0.85),
-        ("GSConv", "VoVGSCSP", 1, 0.8),
-        ("Conv", "VoVGSCSP", 2, 0.8),
-        ("GSConv", "VoVGSCSPC", 2, 0.6),
+        ("GSConv", "C3", 1, 0.85, {}),
+        ("GSConv", "VoVGSCSP", 1, 0.8, ANCHOR_FREE),
+        ("Conv", "VoVGSCSP", 2, 0.8, {}),
+        ("GSConv", "VoVGSCSPC", 2, 0.6, {}),
     ],
 )
-def test_rows_give_what_their_twins_give(cfg, conv, c3, n, least):
-    teacher, student = drawn(cfg(n=n), 0, lively=True), drawn(cfg(conv, c3, n), 1)
+def test_rows_give_what_their_twins_give(cfg, conv, c3, n, least, head):
+    teacher, student = drawn(cfg(n=n, replace=head), 0, lively=True), drawn(cfg(conv, c3, n, replace=head), 1)
     images, fresh = coarse_images(), coarse_images(seed=1)[0].float() / 255
     with torch.no_grad():
         wanted, before = teacher(fresh)[0], student(fresh)[0]
@@ -196,7 +199,9 @@ def test_rows_give_what_their_twins_give(cfg, conv, c3, n, least):
     # confidences on images that the fit has not seen
     error, distance = ((one[..., 4:] - wanted[..., 4:]).square().mean().sqrt() for one in (after, before))
     assert error < 0.35 * distance
-    assert torch.equal(student.head.anchors, teacher.head.anchors) and not student.training
+    assert not student.training
+    if not head:
+        assert torch.equal(student.head.anchors, teacher.head.anchors)
 
 
 def test_the_pull_is_towards_the_twins_filters_in_the_order_of_the_inputs(cfg, monkeypatch):
@@ -241,11 +246,12 @@ def test_the_shortcut_of_a_bottleneck_takes_its_share():
     assert ((given - wanted).square().mean((0, 2, 3)) < 0.01 * wanted.var((0, 2, 3))).all()
 
 
-def test_gradient_steps_bring_the_logits_nearer_and_leave_the_backbone(cfg):
-    teacher, images = drawn(cfg(), 0, lively=True), coarse_images(8)
+@pytest.mark.parametrize("head", [{}, ANCHOR_FREE], ids=["anchors", "anchor-free"])
+def test_gradient_steps_bring_the_logits_nearer_and_leave_the_backbone(cfg, head):
+    teacher, images = drawn(cfg(replace=head), 0, lively=True), coarse_images(8)
     errors = []
     for steps in (0, 40):
-        student = drawn(cfg("GSConv", "VoVGSCSPC"), 1)
+        student = drawn(cfg("GSConv", "VoVGSCSPC", replace=head), 1)
         inherit(student, teacher, images, steps=steps)
         with torch.no_grad():
             rows = [torch.cat([model(batch.float() / 255)[0] for batch in images]) for model in (student, teacher)]
@@ -277,10 +283,29 @@ def test_the_same_seed_gives_the_same_model(cfg):
     assert not different[0] and different[1]
 
 
-def test_logits_that_agree_cost_nothing():
-    logits = torch.randn(2, 3 * 9, 4, 4)
-    assert transplant.logit_loss(logits, logits, 3).item() == pytest.approx(0, abs=1e-4)
-    assert transplant.logit_loss(logits + 0.5, logits, 3) > 0.01
+@pytest.mark.parametrize("head", [Detect(4, [[8] * 6], [8]), DetectAF(4, [8], 8)], ids=["anchors", "anchor-free"])
+def test_logits_that_agree_cost_nothing(head):
+    logits, loss = torch.randn(2, head.na * head.channels, 4, 4), transplant.HEADS[type(head)].logit_loss
+    assert loss(logits, logits, head).item() == pytest.approx(0, abs=1e-4)
+    for part in (slice(0, 4), slice(-4, None)):  # boxes, classes
+        other = logits.unflatten(1, (head.na, -1)).clone()
+        other[:, :, part] += torch.randn(4)[:, None, None]
+        assert loss(other.flatten(1, 2), logits, head) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["Conv", "DWConv", "GSConv"])
+def test_branches_of_a_head_are_found_again_in_another_order_of_their_inputs(kind):
+    """What only the channels' order keeps from being equal is equal after the fit."""
+    torch.manual_seed(0)
+    twin, own = (DetectAF(2, [16], 8, [kind, 1]).eval().requires_grad_(False).box[0] for _ in range(2))
+    order, generator = torch.randperm(16), torch.Generator().manual_seed(0)
+    originals = [torch.randn(4, 16, 16, 16, generator=generator) for _ in range(4)]
+    maps, target, channels = [one[:, order] for one in originals], originals, order
+    for block, other in zip(own, twin, strict=True):
+        fit = transplant.FITS[type(block), type(other)]
+        channels = fit(block, other, maps, target, channels, generator)
+        maps, target = [block(one) for one in maps], [other(one) for one in target]
+    torch.testing.assert_close(maps[0], target[0][:, channels], atol=2e-2, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -292,6 +317,7 @@ def test_logits_that_agree_cost_nothing():
         ({}, "the same rows"),
         ({"conv": "GhostConv"}, r"row 3 \(GhostConv for Conv\): there is no way"),
         ({"conv": "GSConvns"}, r"row 3 \(GSConvns for Conv\)"),
+        ({"conv": "GSConv", "replace": ANCHOR_FREE}, r"the heads differ \(DetectAF for Detect\)"),
         ({"replace": {"[[-1, 3], 1, Concat, [1]]": "[[-1, 2], 1, Concat, [1]]"}}, "row 6 .* reads other rows"),
         (
             {"conv": "GSConv", "replace": {"GSConv, [16": "GSConv, [24"}},

@@ -20,19 +20,27 @@ def weights(write_checkpoint) -> Path:
 
 
 @pytest.fixture(scope="session")
+def anchor_free_weights(write_checkpoint) -> Path:
+    """A smaller one with the anchor-free head."""
+    backbone = [[-1, 1, "Conv", [16, 6, 4, 2]], *([-1, 1, block, [16, 3, 2]] for block in ("GSConv", "Conv", "Conv"))]
+    cfg = {"nc": 3, "depth_multiple": 1.0, "width_multiple": 1.0, "backbone": backbone}
+    return write_checkpoint({**cfg, "head": [[[1, 2, 3], 1, "DetectAF", ["nc", 16]]]}, sure=True)
+
+
+@pytest.fixture(scope="session")
 def exported(weights, tmp_path_factory):
-    """A function that returns the export of the checkpoint to a format with options, made when first asked for."""
+    """A function that returns the export of a checkpoint to a format with options, made when first asked for."""
     import export
     from models.export.formats import FORMATS
 
     made: dict[tuple, Path] = {}
 
-    def path_of(form: str, **options) -> Path:
-        key = (form, *sorted(options.items()))
+    def path_of(form: str, checkpoint: Path = weights, **options) -> Path:
+        key = (form, checkpoint, *sorted(options.items()))
         if key not in made:
             for package in FORMATS[form].packages:
                 pytest.importorskip(package)
-            own = Path(shutil.copy(weights, tmp_path_factory.mktemp(form) / "best.pt"))
+            own = Path(shutil.copy(checkpoint, tmp_path_factory.mktemp(form) / "best.pt"))
             given = {"include": [form], "imgsz": list(SHAPE_HW), "device": "cpu", **options}
             (written,) = export.run(weights=[str(own)], **given)
             made[key] = Path(written)

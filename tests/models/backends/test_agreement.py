@@ -39,6 +39,14 @@ def test_rows_are_the_checkpoints_for_one_image_and_for_three(exported, images, 
 
 
 @pytest.mark.parametrize("form", FIXED)
+def test_rows_of_an_anchor_free_head_are_the_checkpoints(exported, anchor_free_weights, images, form):
+    with torch.no_grad():
+        expected = load_model(anchor_free_weights)(torch.from_numpy(images).float() / 255)[0].numpy()
+    tolerance = {"box_px": 0.5, "score": 5e-3} if form == "tflite" else {}  # its weights are float16
+    close(load_backend(exported(form, anchor_free_weights), "cpu").predict(images), expected, **tolerance)
+
+
+@pytest.mark.parametrize("form", FIXED)
 def test_files_say_what_they_are(exported, form):
     backend = load_backend(exported(form), "cpu")
     assert (backend.names, backend.stride) == ({0: "ant", 1: "bee", 2: "fly"}, 32)
