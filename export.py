@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--int8-max-drop", type=number(float, 0), help="mAP50-95 that int8 may lose before it fails (default 0.01)")
     add("--dynamic", action="store_true", help="take images of any size and number")
     add("--simplify", action="store_true", help="ONNX: simplify the graph with onnxslim")
-    add("--opset", type=number(int, 7), help="ONNX: operator set (default 12; 13 for int8)")
+    add("--opset", type=number(int, 7), help="ONNX: operator set (default 12; 13 for int8, 16 for DySample)")
     add("--verbose", action="store_true", help="TensorRT: log what it does")
     add("--workspace", type=number(float, 0), help="TensorRT: GiB that it may use while it builds (default 4)")
     add("--nms", action="store_true", help="non-maximum suppression inside the model")

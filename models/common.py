@@ -447,23 +447,37 @@ def half_channels(c2: int) -> int:
 def interleave_halves(x: Tensor) -> Tensor:
     """Reorders channels (b, c, h, w): the even ones, then the odd ones (0 2 4 6 1 3 5 7 for c = 8).
 
-    After the two halves of a GSConv have been joined, this mixes them. The native kernel keeps the memory format on a
-    CPU, where it is the fastest; on other devices it makes NCHW of channels_last, which every convolution behind it
-    would copy back. Exporters know only the reshaping form, in which the batch axis stays where it is and height and
-    width are read from the tensor.
+    After the two halves of a GSConv have been joined, this mixes them.
     """
-    pairs = x.shape[1] // 2
-    if not torch.jit.is_tracing():
+    return channel_shuffle(x, x.shape[1] // 2)
+
+
+def alternate_halves(x: Tensor) -> Tensor:
+    """Reorders channels (b, c, h, w): one of the first half, one of the second and so on (0 4 1 5 2 6 3 7 for c = 8).
+
+    ShuffleNet's shuffle of two groups: the inverse of `interleave_halves`.
+    """
+    return channel_shuffle(x, 2)
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """Reorders channels (b, c, h, w), c a multiple of `groups`: the first of each group, then the second of each ...
+
+    The native kernel keeps the memory format on a CPU, where it is the fastest; on other devices it makes NCHW of
+    channels_last, which every convolution behind it would copy back. Exporters know only the reshaping form, in which
+    the batch axis stays where it is and height and width are read from the tensor.
+    """
+    if not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         if x.device.type != "cpu" and x.is_contiguous(memory_format=torch.channels_last):
-            return interleave_channels_last(x)
-        return F.channel_shuffle(x, pairs)
+            return shuffle_channels_last(x, groups)
+        return F.channel_shuffle(x, groups)
     batch, channels, height, width = x.shape
-    return x.reshape(batch, pairs, 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+    return x.reshape(batch, groups, -1, height, width).transpose(1, 2).reshape(batch, channels, height, width)
 
 
-def interleave_channels_last(x: Tensor) -> Tensor:
-    """Does what `interleave_halves` does to a map (b, c, h, w) in the memory format channels_last, which it keeps."""
-    return x.permute(0, 2, 3, 1).unflatten(3, (-1, 2)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
+def shuffle_channels_last(x: Tensor, groups: int) -> Tensor:
+    """Does what `channel_shuffle` does to a map (b, c, h, w) in the memory format channels_last, which it keeps."""
+    return x.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
 
 
 class GSConv(nn.Module):
@@ -570,6 +584,145 @@ class VoVGSCSPC(VoVGSCSP):
     def make_inner(self, c_: int, n: int, g: int) -> nn.Module:
         """Returns the module of the first branch, c_ channels in and out."""
         return GSBottleneckC(c_, c_, g=g)
+
+
+class ShuffleV2Block(nn.Module):
+    """ShuffleNetV2's unit, with ReLU: half the channels pass by, or (s = 2) both branches see all and halve the size.
+
+    Source: Ma et al., "ShuffleNet V2", https://arxiv.org/abs/1807.11164, figure 3.
+    """
+
+    def __init__(self, c1: int, c2: int, s: int = 1):
+        """Takes channels c1 in and c2 out (even; equal where the stride s is 1)."""
+        super().__init__()
+        c_ = half_channels(c2)
+        if s == 1 and c1 != c2:
+            raise ValueError(f"keeps the number of channels where its stride is 1: {c1}, not {c2}")
+        self.s = s
+        self.branch1 = nn.Sequential()
+        if s != 1:
+            self.branch1 = nn.Sequential(Conv(c1, c1, 3, s, g=c1, act=False), Conv(c1, c_, act=nn.ReLU()))
+        self.branch2 = nn.Sequential(
+            Conv(c1 if s != 1 else c_, c_, act=nn.ReLU()),
+            Conv(c_, c_, 3, s, g=c_, act=False),
+            Conv(c_, c_, act=nn.ReLU()),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (b, c1, h, w) to (b, c2, h / s, w / s)."""
+        first, second = (x, x) if self.s != 1 else x.chunk(2, dim=1)
+        return alternate_halves(torch.cat((self.branch1(first), self.branch2(second)), dim=1))
+
+
+class DySample(nn.Module):
+    """Upsampling that learns where to sample: bilinear at `scale` times the size, points moved by a 1x1 convolution.
+
+    The paper's "lp" form: offsets times 0.25, each of `groups` groups of channels having its own. Computed in float32.
+
+    Source: Liu et al., "Learning to Upsample by Learning to Sample", https://arxiv.org/abs/2308.15085, section 3.
+    """
+
+    def __init__(self, c1: int, scale: int, groups: int = 4):
+        """Takes channels c1 in and out, a multiple of `groups`; `scale` is from 2 to 8."""
+        super().__init__()
+        if type(scale) is not int or not 2 <= scale <= 8:
+            raise ValueError(f"scale must be a whole number from 2 to 8, got {scale!r:.80}")
+        if c1 % groups:
+            raise ValueError(f"needs a multiple of {groups} channels, got {c1}")
+        self.scale, self.groups = scale, groups
+        self.offset = nn.Conv2d(c1, 2 * groups * scale**2, 1)  # x of all groups, then y; of each the scale^2 points
+        nn.init.normal_(self.offset.weight, std=0.001)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (b, c1, h, w) to (b, c1, h * scale, w * scale)."""
+        batch, channels, height, width = x.shape
+        rows, columns = height * self.scale, width * self.scale
+        offset = F.pixel_shuffle(self.offset(x).float() * 0.25, self.scale)
+        offset = offset.reshape(batch, 2, self.groups, rows, columns)
+        # where bilinear upsampling samples, in cells of x; named types, for exporters take numbers for float64
+        across = (torch.arange(columns, dtype=torch.float32, device=x.device) + 0.5) / self.scale
+        down = (torch.arange(rows, dtype=torch.float32, device=x.device) + 0.5) / self.scale
+        moved = ((offset[:, 0] + across) * (2 / width), (offset[:, 1] + down[:, None]) * (2 / height))
+        points = torch.stack(moved, dim=-1) - 1  # -1 and 1 are the edges of the map
+        sampled = F.grid_sample(
+            x.float().reshape(batch * self.groups, channels // self.groups, height, width),
+            points.reshape(batch * self.groups, rows, columns, 2),
+            mode="bilinear",
+            padding_mode="border",
+            align_corners=False,
+        )
+        return sampled.reshape(batch, channels, rows, columns).to(x.dtype)
+
+
+class ASFF(nn.Module):
+    """Adaptively spatial feature fusion: a level's map as a sum of all levels', weighed cell by cell, then a 3x3.
+
+    Coarser maps come by a 1x1 convolution and nearest upsampling, finer ones by a 3x3 of stride 2, where they are more
+    than twice as fine after max pooling.
+
+    Source: Liu et al., "Learning Spatial Fusion for Single-Shot Object Detection", https://arxiv.org/abs/1911.09516.
+    """
+
+    def __init__(self, channels: Sequence[int], level: int):
+        """Takes the channels of the levels, finest first and each twice as fine as the next, and which comes out."""
+        super().__init__()
+        c2 = channels[level]
+        self.resize = nn.ModuleList()
+        for source, c1 in enumerate(channels):
+            if source < level:
+                pools = [nn.MaxPool2d(3, 2, 1)] * (level - source - 1)
+                parts = [*pools, Conv(c1, c2, 3, 2)]
+            elif source > level:
+                parts = [Conv(c1, c2), nn.Upsample(scale_factor=2.0 ** (source - level))]
+            else:
+                parts = []
+            self.resize.append(nn.Sequential(*parts))
+        self.weigh = nn.ModuleList(Conv(c2, 16) for _ in channels)
+        self.weights = nn.Conv2d(16 * len(channels), len(channels), 1)
+        self.expand = Conv(c2, c2, 3)
+
+    def forward(self, x: Sequence[Tensor]) -> Tensor:
+        """Maps one tensor (b, c, h, w) per level to one of the shape of its own level."""
+        maps = [resize(one) for resize, one in zip(self.resize, x, strict=True)]
+        weights = torch.cat([weigh(one) for weigh, one in zip(self.weigh, maps, strict=True)], dim=1)
+        weights = self.weights(weights).softmax(dim=1)
+        total = maps[0] * weights[:, :1]
+        for level in range(1, len(maps)):
+            total = total + maps[level] * weights[:, level : level + 1]
+        return self.expand(total)
+
+
+class MSCA(nn.Module):
+    """Multi-scale convolutional attention: a map times what depthwise strips of 7, 11 and 21 cells see of it.
+
+    Strips have little arithmetic but cost much time on CPUs.
+
+    Source: Guo et al., "SegNeXt", https://arxiv.org/abs/2209.08575, section 3.1.
+    """
+
+    def __init__(self, c1: int, c2: int):
+        """Takes equal channels in and out."""
+        super().__init__()
+        if c1 != c2:
+            raise ValueError(f"keeps the number of channels: {c1}, not {c2}")
+        self.local = nn.Conv2d(c1, c1, 5, padding=2, groups=c1)
+        self.strips = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(c1, c1, (1, k), padding=(0, k // 2), groups=c1),
+                nn.Conv2d(c1, c1, (k, 1), padding=(k // 2, 0), groups=c1),
+            )
+            for k in (7, 11, 21)
+        )
+        self.mix = nn.Conv2d(c1, c1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (b, c1, h, w) to the same shape."""
+        near = self.local(x)
+        total = near
+        for strip in self.strips:
+            total = total + strip(near)
+        return self.mix(total) * x
 
 
 # Rarely used blocks. Saved YOLOv5 models have them under the name that `__module__` says, where scripts find them, too.

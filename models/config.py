@@ -232,6 +232,16 @@ def expanded_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
     return LayerPlan(args, inputs.channels[0] // (args[0] if args else 2) ** 2)
 
 
+def fused_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
+    """Plans ASFF from (level): the sources' channels come first, and out come those of the source of that number."""
+    levels = len(inputs.channels)
+    if levels < 2:
+        raise ValueError("takes the maps of at least two levels, finest first")
+    if len(args) != 1 or not _is_a(args[0], int) or not 0 <= args[0] < levels:
+        raise ValueError(f"its argument must be the level that comes out, a whole number from 0 to {levels - 1}")
+    return LayerPlan([inputs.channels, *args], inputs.channels[args[0]])
+
+
 def head_channels(inputs: RowInputs, args: list[Any]) -> LayerPlan:
     """Plans a detection head (nc, ch, rest ...) from (nc, rest ...): the sources' channels come second."""
     if not args or not _is_a(args[0], int) or args[0] < 1:

@@ -2,8 +2,9 @@
 
 Every change of a model's shape for deployment is made here; export.py and the runtimes only call it. `fold_model`
 folds batch norm into the convolutions of a `Model`, which stays one. `rewrite` goes further and returns a graph
-without the model's modules: all batch norm folded, GSConv's shuffles folded into the input channels of what reads them,
-1x1 convolutions moved before upsampling, dead ends gone, the head split into its convolutions and a `Decoder`.
+without the model's modules: all batch norm folded, shuffles folded into the input channels of what reads them (but not
+ShuffleNetV2's where a split follows, which takes channels in their order), 1x1 convolutions moved before upsampling,
+dead ends gone, the head split into its convolutions and a `Decoder`.
 
 Tried and left out, since neither ONNX Runtime nor OpenVINO gained: flattening nested concatenations, splitting the sum
 behind a GSConv among its halves, folding a GSBottleneck's linear shortcut into the convolution after it.
@@ -24,7 +25,7 @@ from torch.fx import GraphModule, _symbolic_trace, graph_module
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
-from models.common import Contract, Conv, Expand, Sum, TransformerBlock, interleave_halves
+from models.common import Contract, Conv, DySample, Expand, Sum, TransformerBlock, alternate_halves, interleave_halves
 from models.heads import Head
 
 Layout = tuple[int, ...]  # layout[place] is the channel of the trained model that stands there
@@ -39,7 +40,11 @@ _CHANNELWISE_FUNCTIONS = (F.relu, F.silu)
 _SUMS = (operator.add, operator.iadd, torch.add)
 
 _TRACED_FILES = ("models.common", "models.experimental")  # blocks of other files are taken as they are
-_WHOLE_BLOCKS = (Contract, Expand, Sum, TransformerBlock)  # they mix channels, or hold nothing to fold
+_WHOLE_BLOCKS = (Contract, DySample, Expand, Sum, TransformerBlock)  # they mix channels, or hold nothing to fold
+_SHUFFLES = {  # the channel that comes to each place of c
+    interleave_halves: lambda c: (*range(0, c, 2), *range(1, c, 2)),
+    alternate_halves: lambda c: tuple(place // 2 + place % 2 * (c // 2) for place in range(c)),
+}
 _PROBE_PX = 128  # side of the blank image that tells each node's channels: the largest stride there is (P7)
 
 
@@ -120,7 +125,7 @@ class _Tracer(fx.Tracer):
     """Follows YOLOv5's blocks and the head's maps down to torch's layers; the shuffle and other blocks stay whole."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=(interleave_halves,))
+        super().__init__(autowrap_functions=tuple(_SHUFFLES))
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         known = type(module).__module__ in _TRACED_FILES and not isinstance(module, _WHOLE_BLOCKS)
@@ -167,7 +172,7 @@ def _fold_loose_norms(trunk: fx.GraphModule) -> None:
 
 def _fold_shuffles(trunk: fx.GraphModule) -> None:
     """Takes the shuffles out of the graph and puts the order of channels into the weights of what reads them."""
-    if not any(node.target is interleave_halves for node in trunk.graph.nodes):
+    if not any(node.target in _SHUFFLES for node in trunk.graph.nodes):
         return
     plan = _Layouts(trunk)
     for node in trunk.graph.nodes:
@@ -179,7 +184,7 @@ def _fold_shuffles(trunk: fx.GraphModule) -> None:
             if conv.bias is not None:
                 conv.bias = nn.Parameter(conv.bias[outputs], requires_grad=False)
     for node in list(trunk.graph.nodes):
-        if node.target is interleave_halves and node not in plan.kept:
+        if node.target in _SHUFFLES and node not in plan.kept:
             node.replace_all_uses_with(node.args[0])
             trunk.graph.erase_node(node)
 
@@ -297,7 +302,7 @@ class _Layouts:
             return self._dense if module.groups == 1 else self._same if _is_depthwise(module) else self._rigid
         if isinstance(module, _CHANNELWISE_MODULES) or node.target in _CHANNELWISE_FUNCTIONS:
             return self._same
-        if node.target is interleave_halves and node not in self.kept:
+        if node.target in _SHUFFLES and node not in self.kept:
             return self._unshuffled
         if _is_joint(node):
             return self._joined
@@ -313,7 +318,7 @@ class _Layouts:
 
     def _unshuffled(self, node: fx.Node) -> Layout:
         layout = self.layouts[node.args[0]]
-        place = _inverse((*range(0, len(layout), 2), *range(1, len(layout), 2)))
+        place = _inverse(_SHUFFLES[node.target](len(layout)))
         return tuple(place[channel] for channel in layout)
 
     def _joined(self, node: fx.Node) -> Layout:

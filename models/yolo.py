@@ -58,6 +58,7 @@ class Block:
 _SCALED = [common.Conv, common.DWConv, common.Focus, common.Bottleneck, common.SPP, common.SPPF, common.C3SPP]
 _SCALED += [common.GhostConv, common.GhostBottleneck, common.CrossConv, common.MixConv2d]
 _SCALED += [common.GSConv, common.GSConvns, common.GSBottleneck, common.GSBottleneckC]
+_SCALED += [common.ShuffleV2Block, common.MSCA]
 _REPEATING = [common.BottleneckCSP, common.C3, common.C3TR, common.C3Ghost, common.VoVGSCSP, common.VoVGSCSPC]
 _SAME = [common.Sum, common.Classify, common.TransformerBlock]
 
@@ -68,6 +69,8 @@ BLOCKS: dict[str, Block] = {
     "Concat": Block(common.Concat, config.joined_channels),
     "Contract": Block(common.Contract, config.contracted_channels),
     "Expand": Block(common.Expand, config.expanded_channels),
+    "DySample": Block(common.DySample, config.norm_channels),
+    "ASFF": Block(common.ASFF, config.fused_channels),
     "Detect": Block(Detect, config.detect_channels),
     "DetectAF": Block(DetectAF, config.head_channels),
     "nn.BatchNorm2d": Block(nn.BatchNorm2d, config.norm_channels),

@@ -84,14 +84,22 @@ def test_model_table_of_the_readme_agrees_with_the_yaml_headers():
     lines = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
     sizes = {cells[0]: cells[1:] for cells in lines if cells[0] in ("n", "s", "m", "l", "x")}
     assert len(sizes) == 5
-    for size, cells in sizes.items():
-        for suffix, cell in zip(("", "-gsneck", "-slimneck", "-slimneck-c", "-gsconv"), cells, strict=True):
-            name = f"yolov5{size}{suffix}.yaml"
-            header = (ROOT / "models" / name).read_text(encoding="utf-8").split("\nnc:")[0].replace(",", "")
-            numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", header)]
-            millions, gflops = map(float, cell.split(" / "))
-            assert any(abs(number / 1e6 - millions) <= 0.00501 for number in numbers), f"{name}: {millions} M"
-            assert any(abs(number - gflops) <= 0.0501 for number in numbers), f"{name}: {gflops} GFLOPs"
+    suffixes = ("", "-gsneck", "-slimneck", "-slimneck-c", "-gsconv")
+    table = [
+        (f"yolov5{size}{suffix}.yaml", cell)
+        for size, cells in sizes.items()
+        for suffix, cell in zip(suffixes, cells, strict=True)
+    ]
+    modules = [
+        (f"{cells[0].strip('`')}.yaml", cells[1]) for cells in lines if "arxiv.org" in cells[-1] and len(cells) == 3
+    ]
+    assert len(modules) == 4
+    for name, cell in table + modules:
+        header = (ROOT / "models" / name).read_text(encoding="utf-8").split("\nnc:")[0].replace(",", "")
+        numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", header)]
+        millions, gflops = map(float, cell.split(" / "))
+        assert any(abs(number / 1e6 - millions) <= 0.00501 for number in numbers), f"{name}: {millions} M"
+        assert any(abs(number - gflops) <= 0.0501 for number in numbers), f"{name}: {gflops} GFLOPs"
 
 
 def test_requirements_name_every_package_that_is_imported():

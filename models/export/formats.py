@@ -10,8 +10,12 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from utils.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,16 @@ class Format:
     systems: tuple[str, ...] = ()
     precision: str = "float32"
 
+    def check_blocks(self, model: nn.Module) -> None:
+        """Makes sure that the format can carry every block of a model.
+
+        Raises:
+            UserError: it cannot; says which block and why.
+        """
+        for block in sorted({type(module).__name__ for module in model.modules()}):
+            if reason := UNABLE.get((block, self.argument)):
+                raise UserError(f"cannot carry {block}: {reason}. Choose another format, or a model without it.")
+
     def check_packages(self) -> None:
         """Makes sure that what writing the format needs is installed.
 
@@ -107,6 +121,15 @@ def install_hint(extra: str) -> str:
 
 _TENSORFLOW = {"packages": ("onnx", "tensorflow"), "extra": "tensorflow", "options": "opset simplify"}
 _TFLITE = {"packages": ("litert_torch", "ai_edge_quantizer"), "extra": "tflite", "gpu": False}
+
+# The first ONNX opset that has what a block needs, where the usual one has not.
+LEAST_OPSETS = {"DySample": 16}
+# Why a format cannot carry a block, by the block's name and the format's argument.
+UNABLE = {
+    ("DySample", "coreml"): "a .mlmodel has no operator that samples a map at computed places (Core ML's is of iOS 15)",
+    ("DySample", "edgetpu"): "the Edge TPU computes in 8 bits throughout, too few for the places where it samples",
+    **{(block, "yolov5"): "YOLOv5 has no such block" for block in ("ASFF", "DySample", "MSCA", "ShuffleV2Block")},
+}
 
 # In the order in which they are exported.
 _TABLE = (

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from models.export.calibrate import ActivationRange, calibration_batches, log_ranges
-from models.export.formats import install_hint, missing_packages
+from models.export.formats import LEAST_OPSETS, install_hint, missing_packages
 from models.export.job import ExportJob, quietly
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -57,11 +57,12 @@ def write_onnx(job: ExportJob, path: Path, head: nn.Module | None = None, least_
         job: the job; its format need not be ONNX.
         path: the file, written all or nothing.
         head: what follows the trunk; None for what the options ask.
-        least_opset: the lowest opset that will do; --opset may ask for a higher one.
+        least_opset: the lowest opset that will do, but for blocks that need more; --opset may ask for a higher one.
 
     Raises:
         UserError: --opset is too low, or onnxslim is missing for --simplify.
     """
+    least_opset = max(least_opset, *(LEAST_OPSETS.get(type(block).__name__, 0) for block in job.source.modules()))
     opset = job.config.opset or least_opset
     if opset < least_opset:
         raise UserError(f"--opset {opset} is too low: at least {least_opset} is needed here")

@@ -126,6 +126,7 @@ def _export_one(job: ExportJob, images: Sequence[np.ndarray], report: Report) ->
     prefix = colorstr(f"{title}:")
     LOGGER.info(f"\n{prefix} starting export ...")
     try:
+        job.format.check_blocks(job.source)
         job.format.check_packages()
         path = importlib.import_module(f"models.export.{job.format.module}").export(job)
     except Exception as error:  # whatever a converter raises, the other formats are to be tried

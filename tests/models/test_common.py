@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import common, experimental
+from models.yolo import Model
 
 GOLDEN_BLOCKS = {
     "GSConv_k1": lambda: common.GSConv(8, 16),
@@ -46,6 +47,7 @@ BLOCKS_8_TO_16 = [  # every block with parameters, from 8 channels to 16; the se
     (lambda: common.GSBottleneckC(8, 16), 1),
     (lambda: common.VoVGSCSP(8, 16, 2, False, 2), 1),
     (lambda: common.VoVGSCSPC(8, 16), 1),
+    (lambda: common.ShuffleV2Block(8, 16, 2), 2),
     (lambda: common.CrossConv(8, 16, 3, 2), 2),
     (lambda: common.MixConv2d(8, 16, (1, 3, 5), 2), 2),
     (lambda: common.MixConv2d(8, 16, (1, 3), 1, False), 1),
@@ -98,13 +100,140 @@ def test_shuffle_keeps_channels_last_and_traces_for_any_batch_and_size():
     assert torch.equal(traced(x), common.interleave_halves(x))
 
 
+def test_an_exported_program_has_the_shuffle_in_reshaping_form():
+    """Core ML's converter knows no other."""
+    program = torch.export.export(common.ShuffleV2Block(8, 8).eval(), (torch.zeros(1, 8, 4, 4),))
+    assert not [node for node in program.graph.nodes if "channel_shuffle" in str(node.target)]
+
+
 def test_shuffle_on_a_gpu_keeps_channels_last_so_that_no_convolution_copies_back():
     with FakeTensorMode(), torch.device("cuda"):  # works out what each kernel makes, without one
         last = torch.empty(2, 8, 5, 7).contiguous(memory_format=torch.channels_last)
         assert common.GSConv(8, 16)(last).is_contiguous(memory_format=torch.channels_last)
         assert common.interleave_halves(torch.empty(2, 8, 5, 7)).is_contiguous()
     x = torch.randn(2, 8, 5, 7).contiguous(memory_format=torch.channels_last)
-    assert torch.equal(common.interleave_channels_last(x), common.interleave_halves(x))
+    assert torch.equal(common.shuffle_channels_last(x, 4), common.interleave_halves(x))
+
+
+def test_shufflenets_shuffle_takes_one_of_each_half_and_undoes_the_other():
+    x = torch.arange(8.0).view(1, 8, 1, 1).expand(3, 8, 2, 5)
+    assert common.alternate_halves(x)[2, :, 1, 4].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert torch.equal(common.alternate_halves(common.interleave_halves(x)), x)
+
+
+@pytest.mark.parametrize(
+    ("block", "parameters"),
+    [
+        # 1x1 24 * 58 twice, 58 * 58; depthwise 24 * 9, 58 * 9; norms of 24 and four times 58 channels
+        (lambda: common.ShuffleV2Block(24, 116, 2), 2 * 1392 + 3364 + 216 + 522 + 2 * (24 + 4 * 58)),
+        (lambda: common.ShuffleV2Block(116, 116), 2 * 3364 + 522 + 2 * 3 * 58),
+        (lambda: common.DySample(64, 2), 64 * 32 + 32),  # 2 axes, 4 groups, 2 x 2 points
+        # from the finest level 3x3, from the coarsest 1x1; three times to 16; 48 to 3; 3x3 behind
+        (
+            lambda: common.ASFF((64, 128, 256), 1),
+            (64 * 9 + 256 + 4) * 128 + 3 * (128 * 16 + 32) + 147 + (128 * 9 + 2) * 128,
+        ),
+        (lambda: common.MSCA(256, 256), 256 * (26 + 2 * (8 + 12 + 22) + 257)),
+    ],
+)
+def test_parameters_by_hand(block, parameters):
+    assert sum(parameter.numel() for parameter in block().parameters()) == parameters
+
+
+def test_the_shufflenet_backbone_is_torchvisions():
+    from torchvision.models import shufflenet_v2_x1_0
+
+    reference, own = shufflenet_v2_x1_0().eval(), Model("yolov5n-shufflenet.yaml").model[:8].eval()
+    stages = [getattr(reference, name) for name in ("conv1", "maxpool", "stage2", "stage3", "stage4")]
+    expected = nn.Sequential(*stages)
+    torch.manual_seed(0)
+    for module in (*expected.modules(), *own.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-5
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    own.load_state_dict(dict(zip(own.state_dict(), expected.state_dict().values(), strict=True)))
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        y = own(x)
+        assert y.shape == (2, 464, 2, 3) and y.std() > 0.1
+        torch.testing.assert_close(y, expected(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_shuffle_unit_of_stride_1_keeps_its_channels():
+    with pytest.raises(ValueError, match="8, not 16"):
+        common.ShuffleV2Block(8, 16)
+
+
+def test_dysample_without_offsets_is_bilinear_upsampling():
+    block, x = common.DySample(8, 3), torch.randn(2, 8, 5, 7)
+    nn.init.zeros_(block.offset.weight)
+    expected = nn.functional.interpolate(x, scale_factor=3, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dysample_samples_where_its_offsets_say():
+    """Point by point: of channel k in group k // 2, at (i, j), by the four cells around the moved place."""
+    torch.manual_seed(0)
+    block, x = common.DySample(8, 2), torch.randn(1, 8, 3, 4)
+    nn.init.normal_(block.offset.weight)
+    y, offset = (tensor[0].detach().numpy() for tensor in (block(x), block.offset(x) * 0.25))
+    assert np.abs(offset).max() > 1  # past neighbours, and over the border
+    offset = offset.reshape(2, 4, 2, 2, 3, 4)  # axis, group, point's row and column, cell
+    for k, i, j in np.ndindex(y.shape):
+        moved = offset[:, k // 2, i % 2, j % 2, i // 2, j // 2]
+        column = np.clip((j + 0.5) / 2 + moved[0] - 0.5, 0, 3)
+        row = np.clip((i + 0.5) / 2 + moved[1] - 0.5, 0, 2)
+        share_x, share_y = np.array([1 - column % 1, column % 1]), np.array([1 - row % 1, row % 1])
+        rows, columns = (np.minimum([int(at), int(at) + 1], last) for at, last in ((row, 2), (column, 3)))
+        expected = share_y @ x[0, k].numpy()[np.ix_(rows, columns)] @ share_x
+        assert y[k, i, j] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_asff_adds_up_the_resized_levels_by_their_weights(level):
+    torch.manual_seed(0)
+    block = common.ASFF((8, 12, 16), level).eval()
+    maps = [torch.randn(2, c, side, side) for c, side in ((8, 16), (12, 8), (16, 4))]
+    nn.init.zeros_(block.weights.weight)
+    block.weights.bias.data = torch.tensor([0.2, 0.3, 0.5]).log()
+    block.expand = nn.Identity()
+    convs = [part for resize in block.resize for part in resize.children() if isinstance(part, common.Conv)]
+    enlarge, shrink = nn.functional.interpolate, nn.functional.max_pool2d
+    a, b, c = maps
+    with torch.no_grad():
+        resized = {
+            0: lambda: (a, enlarge(convs[0](b), scale_factor=2), enlarge(convs[1](c), scale_factor=4)),
+            1: lambda: (convs[0](a), b, enlarge(convs[1](c), scale_factor=2)),
+            2: lambda: (convs[0](shrink(a, 3, 2, 1)), convs[1](b), c),
+        }[level]()
+        expected = 0.2 * resized[0] + 0.3 * resized[1] + 0.5 * resized[2]
+        torch.testing.assert_close(block(maps), expected)
+
+
+def test_asff_weighs_cell_by_cell_and_learns_all_of_it():
+    torch.manual_seed(0)
+    block = common.ASFF((8, 12), 0)
+    maps = [torch.randn(2, 8, 6, 8), torch.randn(2, 12, 3, 4)]
+    y = block(maps)
+    (y * torch.randn_like(y)).sum().backward()
+    assert y.shape == (2, 8, 6, 8) and all(parameter.grad.abs().sum() > 0 for parameter in block.parameters())
+
+
+def test_msca_is_a_gate_of_depthwise_kernels_of_7_11_and_21():
+    """A 1 x k strip behind a k x 1 one is the k x k kernel of their products."""
+    torch.manual_seed(0)
+    block, x = common.MSCA(4, 4), torch.randn(1, 4, 24, 25)
+    for conv in (part for strip in block.strips for part in strip):
+        nn.init.zeros_(conv.bias)
+    with torch.no_grad():
+        near = total = block.local(x)
+        for k, strip in zip((7, 11, 21), block.strips, strict=True):
+            kernel = strip[1].weight @ strip[0].weight  # (4, 1, k, k)
+            total = total + nn.functional.conv2d(near, kernel, padding=k // 2, groups=4)
+        torch.testing.assert_close(block(x), block.mix(total) * x, rtol=1e-4, atol=1e-5)
+    block(x).sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in block.parameters())
 
 
 def test_sppf_is_spp_with_windows_5_9_13():

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import export
-from models.export.formats import FORMATS, TOLERANCES, ExportConfig, find_formats
+from models.export.formats import FORMATS, LEAST_OPSETS, TOLERANCES, UNABLE, ExportConfig, find_formats
+from models.yolo import BLOCKS, Model
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -129,3 +130,22 @@ def test_what_contradicts_itself_or_changes_nothing_is_refused_in_one_line(words
 )
 def test_what_makes_sense_is_accepted(words):
     assert complete(*words.split()).batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [("asff", "ASFF"), ("dysample", "DySample"), ("msca", "MSCA"), ("shufflenet", "ShuffleV2Block")],
+)
+def test_a_block_that_a_format_cannot_carry_is_refused_at_once(name, block):
+    model = Model(f"yolov5n-{name}.yaml", nc=1)
+    with pytest.raises(UserError, match=f"cannot carry {block}: YOLOv5 has no such block"):
+        FORMATS["yolov5"].check_blocks(model)
+    for able in ("onnx", "ncnn", "openvino", "tflite"):
+        FORMATS[able].check_blocks(model)
+    FORMATS["yolov5"].check_blocks(Model("yolov5n-slimneck.yaml", nc=1))
+
+
+def test_tables_of_blocks_name_blocks_and_formats():
+    assert {block for block, _ in UNABLE} | set(LEAST_OPSETS) <= set(BLOCKS) and {name for _, name in UNABLE} <= set(
+        FORMATS
+    )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import export
+from models.config import read_config
 from models.load import load_model
 
 onnx = pytest.importorskip("onnx")
@@ -73,6 +74,23 @@ def test_it_says_what_it_is(fixed):
 def test_the_operator_set_is_12_unless_asked(fixed, dynamic):
     versions = [onnx.load(path).opset_import[0].version for _, path in (fixed, dynamic)]
     assert versions == [12, 17]
+
+
+@pytest.mark.parametrize(("name", "opset"), [("shufflenet", 12), ("dysample", 16), ("asff", 12), ("msca", 12)])
+def test_modules_of_the_field_give_the_checkpoints_rows_at_any_size(name, opset, write_checkpoint):
+    config = {**read_config(f"yolov5n-{name}.yaml")[0], "width_multiple": 0.125}
+    weights = write_checkpoint(config)
+    path = written(weights, dynamic=True)
+    assert onnx.load(path).opset_import[0].version == opset
+    images = random_images(2, 3, 96, 64)
+    (output,) = session(path).run(None, {"images": images.numpy()})
+    np.testing.assert_allclose(output, rows_of(weights, images)[0].numpy(), rtol=1e-4, atol=2e-4)
+
+
+def test_an_operator_set_that_a_block_cannot_use_is_refused(write_checkpoint, caplog):
+    with caplog.at_level("ERROR", "yolov5"):
+        assert export.run(weights=str(write_checkpoint("yolov5n-dysample.yaml")), include="onnx", opset=15) == []
+    assert any("--opset 15 is too low: at least 16 is needed here" in message for message in caplog.messages)
 
 
 def test_a_simplified_dynamic_file_takes_other_sizes_and_numbers(dynamic):
