@@ -46,9 +46,8 @@ $(CONVERTER_VENV)/.installed: requirements-onnx2tf.txt | $(PY)
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
-	$(PY) train.py --cfg yolov5n-slimneck.yaml --data shapes.yaml --hyp hyp.demo.yaml --optimizer AdamW --img 192 \
-		--epochs 40 --batch-size 8 --project $(DEMO) --name train
-	$(PY) val.py --weights $(DEMO)/train/weights/best.pt --data shapes.yaml --img 192 --project $(DEMO) --name val
+	$(PY) train.py --cfg yolov5n-slimneck.yaml --data shapes.yaml --img 256 --epochs 26 --project $(DEMO) --name train
+	$(PY) val.py --weights $(DEMO)/train/weights/best.pt --data shapes.yaml --img 256 --project $(DEMO) --name val
 	$(PY) detect.py --weights $(DEMO)/train/weights/best.pt --source data/images --img 320 \
 		--conf-thres 0.4 --line-thickness 2 --project $(DEMO) --name detect
 	@echo

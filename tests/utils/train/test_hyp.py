@@ -11,7 +11,7 @@ from utils.files import ROOT
 from utils.train.hyp import Hyp
 
 HYPS = ROOT / "data" / "hyps"
-SHIPPED = ["scratch-low", "scratch-med", "scratch-high", "VOC", "Objects365", "no-augmentation", "demo", "small"]
+SHIPPED = ["scratch-low", "scratch-med", "scratch-high", "VOC", "Objects365", "no-augmentation", "small"]
 
 
 def plain(name="scratch-low"):

@@ -164,16 +164,16 @@ def test_after_the_warm_up_rates_hold_for_the_epoch_and_then_follow_one_behind(h
     assert schedule.at(5, 0).lrs == pytest.approx((0.01 * lr_factor(4, 100, 0.01),) * 3)
 
 
-def test_the_demo_steps_at_every_batch_and_trains_as_well_for_longer():
-    """`make demo` is 40 epochs of 300 images in batches of 8; copies of its file may train for longer."""
-    demo = Hyp.from_yaml(ROOT / "data/hyps/hyp.demo.yaml")
-    for epochs in (40, 400):
-        schedule = Schedule(demo, epochs, batches=38, batch_size=8)
-        settings = [schedule.at(epoch, batch) for epoch in range(epochs) for batch in (0, 37)]
-        assert {step.accumulate for step in settings} == {1}
-        rates = [step.lrs[1] for step in settings]
-        assert 0.8 * demo.lr0 < max(rates) <= demo.lr0 and rates.index(max(rates)) <= 8
-        assert rates[8:] == sorted(rates[8:], reverse=True)
+@pytest.mark.parametrize("epochs", [26, 400])
+def test_the_recipe_for_small_data_steps_at_every_batch_of_16_and_slows_down_from_its_warm_up_on(epochs):
+    small = Hyp.from_yaml(ROOT / "data/hyps/hyp.small.yaml")
+    schedule = Schedule(small, epochs, batches=19, batch_size=16)
+    settings = [schedule.at(epoch, batch) for epoch in range(epochs) for batch in range(19)]
+    assert {step.accumulate for step in settings} == {1}
+    rates = [step.lrs[1] for step in settings]
+    warmed = round(0.05 * epochs * 19)
+    assert rates[: warmed + 1] == sorted(rates[: warmed + 1]) and rates[warmed:] == sorted(rates[warmed:], reverse=True)
+    assert 0.94 * small.lr0 < max(rates) <= small.lr0 and [step.lrs[2] for step in settings] == rates
 
 
 @pytest.mark.parametrize(
