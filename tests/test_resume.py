@@ -42,8 +42,8 @@ backbone: [[-1, 1, Conv, [8, 6, 2, 2]], [-1, 1, Conv, [16, 3, 2]], [-1, 1, GSCon
 head: [[-1, 1, GSConv, [32, 3, 2]], [-1, 1, nn.Dropout, [0.2]], [[2, 4], 1, Detect, [nc, anchors]]]
 """
 KINDS = {  # what is forgotten shows in
-    "SGD": {},  # momentum, the generator of the dropout
-    "AdamW": {"optimizer": "AdamW", "cos_lr": True, "cache": "ram"},  # both moments and the count of steps
+    "SGD": {"recipe": "yolov5"},  # momentum, the generator of the dropout
+    "AdamW": {"recipe": "small", "cos_lr": True, "cache": "ram"},  # both moments and the count of steps
     "Adam, rect": {"optimizer": "Adam", "rect": True},
     "multi-scale": {"multi_scale": True, "label_smoothing": 0.1, "freeze": [1]},  # the iteration
     "image weights": {"image_weights": True, "cache": "disk"},  # the last validation's figures of each class
