@@ -1,8 +1,9 @@
 """Models for `torch.hub.load`: `torch.hub.load("path/of/this/repository", "custom", path="best.pt", source="local")`.
 
-Entries: `custom` for any weights file, `yolov5n` to `yolov5x`, `yolov5n6` to `yolov5x6`, and those with a slim neck:
-`yolov5n_slimneck`, `yolov5n_slimneck_c`, `yolov5n_gsneck`, `yolov5n_gsconv` and so on. They return a model for images
-of any kind (`models.inference.autoshape`). As a script this file tries that out on those in data/images.
+Entries: `custom` for any weights file, `yolov5n` to `yolov5x`, `yolov5n6` to `yolov5x6`, those with a slim neck
+(`yolov5n_slimneck`, `yolov5n_slimneck_c`, `yolov5n_gsneck`, `yolov5n_gsconv` and so on) and with the anchor-free head
+(`yolov5n_af`, `yolov5n_slimneck_af`). They return a model for images of any kind (`models.inference.autoshape`). As a
+script this file tries that out on those in data/images.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "tqdm"]  
 _ROOT = pathlib.Path(__file__).resolve().parent
 _SIZES = "nsmlx"
 _RELEASED = [f"yolov5{size}{level}" for level in ("", "6") for size in _SIZES]
-_SLIM = [f"yolov5{size}-{neck}" for neck in ("slimneck", "slimneck-c", "gsneck", "gsconv") for size in _SIZES]
+_VARIANTS = ("slimneck", "slimneck-c", "gsneck", "gsconv", "af", "slimneck-af")
+_OURS = [f"yolov5{size}-{variant}" for variant in _VARIANTS for size in _SIZES]
 
 
 def custom(
@@ -74,7 +76,7 @@ def _create(
     if not verbose:
         LOGGER.setLevel(max(level, logging.WARNING))
     try:
-        if pretrained and name in _SLIM:
+        if pretrained and name in _OURS:
             raise UserError(
                 f"There are no released weights for {name}: train it and load your own with custom(path=...), or take "
                 "it untrained with pretrained=False."
@@ -154,7 +156,7 @@ def _entry(name: str) -> typing.Callable[..., nn.Module]:
     return entry
 
 
-for _name in (*_RELEASED, *_SLIM):
+for _name in (*_RELEASED, *_OURS):
     globals()[_name.replace("-", "_")] = _entry(_name)
 
 

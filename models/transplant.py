@@ -602,7 +602,7 @@ def check_rows(student: Model, teacher: Model) -> int:
         if first is not None and tensors[0] and (type(own), type(twin)) not in FITS:
             raise UserError(f"{names}: there is no way to fit one to the other.")
     if first is None:
-        raise UserError("the two models have the same rows: there is nothing to fit.")
+        raise UserError("the two models have the same rows before the head: there is nothing to fit.")
     _check_heads(student, teacher)
     return first
 

@@ -84,7 +84,7 @@ def test_there_is_an_entry_for_every_model_of_the_table(hubconf):
     yamls = {path.stem for folder in ("models", "models/hub") for path in (ROOT / folder).glob("yolov5[nsmlx]*.yaml")}
     yamls -= {"yolov5s-ghost", "yolov5s-transformer"}
     assert entries == {"custom"} | {name.replace("-", "_") for name in yamls}
-    assert len(entries) == 31
+    assert len(entries) == 41
     entry = hubconf.yolov5m_slimneck_c
     assert entry.__name__ in entries and entry.__doc__.startswith(
         "yolov5m-slimneck-c, with pretrained=False: no weights"
@@ -97,13 +97,13 @@ def test_all_its_dependencies_are_named_and_here(hubconf):
 
 
 @pytest.mark.parametrize(
-    "name", ["yolov5n", "yolov5n_slimneck", "yolov5n_slimneck_c", "yolov5n_gsneck", "yolov5n_gsconv"]
+    "name", ["yolov5n", "yolov5n_slimneck", "yolov5n_slimneck_c", "yolov5n_gsneck", "yolov5n_slimneck_af"]
 )
 def test_builds_untrained_models(name):
     model = hub(name, pretrained=False, channels=4, classes=3, autoshape=False, device="cpu")
     assert model.yaml_file == f"{name.replace('_', '-')}.yaml"
     assert model.nc == 3 and model.model[0].conv.weight.shape[1] == 4 and model.training
-    assert model.eval()(torch.zeros(1, 4, 64, 64))[0].shape == (1, 252, 8)
+    assert model.eval()(torch.zeros(1, 4, 64, 64))[0].shape == (1, 84 * model.head.na, 8)
 
 
 def test_autoshape_wraps_what_was_built():
