@@ -144,6 +144,22 @@ def test_branches_are_as_published_or_as_the_row_says():
     assert [conv.in_channels for conv in head.m[2:]] == [64, 128] and not list(head.cls.parameters())
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((1,), "bins are a whole number from 2, not 1"),
+        ((8, ["C3"]), r"a branch is \[kind, width, steps\] .*kinds are Conv, DWConv, GSConv.*not \['C3'\]"),
+        ((8, [], ["Conv", "wide"]), r"not \['Conv', 'wide'\]"),
+        ((8, ["Conv", 1, 2, 3]), "a branch is"),
+        ((8, 64), "a branch is .* not 64"),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_row_that_are_none_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        DetectAF(3, [16, 16], *given)
+
+
 # ---- NMS ----
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import train
+from models.heads import Detect, DetectAF
 from utils.dataloaders.config import DataSpec, load_spec
 from utils.dataloaders.images_cache import DiskImages, ImageFiles, RamImages
 from utils.errors import UserError
@@ -290,3 +291,18 @@ def test_of_several_processes_the_first_alone_validates_and_all_share_batches(ti
     assert [[len(batch) for batch in own] for own in batches] == [[8, 4], [8, 4]]
     positions = [key.position for both in zip(*batches, strict=True) for own in both for key in own]
     assert positions == list(range(24))
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (DetectAF(2, [8]), "label_smoothing, cls_pw: without effect on the loss of DetectAF"),
+        (Detect(1, [[8, 8]], [8]), "--label-smoothing has no effect: one class"),
+        (Detect(2, [[8, 8]], [8]), ""),
+    ],
+    ids=["anchor-free", "one class", "two classes"],
+)
+def test_what_the_heads_loss_does_not_read_is_told(head, words, caplog):
+    hyp = dataclasses.replace(Hyp.from_yaml(HYP), label_smoothing=0.1, cls_pw=2.0)
+    prepare.warn_of_unread(hyp, head)
+    assert words in caplog.text and bool(words) == bool(caplog.text)
