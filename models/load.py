@@ -193,8 +193,8 @@ def with_classes_of(model: Model, weights: Weights) -> Weights:
     known, wanted = ([str(name).strip().lower() for _, name in sorted(one.names.items())] for one in (weights, model))
     if known == wanted or (len(known) == len(wanted) and not set(known) & set(wanted)):
         return weights
-    head, prefix = model.head, f"model.{len(model.model) - 1}."
-    state = dict(weights.state_dict)
+    head, row = model.head, len(model.model) - 1
+    prefix, state = f"model.{row}.", dict(weights.state_dict)
     for key, own in head.state_dict().items():
         given = state.get(prefix + key)
         if not head.has_class_rows(key) or given is None or given.shape[1:] != own.shape[1:]:
@@ -208,6 +208,9 @@ def with_classes_of(model: Model, weights: Weights) -> Weights:
             if name in known:
                 own[:, int(rows) + number] = given[:, int(rows) + known.index(name)]
         state[prefix + key] = own.flatten(0, 1)
+    if any(state[key] is not tensor for key, tensor in weights.state_dict.items()):
+        came = len(set(known) & set(wanted))
+        LOGGER.info(f"row {row}: {type(head).__name__}: boxes and {came} of {len(wanted)} classes, by name")
     return replace(weights, state_dict=state)
 
 

@@ -104,7 +104,15 @@ def trained(tiny_shapes, tmp_path_factory):
         done = train.run(
             callbacks,
             **{"cfg": str(folder / "points.yaml"), "data": str(tiny_shapes), "imgsz": 64, "batch_size": 8, "epochs": 3},
-            **{"device": "cpu", "amp": "off", "noplots": True, "workers": 0, "project": str(folder), "save_period": 1},
+            **{
+                "recipe": "yolov5",
+                "device": "cpu",
+                "amp": "off",
+                "noplots": True,
+                "workers": 0,
+                "project": str(folder),
+                "save_period": 1,
+            },
         )
     return SimpleNamespace(folder=folder, run=folder / "exp", done=done, headers=headers)
 

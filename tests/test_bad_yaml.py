@@ -37,6 +37,7 @@ BASES = {
     | {"nc": "2", "names": "[cat, dog]", "kpt_shape": "[17, 3]", "download": None, "convert": None, "generate": None},
     "hyp": dict(re.findall(r"^(\w+): (\S+)", HYP_TEXT, re.MULTILINE))
     | {"anchors": "3", "mosaic9": "0.1", "label_smoothing": "0.1", "nominal_batch": "64", "box_loss": "ciou"}
+    | {"optimizer": "SGD", "distill": "0.1", "af_box": "7.5", "af_cls": "0.5", "af_dfl": "1.5"}
     | {"warmup_ratio": "0.05", "ema_tau": "0.25", "close_mosaic": "0.1"},
     "model": {"nc": "1", "depth_multiple": "1.0", "width_multiple": "1.0", "anchors": "[[8, 16], [32, 64]]"}
     | {"backbone": f"[[-1, 1, Conv, [8, 3, 2]], [-1, 1, Conv, [8, 3, 2]], {ROW}]"}
@@ -82,6 +83,7 @@ null ¦ true ¦ [1, 2] ¦ [[[]]] ¦ !!set {a, b} ¦ {a: 1} ¦ -1 ¦ -.inf ¦ 1e4
 KINDS |= {value: value for [value] in table(PLAIN)}
 UNBOUNDED = (
     "lr0|lrf|weight_decay|nominal_batch|warmup_epochs|warmup_bias_lr|box|cls|cls_pw|obj|obj_pw|anchor_t|fl_gamma"
+    "|distill|af_box|af_cls|af_dfl"
 )
 SHARES = "warmup_ratio|ema_tau|close_mosaic"
 LEGAL = {  # reader and key, kind -> why what only looks wrong is taken
@@ -92,7 +94,7 @@ LEGAL = {  # reader and key, kind -> why what only looks wrong is taken
     r"data kpt_shape: \[1, 2]": "one keypoint of two numbers",
     rf"hyp ({UNBOUNDED}): huge": "no bound is right for every optimizer and schedule",
     rf"hyp (copy_paste|anchors|mosaic9|label_smoothing|nominal_batch|{SHARES}): missing": "younger than many files",
-    r"hyp box_loss: missing": "the same",
+    r"hyp (box_loss|optimizer|distill|af_box|af_cls|af_dfl): missing": "the same",
     r"hyp anchors: null": "means as many as the model has",
     r"model (ch|inplace|activation|channel_multiple): missing": "have defaults",
     r"model activation: (null|\{a: 1})": "the default, and a block that is not there",
@@ -221,7 +223,7 @@ def hyperparameters() -> Iterator[tuple[str, Case]]:
         misspelt = key[0] + key[2:]
         text, above = text_of("hyp", **{key: None, misspelt: "0.5"}), text_of("hyp", **{key: ABOVE.get(key, "1.5")})
         yield f"hyp {key}: {misspelt}", Case("hyp", text, f"'{misspelt}' + Did you mean + '{key}'")
-        if not re.fullmatch(f"{UNBOUNDED}|box_loss", key):
+        if not re.fullmatch(f"{UNBOUNDED}|box_loss|optimizer", key):
             yield f"hyp {key}: above", Case("hyp", above, f"'{key}' + must be + and ")
     for key, value in map(str.split, ENDS.split(", ")):
         yield f"hyp {key}: {value}", Case("hyp", text_of("hyp", **{key: value}), f"'{key}' + must be")

@@ -22,7 +22,7 @@ SWITCHES = {
     "cos_lr": True,
     "label_smoothing": 0.1,
     "box_loss": "eiou",
-    "optimizer": "AdamW",
+    "optimizer": "Adam",
     "seed": 1,
     "amp": "bf16",
 }

@@ -38,10 +38,14 @@ def test_weights_of_another_number_of_classes_say_what_came_over(run, data, tmp_
     five = data.with_name("five.yaml")
     five.write_text(data.read_text().replace("star]", "star, hexagon]"))
     weights = tmp_path / "runs" / "first" / "weights" / "last.pt"
-    outcome = run("--data", five, "--cfg", "", "--weights", weights)
-    assert outcome.status == 0, outcome.said
     keys = len(torch.load(weights, weights_only=True)["model"])
-    assert f"Transferred {keys - 4}/{keys} items from {weights}" in outcome.said  # all but the two outputs
+    for recipe, said in (
+        ("yolov5", f"Transferred {keys - 4}/{keys} items from {weights}"),  # all but the two outputs
+        ("auto", "row 4: Detect: boxes and 4 of 5 classes, by name"),
+    ):
+        outcome = run("--data", five, "--cfg", "", "--weights", weights, "--recipe", recipe)
+        assert outcome.status == 0, outcome.said
+        assert said in outcome.said
 
 
 def test_roboflows_folders_and_windows_paths_are_found(run, data):

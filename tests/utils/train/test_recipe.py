@@ -182,7 +182,7 @@ UNUSED = {"iou_t"}
 CHANGED = {  # another value of every key, with which the same four batches come to other weights
     **dict.fromkeys("lrf momentum warmup_momentum obj_pw copy_paste mosaic9 mixup fliplr flipud".split(), 0.95),
     **dict.fromkeys("hsv_h hsv_s hsv_v translate scale mosaic label_smoothing".split(), 0.3),
-    **dict.fromkeys("lr0 weight_decay warmup_bias_lr box cls obj cls_pw".split(), 0.2),
+    **dict.fromkeys("lr0 weight_decay warmup_bias_lr box cls obj cls_pw af_cls".split(), 0.2),
     **{"warmup_epochs": 90.0, "anchor_t": 1.5, "fl_gamma": 1.5, "degrees": 20.0, "shear": 10.0, "perspective": 0.001},
     **{"anchors": 2.0, "nominal_batch": 10.0, "box_loss": "giou", "optimizer": "AdamW"},
 }
@@ -214,6 +214,8 @@ class Outcomes:
         yaml = f"path: {folder}\ntrain: images\nval: {data.parent}/images/val\nnames: {names}\n"
         (folder / "eight.yaml").write_text(yaml)
         (folder / "tiny.yaml").write_text(MODEL)
+        anchor_free = re.sub("anchors: .*", "", MODEL).replace("Detect, [nc, anchors]", "DetectAF, [nc, 4]")
+        (folder / "anchor_free.yaml").write_text(anchor_free)
 
     def of(self, hyp: dict[str, float] | None = None, **switches) -> list[torch.Tensor]:
         """Returns the weights and their average after four batches; nothing is validated, saved or drawn."""
@@ -259,11 +261,12 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Hyp) if field.metadata])
 def test_every_hyperparameter_acts_or_is_known_not_to(key, outcomes):
     switches = {"noautoanchor": False} if key == "anchors" else {}  # how many, without saying which
-    taught = {"teacher": str(outcomes.folder / "teacher.pt")} if key == "distill" else {}
+    needed = {"teacher": str(outcomes.folder / "teacher.pt")} if key == "distill" else {}
+    needed |= {"cfg": str(outcomes.folder / "anchor_free.yaml")} if key.startswith("af_") else {}
     changed = {key: CHANGED.get(key, 0.5)}
-    assert same(outcomes.of(changed, **switches, **taught), outcomes.of(**taught)) == (key in UNUSED)
-    if taught:
-        assert same(outcomes.of(changed), outcomes.of()) and not same(outcomes.of(**taught), outcomes.of())
+    assert same(outcomes.of(changed, **switches, **needed), outcomes.of(**needed)) == (key in UNUSED)
+    if needed:
+        assert same(outcomes.of(changed), outcomes.of()) and not same(outcomes.of(**needed), outcomes.of())
 
 
 def test_a_key_without_effect_is_told_where_it_was_changed(caplog):
