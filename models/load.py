@@ -197,16 +197,16 @@ def with_classes_of(model: Model, weights: Weights) -> Weights:
     prefix, state = f"model.{row}.", dict(weights.state_dict)
     for key, own in head.state_dict().items():
         given = state.get(prefix + key)
-        if not head.has_class_rows(key) or given is None or given.shape[1:] != own.shape[1:]:
+        if not head.has_class_rows(key) or given is None:
             continue
-        rows = len(given) / head.na - len(known)  # of a box, before those of the classes
-        if rows != len(own) / head.na - len(wanted):
+        rows = len(own) // head.na - len(wanted)  # of a box, before those of the classes
+        if given.shape != (head.na * (rows + len(known)), *own.shape[1:]):
             continue
         given, own = (tensor.unflatten(0, (head.na, -1)) for tensor in (given, own.clone()))
-        own[:, : int(rows)] = given[:, : int(rows)]
+        own[:, :rows] = given[:, :rows]
         for number, name in enumerate(wanted):
             if name in known:
-                own[:, int(rows) + number] = given[:, int(rows) + known.index(name)]
+                own[:, rows + number] = given[:, rows + known.index(name)]
         state[prefix + key] = own.flatten(0, 1)
     if any(state[key] is not tensor for key, tensor in weights.state_dict.items()):
         came = len(set(known) & set(wanted))

@@ -57,7 +57,7 @@ RIDGE_OF_HEAD = 1e-3
 CHUNK = 32_000_000  # numbers that side-by-side problems may hold at a time
 HEAD_BATCHES = 16  # recorded batches that the head's fit and batch norm see
 MIN_IMAGES = 32
-IMAGES, BATCH_SIZE = 416, 16  # by default
+IMAGES, BATCH_SIZE = 416, 16  # augmented training images, and of a batch, if nobody says otherwise
 AUGMENTATION = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
 STEPS = 60
 LEARNING_RATE, BETAS, WARMUP_STEPS, CLIP_NORM = 2e-3, (0.9, 0.99), 10, 10.0
@@ -539,7 +539,7 @@ def make_student(teacher: Model, cfg: str | Path, seed: int) -> Model:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = Model(cfg, nc=teacher.nc, verbose=False)
+        student = Model(cfg, nc=teacher.nc)
     student = student.to(next(teacher.parameters()).device, memory_format=torch.channels_last).eval()
     student.names = dict(teacher.names)
     with torch.no_grad():
@@ -555,7 +555,7 @@ def augmented_images(
     They go on epoch after epoch; of a set smaller than a batch, all are one.
     """
     hyp, loading = read_yaml(AUGMENTATION), {"workers": workers, "seed": seed}
-    loader, _ = create_dataloader(table, imgsz, batch_size, 32, hyp=hyp, augment=True, shuffle=True, **loading)
+    loader, _ = create_dataloader(table, imgsz, batch_size, stride=32, hyp=hyp, augment=True, shuffle=True, **loading)
     size = min(batch_size, len(table))
     with contextlib.closing(loader):
         epochs = itertools.chain.from_iterable(itertools.repeat(loader))
