@@ -285,6 +285,7 @@ def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainCon
 
     from models.load import model_from, transfer, with_classes_of
     from models.transplant import BATCH_SIZE, IMAGES, MIN_IMAGES, augmented_images, inherit, log_fits, make_student
+    from models.transplant import same_heads
     from utils.devices import resolve_amp
 
     exclude = ("anchor",) if config.cfg or hyp.anchors else ()
@@ -303,6 +304,9 @@ def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainCon
             images = augmented_images(table, config.imgsz, BATCH_SIZE, IMAGES, config.workers, config.seed)
             log_fits(inherit(student, teacher, images, seed=config.seed, dtype=resolve_amp(config.amp, device)))
             state = {key: tensor.cpu() for key, tensor in student.state_dict().items()}
+            if not same_heads(student, teacher):  # the student's is as new as the model's
+                head = f"model.{len(student.model) - 1}."
+                state = {key: tensor for key, tensor in state.items() if not key.startswith(head)}
             weights = dataclasses.replace(weights, yaml=student.yaml, state_dict=state)
             exclude = ("anchor",) if hyp.anchors else ()
     if config.recipe == "small":  # with few images what a head knows of boxes is much

@@ -10,7 +10,8 @@ its teacher, on images alone:
    of the first alone: which channel of the twin comes from which is chosen by how well one tells the other, and the
    rows that read them are fitted to that order.
 3. Some gradient steps tune the fitted rows together: maps that the head reads, and its logits, against the teacher's.
-4. The head is fitted to the teacher's logits, its branches, where it has such, first to the teacher's.
+4. The head is fitted to the teacher's logits, its branches, where it has such, first to the teacher's. A head of
+   another kind stays as it is: training has to teach it.
 """
 
 from __future__ import annotations
@@ -485,7 +486,7 @@ def inherit(
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> list[RowFit]:
-    """Fits a model to another, row by row, without labels.
+    """Fits a model to another, row by row, without labels; the head too where the two have the same (`same_heads`).
 
     Args:
         student: of the teacher's number of classes; changed in place, its anchors too; left in evaluation mode.
@@ -510,8 +511,9 @@ def inherit(
         steps = STEPS if any(isinstance(row, VoVGSCSP) for row in student.model) else 0
     device = next(teacher.parameters()).device
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    heads_agree = same_heads(student, teacher)
     with torch.no_grad(), autocast:
-        for row in (*range(first), head):
+        for row in (*range(first), *([head] if heads_agree else [])):
             student.model[row].load_state_dict(teacher.model[row].state_dict())
         wanted = {source for row in range(first, head) for source in rows_read(teacher, row) if source < first}
         wanted.update(rows_read(teacher, head))
@@ -526,8 +528,9 @@ def inherit(
         orders, fits = _fit_rows(student, teacher, record, first, generator)
     if steps:
         _tune(student, teacher, record, orders, first, steps, generator, autocast)
-    with torch.no_grad():
-        _fit_head(student, teacher, record[:HEAD_BATCHES], orders, first, autocast, generator)
+    if heads_agree:
+        with torch.no_grad():
+            _fit_head(student, teacher, record[:HEAD_BATCHES], orders, first, autocast, generator)
     return fits
 
 
@@ -603,18 +606,17 @@ def check_rows(student: Model, teacher: Model) -> int:
             raise UserError(f"{names}: there is no way to fit one to the other.")
     if first is None:
         raise UserError("the two models have the same rows before the head: there is nothing to fit.")
-    _check_heads(student, teacher)
+    if rows_read(student, head) != rows_read(teacher, head):
+        raise UserError("not the same body: the heads read other rows in the two models.")
+    if type(teacher.head) not in HEADS:
+        raise UserError(f"there is no way to fit to the head {type(teacher.head).__name__}.")
     return first
 
 
-def _check_heads(student: Model, teacher: Model) -> None:
-    kind, twin_kind = type(student.head), type(teacher.head)
-    read = [rows_read(one, len(one.model) - 1) for one in (student, teacher)]
+def same_heads(student: Model, teacher: Model) -> bool:
+    """Says whether two models' heads are of one kind and shape, so that one can be fitted to the other."""
     shapes = [{key: value.shape for key, value in one.head.state_dict().items()} for one in (student, teacher)]
-    if kind is not twin_kind or shapes[0] != shapes[1] or read[0] != read[1]:
-        raise UserError(f"the heads differ ({kind.__name__} for {twin_kind.__name__}), or their layers or sources do.")
-    if kind not in HEADS:
-        raise UserError(f"there is no way to fit the head {kind.__name__}.")
+    return type(student.head) is type(teacher.head) and shapes[0] == shapes[1]
 
 
 def _fit_rows(student, teacher, record, first, generator) -> tuple[dict[int, Tensor], list[RowFit]]:
@@ -804,6 +806,8 @@ def convert(options: argparse.Namespace, folder: Path) -> tuple[EvalResult, Eval
     cfg = find_file(options.cfg, (".yaml", ".yml"), "--cfg")
     try:
         student = make_student(teacher, cfg, options.seed)
+        if not same_heads(student, teacher):
+            raise UserError("the heads differ: only a training with labels, train.py, can go from one to the other.")
     except UserError as error:
         raise UserError(f"--cfg {cfg} and --weights {path}: {error}") from error
     trained = (meta["opt"] or {}).get("imgsz")

@@ -319,7 +319,7 @@ def test_branches_of_a_head_are_found_again_in_another_order_of_their_inputs(kin
         ({}, "the same rows"),
         ({"conv": "GhostConv"}, r"row 3 \(GhostConv for Conv\): there is no way"),
         ({"conv": "GSConvns"}, r"row 3 \(GSConvns for Conv\)"),
-        ({"conv": "GSConv", "replace": ANCHOR_FREE}, r"the heads differ \(DetectAF for Detect\)"),
+        ({"conv": "GSConv", "replace": {"[[7, 4], 1, Detect": "[[7, 3], 1, Detect"}}, "the heads read other rows"),
         ({"replace": {"[[-1, 3], 1, Concat, [1]]": "[[-1, 2], 1, Concat, [1]]"}}, "row 6 .* reads other rows"),
         (
             {"conv": "GSConv", "replace": {"GSConv, [16": "GSConv, [24"}},
@@ -396,6 +396,29 @@ def test_training_a_slim_model_from_dense_weights_fits_it_first(dense, cfg, tiny
     ]
     for equal, (one, other) in ((True, states[:2]), (True, states[2:]), (False, states[1:3])):
         assert equal == all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def test_a_slim_model_with_another_head_inherits_the_neck(dense, cfg, tiny_shapes, tmp_path, monkeypatch, caplog):
+    import train
+
+    slim = cfg("GSConv", "VoVGSCSP", replace=ANCHOR_FREE)
+    with pytest.raises(UserError, match=r"the heads differ: only a training with labels"):
+        run(dense, slim, tmp_path)
+    monkeypatch.setattr(transplant, "IMAGES", 48)
+    monkeypatch.setattr(transplant, "MIN_IMAGES", 16)
+    caplog.set_level("INFO")
+    options = {"data": str(tiny_shapes), "imgsz": 64, "batch_size": 8, "epochs": 1, "workers": 0, "amp": "off"}
+    train.run(weights=dense, cfg=slim, device="cpu", noplots=True, noval=True, project=str(tmp_path), **options)
+    assert "row   3  GSConv for Conv" in caplog.text and "row 8: DetectAF: nothing" in caplog.text
+
+
+def test_a_head_of_another_kind_stays_as_it_is(cfg):
+    teacher, images = drawn(cfg(), 0, lively=True), coarse_images(8)
+    student = drawn(cfg("GSConv", "VoVGSCSP", replace=ANCHOR_FREE), 1)
+    before = {key: value.clone() for key, value in student.head.state_dict().items()}
+    fits = inherit(student, teacher, images, steps=4)
+    assert [fit.row for fit in fits] == [3, 4, 7] and all(0 < fit.r2 < 1 for fit in fits)
+    assert all(torch.equal(value, before[key]) for key, value in student.head.state_dict().items())
 
 
 def test_a_model_that_is_no_twin_takes_what_is_the_same(dense, cfg, tiny_shapes, tmp_path, caplog):
