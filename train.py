@@ -283,9 +283,8 @@ def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainCon
     """
     import torch
 
+    from models import transplant
     from models.load import model_from, transfer, with_classes_of
-    from models.transplant import BATCH_SIZE, IMAGES, MIN_IMAGES, augmented_images, inherit, log_fits, make_student
-    from models.transplant import same_heads
     from utils.devices import resolve_amp
 
     exclude = ("anchor",) if config.cfg or hyp.anchors else ()
@@ -294,17 +293,23 @@ def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainCon
         device = next(model.parameters()).device
         teacher = model_from(weights).for_inference().to(device, memory_format=torch.channels_last)
         try:
-            student = make_student(teacher, config.cfg, config.seed)
-            if len(table) < MIN_IMAGES:
-                raise UserError(f"{len(table)} training images are too few, at least {MIN_IMAGES} are needed.")
+            student = transplant.make_student(teacher, config.cfg, config.seed)
+            if len(table) < transplant.MIN_IMAGES:
+                raise UserError(
+                    f"{len(table)} training images are too few, at least {transplant.MIN_IMAGES} are needed."
+                )
         except UserError as error:
             LOGGER.info(f"{config.cfg} is not fitted to {config.weights}: {error}")
         else:
             LOGGER.info(f"Fitting {config.cfg} to {config.weights} (--no-inherit leaves that out) ...")
-            images = augmented_images(table, config.imgsz, BATCH_SIZE, IMAGES, config.workers, config.seed)
-            log_fits(inherit(student, teacher, images, seed=config.seed, dtype=resolve_amp(config.amp, device)))
+            images = transplant.augmented_images(
+                table, config.imgsz, transplant.BATCH_SIZE, transplant.IMAGES, config.workers, config.seed
+            )
+            transplant.log_fits(
+                transplant.inherit(student, teacher, images, seed=config.seed, dtype=resolve_amp(config.amp, device))
+            )
             state = {key: tensor.cpu() for key, tensor in student.state_dict().items()}
-            if not same_heads(student, teacher):  # the student's is as new as the model's
+            if not transplant.same_heads(student, teacher):  # the student's is as new as the model's
                 head = f"model.{len(student.model) - 1}."
                 state = {key: tensor for key, tensor in state.items() if not key.startswith(head)}
             weights = dataclasses.replace(weights, yaml=student.yaml, state_dict=state)

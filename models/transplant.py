@@ -606,11 +606,15 @@ def check_rows(student: Model, teacher: Model) -> int:
             raise UserError(f"{names}: there is no way to fit one to the other.")
     if first is None:
         raise UserError("the two models have the same rows before the head: there is nothing to fit.")
-    if rows_read(student, head) != rows_read(teacher, head):
+    _check_heads(student, teacher)
+    return first
+
+
+def _check_heads(student: Model, teacher: Model) -> None:
+    if rows_read(student, len(student.model) - 1) != rows_read(teacher, len(teacher.model) - 1):
         raise UserError("not the same body: the heads read other rows in the two models.")
     if type(teacher.head) not in HEADS:
         raise UserError(f"there is no way to fit to the head {type(teacher.head).__name__}.")
-    return first
 
 
 def same_heads(student: Model, teacher: Model) -> bool:
