@@ -589,7 +589,7 @@ class VoVGSCSPC(VoVGSCSP):
 class ShuffleV2Block(nn.Module):
     """ShuffleNetV2's unit, with ReLU: half the channels pass by, or (s = 2) both branches see all and halve the size.
 
-    Source: Ma et al., "ShuffleNet V2", https://arxiv.org/abs/1807.11164, figure 3.
+    Source: Ma et al., "ShuffleNet V2", https://arxiv.org/abs/1807.11164.
     """
 
     def __init__(self, c1: int, c2: int, s: int = 1):
@@ -619,7 +619,7 @@ class DySample(nn.Module):
 
     The paper's "lp" form: offsets times 0.25, each of `groups` groups of channels having its own. Computed in float32.
 
-    Source: Liu et al., "Learning to Upsample by Learning to Sample", https://arxiv.org/abs/2308.15085, section 3.
+    Source: Liu et al., "Learning to Upsample by Learning to Sample", https://arxiv.org/abs/2308.15085.
     """
 
     def __init__(self, c1: int, scale: int, groups: int = 4):
@@ -698,7 +698,7 @@ class MSCA(nn.Module):
 
     Strips have little arithmetic but cost much time on CPUs.
 
-    Source: Guo et al., "SegNeXt", https://arxiv.org/abs/2209.08575, section 3.1.
+    Source: Guo et al., "SegNeXt", https://arxiv.org/abs/2209.08575.
     """
 
     def __init__(self, c1: int, c2: int):

@@ -375,8 +375,8 @@ class DetectAF(Head):
 
     The last 1x1 convolutions are computed in float32, the branches in autocast's precision.
 
-    Sources: Generalized Focal Loss, arXiv:2006.04388 (section 3.2, distributions); TOOD, arXiv:2108.07755; the branches
-    are those of the YOLO family since 2023, the class branch depthwise since 2024.
+    Sources: Generalized Focal Loss, arXiv:2006.04388 (distributions); TOOD, arXiv:2108.07755; the branches are those of
+    the YOLO family since 2023, the class branch depthwise since 2024.
 
     Args:
         nc: number of classes.

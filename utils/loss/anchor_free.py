@@ -25,7 +25,7 @@ _INSIDE = 0.01  # a side is learnt to be this much nearer than the last bin, so 
 def distribution_loss(logits: Tensor, distances: Tensor) -> Tensor:
     """Returns the cross entropy (...) of distributions over bins with the two bins beside each distance.
 
-    Each of the two weighs by how near it is (Li et al. 2020, Generalized Focal Loss, arXiv:2006.04388, section 3.2).
+    Each of the two weighs by how near it is (Li et al. 2020, Generalized Focal Loss, arXiv:2006.04388).
 
     Args:
         logits: (..., bins) float32.

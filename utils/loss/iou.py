@@ -81,7 +81,7 @@ class BoxPairs:
 
 
 def ciou(pairs: BoxPairs) -> Tensor:
-    """Complete IoU: distance of the centres and aspect ratio (Zheng et al. 2020, arXiv:1911.08287, eq. 8 to 11)."""
+    """Complete IoU: distance of the centres and aspect ratio (Zheng et al. 2020, arXiv:1911.08287)."""
     return 1.0 - pairs.ciou
 
 
@@ -92,21 +92,18 @@ def giou(pairs: BoxPairs) -> Tensor:
 
 
 def diou(pairs: BoxPairs) -> Tensor:
-    """Distance IoU (Zheng et al. 2020, arXiv:1911.08287, eq. 6 and 7)."""
+    """Distance IoU (Zheng et al. 2020, arXiv:1911.08287)."""
     return 1.0 - pairs.iou + pairs.center_distance
 
 
 def eiou(pairs: BoxPairs) -> Tensor:
-    """Efficient IoU: distance of the centres and of the sides (Zhang et al. 2021, arXiv:2101.08158, section 3.2)."""
+    """Efficient IoU: distance of the centres and of the sides (Zhang et al. 2021, arXiv:2101.08158)."""
     sides = ((pairs.pred_wh - pairs.target_wh) ** 2 / (pairs.hull_squares + EPS)).sum(1)
     return diou(pairs) + sides
 
 
 def focal_eiou(pairs: BoxPairs) -> Tensor:
-    """EIoU times IoU^0.5 without its gradient, so that boxes far off count less, those apart not at all.
-
-    Zhang et al. 2021, arXiv:2101.08158, section 3.3.
-    """
+    """EIoU times IoU^0.5 without its gradient: boxes far off count less, those apart not at all (of the same paper)."""
     return pairs.iou.detach() ** FOCAL_GAMMA * eiou(pairs)
 
 
@@ -137,7 +134,7 @@ def wiou(pairs: BoxPairs) -> Tensor:
 
 
 def alpha_iou(pairs: BoxPairs) -> Tensor:
-    """Alpha-CIoU: IoU and both penalties of CIoU to the power of 3 (He et al. 2021, arXiv:2110.13675, section 3)."""
+    """Alpha-CIoU: IoU and both penalties of CIoU to the power of 3 (He et al. 2021, arXiv:2110.13675)."""
     angles = [torch.atan(wh[:, 0] / (wh[:, 1] + EPS)) for wh in (pairs.pred_wh, pairs.target_wh)]
     v = (4 / math.pi**2) * (angles[0] - angles[1]) ** 2
     beta = (v / (v - pairs.iou + (1 + EPS))).detach()

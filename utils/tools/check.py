@@ -135,7 +135,7 @@ def perceptual_hash(image: np.ndarray) -> bytes:
     """Returns 256 bits that stay alike when an image (h, w, 3) is re-encoded, resized or brightened.
 
     Whether each of the 16 x 16 lowest frequencies of the 64 x 64 grey image is above their median: Zauner,
-    "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010), section 3.2.1, with more bits.
+    "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010), the DCT based one with more bits.
     """
     grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), (HASHED_PX, HASHED_PX), interpolation=cv2.INTER_AREA)
     waves = cv2.dct(grey.astype(np.float32))[:HASH_SIDE, :HASH_SIDE]
