@@ -24,8 +24,6 @@ from utils.log import LOGGER
 if TYPE_CHECKING:
     from utils.train.prepare import TrainConfig
 
-BOX_LOSSES = "ciou giou diou eiou focal-eiou siou wiou alpha-iou inner-ciou mpdiou".split()  # of utils/loss/iou.py
-
 
 def _batch_size(text: str) -> int:
     """Parses `--batch-size`: at least 1, or -1 for what the GPU's memory holds."""
@@ -70,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quad", action="store_true", help="quad loader: collate four images into one of twice the size")
     add("--cos-lr", action="store_true", help="cosine instead of linear learning-rate schedule")
     add("--label-smoothing", type=number(float, 0, 1), help="label smoothing epsilon, in place of --hyp's")
-    add("--box-loss", choices=BOX_LOSSES, help="box loss, in place of --hyp's (ciou)")
+    add("--box-loss", help="box loss by its name in utils/loss/iou.py, such as wiou, in place of --hyp's (ciou)")
     add("--patience", type=number(int, 0), default=100, help="epochs without improvement before stopping; 0: never")
     add("--freeze", nargs="+", type=number(int, 0), default=[0], help="freeze layers below n, or exactly several")
     add("--save-period", type=number(int, -1), default=-1, help="save epochN.pt every so many epochs")

@@ -30,6 +30,7 @@ from utils.eval.coco import COCO80_TO_91, category_ids
 from utils.files import ROOT
 from utils.log import LOGGER
 from utils.loss import LOSSES
+from utils.loss.iou import BOX_LOSSES
 from utils.train.distributed import ALONE, World
 from utils.train.fingerprint import dataset_record, versions_here
 from utils.train.hyp import Hyp
@@ -146,6 +147,10 @@ def check_options(config: TrainConfig, processes: int = 1) -> None:
         (
             config.label_smoothing == 1,
             "--label-smoothing 1 leaves nothing of a class: choose a number below 1.",
+        ),
+        (
+            config.box_loss is not None and config.box_loss not in BOX_LOSSES,
+            f"--box-loss '{config.box_loss}': one of {', '.join(BOX_LOSSES)} is expected.",
         ),
         (
             several and batch_size == -1,
