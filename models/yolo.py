@@ -25,10 +25,10 @@ from torch.nn import functional as F
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import common, config  # noqa: E402
+from models import common, config, heads  # noqa: E402
 from models.config import Totals, check_map, gather, on_meta_device, run_hollow, strides_of  # noqa: E402
 from models.deploy import fold_model  # noqa: E402
-from models.heads import Detect, DetectAF, Head  # noqa: E402
+from models.heads import Detect, Head  # noqa: E402
 from utils.cli import ReportedError, run_command  # noqa: E402
 from utils.devices import select_device  # noqa: E402
 from utils.errors import UserError, did_you_mean, make_divisible  # noqa: E402
@@ -72,7 +72,7 @@ BLOCKS: dict[str, Block] = {
     "DySample": Block(common.DySample, config.norm_channels),
     "ASFF": Block(common.ASFF, config.fused_channels),
     "Detect": Block(Detect, config.detect_channels),
-    "DetectAF": Block(DetectAF, config.head_channels),
+    "DetectAF": Block(heads.DetectAF, config.head_channels),
     "nn.BatchNorm2d": Block(nn.BatchNorm2d, config.norm_channels),
 }
 

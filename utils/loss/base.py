@@ -64,7 +64,7 @@ class Loss:
 
     terms: tuple[str, ...] = ()
     gains: tuple[str, ...] = ()
-    unread: Mapping[str, float] = {}
+    unread: Mapping[str, float | str] = {}
 
     def __init__(self, model: nn.Module) -> None:
         """Takes a `models.yolo.Model` with `hyp`, bare or wrapped for several GPUs.

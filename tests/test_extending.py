@@ -1,0 +1,133 @@
+"""docs/extending.md does what it says: its code pasted into a copy of the tree, its commands run there."""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+# Of the runs that the commands describe, small ones, all in one process: importing torch takes longer than they do
+RUN = """
+import runpy, sys
+for line in sys.stdin:
+    sys.argv = line.split()
+    print(">", *sys.argv, flush=True)
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        if stop.code:
+            sys.exit(f"{line}: {stop.code}")
+"""
+# Raw numbers of zero mean boxes of 2 x 2 cells and scores of 0.5; the label is the box of a cell of stride 8
+CHECK = """
+import json, torch
+from models.yolo import Model
+from utils.loss import LOSSES
+model = Model("yolov5n-sides.yaml", nc=4)
+model.hyp = {"af_box": 1.0, "af_cls": 0.5}
+rows = model.head.decoder()([torch.zeros(1, 8, side, side) for side in (8, 4, 2)])
+loss = LOSSES["sides"](model)
+target = torch.tensor([[0, 1, 28 / 64, 28 / 64, 16 / 64, 16 / 64]])
+_, terms = loss([torch.zeros(1, 1, side, side, 8) for side in (8, 4, 2)], target)
+json.dump([rows[0].tolist(), terms.tolist()], open("check.json", "w"))
+"""
+SMALL = {
+    "train.py": "--img 64 --epochs 1 --batch-size 24 --recipe yolov5 --noplots",
+    "val.py": "--img 64 --batch-size 8",
+    "export.py": "--img 64",
+}
+SMALL |= {script: f"{options} --device cpu --workers 0" for script, options in SMALL.items() if script != "export.py"}
+
+
+def paste(block: str, tree: Path) -> None:
+    """Puts a block where its first line says."""
+    first, code = block.split("\n", 1)
+    file, place = re.fullmatch(r"# ([\w/]+\.py), (at the end|a new file|below: .+)", first).groups()
+    path = tree / file
+    assert path.exists() == (place != "a new file")
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if place.startswith("below: "):
+        lines = old.splitlines(keepends=True)
+        (number,) = [number for number, line in enumerate(lines) if line.startswith(place.removeprefix("below: "))]
+        old, code = "".join(lines[: number + 1]), code + "".join(lines[number + 1 :])
+    path.write_text(old + code, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory, tiny_shapes):
+    """A copy of the tree in which the page has been followed from above to below."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    tree = tmp_path_factory.mktemp("extended") / "tree"
+    for name in ("models", "utils", "data"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tree)
+    shutil.copytree(tiny_shapes.parent, tree / "shapes", ignore=shutil.ignore_patterns("*.npz"))
+    (tree / "mine.yaml").write_text((tree / "shapes" / "tiny.yaml").read_text().replace("path: .", "path: shapes"))
+    (tree / "check.py").write_text(CHECK)
+    commands = []
+    for language, block in BLOCKS:
+        if language == "python":
+            paste(block, tree)
+        for line in block.splitlines() if language == "bash" else ():
+            if line.startswith("python "):
+                line = line.removeprefix("python ")
+                commands.append(f"{line} {SMALL.get(line.split()[0], '')}")
+            else:
+                subprocess.run(line, shell=True, check=True, cwd=tree)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+    run = subprocess.run(
+        [sys.executable, "-c", RUN],
+        cwd=tree,
+        env=environment,
+        input="\n".join([*commands, "check.py"]),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    (tree / "said.txt").write_text(run.stdout + run.stderr)
+    return tree
+
+
+def figures(tree, run):
+    """The losses of the one epoch."""
+    with open(tree / "runs" / "train" / run / "results.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    return {key.strip(): float(value) for key, value in row.items() if "loss" in key}
+
+
+def test_they_are_trained(tree):
+    said = (tree / "said.txt").read_text()
+    assert len(re.findall(r"models\.common\.C3SE +\[", said)) >= 2  # rows 8 and 23, in the table of layers
+    c3se, log_iou, sides = (figures(tree, run) for run in ("c3se", "log-iou", "sides"))
+    assert c3se["train/box_loss"] != log_iou["train/box_loss"] and c3se["train/cls_loss"] == log_iou["train/cls_loss"]
+    assert list(sides) == ["train/box_loss", "train/cls_loss", "val/box_loss", "val/cls_loss"]
+    assert all(math.isfinite(value) and value > 0 for run in (c3se, log_iou, sides) for value in run.values())
+
+
+@pytest.mark.parametrize("run", ["c3se", "sides"])
+def test_they_are_exported(tree, run):
+    assert (tree / "runs" / "train" / run / "weights" / "best.onnx").is_file()  # which export.py has compared
+
+
+def test_the_head_and_its_loss_mean_the_same_boxes(tree):
+    rows, (box, cls) = json.loads((tree / "check.json").read_text())
+    assert rows[0] == pytest.approx([4, 4, 16, 16, 1, *[0.5] * 4]) and rows[64][:4] == [8, 8, 32, 32]
+    assert rows[-1][:4] == [48, 48, 64, 64] and len(rows) == 64 + 16 + 4
+    # Inside the label lie its own cell's point, CIoU 1, and that of a cell of stride 16, whose box of 32 px
+    # has IoU 16^2 / 32^2, and its centre lies (4, 4) apart
+    other = 0.25 - (4**2 + 4**2) / (32**2 + 32**2)
+    degrees = 1 + other**6
+    assert box == pytest.approx((1 - other) * other**6 / degrees, rel=5e-3)  # 1.27e-4
+    assert cls == pytest.approx(0.5 * 84 * 4 * math.log(2) / degrees, rel=1e-5)
