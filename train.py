@@ -202,6 +202,7 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
         fitting_batch_size,
         freeze_layers,
         load_tables,
+        warn_of_large,
         warn_of_unread,
     )
     from utils.train.resume import check_dataset, check_names, checkpoint_errors
@@ -235,6 +236,7 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
                 check_dataset(checkpoint, loaders.dataset, config.resume, config.data)
         return hyp, model, loaders, teacher
     if world.is_main:  # whose weights the others are given
+        warn_of_large(tables["train"], model.head, config.imgsz)
         if given:
             _start_from(given, model, tables["train"], hyp, config)
         if model.head.has_anchors and not config.noautoanchor:

@@ -61,6 +61,11 @@ class Head(nn.Module):
         """Raw numbers per box."""
         return self.no
 
+    @property
+    def largest_box_px(self) -> float:
+        """The longest side that a box can have."""
+        return math.inf
+
     def has_class_rows(self, key: str) -> bool:
         """Tells of a tensor of the state dict whether its first axis holds, box by box, other rows and then classes."""
         return key.startswith("m.")
@@ -420,6 +425,11 @@ class DetectAF(Head):
     def channels(self) -> int:
         """Raw numbers per box: of each side the logits of all bins, then of the classes."""
         return 4 * self.bins + self.nc
+
+    @property
+    def largest_box_px(self) -> float:
+        """The longest side that a box can have, on the coarsest level."""
+        return 2 * (self.bins - 1) * self.stride.max().item()
 
     def set_strides(self, stride: Tensor, source: str) -> None:
         """Sets strides and biases: the classes' expect 5 objects in an image of 640 px, on each level."""

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.autoanchor import label_sizes_px
 from utils.autobatch import autobatch
 from utils.dataloaders.config import SPLITS, DataSpec
 from utils.dataloaders.labels import LabelTable, load_labels
@@ -331,6 +332,17 @@ def warn_of_unread(hyp: Hyp, head: nn.Module) -> None:
         LOGGER.warning(f"WARNING: {', '.join(unread)}: without effect on the loss of {type(head).__name__}")
     elif head.nc == 1 and hyp.label_smoothing:
         LOGGER.warning("WARNING: --label-smoothing has no effect: one class (as of --single-cls) has no class loss")
+
+
+def warn_of_large(table: LabelTable, head: nn.Module, imgsz: int) -> None:
+    """Warns of labels that are larger than any box of the head."""
+    reach = head.largest_box_px
+    count = (label_sizes_px(table, imgsz) > reach).any(1).sum()
+    if count:
+        LOGGER.warning(
+            f"WARNING: {count} of {len(table.rows)} labels have a side of over {reach:.0f} px at --imgsz {imgsz}, and "
+            f"{type(head).__name__} finds none so large: give it more bins in the model YAML"
+        )
 
 
 def freeze_layers(model: nn.Module, freeze: Sequence[int]) -> None:

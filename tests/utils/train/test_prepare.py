@@ -5,6 +5,7 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ import train
 from models.heads import Detect, DetectAF
 from utils.dataloaders.config import DataSpec, load_spec
 from utils.dataloaders.images_cache import DiskImages, ImageFiles, RamImages
+from utils.dataloaders.labels import LabelTable
 from utils.errors import UserError
 from utils.files import ROOT, read_yaml
 from utils.train import prepare
@@ -306,3 +308,18 @@ def test_what_the_heads_loss_does_not_read_is_told(head, words, caplog):
     hyp = dataclasses.replace(Hyp.from_yaml(HYP), label_smoothing=0.1, cls_pw=2.0)
     prepare.warn_of_unread(hyp, head)
     assert words in caplog.text and bool(words) == bool(caplog.text)
+
+
+def test_labels_larger_than_a_heads_boxes_are_counted(caplog):
+    head = DetectAF(2, [8, 8], bins=3)
+    head.set_strides(torch.tensor([8.0, 16.0]), "")
+    rows = torch.tensor([[0, 0.5, 0.5, 0.6, 0.1], [1, 0.5, 0.5, 0.1, 0.7], [1, 0.5, 0.5, 0.6, 0.7]]).numpy()
+    counts = np.array([0, 1, 3])  # of 96 px: 57.6 x 4.8; and of a square image 9.6 x 67.2, 57.6 x 67.2; boxes: 64 px
+    table = LabelTable(["a.jpg", "b.jpg"], np.array([[40, 20], [50, 50]]), rows, counts, None, None)
+    prepare.warn_of_large(table, head, 64)
+    assert not caplog.text
+    prepare.warn_of_large(table, head, 96)
+    assert "2 of 3 labels have a side of over 64 px at --imgsz 96, and DetectAF finds none so large" in caplog.text
+    caplog.clear()
+    prepare.warn_of_large(table, Detect(2, [[8, 8]], [8]), 4000)
+    assert not caplog.text
