@@ -133,6 +133,11 @@ class LabelTable:
         """Returns the number of images."""
         return len(self.image_paths)
 
+    @functools.cached_property
+    def owners(self) -> np.ndarray:
+        """Of each label its image, int64 (M,)."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
     def labels(self, index: int) -> np.ndarray:
         """Returns image `index`'s labels, a float32 (n, 5) view of `rows`."""
         return self.rows[self.offsets[index] : self.offsets[index + 1]]
@@ -531,7 +536,7 @@ def check_classes(table: LabelTable, spec: DataSpec) -> None:
     if not len(beyond):
         return
     label = int(table.rows[beyond[0], 0])
-    path = image_to_label_path(table.image_paths[int(np.searchsorted(table.offsets, beyond[0], side="right")) - 1])
+    path = image_to_label_path(table.image_paths[table.owners[beyond[0]]])
     lines = enumerate(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1)
     number = next((number for number, line in lines if line.split() and float(line.split()[0]) == label), None)
     owner = f" of {spec.source}" if spec.source else ""
@@ -555,10 +560,10 @@ def refuse_keypoints(table: LabelTable, spec: DataSpec | None) -> None:
     each = _numbers_of_keypoints(table.seg_points.reshape(len(rows), -1))
     if each:
         keypoints = (2 * int(counts[rows[0]]) - 4) // each
-        image = int(np.searchsorted(table.offsets, rows[0], side="right")) - 1
+        path = image_to_label_path(table.image_paths[table.owners[rows[0]]])
         raise UserError(
-            f"Label file {image_to_label_path(table.image_paths[image])}: its lines of {5 + keypoints * each} numbers, "
-            f"like all {len(rows)} such lines, seem to be boxes with {keypoints} keypoints, not polygons. Write "
+            f"Label file {path}: its lines of {5 + keypoints * each} numbers, like all {len(rows)} such lines, seem to "
+            f"be boxes with {keypoints} keypoints, not polygons. Write "
             f"'kpt_shape: [{keypoints}, {each}]' into {spec.source if spec and spec.source else 'the data set YAML'}, "
             "which takes the boxes alone (or 'kpt_shape: [0, 2]' if they are polygons)."
         )

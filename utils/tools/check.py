@@ -93,7 +93,6 @@ class Contents(NamedTuple):
     members: dict[str, np.ndarray]  # int64, of each split its images
     listed_twice: dict[str, int]  # of each split, how many of its images
     table: LabelTable  # of `images`
-    owners: np.ndarray  # int64 (M,), of each label its image
 
     def name(self, path: str) -> str:
         """Returns a file's path for people: relative to the data set's folder if it lies in it."""
@@ -247,7 +246,6 @@ def read_contents(spec: DataSpec, workers: int | None = None) -> Contents:
         },
         listed_twice={split: len(paths) - len(unique[split]) for split, paths in listed.items()},
         table=table,
-        owners=np.repeat(np.arange(len(images)), np.diff(table.offsets)),
     )
 
 
@@ -293,10 +291,10 @@ def overlapping_labels(table: LabelTable) -> tuple[list[tuple[int, int]], list[t
     return doubled, mixed
 
 
-def reaches_beyond(table: LabelTable, owners: np.ndarray) -> np.ndarray:
+def reaches_beyond(table: LabelTable) -> np.ndarray:
     """Returns how many pixels (M,) each box lies beyond the edge of its image, at most; below 0 where it does not."""
     corners = xywh2xyxy(table.rows[:, 1:].astype(np.float64))
-    return (np.maximum(-corners[:, :2], corners[:, 2:] - 1) * table.sizes_wh[owners]).max(axis=1, initial=-np.inf)
+    return (np.maximum(-corners[:, :2], corners[:, 2:] - 1) * table.sizes_wh[table.owners]).max(axis=1, initial=-np.inf)
 
 
 def stray_labels(contents: Contents) -> list[str]:
@@ -495,7 +493,7 @@ def find_boxes(
     )
     sizes_px = label_sizes_px(table, imgsz)
     flat = (table.rows[:, 3:] <= 0).any(axis=1)
-    beyond_px = reaches_beyond(table, contents.owners)
+    beyond_px = reaches_beyond(table)
     area = table.rows[:, 3] * table.rows[:, 4]
     for title, marked, values, form, advice in (
         ("boxes without a width or height", flat, area, "", "Nothing can be learnt from them. --fix removes them."),
@@ -614,7 +612,7 @@ def _class(names: dict[int, str], label: float) -> str:
 
 
 def _label_example(contents: Contents, row: int, text: str, other: int | None = None) -> Example:
-    image = int(contents.owners[row])
+    image = int(contents.table.owners[row])
     name = contents.name(image_to_label_path(contents.images[image].path))
     return Example(f"{name}: {text}", (image,), (int(row),) if other is None else (int(row), int(other)))
 
@@ -682,7 +680,7 @@ def picture(contents: Contents, number: int, rows: Sequence[int] = ()) -> str:
     scanned, start = contents.images[number], int(contents.table.offsets[number])
     labels = contents.table.labels(number)
     corners = xywh2xyxy(labels[:, 1:].astype(np.float64))
-    marked = [row - start for row in rows if contents.owners[row] == number]
+    marked = [row - start for row in rows if contents.table.owners[row] == number]
     window = np.array([0.0, 0.0, 1.0, 1.0])
     if marked:
         low, high = corners[marked, :2].min(axis=0).clip(0, 1), corners[marked, 2:].max(axis=0).clip(0, 1)
@@ -850,7 +848,7 @@ def write_fixed(contents: Contents, copies: Copies, doubled: Sequence[tuple[int,
     """
     table, spec = contents.table, contents.spec
     broken = {image for image, one in enumerate(contents.images) if one.labels and one.labels.problems}
-    broken |= set(contents.owners[table.rows[:, 0] >= spec.nc].tolist())
+    broken |= set(table.owners[table.rows[:, 0] >= spec.nc].tolist())
     kept = {}
     for split, members in contents.members.items():
         left_out = broken | {image for image, _ in copies.exact[split]}
@@ -863,7 +861,7 @@ def write_fixed(contents: Contents, copies: Copies, doubled: Sequence[tuple[int,
     removed = np.zeros(len(table.rows), bool)
     removed[[later for _, later in doubled]] = True
     removed |= (table.rows[:, 3:] <= 0).any(axis=1)
-    clipped = (reaches_beyond(table, contents.owners) > OUTSIDE_PX) & ~removed
+    clipped = (reaches_beyond(table) > OUTSIDE_PX) & ~removed
     counts = Counter({"damaged": sum(map(len, contents.damaged.values()))})
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         new = Path(temporary, folder.name)

@@ -126,8 +126,7 @@ def split(
     if len(table.rows) and table.rows[:, 0].max() >= nc:
         raise UserError(f"--names: {nc} names for labels with classes up to {int(table.rows[:, 0].max())}.")
     groups, group_of = np.unique(group_names(paths, group_by), return_inverse=True)
-    owner = np.repeat(np.arange(len(paths)), np.diff(table.offsets))
-    pairs = np.unique(np.stack([owner, table.rows[:, 0].astype(int)], axis=1), axis=0)  # image, class
+    pairs = np.unique(np.stack([table.owners, table.rows[:, 0].astype(int)], axis=1), axis=0)  # image, class
     per_class = np.zeros((len(groups), nc), int)
     np.add.at(per_class, (group_of[pairs[:, 0]], pairs[:, 1]), 1)
     generator = np.random.Generator(np.random.Philox(seed))
