@@ -339,18 +339,21 @@ def scan_chunk(
         paths.append(image)
         sizes_wh.append((info.width, info.height))
         labels.append(parsed)
+    counts = Counts(len(paths) - missing, missing, empty, corrupt, len(paths) + corrupt)
+    return replace(table_of(paths, sizes_wh, labels), counts=counts, messages=tuple(messages)), problems
+
+
+def table_of(paths: Iterable[str], sizes_wh: Iterable[tuple[int, int]], labels: Sequence[ParsedLabels]) -> LabelTable:
+    """Makes a table of images, their sizes in px and their labels."""
     polygons = [polygon for parsed in labels for polygon in parsed.polygons]
-    table = LabelTable(
+    return LabelTable(
         image_paths=PathList.from_strings(paths),
-        sizes_wh=np.array(sizes_wh, np.int32).reshape(-1, 2),
+        sizes_wh=np.array(list(sizes_wh), np.int32).reshape(-1, 2),
         rows=np.concatenate([NO_LABELS.rows, *(parsed.rows for parsed in labels)]),
         offsets=offsets_of([len(parsed.rows) for parsed in labels]),
         seg_points=np.concatenate([NO_POINTS, *polygons]),
         seg_offsets=offsets_of([len(polygon) for polygon in polygons]),
-        counts=Counts(len(paths) - missing, missing, empty, corrupt, len(paths) + corrupt),
-        messages=tuple(messages),
     )
-    return table, problems
 
 
 def read_label_file(path: str | Path, kpt_shape: tuple[int, int] | None = None) -> ParsedLabels | None:

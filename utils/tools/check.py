@@ -29,14 +29,12 @@ from utils.cli import CommandParser, ReportedError, echo_options, number, run_co
 from utils.dataloaders.config import SPLITS, DataSpec, load_spec
 from utils.dataloaders.labels import (
     NO_LABELS,
-    NO_POINTS,
     LabelTable,
     ParsedLabels,
-    PathList,
     gather_runs,
-    offsets_of,
     read_label_file,
     refuse_keypoints,
+    table_of,
 )
 from utils.dataloaders.paths import image_to_label_path, is_image, list_images
 from utils.errors import MAX_IMAGE_SIDE_PX, UserError, explain_resource_errors, printable
@@ -45,7 +43,7 @@ from utils.images import DEFAULT_IMGSZ, ImageError, check_image, decode_image, e
 from utils.log import LOGGER, colorstr, progress
 from utils.plots.boxes import Annotation, Annotator, colors
 from utils.process import process_map
-from utils.tools.convert import label_text
+from utils.tools.convert import FRACTIONS, label_text
 from utils.tools.page import fill_page, html_table, image_tag
 
 MEND, LOOK, NOTE = "mend", "look", "note"
@@ -227,15 +225,6 @@ def read_contents(spec: DataSpec, workers: int | None = None) -> Contents:
             f"None of the {len(paths)} images can be used; the first: {paths[0]}: {found[paths[0]].damage}."
         )
     numbers = {one.path: index for index, one in enumerate(images)}
-    parsed = [one.labels or NO_LABELS for one in images]
-    table = LabelTable(
-        PathList.from_strings(one.path for one in images),
-        sizes_wh=np.array([one.size_wh for one in images], np.int32),
-        rows=np.concatenate([one.rows for one in parsed]),
-        offsets=offsets_of([len(one.rows) for one in parsed]),
-        seg_points=np.concatenate([NO_POINTS, *(points for one in parsed for points in one.polygons)]),
-        seg_offsets=offsets_of([len(points) for one in parsed for points in one.polygons]),
-    )
     return Contents(
         spec,
         images,
@@ -245,7 +234,9 @@ def read_contents(spec: DataSpec, workers: int | None = None) -> Contents:
             for split, paths in unique.items()
         },
         listed_twice={split: len(paths) - len(unique[split]) for split, paths in listed.items()},
-        table=table,
+        table=table_of(
+            (one.path for one in images), (one.size_wh for one in images), [one.labels or NO_LABELS for one in images]
+        ),
     )
 
 
@@ -902,15 +893,13 @@ def write_fixed(contents: Contents, copies: Copies, doubled: Sequence[tuple[int,
 
 def _label_lines(one: Scanned, removed: np.ndarray) -> str:
     """Returns the label file of an image, with its boxes clipped and those that are `removed`, bool (n,), left out."""
-    lines, size_wh = [], one.size_wh
-    for row, polygon, gone in zip(one.labels.rows.astype(np.float64), one.labels.polygons, removed, strict=True):
-        if gone:
-            continue
-        if len(polygon):
-            lines.append(" ".join([str(int(row[0])), *(f"{value:.6f}" for value in polygon.ravel())]) + "\n")
-        else:
-            lines.append(label_text([(int(row[0]), *(xywh2xyxy(row[1:]) * np.tile(size_wh, 2)))], size_wh))
-    return "".join(lines)
+    labels = zip(one.labels.rows.astype(np.float64), one.labels.polygons, removed, strict=True)
+    kept = [
+        (int(row[0]), *(polygon.ravel() if len(polygon) else xywh2xyxy(row[1:])))
+        for row, polygon, gone in labels
+        if not gone
+    ]
+    return label_text(kept, FRACTIONS)
 
 
 # ------------------------------------------------------------------------------------------------------- the command
