@@ -110,13 +110,18 @@ class Example(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What was found `count` times, how bad it is, and what to do."""
+    """What was found, how bad it is, and what to do."""
 
     level: str
     title: str
-    count: int
     advice: str
     examples: list[Example]
+    times: int | None = None  # where it is not told by examples
+
+    @property
+    def count(self) -> int:
+        """How often."""
+        return len(self.examples) if self.times is None else self.times
 
 
 class Copies(NamedTuple):
@@ -313,12 +318,11 @@ def find_damage(contents: Contents) -> Iterator[Finding]:
     table, nc = contents.table, contents.spec.nc
     for split, damaged in contents.damaged.items():
         lines = [Example(f"{contents.name(one.path)}: it {one.damage}") for one in damaged]
-        yield Finding(MEND, f"images of {split} that cannot be used", len(lines), "Replace or remove them.", lines)
+        yield Finding(MEND, f"images of {split} that cannot be used", "Replace or remove them.", lines)
     blank = [image for image, one in enumerate(contents.images) if one.contrast <= BLANK]
     yield Finding(
         LOOK,
         "images of one colour",
-        len(blank),
         "They show nothing: remove them, or their labels.",
         [Example(contents.name(contents.images[image].path), (image,)) for image in blank],
     )
@@ -328,7 +332,6 @@ def find_damage(contents: Contents) -> Iterator[Finding]:
     yield Finding(
         MEND,
         "label lines that break the rules",
-        len(problems),
         "Training refuses them. Correct or delete the lines.",
         [
             Example(
@@ -342,7 +345,6 @@ def find_damage(contents: Contents) -> Iterator[Finding]:
     yield Finding(
         MEND,
         f"labels whose class is not among the {nc} names",
-        len(beyond),
         f"Training refuses them. Correct the class (0 to {nc - 1}), or add its name to the YAML.",
         [_label_example(contents, row, f"class {int(table.rows[row, 0])}") for row in beyond],
     )
@@ -350,14 +352,14 @@ def find_damage(contents: Contents) -> Iterator[Finding]:
         try:
             refuse_keypoints(table, contents.spec)
         except UserError as error:
-            yield Finding(MEND, "polygons that are boxes with keypoints", 1, str(error), [])
+            yield Finding(MEND, "polygons that are boxes with keypoints", str(error), [], 1)
     for split in contents.members:
         if not len(contents.members[split]):
-            yield Finding(MEND, f"splits without an image that can be used: {split}", 1, "There is nothing to see.", [])
+            yield Finding(MEND, f"splits without an image that can be used: {split}", "There is nothing to see.", [], 1)
         elif not len(contents.rows(split)):
             folder = os.path.dirname(image_to_label_path(contents.images[contents.members[split][0]].path))
             advice = f"Labels are looked for in {folder}."
-            yield Finding(MEND if split == "train" else LOOK, f"splits without a label: {split}", 1, advice, [])
+            yield Finding(MEND if split == "train" else LOOK, f"splits without a label: {split}", advice, [], 1)
 
 
 def find_leaks(contents: Contents, copies: Copies) -> Iterator[Finding]:
@@ -369,14 +371,12 @@ def find_leaks(contents: Contents, copies: Copies) -> Iterator[Finding]:
             yield Finding(
                 MEND,
                 f"images of {split} that are copies of {earlier} images",
-                len(copies.exact[split]),
                 flatter + "Remove them from one of the two; --fix does.",
                 [_pair_example(contents, one, other, "=") for one, other in copies.exact[split]],
             )
             yield Finding(
                 MEND,
                 f"images of {split} that look like {earlier} images",
-                len(copies.near[split]),
                 flatter + "Divide so that alike images stay together: python -m utils.tools.split --group-by.",
                 [
                     _pair_example(contents, one, other, "~", f"{bits} of 256 bits differ")
@@ -386,7 +386,6 @@ def find_leaks(contents: Contents, copies: Copies) -> Iterator[Finding]:
         yield Finding(
             LOOK,
             f"images of {split} that are copies of others in {split}",
-            len(copies.within[split]),
             "They count twice. Remove all but one.",
             [_pair_example(contents, one, other, "=") for one, other in copies.within[split]],
         )
@@ -394,7 +393,6 @@ def find_leaks(contents: Contents, copies: Copies) -> Iterator[Finding]:
         yield Finding(
             LOOK,
             f"images of {split} that look alike, in {len(alike)} groups",
-            sum(map(len, alike)),
             "Such as frames of a video: they teach less than their number says. Keep each group in one split.",
             [
                 Example(
@@ -404,9 +402,10 @@ def find_leaks(contents: Contents, copies: Copies) -> Iterator[Finding]:
                 )
                 for group in sorted(alike, key=len, reverse=True)
             ],
+            sum(map(len, alike)),
         )
         twice = contents.listed_twice[split]
-        yield Finding(LOOK, f"images that {split} lists more than once", twice, "Remove the repeated lines.", [])
+        yield Finding(LOOK, f"images that {split} lists more than once", "Remove the repeated lines.", [], twice)
 
 
 def find_files(contents: Contents, strays: Sequence[str]) -> Iterator[Finding]:
@@ -417,12 +416,11 @@ def find_files(contents: Contents, strays: Sequence[str]) -> Iterator[Finding]:
         yield Finding(
             LOOK,
             f"images of {split} without a label file",
-            len(unlabelled),
             "They are trained on as background. If they are, give them empty label files, which says so.",
             [Example(contents.name(images[image].path), (image,)) for image in unlabelled],
         )
     lines = [Example(contents.name(path)) for path in strays]
-    yield Finding(LOOK, "label files without an image", len(lines), "Add the images, or remove the labels.", lines)
+    yield Finding(LOOK, "label files without an image", "Add the images, or remove the labels.", lines)
     owners: dict[str, list[int]] = {}
     for image, one in enumerate(images):
         owners.setdefault(image_to_label_path(one.path), []).append(image)
@@ -430,7 +428,6 @@ def find_files(contents: Contents, strays: Sequence[str]) -> Iterator[Finding]:
     yield Finding(
         LOOK,
         "label files that several images share",
-        len(shared),
         "Images that differ in their suffix alone have one label file. Rename all but one.",
         [Example(contents.name(path), tuple(numbers[:3])) for path, numbers in shared.items()],
     )
@@ -440,7 +437,6 @@ def find_files(contents: Contents, strays: Sequence[str]) -> Iterator[Finding]:
         yield Finding(
             NOTE,
             f"background images of {split} (empty label files)",
-            len(empty),
             f"{len(empty) / max(len(members), 1):.1%} of the split.",
             [Example(contents.name(images[image].path), (image,)) for image in empty],
         )
@@ -456,24 +452,22 @@ def find_boxes(
     yield Finding(
         LOOK,
         "label lines that repeat an earlier one",
-        sum(count for _, count in repeats),
         "They are left out in training. --fix removes them.",
         [
             Example(f"{contents.name(image_to_label_path(contents.images[image].path))}: {count}", (image,))
             for image, count in repeats
         ],
+        sum(count for _, count in repeats),
     )
     yield Finding(
         LOOK,
         f"boxes of one class in the same place (IoU above {SAME_PLACE_IOU})",
-        len(doubled),
         "One object labelled twice counts as two. --fix removes the later one.",
         [_label_example(contents, one, _class(names, table.rows[one, 0]), other) for one, other in doubled],
     )
     yield Finding(
         LOOK,
         f"boxes of two classes in the same place (IoU above {SAME_PLACE_IOU})",
-        len(mixed),
         "Mostly a label that was corrected without removing the wrong one.",
         [
             _label_example(
@@ -518,7 +512,7 @@ def find_boxes(
             )
             for row in rows
         ]
-        yield Finding(LOOK, title, len(rows), advice, examples)
+        yield Finding(LOOK, title, advice, examples)
 
 
 def find_make_up(contents: Contents, imgsz: int, anchors_px: np.ndarray | None, cfg: Path) -> Iterator[Finding]:
@@ -529,14 +523,13 @@ def find_make_up(contents: Contents, imgsz: int, anchors_px: np.ndarray | None, 
     yield Finding(
         LOOK,
         "classes without a label in train",
-        len(absent),
         "They cannot be learnt.",
         [Example(f"{names[one]} ({', '.join(f'{split} {counts[split][one]}' for split in counts)})") for one in absent],
     )
     for split in [split for split in ("val", "test") if split in counts]:
         unseen = np.flatnonzero((counts["train"] > 0) & (counts[split] == 0))
         yield Finding(
-            NOTE, f"classes of train without a label in {split}", len(unseen), "They are not measured.",
+            NOTE, f"classes of train without a label in {split}", "They are not measured.",
             [Example(names[one]) for one in unseen],
         )  # fmt: skip
     few = [one for one in np.argsort(counts["train"], kind="stable") if 0 < counts["train"][one] < FEW_LABELS]
@@ -544,7 +537,6 @@ def find_make_up(contents: Contents, imgsz: int, anchors_px: np.ndarray | None, 
     yield Finding(
         NOTE,
         f"classes with fewer than {FEW_LABELS} labels in train",
-        len(few),
         f"The most frequent, {names[most]}, has {counts['train'][most]}.",
         [Example(f"{names[one]}: {counts['train'][one]}") for one in few],
     )
@@ -552,7 +544,6 @@ def find_make_up(contents: Contents, imgsz: int, anchors_px: np.ndarray | None, 
     yield Finding(
         NOTE,
         "classes with less than a tenth of the labels of the most frequent",
-        len(scarce),
         f"{names[most]} has {counts['train'][most]}. train.py --image-weights draws images of badly learnt ones "
         "more often.",
         [Example(f"{names[one]}: {counts['train'][one]}") for one in scarce],
@@ -561,7 +552,6 @@ def find_make_up(contents: Contents, imgsz: int, anchors_px: np.ndarray | None, 
     yield Finding(
         NOTE,
         "images that their EXIF data turn",
-        len(turned),
         "They are read upright; labels must have been drawn on the upright image.",
         [
             Example(f"{contents.name(contents.images[image].path)}: {contents.images[image].orientation}", (image,))
@@ -572,23 +562,22 @@ def find_make_up(contents: Contents, imgsz: int, anchors_px: np.ndarray | None, 
     yield Finding(
         NOTE,
         "different sizes of images",
-        len(sizes),
         "Each is scaled until its longer side is --imgsz.",
         [Example(f"{width} x {height} px: {count} images") for (width, height), count in sizes],
     )
     own = contents.table.subset(contents.members["train"])
     if anchors_px is None:
-        yield Finding(NOTE, f"models without anchors: {cfg.name}", 1, "There is nothing to fit.", [])
+        yield Finding(NOTE, f"models without anchors: {cfg.name}", "There is nothing to fit.", [], 1)
     elif len(own.rows):
         bpr, per_label = anchor_fit(label_sizes_px(own, imgsz), anchors_px, RATIO)
         good = "a good fit" if bpr > GOOD_BPR else f"below {GOOD_BPR}: AutoAnchor will look for better ones"
         yield Finding(
             NOTE,
             f"anchors of {cfg.name}",
-            len(anchors_px),
             f"Best possible recall {bpr:.3f} on the training labels at {imgsz} px, {per_label:.2f} anchors per label: "
             f"{good}.",
             [],
+            len(anchors_px),
         )
 
 
