@@ -21,7 +21,7 @@ dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "tqdm"]  
 _ROOT = pathlib.Path(__file__).resolve().parent
 _SIZES = "nsmlx"
 _RELEASED = [f"yolov5{size}{level}" for level in ("", "6") for size in _SIZES]
-_VARIANTS = ("slimneck", "slimneck-c", "gsneck", "gsconv", "af", "slimneck-af")
+_VARIANTS = ("slimneck", "slimneck-c", "slimneck-q", "gsneck", "gsconv", "af", "slimneck-af")
 _OURS = [f"yolov5{size}-{variant}" for variant in _VARIANTS for size in _SIZES]
 
 

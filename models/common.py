@@ -278,6 +278,21 @@ class C3Ghost(CrossStage):
         super().__init__(c1, c2, c_, nn.Sequential(*(GhostBottleneck(c_, c_) for _ in range(n))))
 
 
+class C3GS(CrossStage):
+    """C3 whose 3x3 convolutions are GSConvs of depthwise side 3; its 1x1 convolutions stay dense.
+
+    In int8 a depthwise tap costs about four times a dense one, so that a GSConv pays only where it replaces many taps.
+    """
+
+    def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5):
+        """Takes what `C3` takes; c2 * e is even."""
+        c_ = int(c2 * e)
+        inner = nn.Sequential(*(Bottleneck(c_, c_, shortcut, g, e=1.0) for _ in range(n)))
+        for bottleneck in inner:
+            bottleneck.cv2 = GSConv(c_, c_, 3, 1, g, d=3)
+        super().__init__(c1, c2, c_, inner)
+
+
 class SPP(nn.Module):
     """Spatial pyramid pooling: the input beside its maxima over windows of several sides.
 
@@ -481,17 +496,19 @@ def shuffle_channels_last(x: Tensor, groups: int) -> Tensor:
 
 
 class GSConv(nn.Module):
-    """Half the channels by a dense convolution, the other half by a depthwise 5x5 on them, then shuffled together.
+    """Half the channels by a dense convolution, the other half by a depthwise one on them, then shuffled together.
 
-    Source: Li et al., "Slim-neck by GSConv", https://arxiv.org/abs/2206.02424.
+    Source: Li et al., "Slim-neck by GSConv", https://arxiv.org/abs/2206.02424, whose depthwise side is 5.
     """
 
-    def __init__(self, c1: int, c2: int, k=1, s=1, g: int = 1, act: bool | nn.Module = True):
-        """Takes channels c1 in and c2 out (even), and kernel k, stride s, groups g of the dense convolution."""
+    def __init__(self, c1: int, c2: int, k=1, s=1, g: int = 1, act: bool | nn.Module = True, d: int = 5):
+        """Takes channels c1 in and c2 out (even); k, s, g of the dense convolution; side d (odd) of the depthwise."""
         super().__init__()
+        if type(d) is not int or d < 1 or d % 2 == 0:
+            raise ValueError(f"the depthwise side must be an odd whole number, got {d!r:.80}")
         c_ = half_channels(c2)
         self.cv1 = Conv(c1, c_, k, s, None, g, act)
-        self.cv2 = Conv(c_, c_, 5, 1, None, c_, act)
+        self.cv2 = Conv(c_, c_, d, 1, None, c_, act)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (b, c1, h, w) to (b, c2, h / s, w / s)."""

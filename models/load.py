@@ -27,7 +27,7 @@ from utils.files import find_file
 from utils.log import LOGGER
 
 # Blocks that do the same with tensors of the same name, so that one can take them over from another.
-INNER_FIRST = ("C3", "C3TR", "C3SPP", "C3Ghost", "BottleneckCSP")  # cv3 reads (inner(cv1 x), cv2 x)
+INNER_FIRST = ("C3", "C3TR", "C3SPP", "C3Ghost", "C3GS", "BottleneckCSP")  # cv3 reads (inner(cv1 x), cv2 x)
 INNER_LAST = ("VoVGSCSP", "VoVGSCSPC")  # cv3 reads (cv2 x, inner(cv1 x))
 ALIKE = (INNER_FIRST, INNER_LAST, ("SPP", "SPPF"), ("GSBottleneck", "GSBottleneckC"))
 

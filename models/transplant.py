@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import C3, SPPF, Conv, DWConv, GSBottleneck, GSConv, VoVGSCSP, VoVGSCSPC
+from models.common import C3, C3GS, SPPF, Conv, DWConv, GSBottleneck, GSConv, VoVGSCSP, VoVGSCSPC
 from models.heads import Detect, DetectAF, Head
 from models.inference.evaluation import make_loader, module_predictor
 from models.load import load_model, read_weights
@@ -238,11 +238,17 @@ def shuffled(channels: Tensor) -> Tensor:
     return channels.view(-1, 2).T.flatten()
 
 
-def fit_gsconv(block: GSConv, inputs: Maps, targets: Maps, ridge: float, towards, generator) -> Tensor:
-    """Fits a GSConv to pre-activations `targets`; returns the target's channel that each of its channels gives."""
+def fit_gsconv(block: GSConv, inputs: Maps, targets: Maps, ridge: float, towards, generator, fixed=False) -> Tensor:
+    """Fits a GSConv to pre-activations `targets`; returns the target's channel that each of its channels gives.
+
+    `fixed` keeps the targets' order, for a sum with what has it.
+    """
     places = draw_places(targets, generator)
     activated = [block.cv1.act(maps) for maps in targets]
-    dense, told = pair_channels(activated, targets, places, block.cv2.conv)
+    if fixed:
+        dense, told = torch.argsort(shuffled(torch.arange(targets[0].shape[1]))).chunk(2)
+    else:
+        dense, told = pair_channels(activated, targets, places, block.cv2.conv)
     towards = None if towards is None else towards[dense]
     fit_conv(block.cv1, inputs, [maps[:, dense] for maps in targets], places, ridge, towards)
     fit_conv(block.cv2, [block.cv1(maps) for maps in inputs], [maps[:, told] for maps in targets], places, FREE_RIDGE)
@@ -371,6 +377,13 @@ def fit_row_csp(block, twin, inputs, originals, order, generator) -> Tensor:
     if isinstance(block, C3):
         block.m.load_state_dict(twin.m.state_dict())
         inner, target = [block.m(maps) for maps in inner], [twin.m(maps) for maps in target]
+    elif isinstance(block, C3GS):
+        for own, other in zip(block.m, twin.m, strict=True):
+            fit_row_conv(own.cv1, other.cv1, inner, target, order, generator)
+            read, hidden_target = [own.cv1(maps) for maps in inner], [other.cv1(maps) for maps in target]
+            goal, towards = [pre_activation(other.cv2, maps) for maps in hidden_target], folded_weight(other.cv2)
+            order = fit_gsconv(own.cv2, read, goal, RIDGE, towards, generator, fixed=other.add)
+            inner, target = [own(maps) for maps in inner], [other(maps) for maps in target]
     else:
         chain = list(block.gsb) if isinstance(block.gsb, nn.Sequential) else [block.gsb]
         for number, bottleneck in enumerate(chain):
@@ -379,8 +392,8 @@ def fit_row_csp(block, twin, inputs, originals, order, generator) -> Tensor:
             target, order = fit_bottleneck(bottleneck, part, inner, target, generator)
             inner = [bottleneck(maps) for maps in inner]
     joined = [torch.cat(pair, 1) for pair in zip(target, passed_target, strict=True)]  # as C3 does
-    if isinstance(block, C3):
-        own, order = zip(inner, passed, strict=True), torch.arange(2 * hidden)
+    if isinstance(block, C3 | C3GS):
+        own, order = zip(inner, passed, strict=True), torch.cat((order, torch.arange(hidden, 2 * hidden)))
     else:
         own, order = zip(passed, inner, strict=True), torch.cat((torch.arange(hidden, 2 * hidden), order))
     return fit_row_conv(block.cv3, twin.cv3, [torch.cat(pair, 1) for pair in own], joined, order, generator)
@@ -393,6 +406,7 @@ FITS: dict[tuple[type, type], Callable[..., Tensor]] = {
     (GSConv, GSConv): fit_row_same_gsconv,
     (SPPF, SPPF): fit_row_sppf,
     (C3, C3): fit_row_csp,
+    (C3GS, C3): fit_row_csp,
     (VoVGSCSP, C3): fit_row_csp,
     (VoVGSCSPC, C3): fit_row_csp,
 }
@@ -508,7 +522,7 @@ def inherit(
         first, head = check_rows(student, teacher), len(teacher.model) - 1
     generator = torch.Generator().manual_seed(seed)
     if steps is None:
-        steps = STEPS if any(isinstance(row, VoVGSCSP) for row in student.model) else 0
+        steps = STEPS if any(isinstance(row, (C3GS, VoVGSCSP)) for row in student.model) else 0
     device = next(teacher.parameters()).device
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     heads_agree = same_heads(student, teacher)

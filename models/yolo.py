@@ -59,7 +59,8 @@ _SCALED = [common.Conv, common.DWConv, common.Focus, common.Bottleneck, common.S
 _SCALED += [common.GhostConv, common.GhostBottleneck, common.CrossConv, common.MixConv2d]
 _SCALED += [common.GSConv, common.GSConvns, common.GSBottleneck, common.GSBottleneckC]
 _SCALED += [common.ShuffleV2Block, common.MSCA]
-_REPEATING = [common.BottleneckCSP, common.C3, common.C3TR, common.C3Ghost, common.VoVGSCSP, common.VoVGSCSPC]
+_REPEATING = [common.BottleneckCSP, common.C3, common.C3TR, common.C3Ghost]
+_REPEATING += [common.C3GS, common.VoVGSCSP, common.VoVGSCSPC]
 _SAME = [common.Sum, common.Classify, common.TransformerBlock]
 
 BLOCKS: dict[str, Block] = {

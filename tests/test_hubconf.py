@@ -85,7 +85,7 @@ def test_there_is_an_entry_for_every_model_of_the_table(hubconf):
     yamls -= {"yolov5s-ghost", "yolov5s-transformer"}
     yamls -= {f"yolov5n-{module}" for module in ("asff", "dysample", "msca", "shufflenet")}
     assert entries == {"custom"} | {name.replace("-", "_") for name in yamls}
-    assert len(entries) == 41
+    assert len(entries) == 46
     entry = hubconf.yolov5m_slimneck_c
     assert entry.__name__ in entries and entry.__doc__.startswith(
         "yolov5m-slimneck-c, with pretrained=False: no weights"

@@ -84,7 +84,7 @@ def test_model_table_of_the_readme_agrees_with_the_yaml_headers():
     lines = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
     sizes = {cells[0]: cells[1:] for cells in lines if cells[0] in ("n", "s", "m", "l", "x")}
     assert len(sizes) == 5
-    suffixes = ("", "-gsneck", "-slimneck", "-slimneck-c", "-gsconv", "-af", "-slimneck-af")
+    suffixes = ("", "-gsneck", "-slimneck", "-slimneck-c", "-slimneck-q", "-gsconv", "-af", "-slimneck-af")
     table = [
         (f"yolov5{size}{suffix}.yaml", cell)
         for size, cells in sizes.items()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.common import GSBottleneck, GSConv, GSConvns, TransformerBlock, VoVGSCSP
+from models.common import C3GS, GSBottleneck, GSConv, GSConvns, TransformerBlock, VoVGSCSP
 from models.export.job import ExportJob
 from models.yolo import Detect, Model
 from utils.checkpoint import plain_data
@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.files import atomic_write
 from utils.log import LOGGER
 
-SLIM_NECK = (GSBottleneck, GSConv, GSConvns, VoVGSCSP)
+SLIM_NECK = (C3GS, GSBottleneck, GSConv, GSConvns, VoVGSCSP)
 OWN_ATTRIBUTES = ("arguments", "default_act", "repeats")  # of layers and blocks; YOLOv5's have none of them
 
 

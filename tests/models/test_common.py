@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -36,12 +37,14 @@ BLOCKS_8_TO_16 = [  # every block with parameters, from 8 channels to 16; the se
     (lambda: common.C3TR(8, 16, 1), 1),
     (lambda: common.C3SPP(8, 16, (3, 5)), 1),
     (lambda: common.C3Ghost(8, 16, 2), 1),
+    (lambda: common.C3GS(8, 16, 2), 1),
     (lambda: common.SPP(8, 16), 1),
     (lambda: common.SPPF(8, 16), 1),
     (lambda: common.Focus(8, 16, 3), 2),
     (lambda: common.GhostConv(8, 16, 3, 2), 2),
     (lambda: common.GhostBottleneck(8, 16, 3, 2), 2),
     (lambda: common.GSConv(8, 16, 3, 2), 2),
+    (lambda: common.GSConv(8, 16, 3, 2, d=3), 2),
     (lambda: common.GSConvns(8, 16, 3, 2), 2),
     (lambda: common.GSBottleneck(8, 16, s=2), 2),
     (lambda: common.GSBottleneckC(8, 16), 1),
@@ -281,6 +284,23 @@ def test_bottleneck_adds_its_input_only_where_channels_agree():
 def test_odd_output_channels_cannot_be_halved():
     with pytest.raises(ValueError, match="even number of output channels, got 7"):
         common.GSConv(8, 7)
+
+
+def test_a_gsconv_of_another_depthwise_side_is_the_same_with_fewer_taps():
+    """A 5x5 kernel that is zero around its middle does what the 3x3 in the middle does."""
+    small, large = common.GSConv(4, 8, 3, d=3).eval(), common.GSConv(4, 8, 3).eval()
+    taps = small.state_dict()
+    taps["cv2.conv.weight"] = nn.functional.pad(taps["cv2.conv.weight"], (1, 1, 1, 1))
+    large.load_state_dict(taps)
+    x = torch.randn(2, 4, 7, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), large(x))
+
+
+@pytest.mark.parametrize("side", [4, 0, -3, 3.0, True, "3"])
+def test_a_depthwise_side_is_odd(side):
+    with pytest.raises(ValueError, match=re.escape(f"must be an odd whole number, got {side!r}")):
+        common.GSConv(8, 8, d=side)
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,7 @@ FOLDED = {
         [-1, 1, "VoVGSCSP", [16]],
     ],
     "of ShuffleNet": [[-1, 1, "ShuffleV2Block", [32, 2]], [-1, 1, "ShuffleV2Block", [32, 2]], [-1, 1, "Conv", [16, 1]]],
+    "of two depthwise sides": [[-1, 1, "GSConv", [16, 3, 2, 1, True, 3]], [-1, 2, "C3GS", [32, False]]],
     "several branches": [[-1, 2, "VoVGSCSP", [32]], [-1, 1, "VoVGSCSPC", [32]], [-1, 1, "SPPF", [16, 5]]],
 }
 
@@ -323,9 +324,15 @@ def test_a_block_of_ones_own_is_taken_as_it_is():
 ROWS = [
     *(["GSConv", [16, k, 1, g]] for k, g in ((1, 1), (3, 2))),
     *([name, [16]] for name in ("GSConvns", "GSBottleneck", "GSBottleneckC", "VoVGSCSP", "VoVGSCSPC", "C3", "C3TR")),
-    *([name, [16]] for name in ("GhostConv", "BottleneckCSP", "Bottleneck", "MixConv2d", "C3Ghost", "DWConv", "SPPF")),
+    *([name, [16]] for name in ("GhostConv", "BottleneckCSP", "Bottleneck", "MixConv2d", "C3Ghost", "C3GS", "SPPF")),
     *(["Conv", [16, 3, 1, None, g]] for g in (1, 2, 4)),
-    *(["Conv", [16, 1]], ["CrossConv", [16, 3, 1, 1, 1.0, True]], ["nn.ReLU", []], ["nn.BatchNorm2d", []]),
+    *(
+        ["Conv", [16, 1]],
+        ["DWConv", [16]],
+        ["CrossConv", [16, 3, 1, 1, 1.0, True]],
+        ["nn.ReLU", []],
+        ["nn.BatchNorm2d", []],
+    ),
     *(["nn.MaxPool2d", [3, 1, 1]], ["Sum", [2, True]], ["Sum", [2]], ["Concat", [1]], ["shrink"], ["fold"]),
 ]
 

@@ -125,7 +125,7 @@ def weights_of(model, path="a.pt") -> Weights:
     return Weights(model.yaml, model.state_dict(), model.names, model.nc, [4, 8], "ours", {}, pathlib.Path(path))
 
 
-CROSS_STAGE = ["C3", "C3TR", "C3SPP", "C3Ghost", "VoVGSCSP", "VoVGSCSPC"]
+CROSS_STAGE = ["C3", "C3TR", "C3SPP", "C3Ghost", "C3GS", "VoVGSCSP", "VoVGSCSPC"]
 
 
 def without_inner(block):
@@ -181,6 +181,12 @@ def test_a_transfer_says_row_by_row_what_came_over(published, caplog):
         "  rows 13, 17, 20, 23: VoVGSCSP from C3: cv1, cv2, cv3 (input halves exchanged), not gsb",
         "  row 24: Detect: anchors, not m",
     ]
+    caplog.clear()
+    with caplog.at_level("INFO", "yolov5"):
+        dense_rows = model_from(published, "yolov5n-slimneck-q.yaml", nc=3)
+    assert "rows 13, 17, 20, 23: C3GS from C3: cv1, cv2, cv3, a part of m" in caplog.text
+    for key in ("model.10.conv.weight", "model.13.m.0.cv1.conv.weight", "model.23.cv3.bn.running_var"):
+        assert torch.equal(dense_rows.state_dict()[key], published.state_dict[key])
     assert "model.10.cv1.conv.weight" in transfer(Model("yolov5n-slimneck.yaml"), published).missing_keys
 
 

@@ -184,6 +184,8 @@ def test_the_order_of_channels_is_the_shuffles():
         ("GSConv", "VoVGSCSP", 1, 0.8, ANCHOR_FREE),
         ("Conv", "VoVGSCSP", 2, 0.8, {}),
         ("GSConv", "VoVGSCSPC", 2, 0.6, {}),
+        ("Conv", "C3GS", 2, 0.8, {}),
+        ("GSConv", "C3GS", 1, 0.7, {"[32, False]": "[32]"}),
     ],
 )
 def test_rows_give_what_their_twins_give(cfg, conv, c3, n, least, head):

@@ -434,3 +434,17 @@ def test_gsconv_models_replace_what_they_say(built):
     assert kinds("yolov5n-gsneck.yaml", neck) == {"GSConv"}
     assert kinds("yolov5n-slimneck.yaml", (13, 17, 20, 23)) == {"VoVGSCSP"}
     assert kinds("yolov5n-slimneck-c.yaml", (13, 17, 20, 23)) == {"VoVGSCSPC"}
+    assert kinds("yolov5n-slimneck-q.yaml", (10, 14)) == {"Conv"}
+    assert kinds("yolov5n-slimneck-q.yaml", (18, 21)) == {GSConv.__name__}
+
+
+@pytest.mark.parametrize("size", "nsmlx")
+def test_the_neck_for_int8_has_gsconv_in_place_of_3x3_convolutions_alone(built, size):
+    model = built[f"yolov5{size}-slimneck-q.yaml"].model
+    blocks = [block for block in model.modules() if isinstance(block, GSConv)]
+    depthwise = [block.cv2.conv for block in blocks]
+    assert {block.cv1.conv.kernel_size for block in blocks} == {(3, 3)} and len(blocks) >= 6
+    assert {conv.kernel_size for conv in depthwise} == {(3, 3)}
+    assert all(conv.groups == conv.in_channels and conv.in_channels % 16 == 0 for conv in depthwise)
+    neck = [conv for row in model[10:24] for conv in row.modules() if isinstance(conv, nn.Conv2d)]
+    assert sum(conv.kernel_size == (3, 3) and conv.groups == 1 for conv in neck) == len(blocks)
