@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--half", action="store_true", help="weights in half precision (float16)")
     add("--inplace", action="store_true", help="refused: exports decode boxes without in-place operations")
     add("--train", action="store_true", help="leave the outputs of the head undecoded")
+    add("--raw", action="store_true", help="maps of scores, for NPU compilers: the host decodes boxes")
     add("--optimize", action="store_true", help="refused: PyTorch no longer builds TorchScript for mobile phones")
     add("--int8", action="store_true", help="weights and activations in int8, calibrated on --data")
     add("--int8-max-drop", type=number(float, 0), help="mAP50-95 that int8 may lose before it fails (default 0.01)")

@@ -103,14 +103,15 @@ class InferenceModel(nn.Module):
 
 
 @torch.no_grad()
-def rewrite(model: nn.Module) -> InferenceModel:
+def rewrite(model: nn.Module, raw: bool = False) -> InferenceModel:
     """Returns a trained model as a graph for inference; `model` itself stays as it is.
 
     Args:
         model: `models.yolo.Model`, batch norm folded or not.
+        raw: leave the decoding to the host: the trunk ends in the head's `score_maps`, which the decoder passes on.
     """
     folded = fold_model(copy.deepcopy(model)).eval().requires_grad_(False)
-    trunk = _trace(folded)
+    trunk = _trace(folded, raw)
     _fold_loose_norms(trunk)
     ShapeProp(trunk).propagate(next(folded.parameters()).new_zeros(1, folded.yaml["ch"], _PROBE_PX, _PROBE_PX))
     _fold_shuffles(trunk)
@@ -118,14 +119,16 @@ def rewrite(model: nn.Module) -> InferenceModel:
     trunk.graph.eliminate_dead_code()
     trunk.delete_all_unused_submodules()
     recompile(trunk)
-    return InferenceModel(trunk.eval(), folded.head.decoder(), model.names, model.stride.detach().clone())
+    decoder = nn.Identity() if raw else folded.head.decoder()
+    return InferenceModel(trunk.eval(), decoder, model.names, model.stride.detach().clone())
 
 
 class _Tracer(fx.Tracer):
     """Follows YOLOv5's blocks and the head's maps down to torch's layers; the shuffle and other blocks stay whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, raw: bool) -> None:
         super().__init__(autowrap_functions=tuple(_SHUFFLES))
+        self._raw = raw
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         known = type(module).__module__ in _TRACED_FILES and not isinstance(module, _WHOLE_BLOCKS)
@@ -134,12 +137,14 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
-        return m.maps(*args) if isinstance(m, Head) else super().call_module(m, forward, args, kwargs)
+        if isinstance(m, Head):
+            return (m.score_maps if self._raw else m.maps)(*args)
+        return super().call_module(m, forward, args, kwargs)
 
 
-def _trace(model: nn.Module) -> fx.GraphModule:
-    """Returns the graph from images to the head's raw maps."""
-    graph = _Tracer().trace(model, concrete_args={"augment": False, "visualize": None})
+def _trace(model: nn.Module, raw: bool) -> fx.GraphModule:
+    """Returns the graph from images to the head's raw maps, or its `score_maps`."""
+    graph = _Tracer(raw).trace(model, concrete_args={"augment": False, "visualize": None})
     for node in graph.find_nodes(op="placeholder"):
         if not node.users:  # the record of the argument that was left out
             graph.erase_node(node)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.common import Conv, DWConv, GSConv
+from models.raw import RawHead
 from utils.errors import make_divisible
 from utils.log import LOGGER
 from utils.nms import MAX_SIDE_PX, MIN_SIDE_PX, NMSConfig
@@ -102,6 +103,17 @@ class Head(nn.Module):
     def hidden(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Returns what each layer of `m` reads, in autocast's precision where there is one; here the features."""
         return list(features)
+
+    def score_maps(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Returns what `export.py --raw` gives in place of rows: maps whose scores have been through the sigmoid.
+
+        `raw_head` says how they are decoded. A tensor holds numbers of one range alone, for int8 has one scale for it.
+        """
+        raise NotImplementedError
+
+    def raw_head(self) -> RawHead | None:
+        """Returns what decodes `score_maps` without torch; None where nothing does, so that --raw is refused."""
+        return None
 
     def predict(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """Maps what `hidden` returns to the raw maps of each level; in the weights' own precision."""
@@ -334,6 +346,15 @@ class Detect(Head):
             bias[:, 4] += math.log(8 / (640 / pixels) ** 2)
             bias[:, 5:] += math.log(0.6 / (self.nc - 0.999999))
 
+    def score_maps(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the raw maps after the sigmoid, one of a level."""
+        return [level.sigmoid() for level in self.maps(features)]
+
+    def raw_head(self) -> RawHead:
+        """Returns what decodes `score_maps`."""
+        anchors = [tuple(map(tuple, level)) for level in (self.anchors * self.stride.view(-1, 1, 1)).double().tolist()]
+        return RawHead(self.nc, tuple(self.stride.tolist()), tuple(anchors))
+
     @staticmethod
     def decode_boxes(
         xy: Tensor, wh: Tensor, scale: Tensor | float, offset: Tensor | float, anchors_4: Tensor
@@ -452,6 +473,16 @@ class DetectAF(Head):
         """Maps what `hidden` returns to the raw maps (b, 4 * bins + nc, ny, nx) of each level."""
         maps = super().predict(hidden)
         return [torch.cat(pair, 1) for pair in zip(maps[: self.nl], maps[self.nl :], strict=True)]
+
+    def score_maps(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Returns of each level the logits of the sides' distances, then the class probabilities."""
+        maps = super().predict(self.hidden(features))
+        pairs = zip(maps[: self.nl], maps[self.nl :], strict=True)
+        return [part for box, cls in pairs for part in (box, cls.sigmoid())]
+
+    def raw_head(self) -> RawHead:
+        """Returns what decodes `score_maps`."""
+        return RawHead(self.nc, tuple(self.stride.tolist()), bins=self.bins)
 
     @staticmethod
     def distances(logits: Tensor, bins: Tensor, dim: int) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 import export
 from models.export import formats, run
 from models.export import verify as parity_module
-from models.yolo import Model
+from models.heads import Head
+from models.yolo import Detect, Model
 from utils.checkpoint import save_checkpoint
 from utils.cli import ReportedError, run_command
 from utils.errors import UserError
@@ -170,6 +171,12 @@ def test_int8_must_not_lose_too_much(weights, tiny_shapes, monkeypatch, log, los
         export.main(parse(*words))
     assert any(f"checkpoint 0.5000, int8 {0.5 - loss:.4f}" in message for message in log.messages)
     assert seen == [(weights, weights.with_name("best-int8.onnx"), str(tiny_shapes), (64, 96), "cpu")]
+
+
+def test_raw_maps_of_a_head_that_nothing_decodes_are_refused(weights, monkeypatch):
+    monkeypatch.setattr(Detect, "raw_head", Head.raw_head)
+    with pytest.raises(UserError, match="--raw: nothing here decodes Detect on the host"):
+        export.run(weights=weights, imgsz=64, include="onnx", raw=True)
 
 
 def test_sides_are_rounded_up_to_the_stride_and_the_trained_size_is_told(weights, log):

@@ -20,7 +20,7 @@ FLOORS = [  # from the ground: imports go to the same floor or a lower one
     "utils.eval utils.media utils.tools",
     "utils.train",
     "utils.datasets utils.general utils.torch_utils",
-    "models.common models.heads",
+    "models.common models.heads models.raw",
     "models.config models.deploy",
     "models.yolo",
     "models.load",
@@ -43,7 +43,7 @@ USERS = {  # of what not everything above may import
 }
 TORCH_FREE = (
     *("utils.boxes", "utils.images", "utils.nms", "utils.tiles", "utils.process", "utils.media", "utils.plots.boxes"),
-    *("models.backends", "models.inference.predictor", "service"),
+    *("models.raw", "models.backends", "models.inference.predictor", "service"),
 )
 # They need it by nature; load_backend imports them lazily.
 TORCH_BACKENDS = ("models.backends.pytorch", "models.backends.tensorrt", "models.backends.torchscript")

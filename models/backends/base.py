@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from models.backends.metadata import Graph, Metadata, describe
+from models.raw import RawHead
 from utils.errors import UserError
 from utils.log import LOGGER
 
@@ -106,10 +107,24 @@ class ArrayBackend(Backend):
     most: int | None = None
     channels_last = False
     input_dtype: type[np.floating] = np.float32
+    _raw: RawHead | None = None
 
     @abstractmethod
     def run(self, inputs: np.ndarray) -> np.ndarray:
         """Runs the model once, with `batch` images where that is not None; returns float32 in the file's own units."""
+
+    def rows(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns what `run` does, of a graph's outputs: the first one, or where it leaves decoding to the host, all.
+
+        Raises:
+            UserError: the outputs are not those that the file's metadata tells of.
+        """
+        if self._raw is None:
+            return outputs[0].astype(np.float32, copy=False)
+        try:
+            return self._raw.decode(outputs, self.channels_last)
+        except ValueError as error:
+            raise UserError(f"the model's outputs do not fit its metadata ({error}): export it again.") from error
 
     def take_description(self, texts: Mapping[str, str], graph: Graph, path: Path, normalised: bool = False) -> None:
         """Sets what follows from a file's texts and its graph, whose columns are found by a run where they are open.
@@ -117,6 +132,10 @@ class ArrayBackend(Backend):
         Raises:
             UserError: not a YOLOv5 detector.
         """
+        said = Metadata.from_texts(texts, path)
+        if said is not None and said.raw is not None:
+            self._raw = said.raw
+            graph = graph._replace(rows=None, columns=5 + said.raw.nc)
         if graph.columns is None:
             shape = (graph.batch or 1, 3, graph.height or PROBE_PX, graph.width or PROBE_PX)
             output = self.run(self.preprocess(np.zeros(shape, np.uint8)))

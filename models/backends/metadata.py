@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from models.raw import RawHead
 from utils.errors import UserError
 from utils.files import read_yaml
 from utils.nms import NMSConfig
@@ -47,6 +48,7 @@ class Metadata:
         dynamic: whether it takes other sizes and numbers of images as well.
         precision: of the weights: "float32", "float16" or "int8".
         nms: how detections are chosen inside; None for raw rows.
+        raw: how the host decodes the maps that the file gives (`export.py --raw`); None where it gives rows itself.
         boxes_normalised: boxes are fractions of the image's width and height (TensorFlow's formats), else pixels.
         task: always "detect".
         licence: of the weights.
@@ -63,6 +65,7 @@ class Metadata:
     dynamic: bool = False
     precision: str = "float32"
     nms: NMSConfig | None = None
+    raw: RawHead | None = None
     boxes_normalised: bool = False
     task: str = "detect"
     licence: str = LICENCE
@@ -103,6 +106,8 @@ class Metadata:
                 known["stride"] = int(known["stride"])
                 if known.get("nms") is not None:
                     known["nms"] = NMSConfig(**{name: known["nms"][name] for name in NMS_TEXTS})
+                if known.get("raw") is not None:
+                    known["raw"] = RawHead.from_json(known["raw"])
                 return cls(**known)
             if not {"stride", "names"} <= set(texts):
                 return None

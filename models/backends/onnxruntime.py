@@ -58,17 +58,19 @@ class OnnxRuntimeBackend(ArrayBackend):
         self.device = f"ONNX Runtime {runtime.__version__} {used}" + f" ({thread_count()} threads)" * (used == "CPU")
         LOGGER.info(f"{path}: {self.device}")
         images, output = self._session.get_inputs()[0], self._session.get_outputs()[0]
-        self._input, self._output = images.name, output.name
+        self._input = images.name
         if images.type not in INPUT_DTYPES or len(images.shape) != 4:
             raise UserError(f"{path}: its input is {images.type} {images.shape}, not float images (b, 3, h, w).")
         self.input_dtype = INPUT_DTYPES[images.type]
         without_half(half and self.input_dtype != np.float16, "ONNX Runtime")
+        self._outputs = [output.name]
         self.take_description(texts, graph_of(images.shape, output.shape, path), path)
+        if self.metadata.raw is not None:
+            self._outputs = None  # all of them
 
     def run(self, inputs: np.ndarray) -> np.ndarray:
-        """Returns the first output for images (b, 3, h, w)."""
-        output = self._session.run([self._output], {self._input: np.ascontiguousarray(inputs)})[0]
-        return output if output.dtype == np.float32 else output.astype(np.float32)
+        """Returns the rows or detections of images (b, 3, h, w)."""
+        return self.rows(self._session.run(self._outputs, {self._input: np.ascontiguousarray(inputs)}))
 
     def warm_up(self, height: int, width: int) -> None:
         """Runs once on CUDA, whose first run loads kernels."""

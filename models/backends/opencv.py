@@ -46,8 +46,10 @@ class OpenCvBackend(ArrayBackend):
             raise UserError(f"--weights {path}: OpenCV cannot run it ({error.err or error}). {hint}") from error
 
     def run(self, inputs: np.ndarray) -> np.ndarray:
-        """Returns the first output for images (b, 3, h, w)."""
+        """Returns the rows or detections of images (b, 3, h, w)."""
         self._network.setInput(np.ascontiguousarray(inputs))
+        if self.metadata.raw is not None:
+            return self.rows(self._network.forward(self._network.getUnconnectedOutLayersNames()))
         output = self._network.forward()
         return output if output.ndim == 3 else output.reshape(len(inputs), *output.shape[-2:])
 

@@ -79,18 +79,18 @@ class TfliteBackend(ArrayBackend):
         except (RuntimeError, ValueError) as error:
             raise cannot_load(path, name, error) from error
         LOGGER.info(f"{path}: {self.device}")
-        self._input, self._output = (
-            ends[0] for ends in (self._interpreter.get_input_details(), self._interpreter.get_output_details())
-        )
-        shapes = (self._input["shape"].tolist(), self._output["shape"].tolist())
+        self._input, self._outputs = self._interpreter.get_input_details()[0], self._interpreter.get_output_details()
+        shapes = (self._input["shape"].tolist(), self._outputs[0]["shape"].tolist())
         self.take_description(texts, graph_of(*shapes, path, channels_last=True), path, normalised=True)
+        if self.metadata.raw is None:
+            del self._outputs[1:]
         self.dynamic = False
 
     def run(self, inputs: np.ndarray) -> np.ndarray:
-        """Returns the first output for images (b, h, w, 3)."""
+        """Returns the rows or detections of images (b, h, w, 3)."""
         self._interpreter.set_tensor(self._input["index"], _quantised(inputs, self._input))
         self._interpreter.invoke()
-        return _floats(self._interpreter.get_tensor(self._output["index"]), self._output)
+        return self.rows([_floats(self._interpreter.get_tensor(port["index"]), port) for port in self._outputs])
 
 
 def _interpreter_module(path: Path) -> tuple[Any, str]:

@@ -152,7 +152,7 @@ _TABLE = (
         "onnx",
         packages=("onnx",),
         extra="onnx",
-        options="dynamic half int8 simplify opset nms train",
+        options="dynamic half int8 simplify opset nms train raw",
         runtime=("onnxruntime",),
     ),
     Format(
@@ -198,7 +198,7 @@ _TABLE = (
         "tflite",
         ".tflite",
         "tflite",
-        options="half int8 nms",
+        options="half int8 nms raw",
         runtime=("ai_edge_litert",),
         precision="float16",
         **_TFLITE,
@@ -208,7 +208,7 @@ _TABLE = (
         "edgetpu",
         "_edgetpu.tflite",
         "tflite",
-        options="int8",
+        options="int8 raw",
         cpu=False,
         precision="int8",
         **_TFLITE,
@@ -237,7 +237,7 @@ def find_formats(names: Sequence[str]) -> list[Format]:
 
 
 # Options that change what every file holds: each format must honour them.
-FOR_ALL = ("half", "int8", "dynamic", "train", "nms")
+FOR_ALL = ("half", "int8", "dynamic", "train", "raw", "nms")
 # Options about the way to some formats: one of them must be among those that are exported.
 FOR_SOME = ("simplify", "opset", "workspace", "verbose")
 # Options whose default is None, so that it shows whether they were given: (what they need, default).
@@ -252,6 +252,8 @@ DEPENDENT = {
 CONTRADICTIONS = {
     ("half", "int8"): "weights are either float16 or int8: choose one of them.",
     ("train", "nms"): "--train leaves the boxes undecoded, so there is nothing to choose from: leave one of them out.",
+    ("raw", "nms"): "--raw leaves the boxes to the host, and so their choice: leave one of them out.",
+    ("raw", "train"): "--raw gives scores after the sigmoid, --train before it: leave one of them out.",
     ("train", "int8"): "the mAP of raw maps cannot be measured: leave one of them out.",
 }
 USELESS = {
@@ -273,6 +275,7 @@ class ExportConfig:
     half: bool
     inplace: bool
     train: bool
+    raw: bool
     optimize: bool
     int8: bool
     int8_max_drop: float | None

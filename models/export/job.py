@@ -36,7 +36,8 @@ class ExportJob:
         format: the line of the table of formats; tells apart those that one module writes.
         weights: the checkpoint; exports are written beside it.
         source: the trained `models.yolo.Model` as loaded, float32, on the CPU, its batch norm not folded.
-        model: the same rewritten for inference, float32, on the CPU, with the decoder for raw rows of any image size.
+        model: the same rewritten for inference, float32, on the CPU, with the decoder for raw rows of any image size;
+            with --raw its trunk ends in the head's `score_maps`.
         metadata: what goes into the file.
         config: checked.
         device: where formats that are made on a device are made: TorchScript and TensorRT.
@@ -60,9 +61,16 @@ class ExportJob:
         """The device to run the result on, as `--device` names it."""
         return str(self.device) if self.format.gpu else "cpu"
 
+    @property
+    def output_names(self) -> list[str]:
+        """What the outputs are called: `output`, and where there are maps of levels `output_1` and so on behind it."""
+        raw = self.metadata.raw
+        count = self.source.head.nl if self.config.train else len(raw.strides) * len(raw.widths) if raw else 1
+        return ["output", *(f"output_{number}" for number in range(1, count))]
+
     def path(self, suffix: str) -> Path:
         """Returns the file or folder beside the checkpoint with this suffix."""
-        return self.weights.with_name(self.weights.stem + suffix)
+        return self.weights.with_name(self.weights.stem + "-raw" * self.config.raw + suffix)
 
     def calibration(self, count: int) -> list[np.ndarray]:
         """Returns up to `count` letterboxed training images of --data, each uint8 (1, 3, h, w) RGB, for --int8."""
@@ -73,12 +81,14 @@ class ExportJob:
         return torch.zeros(self.shape)
 
     def head(self, normalised: bool = False) -> nn.Module:
-        """Returns what follows the trunk as the options ask: raw maps, rows, or detections chosen in the graph.
+        """Returns what follows the trunk as the options ask: maps, rows, or detections chosen in the graph.
 
         Args:
             normalised: boxes as fractions of the image's sides.
         """
         head, metadata = self.source.head, self.metadata
+        if self.config.raw:
+            return nn.Identity()
         if self.config.train:
             return RawOutputs(head)
         shape_hw = None if metadata.dynamic else metadata.shape_hw

@@ -1,11 +1,12 @@
 """ONNX: for ONNX Runtime and OpenCV, and on the way to OpenVINO, TensorRT and TensorFlow.
 
 One input `images` (b, 3, h, w) of values 0 to 1; one output `output`: rows (b, n, 5 + nc) in pixels, or detections
-(b, max_det, 6) with --nms; with --train one output a level. What the file says of itself is in its metadata.
+(b, max_det, 6) with --nms; with --train one output a level; with --raw maps of scores, one or two a level
+(`models.raw`). What the file says of itself is in its metadata.
 
 Int8 is static quantisation by ONNX Runtime's own tool, measured on images of the training set. Weights have a scale for
 each output channel, activations one for each tensor. The head's convolutions and what follows them (decoding of boxes,
-NMS) stay in float: a box's place needs more than 256 steps.
+NMS) stay in float: a box's place needs more than 256 steps. With --raw everything is int8, as integer devices need it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OPSET = 12
 QUANTISED_OPSET = 13  # the first with a scale for each channel
-INPUT, OUTPUT = "images", "output"
+INPUT = "images"
 INT8_SUFFIX = "-int8.onnx"
 CALIBRATION_IMAGES = 64  # ranges settle early, and the tool holds the activations of all of them in memory
 
@@ -71,12 +72,12 @@ def write_onnx(job: ExportJob, path: Path, head: nn.Module | None = None, least_
     model, example = job.with_head(job.head() if head is None else head), job.example()
     if job.config.half:
         model, example = copy.deepcopy(model).half(), example.half()
-    outputs = [OUTPUT, *(f"{OUTPUT}_{level}" for level in range(1, job.source.head.nl) if job.config.train)]
+    outputs = job.output_names
     axes = {INPUT: {0: "batch", 2: "height", 3: "width"}}
-    if job.config.train:
+    if len(outputs) > 1:
         axes |= {name: {0: "batch", 2: f"rows_{i}", 3: f"columns_{i}"} for i, name in enumerate(outputs)}
     else:
-        axes[OUTPUT] = {0: "batch"} if job.metadata.nms else {0: "batch", 1: "anchors"}
+        axes[outputs[0]] = {0: "batch"} if job.metadata.nms else {0: "batch", 1: "anchors"}
     with warnings.catch_warnings(), torch.no_grad(), atomic_write(path) as temporary:
         # The exporter that torch recommends needs onnxscript and later opsets; recording sizes is meant here.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -106,9 +107,11 @@ def _described(job: ExportJob, content: bytes) -> bytes:
 
     head, nms = job.source.head, job.metadata.nms
     fixed = {2: head.no} if nms is None else {1: nms.max_det, 2: 6}
+    if job.config.train or job.config.raw:
+        fixed = {1: head.na, 4: head.channels} if job.config.train else {}
     model: ModelProto = onnx.load_from_string(content)
     for port in model.graph.output:
-        for axis, length in ({1: head.na, 4: head.channels} if job.config.train else fixed).items():
+        for axis, length in fixed.items():
             port.type.tensor_type.shape.dim[axis].dim_value = length  # in dynamic graphs torch loses sight of some
     onnx.helper.set_model_props(model, job.metadata.texts())
     onnx.checker.check_model(model, full_check=True)
@@ -120,11 +123,13 @@ def quantized(job: ExportJob, **how: Any) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         full, result = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         write_onnx(job, full, least_opset=QUANTISED_OPSET)
-        quantize(full, result, job.calibration(CALIBRATION_IMAGES), **how)
+        quantize(full, result, job.calibration(CALIBRATION_IMAGES), whole=job.config.raw, **how)
         return result.read_bytes()
 
 
-def quantize(full: Path, quantised: Path, images: Sequence[np.ndarray], symmetric: bool = False) -> None:
+def quantize(
+    full: Path, quantised: Path, images: Sequence[np.ndarray], symmetric: bool = False, whole: bool = False
+) -> None:
     """Quantises an ONNX file to int8 and logs how.
 
     Args:
@@ -133,6 +138,7 @@ def quantize(full: Path, quantised: Path, images: Sequence[np.ndarray], symmetri
         images: calibration images, uint8 (1, 3, h, w) RGB.
         symmetric: as TensorRT reads it: convolutions alone, every zero point 0, biases in float. Else activations are
             unsigned, which processors multiply fastest.
+        whole: leave nothing in float; what the outputs' sigmoids give is 0 to 1, whatever the images showed.
     """
     import onnx
     from onnxruntime import quantization
@@ -154,13 +160,19 @@ def quantize(full: Path, quantised: Path, images: Sequence[np.ndarray], symmetri
         # The symbolic shape inference knows fewer operations than the rest, and nothing here depends on it
         quantization.quant_pre_process(str(full), str(prepared), skip_symbolic_shape=True)
         model = onnx.load(prepared)
+        if whole:
+            scores = [node.output[0] for node in model.graph.node if node.op_type == "Sigmoid"]
+            ports = {port.name for port in model.graph.output}
+            full_range = {"rmin": np.float32(0), "rmax": np.float32(1)}
+            overrides = {name: [full_range] for name in scores if name in ports}
+            options["extra_options"] |= {"TensorQuantOverrides": overrides}
         quantization.quantize_static(
             str(prepared),
             str(quantised),
             _Reader(model, images),
             per_channel=True,
             weight_type=quantization.QuantType.QInt8,
-            nodes_to_exclude=float_nodes(model.graph),
+            nodes_to_exclude=[] if whole else float_nodes(model.graph),
             **options,
         )
     graph = onnx.load(quantised).graph

@@ -95,6 +95,9 @@ def make_jobs(weights: Path, config: ExportConfig, device: torch.device) -> list
     trained = (content.meta.get("opt") or {}).get("imgsz")
     if trained and trained != max(height, width):
         LOGGER.info(f"Image size {height}x{width}; the checkpoint was trained at {trained}")
+    raw = source.head.raw_head() if config.raw else None
+    if config.raw and raw is None:
+        raise UserError(f"--raw: nothing here decodes {type(source.head).__name__} on the host. Leave it out.")
     nms = NMSConfig(config.conf_thres, config.iou_thres, config.topk_all, config.agnostic_nms)
     metadata = Metadata(
         names=dict(source.names),
@@ -103,10 +106,11 @@ def make_jobs(weights: Path, config: ExportConfig, device: torch.device) -> list
         batch=config.batch_size,
         dynamic=config.dynamic,
         nms=nms if config.nms else None,
+        raw=raw,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         data=content.meta.get("data") or "",
     )
-    model, jobs = rewrite(source), []
+    model, jobs = rewrite(source, config.raw), []
     for entry in config.formats:
         versions = {"torch": torch.__version__}
         for package in entry.packages:

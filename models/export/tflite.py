@@ -1,11 +1,12 @@
 """TensorFlow Lite (LiteRT) straight from PyTorch, and its int8 form for Google's Edge TPU.
 
 One input `images` (b, h, w, 3) of values 0 to 1; one output `output`: rows (b, n, 5 + nc) or with --nms detections
-(b, max_det, 6), boxes as fractions of the image's width and height. Weights are float16, with --int8 int8 for each
-channel, activations calibrated on images: what lies between the input and the head's convolutions computes in int8.
-Those convolutions and all behind them stay in float, as do input and output: one scale for coordinates and scores
-together would be too coarse. The Edge TPU knows int8 alone; for it nothing stays in float. What the file says of itself
-is a zip archive at its end, as usual there.
+(b, max_det, 6), boxes as fractions of the image's width and height; with --raw maps of scores (b, ny, nx, channels),
+one or two a level (`models.raw`), that the host decodes. Weights are float16, with --int8 int8 for each channel,
+activations calibrated on images: what lies between the input and the head's convolutions computes in int8. Those
+convolutions and all behind them stay in float, as do input and output: one scale for coordinates and scores together
+would be too coarse. The Edge TPU knows int8 alone; for it, and with --raw, nothing stays in float. What the file says
+of itself is a zip archive at its end, as usual there.
 """
 
 from __future__ import annotations
@@ -40,21 +41,23 @@ EDGETPU_SUFFIX = "-int8_edgetpu.tflite"
 EDGETPU_COMPILER = "edgetpu_compiler"
 EDGETPU_PAGE = "https://coral.ai/docs/edgetpu/compiler"
 METADATA_MEMBER = "metadata.json"
-INPUT, OUTPUT = "images", "output"
+INPUT = "images"
 WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 
 
 class ChannelsLast(nn.Module):
-    """A model that reads images (b, h, w, 3), as everything of TensorFlow's does."""
+    """A model that reads images (b, h, w, 3), and gives maps so, as everything of TensorFlow's does."""
 
-    def __init__(self, model: nn.Module):
-        """Takes a model that reads (b, 3, h, w) and returns one tensor."""
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        """Takes a model that reads (b, 3, h, w), and what its outputs are called."""
         super().__init__()
-        self.model = model
+        self.model, self.names = model, names
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps images (b, h, w, 3) of values 0 to 1 to the model's output, by name."""
-        return {OUTPUT: self.model(images.permute(0, 3, 1, 2))}
+        """Maps images (b, h, w, 3) of values 0 to 1 to the model's rows, or maps (b, ny, nx, channels), by name."""
+        found = self.model(images.permute(0, 3, 1, 2))
+        outputs = [found] if isinstance(found, Tensor) else [level.permute(0, 2, 3, 1) for level in found]
+        return dict(zip(self.names, outputs, strict=True))
 
 
 def export(job: ExportJob) -> Path:
@@ -63,7 +66,7 @@ def export(job: ExportJob) -> Path:
     Raises:
         UserError: for the Edge TPU: its compiler is missing or fails, or --int8 was not given.
     """
-    metadata, edgetpu = replace(job.metadata, boxes_normalised=True), job.format.argument == "edgetpu"
+    metadata, edgetpu = replace(job.metadata, boxes_normalised=not job.config.raw), job.format.argument == "edgetpu"
     compiler = shutil.which(EDGETPU_COMPILER) if edgetpu else None
     if edgetpu and not job.config.int8:
         raise UserError("the Edge TPU computes in int8 only: add --int8 and the --data to calibrate on.")
@@ -73,8 +76,8 @@ def export(job: ExportJob) -> Path:
     if not job.config.int8:
         path, content = job.path(FLOAT16_SUFFIX), with_float16_weights(content)
     else:
-        path = job.path(EDGETPU_SUFFIX if edgetpu else INT8_SUFFIX)
-        content = quantize(content, INPUT, job.calibration(CALIBRATION_IMAGES), job.metadata.batch, whole=edgetpu)
+        path, whole = job.path(EDGETPU_SUFFIX if edgetpu else INT8_SUFFIX), edgetpu or job.config.raw
+        content = quantize(content, INPUT, job.calibration(CALIBRATION_IMAGES), job.metadata.batch, whole)
     if compiler:
         content = _compiled(compiler, content, path.name)
     with atomic_write(path) as temporary:
@@ -98,7 +101,7 @@ def _compiled(compiler: str, content: bytes, name: str) -> bytes:
 
 def convert(job: ExportJob) -> bytes:
     """Returns the model of a job as a TFLite file in float32."""
-    model = ChannelsLast(job.with_head(job.head(normalised=True))).eval()
+    model = ChannelsLast(job.with_head(job.head(normalised=True)), job.output_names).eval()
     example = job.example().permute(0, 2, 3, 1).contiguous()
     with quietly(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         import litert_torch

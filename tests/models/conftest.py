@@ -1,5 +1,7 @@
 """What the tests of exports and of runtimes share: a small checkpoint like a trained one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -50,3 +52,22 @@ def write_checkpoint(tmp_path_factory):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def small_weights(write_checkpoint) -> dict[str, Path]:
+    """Two small checkpoints, sure of themselves, by their heads: with "anchors", and with the "bins" of DetectAF."""
+    backbone = [[-1, 1, "Conv", [16, 6, 4, 2]], *([-1, 1, block, [16, 3, 2]] for block in ("GSConv", "Conv", "Conv"))]
+    cfg = {"nc": 3, "depth_multiple": 1.0, "width_multiple": 1.0, "backbone": backbone}
+    anchors = [[10, 13, 16, 30, 33, 23], [30, 61, 62, 45, 59, 119], [116, 90, 156, 198, 373, 326]]
+    rows = {"anchors": ["Detect", ["nc", "anchors"]], "bins": ["DetectAF", ["nc", 16]]}
+    return {
+        name: write_checkpoint({**cfg, "anchors": anchors, "head": [[[1, 2, 3], 1, *row]]}, sure=True)
+        for name, row in rows.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def anchor_free_weights(small_weights) -> Path:
+    """The one with the anchor-free head."""
+    return small_weights["bins"]

@@ -20,14 +20,6 @@ def weights(write_checkpoint) -> Path:
 
 
 @pytest.fixture(scope="session")
-def anchor_free_weights(write_checkpoint) -> Path:
-    """A smaller one with the anchor-free head."""
-    backbone = [[-1, 1, "Conv", [16, 6, 4, 2]], *([-1, 1, block, [16, 3, 2]] for block in ("GSConv", "Conv", "Conv"))]
-    cfg = {"nc": 3, "depth_multiple": 1.0, "width_multiple": 1.0, "backbone": backbone}
-    return write_checkpoint({**cfg, "head": [[[1, 2, 3], 1, "DetectAF", ["nc", 16]]]}, sure=True)
-
-
-@pytest.fixture(scope="session")
 def exported(weights, tmp_path_factory):
     """A function that returns the export of a checkpoint to a format with options, made when first asked for."""
     import export

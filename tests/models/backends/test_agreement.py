@@ -46,6 +46,46 @@ def test_rows_of_an_anchor_free_head_are_the_checkpoints(exported, anchor_free_w
     close(load_backend(exported(form, anchor_free_weights), "cpu").predict(images), expected, **tolerance)
 
 
+@pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"dynamic": True}, {"half": True}], ids=str)
+@pytest.mark.parametrize("head", ["anchors", "bins"])
+def test_maps_that_are_decoded_on_the_host_give_the_checkpoints_rows(exported, small_weights, images, head, options):
+    checkpoint = small_weights[head]
+    path = exported("onnx", checkpoint, raw=True, **options)
+    backend = load_backend(path, "cpu")
+    assert path.name == "best-raw.onnx" and backend.metadata.raw is not None and not backend.has_nms
+    with torch.no_grad():
+        expected = load_model(checkpoint)(torch.from_numpy(images).float() / 255)[0].numpy()
+    tolerance = {"box_px": 1, "score": 0.02} if options.get("half") else {}
+    for count in (1, 3):
+        close(backend.predict(images[:count]), expected[:count], **tolerance)
+    if not options:
+        close(load_backend(path, "cpu", dnn=True).predict(images), expected)
+
+
+@slow
+@pytest.mark.parametrize("head", ["anchors", "bins"])
+def test_tflite_maps_have_channels_last(exported, small_weights, images, head):
+    checkpoint = small_weights[head]
+    backend = load_backend(exported("tflite", checkpoint, raw=True), "cpu")
+    with torch.no_grad():
+        expected = load_model(checkpoint)(torch.from_numpy(images).float() / 255)[0].numpy()
+    close(backend.predict(images), expected, box_px=0.5, score=5e-3)
+
+
+def test_maps_that_do_not_fit_the_metadata_are_named(exported, small_weights, images, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(exported("onnx", small_weights["anchors"], raw=True))
+    texts = {entry.key: entry for entry in model.metadata_props}
+    texts["metadata"].value = texts["metadata"].value.replace('"nc": 3', '"nc": 4')
+    onnx.save(model, tmp_path / "best.onnx")
+    with pytest.raises(UserError, match=r"best.onnx: names 3 classes, but its rows tell 4: export it again"):
+        load_backend(tmp_path / "best.onnx", "cpu")
+    texts["metadata"].value = texts["metadata"].value.replace('"2": "fly"', '"2": "fly", "3": "owl"')
+    onnx.save(model, tmp_path / "best.onnx")
+    with pytest.raises(UserError, match=r"outputs do not fit its metadata \(no map is 27x8x12 .*: export it again"):
+        load_backend(tmp_path / "best.onnx", "cpu").predict(images)
+
+
 @pytest.mark.parametrize("form", FIXED)
 def test_files_say_what_they_are(exported, form):
     backend = load_backend(exported(form), "cpu")

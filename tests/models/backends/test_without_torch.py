@@ -43,9 +43,12 @@ def expected(weights, picture, tmp_path_factory):
     return np.loadtxt(project / "exp" / "labels" / "picture.txt", ndmin=2)
 
 
-@pytest.mark.parametrize("form", ["onnx", "openvino", "ncnn", pytest.param("tflite", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "form", ["onnx", "onnx raw", "openvino", "ncnn", pytest.param("tflite", marks=pytest.mark.slow)]
+)
 def test_detections_are_the_checkpoints_with_nothing_heavy_imported(exported, picture, expected, tmp_path, form):
-    line = [sys.executable, "-c", PROGRAM, "--weights", exported(form), "--source", picture, "--project", tmp_path]
+    path = exported(form.removesuffix(" raw"), **{"raw": True} if form.endswith(" raw") else {})
+    line = [sys.executable, "-c", PROGRAM, "--weights", path, "--source", picture, "--project", tmp_path]
     line += ["--save-txt", "--save-conf", "--save-crop", "--save-csv"]
     done = subprocess.run(list(map(str, line)), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -62,3 +62,18 @@ def test_rows_stay_near_the_checkpoints(quantised):
 def test_the_file_says_that_it_is_int8(quantised):
     texts = {entry.key: entry.value for entry in onnx.load(quantised[1]).metadata_props}
     assert '"precision": "int8"' in texts["metadata"]
+
+
+def test_with_raw_maps_everything_is_int8_and_scores_have_all_steps(anchor_free_weights, tiny_shapes):
+    options = {"imgsz": [64, 96], "int8": True, "data": str(tiny_shapes), "int8_max_drop": 1.0}
+    (path,) = export.run(weights=str(anchor_free_weights), include="onnx", raw=True, **options)
+    assert path.endswith("best-raw-int8.onnx")
+    graph = onnx.load(path).graph
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    sources = {node.output[0]: node for node in graph.node}
+    for node in graph.node:
+        if node.op_type in ("Conv", "Sigmoid"):
+            assert [sources[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * len(node.input[:2])
+    ports = [sources[port.name] for port in graph.output]
+    assert [node.op_type for node in ports] == ["DequantizeLinear"] * 6  # of each level the boxes and the classes
+    assert [float(constants[node.input[1]]) for node in ports[1::2]] == pytest.approx([1 / 255] * 3)
