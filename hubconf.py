@@ -69,13 +69,10 @@ def _create(
     from models.inference.autoshape import AutoShape
     from models.inference.multibackend import DetectMultiBackend
     from utils.errors import UserError
-    from utils.log import LOGGER, setup_logging
+    from utils.log import logging_from, setup_logging
 
     setup_logging()
-    level = LOGGER.level
-    if not verbose:
-        LOGGER.setLevel(max(level, logging.WARNING))
-    try:
+    with logging_from(logging.NOTSET if verbose else logging.WARNING):
         if pretrained and name in _OURS:
             raise UserError(
                 f"There are no released weights for {name}: train it and load your own with custom(path=...), or take "
@@ -86,8 +83,6 @@ def _create(
         else:
             model = _build(str(name), pretrained, channels, classes, device)
         return AutoShape(model) if autoshape else model
-    finally:
-        LOGGER.setLevel(level)  # what the caller does with the model is logged as ever
 
 
 def _build(name: str, pretrained: bool, channels: int, classes: int, device: str | torch.device | None) -> nn.Module:

@@ -5,11 +5,12 @@ Everything goes to stderr, as in YOLOv5; nothing is configured before a script c
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 LOGGER = logging.getLogger("yolov5")
@@ -47,6 +48,17 @@ def setup_logging(rank: int | None = None) -> None:
         LOGGER.addHandler(handler)
         LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+@contextlib.contextmanager
+def logging_from(level: int) -> Iterator[None]:
+    """Leaves out meanwhile what is less severe than `level`."""
+    before = LOGGER.level
+    LOGGER.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(before)
 
 
 def colorstr(*input: str) -> str:

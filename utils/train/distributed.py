@@ -23,7 +23,7 @@ from utils.cli import ReportedError
 from utils.dataloaders.sampling import Shard
 from utils.devices import current, select_devices
 from utils.errors import UserError
-from utils.log import LOGGER
+from utils.log import LOGGER, logging_from
 
 # Others wait as long while the first process scans labels or validates; a process that is gone is noticed at once.
 FIGURES_TIMEOUT = datetime.timedelta(days=1)
@@ -139,16 +139,9 @@ class World:
         for _ in range(turn, 2):
             self.barrier()
 
-    @contextlib.contextmanager
-    def rank_zero_logging(self) -> Iterator[None]:
+    def rank_zero_logging(self) -> contextlib.AbstractContextManager[None]:
         """Lets rank 0 alone log what all processes find out alike; the others log errors only meanwhile."""
-        before = LOGGER.level
-        if not self.is_main:
-            LOGGER.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            LOGGER.setLevel(before)
+        return logging_from(logging.NOTSET if self.is_main else logging.ERROR)
 
 
 ALONE = World()

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.cli import run_command
 from utils.errors import UserError
-from utils.log import LOGGER
+from utils.log import logging_from
 
 if TYPE_CHECKING:
     import torch
@@ -113,12 +113,8 @@ def fingerprint(run: str | Path, data: str | Path = "", images: bool = True) -> 
 
 def summary(run: str | Path) -> str:
     """Returns a finished run's fingerprint, less the images, on one line with shortened digests."""
-    before = LOGGER.level
-    LOGGER.setLevel(logging.ERROR)  # what is read again need not be logged again
-    try:
+    with logging_from(logging.ERROR):  # what is read again need not be logged again
         *parts, _ = fingerprint(run, images=False)
-    finally:
-        LOGGER.setLevel(before)
     digests = ", ".join(f"{part.name} {part.digest[:SHORT_DIGITS] if part.digest else '-'}" for part in parts)
     return (
         f"Fingerprint: {digests} (in full, with the images: python -m utils.train.fingerprint {shlex.quote(str(run))})"
