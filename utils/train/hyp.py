@@ -46,7 +46,6 @@ class OneOf(tuple[str, ...]):
         return f"one of {', '.join(self)}"
 
 
-OPTIMIZERS = ("SGD", "Adam", "AdamW")
 _NOT_NEGATIVE = Range()
 _POSITIVE = Range(low_open=True)
 _FRACTION = Range(0.0, 1.0)
@@ -97,7 +96,7 @@ class Hyp:
     anchors: float | None = _key(Range(0.0, 100.0), default=None)  # per layer, rounded; 0 = as the model says
     mosaic9: float = _key(_FRACTION, default=0.0)  # share of mosaics made of nine images
     label_smoothing: float = _key(_BELOW_ONE, default=0.0)
-    optimizer: str = _key(OneOf(OPTIMIZERS), default="SGD")
+    optimizer: str = _key(OneOf(("SGD", "Adam", "AdamW")), default="SGD")
     box_loss: str = _key(OneOf(BOX_LOSSES), default="ciou")
     af_box: float = _key(_NOT_NEGATIVE, default=7.5)  # gains of the anchor-free head's loss
     af_cls: float = _key(_NOT_NEGATIVE, default=0.5)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from utils.errors import UserError, did_you_mean
+from utils.errors import UserError
 from utils.log import LOGGER, colorstr
 from utils.train.ema import EMA_TAU
-from utils.train.hyp import OPTIMIZERS, Hyp
+from utils.train.hyp import Hyp
 
 WARMUP_FLOOR = 100  # iterations of warm-up at least
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # the first: batch and instance norms
@@ -68,12 +68,7 @@ def build_optimizer(
         lr: initial learning rate.
         momentum: SGD's momentum, Adam's first beta.
         weight_decay: for the weights group alone, already scaled (`scaled_weight_decay`).
-
-    Raises:
-        UserError: an unknown name.
     """
-    if name not in OPTIMIZERS:
-        raise UserError(f"--optimizer {name}: choose one of {', '.join(OPTIMIZERS)}.{did_you_mean(name, OPTIMIZERS)}")
     undecayed, weights, biases = groups = parameter_groups(model)
     settings = [
         {"params": list(group.values()), "weight_decay": decay}

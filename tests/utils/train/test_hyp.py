@@ -92,6 +92,7 @@ def test_unknown_keys_name_file_and_nearest_missing_ones_are_all_named(tmp_path)
         ("box_loss", "cious", "'box_loss' is 'cious'; it must be one of ciou, giou,"),
         ("box_loss", 0.05, "'box_loss' is 0.05; it must be one of ciou, giou,"),  # `box` is the gain
         ("box_loss", None, "'box_loss' is None; it must be one of ciou, giou,"),
+        ("optimizer", "adamW", "'optimizer' is 'adamW'; it must be one of SGD, Adam, AdamW"),
         ("ema_tau", 2000, "'ema_tau' is 2000; it must be at least 0 and at most 1"),
     ],
 )

@@ -86,11 +86,6 @@ def test_decay_of_the_groups_and_what_momentum_is_to_each_optimizer(name, caplog
     assert f"optimizer: {name} with parameter groups 4 weight (no decay), 5 weight, 5 bias" in caplog.text
 
 
-def test_unknown_optimizer():
-    with pytest.raises(UserError, match="'AdamW'"):
-        build_optimizer(Odd(), "adamW", lr=0.01, momentum=0.9, weight_decay=0.0)
-
-
 @pytest.mark.parametrize(
     ("batch", "accumulate", "decay"), [(16, 4, 1.0), (24, 3, 1.125), (64, 1, 1.0), (128, 1, 2.0), (1, 64, 1.0)]
 )
