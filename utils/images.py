@@ -413,6 +413,14 @@ def resized_wh(size_wh: Sequence[int], new_shape: int | Sequence[int]) -> tuple[
     return (min(math.ceil(size_wh[0] * ratio), target_w), min(math.ceil(size_wh[1] * ratio), target_h))
 
 
+def resize(image: np.ndarray, size_wh: tuple[int, int], by_area: bool) -> np.ndarray:
+    """Brings an image (h, w, 3) to a width and height, bilinear; `by_area` shrinks by averaging, as validation does."""
+    if image.shape[1::-1] == size_wh:
+        return image
+    shrinks = by_area and max(size_wh) < max(image.shape[:2])
+    return cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
 def letterbox(
     im: np.ndarray,
     new_shape: int | Sequence[int] = (640, 640),

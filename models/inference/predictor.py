@@ -16,7 +16,7 @@ import numpy as np
 
 from models.backends.base import Array, Backend, LayerHook
 from utils.boxes import Detections, scale_boxes
-from utils.images import DEFAULT_IMGSZ, letterbox, resized_wh
+from utils.images import DEFAULT_IMGSZ, letterbox, resize, resized_wh
 from utils.nms import NMSConfig
 from utils.plots.boxes import class_name
 from utils.tiles import Tiling, merge, windows
@@ -163,10 +163,7 @@ class Predictor:
             boxed = letterbox(cut, self.shape, auto=self.backend.dynamic, stride=self._stride)
             return boxed.image, boxed.ratio_pad(cut.shape)
         height, width = cut.shape[:2]
-        fitting_wh = resized_wh((width, height), self.shape)
-        if fitting_wh != (width, height):
-            shrinks = max(fitting_wh) < max(width, height)
-            cut = cv2.resize(cut, fitting_wh, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        cut = resize(cut, resized_wh((width, height), self.shape), by_area=True)
         padded_hw = self.shape
         if isinstance(padded_hw, int):
             from utils.dataloaders.dataset import rectangular_batches

@@ -23,7 +23,7 @@ import torch
 from utils.dataloaders.labels import LabelTable
 from utils.errors import UserError, memory_left
 from utils.files import remove_temporaries, temporary_beside
-from utils.images import ImageError, read_image, resized_wh
+from utils.images import ImageError, read_image, resize, resized_wh
 from utils.log import progress
 
 FILL_THREADS = 8
@@ -96,11 +96,7 @@ class ImageFiles:
                 f"{path}: is {width}x{height} px, but was {full_width}x{full_height} px when the data set was "
                 "scanned. Start again, so that it is scanned anew."
             )
-        wanted = self.size_wh(index)
-        if wanted != (width, height):
-            shrink_for_evaluation = not self.augment and max(wanted) < max(width, height)
-            method = cv2.INTER_AREA if shrink_for_evaluation else cv2.INTER_LINEAR
-            image = cv2.resize(image, wanted, interpolation=method)
+        image = resize(image, self.size_wh(index), by_area=not self.augment)
         cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
         image.flags.writeable = False
         return image
