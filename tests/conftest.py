@@ -46,6 +46,23 @@ def datasets_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def part_of_coco128(tmp_path_factory: pytest.TempPathFactory, datasets_dir: Path):
+    """Makes a data set YAML of the first so many images."""
+    from utils.files import read_yaml, write_yaml
+
+    def make(count: int) -> Path:
+        coco, folder = datasets_dir / "coco128", tmp_path_factory.mktemp("coco")
+        images = sorted((coco / "images" / "train2017").glob("*.jpg"))[:count]
+        (folder / "val.txt").write_text("\n".join(map(str, images)))
+        names = read_yaml(coco / "coco128.yaml")["names"]
+        file = folder / "data.yaml"
+        write_yaml(file, {"path": str(folder), "train": "val.txt", "val": "val.txt", "names": names})
+        return file
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set YAML: 24 training and 8 validation images of the embedded data set."""
     from utils.tools.shapes import SPLITS, label_text, scene_of

@@ -20,16 +20,8 @@ SHAPE_HW = [96, 128]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, datasets_dir):
-    """Fourteen images of coco128."""
-    coco = datasets_dir / "coco128"
-    folder = tmp_path_factory.mktemp("coco14")
-    images = sorted((coco / "images" / "train2017").glob("*.jpg"))[:14]
-    (folder / "val.txt").write_text("\n".join(map(str, images)))
-    file = folder / "data.yaml"
-    names = read_yaml(coco / "coco128.yaml")["names"]
-    write_yaml(file, {"path": str(folder), "train": "val.txt", "val": "val.txt", "names": names})
-    return file
+def data(part_of_coco128):
+    return part_of_coco128(14)
 
 
 @pytest.fixture(scope="module")

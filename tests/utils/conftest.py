@@ -1,10 +1,11 @@
-"""A few images of different shapes with labels, as a table."""
+"""A few images of different shapes with labels, as a table; GPUs that are not there."""
 
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from utils.dataloaders.labels import scan_images
 
@@ -30,3 +31,17 @@ def label_table(tmp_path: Path):
         (tmp_path / "labels" / f"{number:02}.txt").write_text("\n".join(lines))
         paths.append(str(path))
     return scan_images(paths, workers=0)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Returns a function that makes PyTorch see a number of GPUs, and returns a list of those made the current one."""
+    chosen = []
+
+    def see(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        return chosen
+
+    return see

@@ -15,20 +15,6 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def gpus(monkeypatch):
-    """Returns a function that makes PyTorch see a number of GPUs, and returns a list of those made the current one."""
-    chosen = []
-
-    def see(count):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-        return chosen
-
-    return see
-
-
 @pytest.mark.parametrize(
     ("count", "name", "expected"),
     [

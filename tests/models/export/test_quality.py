@@ -8,7 +8,6 @@ import pytest
 
 import export
 from models.export.verify import compare_map
-from utils.files import read_yaml, write_yaml
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -17,16 +16,8 @@ SHAPE_HW = (96, 128)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, datasets_dir):
-    """Sixteen images of coco128."""
-    coco = datasets_dir / "coco128"
-    folder = tmp_path_factory.mktemp("coco16")
-    images = sorted((coco / "images" / "train2017").glob("*.jpg"))[:16]
-    (folder / "val.txt").write_text("\n".join(map(str, images)))
-    file = folder / "data.yaml"
-    names = read_yaml(coco / "coco128.yaml")["names"]
-    write_yaml(file, {"path": str(folder), "train": "val.txt", "val": "val.txt", "names": names})
-    return file
+def data(part_of_coco128):
+    return part_of_coco128(16)
 
 
 @pytest.fixture(scope="module")

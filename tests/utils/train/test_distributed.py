@@ -49,20 +49,6 @@ def test_commands_start_as_many_processes():
     assert World(5, 8, 1, 4).command == "python -m torch.distributed.run --nnodes 2 --nproc_per_node 4 train.py"
 
 
-@pytest.fixture
-def gpus(monkeypatch):
-    """Returns a function that makes PyTorch see a number of GPUs, and returns a list of those made the current one."""
-    chosen = []
-
-    def see(count):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-        return chosen
-
-    return see
-
-
 @pytest.mark.parametrize(
     ("count", "name", "world", "expected"),
     [

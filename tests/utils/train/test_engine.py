@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import train
+from tests.campaigns.interruptions import MODEL
 from utils.callbacks import HOOKS, Callbacks
 from utils.checkpoint import load_checkpoint
 from utils.dataloaders.loader import DetectionLoader
@@ -29,14 +30,6 @@ from utils.train.hyp import Hyp
 FITNESS = (0.1, 0.9, 0.2, 0.3)  # of the epochs: the second is the best
 EPOCHS = 3
 HYP = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
-MODEL = """
-nc: 4
-depth_multiple: 1.0
-width_multiple: 1.0
-anchors: [[6, 8, 12, 10, 16, 20], [20, 28, 32, 24, 40, 44]]
-backbone: [[-1, 1, Conv, [8, 6, 2, 2]], [-1, 1, Conv, [16, 3, 2]], [-1, 1, GSConv, [32, 3, 2]]]
-head: [[-1, 1, GSConv, [32, 3, 2]], [[2, 3], 1, Detect, [nc, anchors]]]
-"""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
