@@ -126,10 +126,12 @@ class Predictor:
                 for number, place, window, rows in zip(numbers, places, batch, chosen, strict=True):
                     found[number][place] = _in_image(rows, inputs.shape[2:], window)
         self._seen += len(images)
-        return [
-            Detections.from_rows(rows[0] if len(rows) == 1 else _merged(rows, image, how))
-            for rows, image, how in zip(found, images, wanted, strict=True)
-        ]
+        detections = []
+        for rows, image, how in zip(found, images, wanted, strict=True):
+            parts = [rows[place] for place in range(len(image))]
+            whole = parts[0] if len(parts) == 1 else merge(parts, np.array([one.xyxy for one in image]), how)
+            detections.append(Detections.from_rows(whole))
+        return detections
 
     def detect(self, image: np.ndarray) -> Detections:
         """Detects in one image, uint8 (h, w, 3) BGR."""
@@ -220,12 +222,6 @@ def _in_image(rows: np.ndarray, padded_hw: Sequence[int], window: Window) -> np.
     left, top, right, bottom = window.xyxy
     boxes_xyxy = scale_boxes(padded_hw, rows[:, :4], (bottom - top, right - left), window.ratio_pad)
     return np.concatenate((boxes_xyxy + (left, top, left, top), rows[:, 4:]), 1, dtype=np.float32)
-
-
-def _merged(rows: Mapping[int, np.ndarray], image: Sequence[Window], nms: NMSConfig) -> np.ndarray:
-    """Returns an image's detections (k, 6) from those of its windows."""
-    windows_xyxy = np.array([window.xyxy for window in image])
-    return merge([rows[place] for place in range(len(image))], windows_xyxy, nms)
 
 
 def _per_image(hook: ImageHook, numbers: Sequence[int]) -> LayerHook:

@@ -67,10 +67,6 @@ class ImageFiles:
         self.imgsz = imgsz
         self.augment = augment
 
-    def path(self, index: int) -> str:
-        """Returns the path of image `index`."""
-        return self.table.image_paths[index]
-
     def size_wh(self, index: int) -> tuple[int, int]:
         """Returns the (width, height) that `read` gives image `index`."""
         size_wh = tuple(self.table.sizes_wh[index].tolist())
@@ -82,7 +78,7 @@ class ImageFiles:
         Raises:
             UserError: the file vanished, was damaged or replaced after the data set was scanned.
         """
-        path = self.path(index)
+        path = self.table.image_paths[index]
         try:
             image = read_image(path, min_side_hint=self.imgsz if self.augment else None)
         except ImageError as error:
@@ -154,7 +150,7 @@ class DiskImages:
         Raises:
             UserError: the image is gone.
         """
-        path = os.path.abspath(self.files.path(index))
+        path = os.path.abspath(self.files.table.image_paths[index])
         try:
             stat = os.stat(path)
         except OSError as error:

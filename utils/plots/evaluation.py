@@ -7,7 +7,7 @@ Images with boxes are drawn by `utils.plots.boxes`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from unicodedata import east_asian_width
@@ -20,7 +20,6 @@ from utils.files import atomic_write
 from utils.log import LOGGER
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from utils.metrics import APResult, ConfusionMatrix
@@ -154,8 +153,10 @@ def plot_confusion(confusion: ConfusionMatrix, lettering: Lettering, file: Path)
     cells = blues(np.where(shares < MIN_SHOWN_SHARE, -1, shares), bytes=True)
     axes.imshow(cells, interpolation="nearest")
     figure.colorbar(ScalarMappable(cmap=blues), cax=scale, label="share of the true class")
-    if nc <= MAX_ANNOTATED_CLASSES:
-        _annotate(axes, shares, size=float(np.clip(160 / (nc + 1), 6, 12)))
+    for row, column in np.argwhere(shares >= MIN_SHOWN_SHARE) if nc <= MAX_ANNOTATED_CLASSES else ():
+        share = shares[row, column]
+        style = {"color": "white" if share > 0.5 else "black", "fontsize": float(np.clip(160 / (nc + 1), 6, 12))}
+        axes.text(column, row, f"{share:.2f}", ha="center", va="center", **style)
     if named:
         style = {"size": tick_size, "family": lettering.families}
         rotation = 0 if upright else 90
@@ -168,14 +169,6 @@ def plot_confusion(confusion: ConfusionMatrix, lettering: Lettering, file: Path)
 def _width_in_ems(text: str) -> float:
     """About how wide a text is, in units of its font size."""
     return sum(1.0 if east_asian_width(character) in "WF" else 0.62 for character in text)
-
-
-def _annotate(axes: Axes, shares: np.ndarray, size: float) -> None:
-    """Writes every share (n, n) that is shown into its cell, light on dark."""
-    for row, column in np.argwhere(shares >= MIN_SHOWN_SHARE):
-        share = shares[row, column]
-        color = "white" if share > 0.5 else "black"
-        axes.text(column, row, f"{share:.2f}", ha="center", va="center", color=color, fontsize=size)
 
 
 def plot_val_study(
@@ -236,7 +229,7 @@ def drawable_names(names: Mapping[int, str]) -> Lettering:
 
     short = {index: _shorten(printable(name)) for index, name in names.items()}
     default = "DejaVu Sans"  # shipped with matplotlib
-    missing = _needed(short.values()) - _characters(font_manager.findfont(default))
+    missing = set("".join(short.values())) - {" "} - _characters(font_manager.findfont(default))
     if not missing:
         return Lettering(short, [default])
     family = _covering_family(missing)
@@ -254,10 +247,6 @@ def _shorten(name: str) -> str:
     """Cuts a name to MAX_NAME_LENGTH characters and shields `$`, which starts a formula in matplotlib."""
     name = name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"
     return name.replace("$", r"\$")
-
-
-def _needed(texts: Iterable[str]) -> set[str]:
-    return set("".join(texts)) - {" "}
 
 
 def _characters(font_file: str) -> set[str]:
