@@ -142,7 +142,7 @@ def label_sizes_px(table: LabelTable, imgsz: int, jitter: np.ndarray | None = No
     shapes *= imgsz / shapes.max(axis=1, keepdims=True)
     if jitter is not None:
         shapes *= jitter[:, None]
-    return np.repeat(shapes, np.diff(table.offsets), axis=0) * table.rows[:, 3:5]
+    return shapes[table.owners] * table.rows[:, 3:5]
 
 
 def anchor_fit(sizes_px: np.ndarray, anchors_px: np.ndarray, thr: float) -> tuple[float, float]:

@@ -39,7 +39,7 @@ class Detections:
     @classmethod
     def from_rows(cls, rows: Array) -> Detections:
         """Takes rows (n, 6) [x1, y1, x2, y2, confidence, class], as NMS returns them, or (n, 7) with the track."""
-        rows = rows if isinstance(rows, np.ndarray) else rows.cpu().numpy()
+        rows = to_numpy(rows)
         numbers = rows[:, 5:].astype(np.int64)
         return cls(rows[:, :4], rows[:, 4], numbers[:, 0], numbers[:, 1] if rows.shape[1] > 6 else None)
 
@@ -62,6 +62,11 @@ class Detections:
         """Returns those of a slice, a mask (n,) or numbers (m,)."""
         tracks = None if self.track_ids is None else self.track_ids[index]
         return Detections(self.boxes_xyxy[index], self.confidences[index], self.classes[index], tracks)
+
+
+def to_numpy(values: Array) -> np.ndarray:
+    """Returns an array as it is, and a tensor, on any device, as an array."""
+    return values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
 
 
 def _join(columns: Sequence[Array], boxes: Array) -> Array:

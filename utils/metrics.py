@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from utils import boxes
-from utils.boxes import bbox_ioa, box_iou, wh_iou
+from utils.boxes import bbox_ioa, box_iou, to_numpy, wh_iou
 from utils.errors import UserError
 from utils.log import LOGGER
 
@@ -273,8 +273,8 @@ class ConfusionMatrix:
             detections: (n, 6) [x1, y1, x2, y2, confidence, class], an array or a tensor; or None.
             labels: (m, 5) [class, x1, y1, x2, y2] in the same pixels.
         """
-        detections = np.zeros((0, 6)) if detections is None else _to_numpy(detections)
-        labels = _to_numpy(labels)
+        detections = np.zeros((0, 6)) if detections is None else to_numpy(detections)
+        labels = to_numpy(labels)
         detections = detections[detections[:, 4] > self.conf]
         predicted, true = detections[:, 5].astype(np.int64), labels[:, 0].astype(np.int64)
         label_of = np.full(len(predicted), -1)
@@ -318,8 +318,3 @@ class ConfusionMatrix:
         """Logs the counts, a line for each predicted class."""
         for row in self.matrix:
             LOGGER.info(" ".join(map(str, row)))
-
-
-def _to_numpy(rows: Any) -> np.ndarray:
-    """Returns an array, or a tensor on any device, as an array."""
-    return rows if isinstance(rows, np.ndarray) else rows.detach().cpu().numpy()

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from models.backends.base import Array, Backend, LayerHook
-from utils.boxes import Detections, scale_boxes
+from utils.boxes import Detections, scale_boxes, to_numpy
 from utils.images import DEFAULT_IMGSZ, letterbox, resize, resized_wh
 from utils.nms import NMSConfig
 from utils.plots.boxes import class_name
@@ -191,7 +191,7 @@ class Predictor:
         clock.append(self._now())
         rows = self.backend.infer(inputs, **options)
         clock.append(self._now())
-        found = [one if isinstance(one, np.ndarray) else one.cpu().numpy() for one in self._choose(rows, nms, labels)]
+        found = [to_numpy(one) for one in self._choose(rows, nms, labels)]
         clock.append(self._now())
         for stage, start, end in zip(STAGES, clock, clock[1:], strict=False):
             self.last_s[stage] += end - start
