@@ -9,7 +9,7 @@ import torch
 
 from utils import autoanchor
 from utils.autoanchor import anchor_fit, check_anchor_order, check_anchors, kmean_anchors, kmeans, label_sizes_px
-from utils.dataloaders.labels import LabelTable, PathList
+from utils.dataloaders.labels import NO_LABELS, NO_POINTS, LabelTable, PathList, table_of
 from utils.errors import UserError
 
 STRIDES = (8.0, 16.0, 32.0)
@@ -72,7 +72,8 @@ def test_fit_by_hand():
 def test_label_sizes_by_hand():
     """A 200x100 image at 640 is 640x320; its jitter is its own."""
     rows = np.array([[0, 0, 0, 0.5, 0.5], [0, 0, 0, 0.1, 1.0], [0, 0, 0, 0.25, 0.5]])
-    table = SimpleNamespace(sizes_wh=np.array([[200, 100], [50, 50]]), offsets=np.array([0, 2, 3]), rows=rows)
+    labels = [NO_LABELS._replace(rows=part, polygons=[NO_POINTS] * len(part)) for part in (rows[:2], rows[2:])]
+    table = table_of("ab", [(200, 100), (50, 50)], labels)
     sizes = label_sizes_px(table, 640, jitter=np.array([1.0, 0.9]))
     assert sizes == pytest.approx(np.array([[320, 160], [64, 320], [144, 288]], float))
 
