@@ -28,7 +28,8 @@ for line in sys.stdin:
         if stop.code:
             sys.exit(f"{line}: {stop.code}")
 """
-# Raw numbers of zero mean boxes of 2 x 2 cells and scores of 0.5; the label is the box of a cell of stride 8
+# Sides of 1, 2, 3 and 4 cells; then, for the loss, boxes of 2 x 2 cells and a score of 0.75 for class 1 at all points,
+# and a label that is the box of a cell of stride 8
 CHECK = """
 import json, torch
 from pathlib import Path
@@ -37,10 +38,12 @@ from models.yolo import Model
 from utils.loss import LOSSES
 model = Model("yolov5n-sides.yaml", nc=4)
 model.hyp = {"af_box": 1.0, "af_cls": 0.5}
-rows = model.head.decoder()([torch.zeros(1, 8, side, side) for side in (8, 4, 2)])
+sides = torch.tensor([1.0, 2.0, 3.0, 4.0, 1.0, 1.0, 1.0, 1.0]).log().view(1, 8, 1, 1)
+rows = model.head.decoder()([sides.expand(1, 8, side, side) for side in (8, 4, 2)])
 loss = LOSSES["sides"](model)
 target = torch.tensor([[0, 1, 28 / 64, 28 / 64, 16 / 64, 16 / 64]])
-_, terms = loss([torch.zeros(1, 1, side, side, 8) for side in (8, 4, 2)], target)
+raw = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 3.0, 1.0, 1.0]).log()
+_, terms = loss([raw.expand(1, 1, side, side, 8) for side in (8, 4, 2)], target)
 plain = Model("yolov5n.yaml", nc=4)
 weights = Weights(plain.yaml, plain.state_dict(), plain.names, 4, [8, 16, 32], "ours", {}, Path("plain.pt"))
 missing = transfer(Model("yolov5n-c3se.yaml", nc=4), weights).missing_keys
@@ -133,11 +136,13 @@ def test_a_block_takes_over_what_it_has_in_common(tree):
 
 def test_the_head_and_its_loss_mean_the_same_boxes(tree):
     rows, (box, cls), _ = json.loads((tree / "check.json").read_text())
-    assert rows[0] == pytest.approx([4, 4, 16, 16, 1, *[0.5] * 4]) and rows[64][:4] == [8, 8, 32, 32]
-    assert rows[-1][:4] == [48, 48, 64, 64] and len(rows) == 64 + 16 + 4
+    # About (4, 4) px from -4 to 28 and from -12 to 36; about (48, 48) px four times as large
+    assert rows[0] == pytest.approx([12, 12, 32, 48, 1, *[0.5] * 4])
+    assert rows[-1] == pytest.approx([80, 80, 128, 192, 1, *[0.5] * 4]) and len(rows) == 64 + 16 + 4
     # Inside the label lie its own cell's point, CIoU 1, and that of a cell of stride 16, whose box of 32 px
     # has IoU 16^2 / 32^2, and its centre lies (4, 4) apart
     other = 0.25 - (4**2 + 4**2) / (32**2 + 32**2)
     degrees = 1 + other**6
     assert box == pytest.approx((1 - other) * other**6 / degrees, rel=5e-3)  # 1.27e-4
-    assert cls == pytest.approx(0.5 * 84 * 4 * math.log(2) / degrees, rel=1e-5)
+    # softplus(x) - x * target of every point and class: ln 2 of three classes, ln 4 - ln 3 * degree of class 1
+    assert cls == pytest.approx(0.5 * (84 * math.log(2**3 * 4) / degrees - math.log(3)), rel=1e-4)
