@@ -46,6 +46,22 @@ def test_large_jpegs_shrink_while_they_are_decoded_in_training_only(monkeypatch,
     assert sizes == [(67, 100, 3)] * 2
 
 
+@pytest.mark.parametrize(
+    ("index", "augment", "method"),
+    [
+        (0, True, cv2.INTER_LINEAR),
+        (0, False, cv2.INTER_AREA),
+        (7, True, cv2.INTER_LINEAR),
+        (7, False, cv2.INTER_LINEAR),
+    ],
+)
+def test_evaluation_shrinks_images_by_averaging(label_table, index, augment, method):
+    """The image of 128 x 96 px; that of 40 x 30 px is enlarged."""
+    full = cv2.cvtColor(cv2.imread(label_table.image_paths[index]), cv2.COLOR_BGR2RGB)
+    expected = cv2.resize(full, (96, 72), interpolation=method)
+    assert np.array_equal(ImageFiles(label_table, 96, augment).read(index), expected)
+
+
 def test_copies_on_disk_follow_their_image(label_table):
     disk = DiskImages(ImageFiles(label_table, 64, augment=True))
     path = label_table.image_paths[0]
