@@ -46,8 +46,8 @@ $(CONVERTER_VENV)/.installed: requirements-onnx2tf.txt | $(PY)
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
-	$(PY) train.py --cfg yolov5n-slimneck.yaml --data shapes.yaml --img 256 --epochs 38 --project $(DEMO) --name train
-	$(PY) val.py --weights $(DEMO)/train/weights/best.pt --data shapes.yaml --img 256 --project $(DEMO) --name val
+	$(PY) train.py --cfg yolov5n-slimneck-af.yaml --data shapes.yaml --img 256 --epochs 38 --project $(DEMO) --name train
+	$(PY) val.py --weights $(DEMO)/train/weights/best.pt --data shapes.yaml --img 320 --project $(DEMO) --name val
 	$(PY) detect.py --weights $(DEMO)/train/weights/best.pt --source data/images --img 320 \
 		--conf-thres 0.4 --line-thickness 2 --project $(DEMO) --name detect
 	@echo

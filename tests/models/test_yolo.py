@@ -265,7 +265,7 @@ def test_anchor_free_biases_expect_five_objects_on_each_level():
     head = Model("yolov5n-af.yaml", nc=3).head
     classes = [math.log(5 / 3 / (640 / stride) ** 2) for stride in (8, 16, 32)]
     for level in range(3):
-        assert head.m[level].bias.tolist() == [2.0] * 64
+        assert head.m[level].bias.tolist() == [2.0] * 4 * head.bins
         assert head.m[3 + level].bias.tolist() == pytest.approx([classes[level]] * 3)
 
 
