@@ -12,7 +12,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from models.export.formats import FORMATS, ExportConfig
+from models.export.formats import FORMATS, ORT_WEB_TARBALL, ExportConfig
 from utils.cli import CommandParser, ReportedError, echo_options, number, options_from, run_command
 from utils.log import LOGGER
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import pandas
 
     from models.export.run import Report
+
+ORT_WEB_HELP = f"web: npm's tarball of the page's runtime (default: {ORT_WEB_TARBALL}; fetched if it is not there)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--topk-all", type=number(int, 1), help="with --nms: maximum detections per image (default 100)")
     add("--iou-thres", type=number(float, 0, 1), help="with --nms: IoU threshold (default 0.45)")
     add("--conf-thres", type=number(float, 0, 1), help="with --nms: confidence threshold (default 0.25)")
+    add("--ort-web", metavar="TARBALL", help=ORT_WEB_HELP)
     add("--include", nargs="+", default=["torchscript", "onnx"], metavar="FORMAT", help=f"of {', '.join(FORMATS)}")
     return parser
 

@@ -8,12 +8,7 @@ the server and its options (`serve.py`).
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import html
-import json
 import os
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -35,11 +30,11 @@ from service.guard import HEADERS, Guard, TrustedHosts
 from service.metrics import Metrics, StageClock
 from service.uploads import FIELD, Upload, check_upload, decode_upload
 from utils.boxes import Detections
+from utils.media.page import build_page
 from utils.nms import NMSConfig
-from utils.plots.boxes import PALETTE, class_name, draw_detections
+from utils.plots.boxes import class_name, draw_detections
 
 YOLOV5_ROUTE, ROUTE = "/v1/object-detection/yolov5s", "/v1/detect"
-PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_DECODERS = 4
 DECODED_PIXELS = 100_000_000  # at once, over all requests: 300 MB, and as much again while boxes are drawn
 JPEG_QUALITY, JPEG_MAX_SIDE = 90, 65_500  # px, the format's own
@@ -291,8 +286,9 @@ def create_app(predictor: Predictor, model: str, config: ServeConfig, hosts: Tru
         "max_pixels": int(config.max_pixels),
     }
     lowest_conf = backend.metadata.nms.conf_thres if backend.has_nms else 0.0
-    shown = {"model": model, "conf": predictor.nms.conf_thres, "lowestConf": lowest_conf, "palette": PALETTE}
+    shown = {"model": model, "conf": predictor.nms.conf_thres, "lowestConf": lowest_conf}
     page, policy = build_page({**shown, "device": about["device"], "maxBytes": config.max_image_bytes, "route": ROUTE})
+    policy += "; frame-ancestors 'none'"  # means nothing inside a page
 
     @app.exception_handler(RequestValidationError)
     async def tell_mistake(_request: Request, error: RequestValidationError) -> Response:
@@ -334,23 +330,3 @@ def create_app(predictor: Predictor, model: str, config: ServeConfig, hosts: Tru
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     return app
-
-
-def build_page(settings: dict[str, Any]) -> tuple[str, str]:
-    """Fills the page, one file without outside resources; returns it and its Content-Security-Policy.
-
-    Args:
-        settings: what the page's script reads, as JSON, `model` among them.
-    """
-    text = json.dumps(settings).replace("<", "\\u003c")  # must not end its element
-    page = PAGE_FILE.read_text(encoding="utf-8").replace("{{settings}}", text)
-    page = page.replace("{{model}}", html.escape(settings["model"]))
-
-    def source(element: str) -> str:
-        """Returns the hash of the content of the one element without attributes of this name."""
-        content = re.search(rf"<{element}>(.*?)</{element}>", page, re.S)[1]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode('utf-8')).digest()).decode('ascii')}'"
-
-    policy = f"default-src 'none'; style-src {source('style')}; script-src {source('script')}"
-    policy += "; img-src 'self' blob: data:; connect-src 'self'"
-    return page, f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

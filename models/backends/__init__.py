@@ -35,7 +35,9 @@ BACKENDS = {
     ".mlmodel": "coreml",
     ".mlpackage": "coreml",
     ".engine": "tensorrt",
+    "_web_page": "onnxruntime",
 }
+PAGE_MODEL = "model.onnx"  # in the folder of a page, which runs elsewhere than in a browser as well
 BROWSER_SUFFIX = "_web_model"
 
 
@@ -78,7 +80,7 @@ def open_model(
         UserError: no such file, a name that stands for no runtime, a library that is missing, a file that cannot be
             loaded, a device that the runtime does not have, or models that make no ensemble.
     """
-    files = find_weights(weights)
+    files = [file / PAGE_MODEL if file.name.endswith("_web_page") else file for file in find_weights(weights)]
     runtimes = [runtime_of(file) for file in files]
     for file, runtime in zip(files, runtimes, strict=True):
         if len(files) > 1 and runtime != "pytorch":

@@ -122,6 +122,7 @@ def install_hint(extra: str) -> str:
 _TENSORFLOW = {"packages": ("onnx", "tensorflow"), "extra": "tensorflow", "options": "opset simplify"}
 _TFLITE = {"packages": ("litert_torch", "ai_edge_quantizer"), "extra": "tflite", "gpu": False}
 
+ORT_WEB_TARBALL = "onnxruntime-web-1.30.0.tgz"  # what the web page runs on, as npm calls it
 # The first ONNX opset that has what a block needs, where the usual one has not.
 LEAST_OPSETS = {"DySample": 16}
 # Why a format cannot carry a block, by the block's name and the format's argument.
@@ -213,6 +214,17 @@ _TABLE = (
         precision="int8",
         **_TFLITE,
     ),
+    Format(
+        "Web page",
+        "web",
+        "_web_page",
+        "web",
+        packages=("onnx",),
+        extra="onnx",
+        options="dynamic int8 simplify opset ort_web",
+        runtime=("onnxruntime",),
+        gpu=False,
+    ),
     Format("TensorFlow.js", "tfjs", "_web_model", "tensorflow", cpu=False, gpu=False, **_TENSORFLOW),
     Format("YOLOv5 checkpoint", "yolov5", "_yolov5.pt", "yolov5", options="half"),
 )
@@ -239,7 +251,7 @@ def find_formats(names: Sequence[str]) -> list[Format]:
 # Options that change what every file holds: each format must honour them.
 FOR_ALL = ("half", "int8", "dynamic", "train", "raw", "nms")
 # Options about the way to some formats: one of them must be among those that are exported.
-FOR_SOME = ("simplify", "opset", "workspace", "verbose")
+FOR_SOME = ("simplify", "opset", "workspace", "verbose", "ort_web")
 # Options whose default is None, so that it shows whether they were given: (what they need, default).
 DEPENDENT = {
     "agnostic_nms": ("nms", False),
@@ -290,6 +302,7 @@ class ExportConfig:
     topk_all: int | None
     iou_thres: float | None
     conf_thres: float | None
+    ort_web: str | None
     include: Sequence[str]
 
     @property

@@ -41,14 +41,18 @@ CALIBRATION_IMAGES = 64  # ranges settle early, and the tool holds the activatio
 
 def export(job: ExportJob) -> Path:
     """Writes `<stem>.onnx`, or `<stem>-int8.onnx`; returns its path."""
+    path = job.path(INT8_SUFFIX if job.config.int8 else job.format.suffix)
+    write_model(job, path)
+    return path
+
+
+def write_model(job: ExportJob, path: Path) -> None:
+    """Writes the model of a job to a path as the options ask, in int8 too; see `write_onnx`."""
     if not job.config.int8:
-        path = job.path(job.format.suffix)
         write_onnx(job, path)
-        return path
-    path = job.path(INT8_SUFFIX)
+        return
     with atomic_write(path) as temporary:
         temporary.write_bytes(_described(job, quantized(job)))
-    return path
 
 
 def write_onnx(job: ExportJob, path: Path, head: nn.Module | None = None, least_opset: int = DEFAULT_OPSET) -> None:

@@ -1,74 +1,18 @@
 """The page in a headless Chromium: an image is chosen, boxes appear, the slider thins them out, errors are told."""
 
-import base64
-import shutil
-import subprocess
-import time
-
 import cv2
 import numpy as np
 import pytest
 
-httpx = pytest.importorskip("httpx")
-CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-LIMIT_S = 30
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the WebDriver standard's name for a reference
+from tests.browser import Browser, needs_browser, started_driver
 
-
-class Browser:
-    """The few commands of the WebDriver protocol that are needed."""
-
-    def __init__(self, address, width=1200, height=800, flags=()):
-        self._client = httpx.Client(base_url=address, timeout=60)
-        flags = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}", *flags]
-        options = {"binary": CHROMIUM, "args": flags}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        opened = self._post("/session", {"capabilities": {"alwaysMatch": wanted}})
-        self._session = f"/session/{opened['sessionId']}"
-
-    def _post(self, path, content):
-        answer = self._client.post(path, json=content).json()["value"]
-        assert not (isinstance(answer, dict) and "error" in answer), answer
-        return answer
-
-    def open(self, url):
-        self._post(self._session + "/url", {"url": url})
-
-    def run(self, script):
-        return self._post(self._session + "/execute/sync", {"script": script, "args": []})
-
-    def choose(self, path):
-        found = self._post(self._session + "/element", {"using": "css selector", "value": "#file"})
-        self._post(f"{self._session}/element/{found[ELEMENT]}/value", {"text": str(path)})
-
-    def wait_for(self, script):
-        end_s = time.monotonic() + LIMIT_S
-        while not (value := self.run(f"return {script}")):
-            assert time.monotonic() < end_s, f"never true: {script}; errors: {self.errors()}"
-            time.sleep(0.02)
-        return value
-
-    def screenshot(self):
-        data = base64.b64decode(self._client.get(self._session + "/screenshot").json()["value"])
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-
-    def errors(self):
-        return [entry["message"] for entry in self._post(self._session + "/se/log", {"type": "browser"})]
-
-    def close(self):
-        self._client.delete(self._session)
-        self._client.close()
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
 def driver():
-    process = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
-    port = next(line.rsplit(" ", 1)[1].strip().rstrip(".") for line in process.stdout if "successfully on port" in line)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait()
-    process.stdout.close()
+    with started_driver() as address:
+        yield address
 
 
 @pytest.fixture
@@ -85,10 +29,6 @@ def open_page(driver, server):
         browser.close()
 
 
-def text_of(browser, element):
-    return browser.run(f"return document.getElementById('{element}').textContent")
-
-
 def test_chosen_image_shows_its_boxes_and_the_slider_thins_them_out(open_page, draw, expected, tmp_path):
     image = draw(1, 96, 128)
     found = expected(image, 0.05)
@@ -98,7 +38,7 @@ def test_chosen_image_shows_its_boxes_and_the_slider_thins_them_out(open_page, d
     count = page.wait_for("document.getElementById('found').dataset.count")
     assert int(count) == (found[:, 4] >= 0.25).sum()
     assert page.run("return document.querySelectorAll('#objects li').length") == int(count)
-    assert "ms in all" in text_of(page, "time") and "inference" in text_of(page, "time")
+    assert "ms in all" in page.text_of("time") and "inference" in page.text_of("time")
     assert page.run("return document.getElementById('canvas').getAttribute('aria-label')").startswith("The image with")
     move = "const at = document.getElementById('threshold'); at.value = 0.5; at.dispatchEvent(new Event('input'))"
     page.run(move)
@@ -134,7 +74,7 @@ def test_file_that_is_no_image_is_told_in_words(open_page, tmp_path):
     for name, words in (("broken.png", "is not a readable image"), ("notes.txt", "is not an image")):
         page.choose(tmp_path / name)
         page.wait_for(f"document.getElementById('error').textContent.includes({words!r})")
-        assert text_of(page, "found") == "No result"
+        assert page.text_of("found") == "No result"
 
 
 def test_page_fits_a_phone_and_follows_the_dark_setting(open_page):

@@ -19,6 +19,7 @@ def complete(*words):
 def test_6_1s_arguments_and_suffixes_are_kept():
     table = {entry.argument: entry.suffix for entry in FORMATS.values()}
     assert table.pop("ncnn") == "_ncnn_model" and table.pop("yolov5") == "_yolov5.pt"
+    assert table.pop("web") == "_web_page"
     assert table == {
         "torchscript": ".torchscript",
         "onnx": ".onnx",
