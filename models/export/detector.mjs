@@ -125,9 +125,9 @@ async function openModel(model, provider) {
 }
 
 /** Detects in images with one runtime, and looks once whether another may take its place. */
-class Detector {
-  constructor(settings, model, run) {
-    Object.assign(this, {settings, model, run, chosen: !navigator.gpu});
+export class Detector {
+  constructor(settings, run, open) {
+    Object.assign(this, {settings, run, open, chosen: !navigator.gpu});
   }
 
   async detect(image) {
@@ -148,8 +148,9 @@ class Detector {
   async choose({boxed, answer}) {
     this.chosen = true;
     try {
-      if (!(await navigator.gpu.requestAdapter())) return `${WASM} (no GPU that WebGPU may use)`;
-      const run = await openModel(this.model, "webgpu");
+      const adapter = await navigator.gpu.requestAdapter();
+      if (!adapter || adapter.info?.isFallbackAdapter) return `${WASM} (no GPU that WebGPU may use)`;
+      const run = await this.open("webgpu");
       await run(boxed); // compiles
       const other = await run(boxed), {box, score} = differences(answer.rows, other.rows, answer.columns);
       const apart = `boxes within ${box.toPrecision(2)} px, scores within ${score.toPrecision(2)}`;
@@ -170,8 +171,8 @@ function serve() {
   const start = async ({settings}) => {
     const answer = await fetch(new URL(settings.file, import.meta.url));
     if (!answer.ok) throw new Error(`${settings.file}: the server answered ${answer.status}.`);
-    const model = new Uint8Array(await answer.arrayBuffer());
-    detector = new Detector(settings, model, await openModel(model, "wasm"));
+    const model = new Uint8Array(await answer.arrayBuffer()), open = (provider) => openModel(model, provider);
+    detector = new Detector(settings, await open("wasm"), open);
     postMessage({status: WASM});
   };
   const detect = async ({image}) => {

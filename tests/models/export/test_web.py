@@ -41,7 +41,7 @@ def in_node(script: str, *inputs):
     """Runs a script with the detector's functions in Node.js, on `inputs`; returns what it makes of them."""
     node = shutil.which("node") or pytest.skip("needs node")
     lines = f"import * as detector from {json.dumps(DETECTOR.as_uri())}; import fs from 'node:fs';"
-    lines += f"const inputs = JSON.parse(fs.readFileSync(0)); console.log(JSON.stringify(({script})(...inputs)));"
+    lines += f"const inputs = JSON.parse(fs.readFileSync(0)); console.log(JSON.stringify(await ({script})(...inputs)));"
     command = [node, "--input-type=module", "--eval", lines]
     done = subprocess.run(command, input=json.dumps(inputs), capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
@@ -98,6 +98,33 @@ def test_runtimes_are_compared_by_their_best_boxes_and_all_scores(place, by, box
     script = script.replace("Float32Array.from(b)", "Float32Array.from(b, (v) => v ?? NaN)")
     found = [float(value.replace("Infinity", "inf")) for value in in_node(script, rows.tolist(), text)]
     assert found == pytest.approx([box, score], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "other", "words", "chosen"),
+    [
+        ("{info: {}}", {"by": 0.001, "ms": 5}, "WebGPU (agrees with WebAssembly: boxes within 0.00", True),
+        ("{info: {}}", {"by": 2, "ms": 5}, "WebAssembly (WebGPU does not agree: boxes within 2.0 px", False),
+        ("{info: {}}", {"by": 0, "ms": 50}, "WebAssembly (WebGPU takes 50 ms instead of 20)", False),
+        ("{info: {}}", {"by": None, "ms": 5}, "WebAssembly (WebGPU fails: no kernel)", False),
+        ("{info: {isFallbackAdapter: true}}", {}, "WebAssembly (no GPU that WebGPU may use)", False),
+        ("null", {}, "WebAssembly (no GPU that WebGPU may use)", False),
+    ],
+)
+def test_webgpu_takes_over_only_where_it_agrees_and_is_faster(adapter, other, words, chosen):
+    script = """async (other) => {
+      Object.defineProperty(globalThis, "navigator", {value: {gpu: {requestAdapter: async () => (ADAPTER)}}});
+      const answer = {rows: Float32Array.of(9, 9, 4, 4, 0.5, 0.5), columns: 6, ms: 20};
+      const open = async () => {
+        if (other.by === null) throw new Error("no kernel");
+        const rows = answer.rows.map((value, at) => at ? value : value + other.by);
+        return async () => ({...answer, rows, ms: other.ms});
+      };
+      const wasm = async () => answer, at = new detector.Detector({boxPx: 1, score: 0.01}, wasm, open);
+      return [at.chosen, await at.choose({boxed: {}, answer}), at.chosen, at.run !== wasm];
+    }"""
+    before, said, after, taken = in_node(script.replace("ADAPTER", adapter), other)
+    assert said.startswith(words) and (before, after, taken) == (False, True, chosen)
 
 
 @pytest.fixture
