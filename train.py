@@ -147,6 +147,7 @@ def train(
         checkpoint: of the run to be resumed.
         world: `utils.train.distributed.World`, connected; None for this process alone.
     """
+    from models.backends.pytorch import compare_with_cpu
     from models.inference.evaluation import module_predictor
     from utils.callbacks import Callbacks
     from utils.devices import device_line, prepare_cpu_memory
@@ -170,6 +171,8 @@ def train(
         if config.batch_size != asked:
             callbacks.run("on_params_update", {"batch_size": config.batch_size})
         callbacks.run("on_pretrain_routine_end")
+        if device.type == "mps":
+            compare_with_cpu(model, device)
         trainer = Trainer(model, hyp, config, loaders, device, callbacks, module_predictor, checkpoint, world, teacher)
         with (
             with_hint(trainer.how_to_resume),

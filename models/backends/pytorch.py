@@ -18,9 +18,12 @@ from models.load import Weights, model_from, read_weights
 from models.yolo import augmented_rows
 from utils.devices import device_line, prepare_cpu_memory, select_device
 from utils.errors import MIN_GRID_STRIDE, UserError, grid_stride
-from utils.images import DEFAULT_IMGSZ
+from utils.files import ROOT
+from utils.images import DEFAULT_IMGSZ, letterbox, read_image
 from utils.log import LOGGER
 
+COMPARED_PX, COMPARED_ROWS = 320, 100  # side of the image that devices are compared on, and whose boxes
+AGREED_PX, AGREED_SCORE = 1.0, 0.01
 PRECISIONS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -78,9 +81,11 @@ class PyTorchBackend(Backend):
             self.predict(np.zeros((1, 3, height, width), np.uint8))
 
     def synchronize(self) -> None:
-        """Waits for CUDA's queue; elsewhere there is none."""
+        """Waits for the device's queue, where it has one."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
 
     @cached_property
     def _shown_model(self) -> nn.Module:
@@ -264,11 +269,45 @@ def _build(contents: Sequence[Weights], metadata: Metadata, device: torch.device
             model = model_from(content).requires_grad_(False)
         LOGGER.info("Fusing layers... ")
         LOGGER.info(model.fuse().info(gflops=False))
+        if device.type == "mps":
+            compare_with_cpu(model, device)
         members.append(PyTorchBackend(model, device, dtype, metadata if len(contents) == 1 else None))
     if len(members) == 1:
         return members[0]
     LOGGER.info(f"Ensemble created with {[str(content.path) for content in contents]}")
     return EnsembleBackend(members, metadata)
+
+
+def compare_with_cpu(model: nn.Module, device: torch.device) -> None:
+    """Runs a model on one image on a device and on the CPU, and tells how far apart they are: a warning if too far.
+
+    Kernels of young devices have been wrong without an error, in some versions for some layers alone.
+
+    Args:
+        model: `models.yolo.Model`; it stays as it is.
+        device: the other device.
+    """
+    image = letterbox(read_image(ROOT / "data" / "images" / "shapes-wide.jpg"), COMPARED_PX, auto=False).image
+    inputs = torch.from_numpy(image[..., ::-1].transpose(2, 0, 1)[None].copy()).float() / 255
+    own, other = (rows_on(model, place, inputs) for place in (torch.device("cpu"), device))
+    apart = (own - other).abs().nan_to_num(nan=torch.inf)
+    best = (own[..., 4] * own[..., 5:].amax(-1)).flatten().argsort(descending=True)[:COMPARED_ROWS]
+    box_px, score = apart.flatten(0, 1)[best, :4].max().item(), apart[..., 4:].max().item()
+    found = f"boxes within {box_px:.2g} px, scores within {score:.2g}"
+    if box_px <= AGREED_PX and score <= AGREED_SCORE:
+        LOGGER.info(f"{device.type.upper()} agrees with the CPU on one image: {found}")
+        return
+    LOGGER.warning(
+        f"WARNING: --device {device.type} does not agree with the CPU on one image: {found} (agreed: {AGREED_PX:g} px, "
+        f"{AGREED_SCORE:g}). Do not trust its results: use --device cpu, or another version of PyTorch "
+        f"(this is {torch.__version__})."
+    )
+
+
+def rows_on(model: nn.Module, device: torch.device, inputs: Tensor) -> Tensor:
+    """Returns a model's rows (b, n, 5 + nc) for images (b, 3, h, w) of values 0 to 1, computed on a device."""
+    with torch.inference_mode():
+        return copy.deepcopy(model).to(device).eval()(inputs.to(device))[0].float().cpu()
 
 
 def describe_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> Metadata:

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from models.backends import load_backend
+from models.backends import pytorch as tested
+from models.backends.pytorch import rows_on
 from models.load import load_model
 from utils.errors import UserError
 
@@ -57,3 +59,30 @@ def test_half_on_cuda_agrees_with_float32(golden_dir):
     weights = golden_dir / "yolov5n-v6-coco.pt"
     full, half = (load_backend(weights, "0", half).predict(IMAGES) for half in (False, True))
     torch.testing.assert_close(half[..., 4:].float(), full[..., 4:], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: rows, "MPS agrees with the CPU on one image: boxes within 0 px, scores within 0"),
+        (lambda rows: rows[..., :4].mul_(2), "--device mps does not agree with the CPU on one image: boxes within"),
+        (lambda rows: rows[..., 4].add_(0.02), "scores within 0.02 (agreed: 1 px, 0.01). Do not trust its results"),
+        (lambda rows: rows[0, 7, 6].fill_(torch.nan), "scores within inf (agreed"),
+    ],
+)
+def test_mps_is_compared_with_the_cpu_before_a_run(weights, monkeypatch, caplog, change, words):
+    """There is no Metal here: a function answers in its place."""
+
+    def answer(model, device, inputs):
+        rows = rows_on(model, torch.device("cpu"), inputs).clone()
+        if device.type == "mps":
+            change(rows)
+        return rows
+
+    monkeypatch.setattr(tested, "rows_on", answer)
+    monkeypatch.setattr(tested, "select_device", lambda _: torch.device("mps"))
+    monkeypatch.setattr(tested, "PyTorchBackend", lambda *_: "a backend")
+    with caplog.at_level("INFO", "yolov5"):
+        assert load_backend(weights, "mps") == "a backend"
+    assert words in caplog.text
+    assert ("WARNING" in caplog.text) == ("MPS agrees" not in words)
