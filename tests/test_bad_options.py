@@ -159,6 +159,7 @@ TEXTS = {
         ",".join("5" * 5000),
     ),
     "box_loss": texts("cious|CIoU|ciou,giou|1|ciou\0|| "),
+    "ort_web": texts("gone.tgz|no/gone.tgz|gone.tgz\0|..| "),
     "include": texts("onxn|.onnx|onnx,openvino|onnx openvino|1|onnx\0|| "),
     "host": texts(
         "host.invalid|127.0.0.1:80|http://127.0.0.1|127.0.0.1.1|127.0.0.256|::1::1|..|localhost\0|| |[::1]|203.0.113.7",
@@ -181,7 +182,7 @@ EMPTY_IS_NONE = {  # options that mean "none given" by an empty text
     *(("export", "data"), ("serve", "weights"), ("serve", "device")),
 }
 FOUND_OUT_AT_WORK = ("rubbish.jpg", "nothing.jpg", "text.jpg", "missing.txt")  # what an image or a list holds
-NEEDED = {"count": ("--track",)}  # options without which this one means nothing
+NEEDED = {"count": ("--track",), "ort_web": ("--include", "web")}  # options without which this one means nothing
 
 
 def is_taken(script: ModuleType, dest: str, text: str) -> bool:

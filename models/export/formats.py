@@ -6,6 +6,7 @@ exporter's libraries: a format's module is imported when it is exported.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -329,6 +330,9 @@ class ExportConfig:
         self._check_formats()
         if len(self.imgsz) > 2:
             raise UserError(f"--imgsz {' '.join(map(str, self.imgsz))}: give one side, or height and width.")
+        if self.ort_web is not None and not os.path.isfile(self.ort_web):
+            made = f"npm pack {ORT_WEB_TARBALL.removesuffix('.tgz').replace('web-', 'web@')}"
+            raise UserError(f"--ort-web {self.ort_web}: no such file. It is made by: {made}")
         if self.int8 and not self.data:
             raise UserError("--int8 is calibrated on training images: give their data set with --data.")
         for name, (needed, _) in DEPENDENT.items():

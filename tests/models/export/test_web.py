@@ -170,7 +170,7 @@ def test_what_the_page_cannot_do_is_refused(write_checkpoint, tarball, tmp_path,
     with pytest.raises(UserError, match="--ort-web has no effect here: it is for the formats web"):
         export.run(weights=weights, include="onnx", ort_web=str(tarball))
     with pytest.raises(UserError, match="no such file. It is made by: npm pack onnxruntime-web@1.30.0"):
-        web.read_runtime(tmp_path / "other.tgz")
+        export.run(weights=weights, include="web", ort_web=str(tmp_path / "other.tgz"))
 
 
 def test_the_runtime_is_fetched_only_where_it_is_not_there(tarball, tmp_path, monkeypatch):
