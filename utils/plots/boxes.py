@@ -542,6 +542,7 @@ _FONT_SUFFIXES = (".ttf", ".otf", ".ttc")
 _PROBE_PX, _PROBE_SIDE = 20, 64
 
 
+@functools.lru_cache(maxsize=1024)
 def text_width(text: str, size_px: int) -> int:
     """Returns the width in pixels of one line of text."""
     text = printable(text)
@@ -558,13 +559,24 @@ def draw_text(image: np.ndarray, text: str, left: int, baseline: int, size_px: i
     if path is None:
         cv2.putText(image, text, (left, baseline), color, cv2.FontFace(), size_px, WEIGHT, 0, _NO_WRAP)
         return
-    height, width = image.shape[:2]
-    mask = Image.new("L", (width, min(height, 3 * size_px)))
-    top = min(max(baseline - 2 * size_px, 0), height - mask.height)
-    ImageDraw.Draw(mask).text((left, baseline - top), text, fill=255, font=_pillow_font(path, size_px), anchor="ls")
-    alpha = np.asarray(mask, np.float32)[..., None] / 255
-    region = image[top : top + mask.height]
+    alpha, (right, down) = _rendered(text, path, size_px)
+    x, y = left + right, baseline + down
+    alpha = alpha[max(-y, 0) :, max(-x, 0) :]
+    region = image[max(y, 0) :, max(x, 0) :][: alpha.shape[0], : alpha.shape[1]]
+    alpha = alpha[: region.shape[0], : region.shape[1]]
     region[:] = np.rint(region * (1 - alpha) + np.asarray(color, np.float32) * alpha)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rendered(text: str, path: str, size_px: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Renders a line of text once: how much each pixel is covered (h, w, 1), and where that begins, from its origin.
+
+    The built-in font keeps its glyphs itself.
+    """
+    left, top, right, bottom = _pillow_font(path, size_px).getbbox(text, anchor="ls")
+    mask = Image.new("L", (max(right - left, 1), max(bottom - top, 1)))
+    ImageDraw.Draw(mask).text((-left, -top), text, fill=255, font=_pillow_font(path, size_px), anchor="ls")
+    return np.asarray(mask, np.float32)[..., None] / 255, (left, top)
 
 
 def fit_text(text: str, width_px: int, size_px: int, smallest_px: int) -> tuple[str, int]:

@@ -1,19 +1,22 @@
 """Boxes, labels, crops and mosaics by YOLOv5's names: colours, places and sizes worked out by hand."""
 
+from pathlib import Path
+
 import cv2
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from utils import plots
 from utils.boxes import Detections
 from utils.errors import UserError
 from utils.media.counting import Counts, Tally
 from utils.plots import Annotator, boxes, colors, output_to_target, plot_images, save_one_box
-from utils.plots.boxes import Annotation
+from utils.plots.boxes import Annotation, draw_text
 
 SIDE = 200
 NO_TARGETS = np.zeros((0, 6), np.float32)
@@ -285,3 +288,20 @@ def test_features_are_saved(tmp_path):
     plots.feature_visualization(maps, "models.yolo.Detect", 24, save_dir=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stage4_C3_features.npy", "stage4_C3_features.png"]
     assert np.array_equal(np.load(tmp_path / "stage4_C3_features.npy"), maps.numpy())
+
+
+def test_text_of_other_fonts_is_rendered_once_and_blended_wherever_it_stands(monkeypatch):
+    """As Pillow draws it into the whole image, beyond its edges too."""
+    path = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    monkeypatch.setattr(boxes, "_font_for", lambda text: path)
+    boxes._rendered.cache_clear()
+    ground = np.random.default_rng(0).integers(0, 256, (40, 90, 3)).astype(np.uint8)
+    for left, baseline in ((10, 30), (-12, 25), (70, 20), (5, 3), (20, 45), (200, 20)):
+        drawn, mask = ground.copy(), Image.new("L", (90, 40))
+        draw_text(drawn, "ქარგი", left, baseline, 18, (10, 200, 30))
+        ImageDraw.Draw(mask).text((left, baseline), "ქარგი", 255, ImageFont.truetype(path, 18), anchor="ls")
+        alpha = np.asarray(mask)[..., None] / 255
+        expected = np.rint(ground * (1 - alpha) + np.array((10, 200, 30)) * alpha)
+        assert np.abs(drawn - expected).max() <= 1
+        assert (drawn != ground).any() == (left < 90)
+    assert boxes._rendered.cache_info().misses == 1
