@@ -156,6 +156,18 @@ def decode_image(data: bytes, min_side_hint: int | None = None) -> np.ndarray:
     return _decode(data, header, min_side_hint)
 
 
+def check_jpeg_end(data: bytes) -> None:
+    """Looks for truncation of a JPEG's content without decoding it, which costs a thousandth.
+
+    Raises:
+        ImageError: not a JPEG, damaged or truncated, as far as that shows before its pixels are decoded.
+    """
+    header = _read_header(data)
+    if header.info.format != "jpeg":
+        raise ImageError("is not a JPEG")
+    _check_end(data, header)
+
+
 def image_size(path: str | Path) -> ImageInfo:
     """Reads an image's size and format from its header.
 

@@ -22,7 +22,7 @@ import numpy as np
 from utils.dataloaders.paths import suffix_of
 from utils.errors import UserError
 from utils.files import native_path
-from utils.images import MAX_ASPECT, VID_FORMATS, ImageError, decode_image, read_image
+from utils.images import MAX_ASPECT, VID_FORMATS, ImageError, check_jpeg_end, decode_image, read_image
 from utils.media.mp4 import frames_shown
 
 DEFAULT_FPS = 30.0  # for videos and streams that do not say
@@ -167,8 +167,11 @@ class Capture(Protocol):
     def grab(self) -> bool:
         """Waits for the next frame; False when none came."""
 
-    def retrieve(self) -> np.ndarray | None:
-        """Returns the frame grabbed last, uint8 (h, w, 3) BGR; None when it cannot be decoded."""
+    def retrieve(self) -> np.ndarray | bytes | None:
+        """Returns the frame grabbed last, uint8 (h, w, 3) BGR; None when it cannot be decoded.
+
+        It may come as it was sent, as a JPEG that is whole: who uses it decodes it (`utils.images.decode_image`).
+        """
 
     def release(self) -> None:
         """Gives the device or the connection back."""
@@ -188,12 +191,18 @@ class VideoCapture:
         is_mjpeg = video.getBackendName() == "FFMPEG" and codec == b"MJPG"  # only there can it be had undecoded
         self._as_sent = is_mjpeg and video.set(cv2.CAP_PROP_FORMAT, _RAW_PACKETS)
 
-    def retrieve(self) -> np.ndarray | None:
-        """Returns the frame grabbed last, uint8 (h, w, 3) BGR; None when it is damaged or was cut."""
+    def retrieve(self) -> np.ndarray | bytes | None:
+        """Returns the frame grabbed last, uint8 (h, w, 3) BGR, or a camera's JPEG; None when it was cut or is damaged.
+
+        Most of a camera's frames give way to newer ones before anybody has time for them: they are not decoded.
+        """
         decoded, image = self._video.retrieve()
         if decoded and self._as_sent:
             try:
-                return decode_image(image.tobytes())
+                if self.is_recording:  # all of its frames are used
+                    return decode_image(image.tobytes())
+                check_jpeg_end(data := image.tobytes())
+                return data
             except ImageError:
                 return None
         return image if decoded else None

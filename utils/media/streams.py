@@ -1,10 +1,10 @@
 """Live inputs: cameras, network streams and the screen, each read without end by a thread of its own.
 
-What is live keeps its newest frame alone, so that detection never falls behind; a recording that is served as a stream
-waits instead, and loses none. A frame is handed out once, as it came: nothing stands in for one that is missing. An
-input that falls silent is opened again and again, ever more seldom, for `Patience.give_up_s`; one that ends before its
-time says so in a last frame, which has no image. Not here: where a frame comes from (`utils.media.capture`), which
-inputs there are (`utils.media.sources`).
+What is live keeps its newest frame alone, so that detection never falls behind, and a camera's JPEG is decoded when it
+is taken; a recording that is served as a stream waits instead, and loses none. A frame is handed out once, as it came:
+nothing stands in for one that is missing. An input that falls silent is opened again and again, ever more seldom, for
+`Patience.give_up_s`; one that ends before its time says so in a last frame, which has no image. Not here: where a frame
+comes from (`utils.media.capture`), which inputs there are (`utils.media.sources`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from utils.errors import UserError
+from utils.images import ImageError, decode_image
 from utils.log import LOGGER
 from utils.media.capture import READ_TIMEOUT_S, Capture, Frame
 
@@ -48,7 +49,7 @@ class LiveInput:
 class Tally:
     """What became of an input's frames since detection began; `received` = `used` + `dropped` + the one that waits."""
 
-    received: int = 0  # decoded whole; of every vid_stride-th frame
+    received: int = 0  # whole; of every vid_stride-th frame
     used: int = 0  # handed out
     dropped: int = 0  # a newer one came before they were handed out, or the end of the run
     late: int = 0  # of those used: longer than Patience.late_s in waiting
@@ -123,7 +124,25 @@ class LiveSource:
             frames = [frame for frame in taken if frame is not None]
             if not frames:
                 return
-            yield frames
+            if whole := [frame for frame in frames if self._decode(frame)]:
+                yield whole
+
+    def _decode(self, frame: Frame) -> bool:
+        """Decodes a frame that came as a JPEG; returns False where that turns out to be damaged within."""
+        if not isinstance(frame.image, bytes):
+            return True
+        try:
+            frame.image = decode_image(frame.image)
+            return True
+        except ImageError:
+            tally = self._readers[frame.file_number - 1].tally
+            with self._changed:
+                tally.received, tally.used, tally.undecodable = (
+                    tally.received - 1,
+                    tally.used - 1,
+                    tally.undecodable + 1,
+                )
+            return False
 
     @property
     def tallies(self) -> list[Tally]:
@@ -177,7 +196,7 @@ class _Reader(threading.Thread):
         self._frame_count, self._is_recording = 0, False  # as `Capture` says
         self._lost_s: float | None = None  # since when nothing comes any more
 
-        self.image: np.ndarray | None = None  # (h, w, 3), waits to be handed out
+        self.image: np.ndarray | bytes | None = None  # (h, w, 3) or a JPEG, waits to be handed out
         self.time_s = self.fps = 0.0  # as `Frame` says
         self.tally = Tally()
         self.opened = self.ended = False
@@ -288,8 +307,8 @@ class _Reader(threading.Thread):
                 return damaged
         return None
 
-    def _deliver(self, image: np.ndarray, fps: float, time_s: float) -> None:
-        """Puts a frame (h, w, 3) in the place of the one that waits; a recording waits until the place is free."""
+    def _deliver(self, image: np.ndarray | bytes, fps: float, time_s: float) -> None:
+        """Puts a frame in the place of the one that waits; a recording waits until the place is free."""
         with self._changed:
             while self._is_recording and self.image is not None and not self._stopped.is_set():
                 self._changed.wait()

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from utils.errors import UserError
+from utils.images import ImageError
+from utils.media import streams
 from utils.media.capture import open_address, stream_fps
 from utils.media.streams import LiveInput, LiveSource, Patience
 
@@ -132,6 +134,36 @@ def test_only_the_newest_frame_is_kept_and_the_others_are_counted(opened):
     assert tally.used == 2
     assert tally.dropped >= 4
     assert list(frames) == []
+
+
+def test_jpegs_are_decoded_when_they_are_taken_and_one_that_is_damaged_within_is_left_out(opened, monkeypatch):
+    class Camera(Script):
+        def retrieve(self):
+            return bytes([self.current])
+
+    def decode(data):
+        decoded.append(data[0])
+        if data[0] == 9:
+            raise ImageError("damaged")
+        return np.full((4, 4, 3), data[0], np.uint8)
+
+    decoded = []
+    monkeypatch.setattr(streams, "decode_image", decode)
+    camera = Camera([*range(5), PAUSE, 9, PAUSE, *range(20, 25), PAUSE])
+    source = opened(camera, Script([200], [], []))
+    wait_until(lambda: source.tallies[0].received == 5)
+    frames = source.read()
+    assert sorted(int(frame.image[0, 0, 0]) for frame in next(frames)) == [4, 200]
+    camera.more.set()
+    camera.more = threading.Event()
+    wait_until(lambda: source.tallies[0].received == 2)
+    camera.more.set()
+    camera.more = threading.Event()
+    assert [int(frame.image[0, 0, 0]) for frame in next(frames) if frame.path == "in0"] == [24]
+    tally = source.tallies[0]
+    assert decoded == [4, 9, 24] and (tally.used, tally.undecodable) == (2, 1)
+    assert tally.received == tally.used + tally.dropped
+    camera.more.set()
 
 
 def test_frames_that_pass_before_detection_begins_are_not_counted(opened):
