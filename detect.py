@@ -35,7 +35,7 @@ SEGMENT_HELP = "write videos in pieces of so many minutes (default: 5 for live i
 TIMEOUT_HELP = "give a live input up, with status 1, that sends nothing for so long (default: 300; 0: never)"
 # options that say what is written or shown, and mean nothing where results are handed to a caller
 WRITING = frozenset(
-    "view_img save_txt save_conf save_crop save_csv nosave segment visualize update project name exist_ok "
+    "view_img save_txt save_conf save_crop save_csv nosave save_scale segment visualize update project name exist_ok "
     "line_thickness hide_labels hide_conf".split()
 )
 
@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-crop", action="store_true", help="write cropped detections to crops/<class>/")
     add("--save-csv", action="store_true", help="write predictions.csv")
     add("--nosave", action="store_true", help="write no annotated images and videos")
+    add("--save-scale", action="store_true", help="draw and write annotated images at the model's scale: faster")
     add("--segment", type=number(float, 0.01, 1440), metavar="MINUTES", help=SEGMENT_HELP)
     add("--classes", nargs="+", type=number(int, 0), default=None, help="keep these class numbers only")
     add("--agnostic-nms", action="store_true", help="class-agnostic NMS")
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--line-thickness", type=number(int, 1, 1000), default=3, help="line width of the boxes in pixels")
     add("--hide-labels", action="store_true", help="draw no class names")
     add("--hide-conf", action="store_true", help="draw no confidences")
+    add("--batch-size", type=number(int, 1, 1024), default=1, help="detect in so many images of files at a time")
     add("--half", action="store_true", help="half precision (float16) where the device can")
     add("--dnn", action="store_true", help="run an ONNX file in OpenCV")
     add("--stream-timeout", type=number(float, 0), default=300.0, metavar="SECONDS", help=TIMEOUT_HELP)
@@ -147,7 +149,8 @@ def write_all(pipeline: Pipeline, folder: Path, config: DetectConfig, window: Wi
     from utils.media.writers import OutputOptions, ResultWriter
     from utils.process import Background
 
-    writer = ResultWriter(folder, pipeline.source.inputs, pipeline.names, OutputOptions.from_options(config))
+    inputs, options = pipeline.source.inputs, OutputOptions.from_options(config)
+    writer = ResultWriter(folder, inputs, pipeline.names, options, pipeline.shape_hw)
     feature_sink = writer.write_features if config.visualize else None
     try:
         with writer, Background(writer.write) as sink, closing(window) if window else nullcontext():

@@ -28,12 +28,20 @@ _POLL_S = 0.1  # how often a full queue looks whether anybody is still reading
 class ReadAhead(Generic[Item]):
     """Iterates over `source` in a thread of its own, at most `depth` items ahead of the reader.
 
-    Use in a `with` block; leaving it stops the thread and closes `source` if that is a generator.
+    Use in a `with` block; leaving it stops the thread and closes `source` if that is a generator. With `size_of`, which
+    says how many bytes an item takes, those that wait take at most `max_bytes`, or are a single one.
     """
 
-    def __init__(self, source: Iterable[Item], depth: int = 4) -> None:
-        self._source = source
+    def __init__(
+        self,
+        source: Iterable[Item],
+        depth: int = 4,
+        size_of: Callable[[Item], int] = lambda _: 0,
+        max_bytes: float = math.inf,
+    ) -> None:
+        self._source, self._size_of, self._max_bytes = source, size_of, max_bytes
         self._queue: queue.Queue[Any] = queue.Queue(depth)
+        self._waiting_bytes, self._taken = 0, threading.Condition()
         self._stopped = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._read, name="read-ahead", daemon=True)
@@ -50,6 +58,9 @@ class ReadAhead(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         """Yields the source's items in order, then raises what the source raised, if it did."""
         while (item := self._queue.get()) is not _END:
+            with self._taken:
+                self._waiting_bytes -= self._size_of(item)
+                self._taken.notify()
             yield item
         if self._error is not None:
             raise self._error
@@ -58,6 +69,13 @@ class ReadAhead(Generic[Item]):
         iterator = iter(self._source)
         try:
             for item in iterator:
+                size = self._size_of(item)
+                with self._taken:
+                    while self._waiting_bytes and self._waiting_bytes + size > self._max_bytes:
+                        if self._stopped.is_set():
+                            return
+                        self._taken.wait(_POLL_S)
+                    self._waiting_bytes += size
                 if not self._put(item):
                     break
         except BaseException as error:  # carried to the reader, whatever it is

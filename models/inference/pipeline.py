@@ -1,7 +1,8 @@
 """Detection as one stream: frames of a source in, results out, with tracking and counting on the way.
 
 detect.py writes these results to files, `detect.run(..., stream=True)` hands them to its caller. Files are read and
-letterboxed ahead in a thread of their own; of live inputs always the newest frame is taken. Not here: options, writing.
+letterboxed ahead in a thread of their own, several at a time on request; of live inputs always the newest frame is
+taken. Not here: options, writing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models.backends import load_backend, runtime_of
-from models.inference.predictor import Predictor, Window, class_summary
+from models.inference.predictor import MAX_BATCH, Predictor, Window, class_summary
 from utils.boxes import Detections
 from utils.cli import find_weights
 from utils.dataloaders.config import load_spec
@@ -30,7 +31,7 @@ from utils.process import ReadAhead
 from utils.tiles import Tiling
 
 AHEAD = 4  # frames that are read before their turn
-AHEAD_IN_TILES = 1  # a large image's windows are many
+AHEAD_BYTES = 256 << 20  # of frames and of what the model is to see of them; a large image's tiles are many
 
 FeatureSink = Callable[[Frame, int, str, np.ndarray], None]  # frame, layer's row, its block, maps (1, c, h, w)
 
@@ -73,6 +74,8 @@ class DetectConfig:
     dnn: bool
     stream_timeout: float
     vid_stride: int
+    batch_size: int
+    save_scale: bool
 
 
 class Result(NamedTuple):
@@ -147,7 +150,7 @@ class Pipeline:
         names: dict[int, str],
         trackers: Trackers | None = None,
         counter: Counter | None = None,
-        ahead: int = AHEAD,
+        batch_size: int = 1,
     ) -> None:
         """Takes the parts, of which tracking and counting may be left out.
 
@@ -157,12 +160,17 @@ class Pipeline:
             names: class names {number: name}.
             trackers: give objects their numbers.
             counter: needs them.
-            ahead: how many frames of files to read before their turn.
+            batch_size: how many frames of files to detect in at a time.
         """
         self.source, self.names, self.counter = source, names, counter
         self.damaged: list[str] = []
         self.ended: list[str] = []
-        self._predictor, self._trackers, self._ahead = predictor, trackers, ahead
+        self._predictor, self._trackers, self._batch_size = predictor, trackers, batch_size
+
+    @property
+    def shape_hw(self) -> tuple[int, int]:
+        """Height and width that images, or their tiles, are fitted into, px."""
+        return tuple(self._predictor.shape)
 
     def __iter__(self) -> Iterator[Result]:
         """Yields the results; see `results`."""
@@ -175,7 +183,10 @@ class Pipeline:
             feature_sink: called with each layer's maps.
         """
         ready = self._prepare()  # of live inputs when their turn has come, of files ahead
-        ready = nullcontext(ready) if self.source.live else ReadAhead(ready, self._ahead)
+        if not self.source.live:
+            ready = ReadAhead(ready, max(AHEAD // self._batch_size, 1), _size_of, AHEAD_BYTES)
+        else:
+            ready = nullcontext(ready)
         with closing(self.source), ready as prepared:
             for frames, images in prepared:
                 yield from self._detect(frames, images, feature_sink)
@@ -187,8 +198,16 @@ class Pipeline:
 
     def _prepare(self) -> Iterator[tuple[list[Frame], list[list[Window]]]]:
         """Yields the source's frames as they come, and what the model is to see of those that have an image."""
+        batch: list[Frame] = []
+        images: list[list[Window]] = []
         for frames in self.source.read():
-            yield frames, [self._predictor.prepare(frame.image) for frame in frames if frame.image is not None]
+            batch += frames
+            images += [self._predictor.prepare(frame.image) for frame in frames if frame.image is not None]
+            if self.source.live or len(batch) >= self._batch_size:
+                yield batch, images
+                batch, images = [], []
+        if batch:
+            yield batch, images
 
     def _detect(
         self, frames: list[Frame], images: list[list[Window]], feature_sink: FeatureSink | None
@@ -218,6 +237,13 @@ class Pipeline:
             yield Result(frame, detections, self.names, counts, input_hw, self._predictor.last_s["inference"])
 
 
+def _size_of(ready: tuple[list[Frame], list[list[Window]]]) -> int:
+    """Returns how many bytes frames and what was prepared of them take."""
+    frames, images = ready
+    taken = [frame.image.nbytes for frame in frames if frame.image is not None]
+    return sum(taken) + sum(window.inputs.nbytes for image in images for window in image)
+
+
 def open_pipeline(config: DetectConfig) -> Pipeline:
     """Opens what detect.py's options name: first the source, whose mistakes are told before a model is loaded.
 
@@ -229,12 +255,18 @@ def open_pipeline(config: DetectConfig) -> Pipeline:
     inference_hw(config.imgsz, 1)  # refused, if at all, before a source is opened
     if config.count and not config.track:
         raise UserError("--count counts tracks: add --track.")
+    if config.save_scale and config.tile:
+        raise UserError("--save-scale draws at the size that the model sees of a whole image: leave --tile out.")
     if config.visualize and config.tile:
         raise UserError("--visualize shows the maps of whole images: leave --tile out.")
     if config.visualize and config.augment:
         raise UserError("--visualize shows the maps of one look at an image: leave --augment out.")
     source = open_source(config.source, config.vid_stride, config.stream_timeout)
     try:
+        if config.batch_size > 1 and source.live:
+            raise UserError(
+                f"--batch-size {config.batch_size} is for files: a live input's frames are used as they come."
+            )
         counter = Counter.parse(config.count) if config.count else None
         if config.track:
             require_video(source.inputs, source.live)
@@ -244,7 +276,7 @@ def open_pipeline(config: DetectConfig) -> Pipeline:
     except BaseException:
         source.close()
         raise
-    return Pipeline(source, predictor, names, trackers, counter, AHEAD_IN_TILES if config.tile else AHEAD)
+    return Pipeline(source, predictor, names, trackers, counter, config.batch_size)
 
 
 def _open_predictor(config: DetectConfig) -> tuple[Predictor, dict[int, str]]:
@@ -268,7 +300,8 @@ def _open_predictor(config: DetectConfig) -> tuple[Predictor, dict[int, str]]:
     shape_hw = inference_hw(config.imgsz, backend.stride, only_hw)
     backend.warm_up(*shape_hw)
     tiling = Tiling(config.tile, config.tile_overlap) if config.tile else None
-    return Predictor(backend, nms, shape_hw, tiling=tiling, augment=config.augment), names
+    at_once = max(config.batch_size, MAX_BATCH)
+    return Predictor(backend, nms, shape_hw, tiling=tiling, augment=config.augment, max_batch=at_once), names
 
 
 def _names_of(data: str, model_names: dict[int, str]) -> dict[int, str]:

@@ -33,6 +33,26 @@ def test_items_arrive_in_order_and_at_most_so_many_are_read_ahead():
         assert list(iterator) == list(range(1, 20))
 
 
+def test_what_is_read_ahead_is_bounded_by_its_bytes_and_large_items_pass_alone():
+    read = []
+
+    def source():
+        for size in (6, 6, 6, 100, 1):
+            read.append(size)
+            yield size
+
+    with ReadAhead(source(), depth=10, size_of=int, max_bytes=12) as reader:
+        time.sleep(0.1)
+        assert read == [6, 6, 6]  # two wait, the third for its place
+        iterator = iter(reader)
+        assert next(iterator) == 6
+        time.sleep(0.1)
+        assert read == [6, 6, 6, 100]
+        assert list(iterator) == [6, 6, 100, 1]
+    with ReadAhead(iter([9, 9]), size_of=int, max_bytes=12):
+        time.sleep(0.05)  # leaving it ends the thread that waits
+
+
 def test_error_of_the_source_is_raised_after_what_came_before_it():
     def source():
         yield 1

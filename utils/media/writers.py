@@ -20,7 +20,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,6 +56,7 @@ class OutputOptions:
     """Which results are written, and how images look; the fields are detect.py's options."""
 
     nosave: bool = False  # no annotated images and videos
+    save_scale: bool = False  # they are shrunk to the model's scale before anything is drawn
     save_txt: bool = False
     save_conf: bool = False  # confidences in the label files
     save_crop: bool = False
@@ -191,10 +192,25 @@ class ResultWriter:
     Calls of `write` come from one thread at a time, the frames of a video in order; those of live inputs may alternate.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[str], names: Mapping[int, str], options: OutputOptions) -> None:
-        """Prepares writing below `folder`, which exists, the results for the inputs `paths`."""
+    def __init__(
+        self,
+        folder: Path,
+        paths: Sequence[str],
+        names: Mapping[int, str],
+        options: OutputOptions,
+        model_hw: Sequence[int] = (math.inf, math.inf),
+    ) -> None:
+        """Prepares writing.
+
+        Args:
+            folder: exists.
+            paths: the inputs.
+            names: class names {number: name}.
+            options: what to write.
+            model_hw: height and width that the model has images fitted into, for `save_scale`.
+        """
         self.failed: dict[str, str] = {}  # inputs of which not everything could be written, and why
-        self._folder, self._names, self._options = folder, names, options
+        self._folder, self._names, self._options, self._model_hw = folder, names, options, model_hw
         self._stems = OutputStems(paths)
         self._taken = {stem.casefold() for stem in self._stems.values()}
         self._crop_folders = folder_names(names)
@@ -287,6 +303,14 @@ class ResultWriter:
         return self._draw(frame.image.copy(), detections, counts)
 
     def _draw(self, image: np.ndarray, detections: Detections, counts: Counts | None) -> np.ndarray:
+        height, width = image.shape[:2]
+        scale = min(self._model_hw[0] / height, self._model_hw[1] / width)
+        if self._options.save_scale and scale < 1:
+            wh = max(round(width * scale), 1), max(round(height * scale), 1)
+            image = cv2.resize(image, wh, interpolation=cv2.INTER_AREA)
+            ratio = np.divide(wh, (width, height), dtype=np.float32)
+            detections = replace(detections, boxes_xyxy=detections.boxes_xyxy * np.tile(ratio, 2))
+            counts = counts and counts._replace(points_xy=tuple(map(tuple, counts.points_xy * ratio)))
         look = (self._options.line_thickness, self._options.hide_labels, self._options.hide_conf)
         return draw_detections(image, detections, self._names, *look, counts)
 

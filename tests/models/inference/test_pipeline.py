@@ -18,6 +18,7 @@ from models.inference.predictor import Window
 from utils import process as background
 from utils.boxes import Detections
 from utils.cli import options_from
+from utils.errors import UserError
 from utils.media.counting import Counts, Tally
 from utils.media.sources import Frame
 from utils.nms import NMSConfig
@@ -47,6 +48,64 @@ class Film(list):
 
     inputs, live = ["/in/a.mp4"], False
     read, close, report = list.__iter__, list.clear, list.copy
+
+
+def run_batches(source_frames, batch_size, shapes):
+    """Detects in frames, so many at a time; notes the shapes that the model saw."""
+
+    class Seen(Played):
+        def run(self, inputs):
+            shapes.append(inputs.shape)
+            mean = inputs.mean((1, 2, 3))
+            return np.array([[[20, 30, 12, 20, 0.9, 1 - level, level]] for level in mean], np.float32)
+
+    backend = Seen([])
+    backend.batch = None  # as many as come
+    predictor = pipeline.Predictor(backend, NMSConfig(), (SIDE, SIDE))
+    return list(
+        pipeline.Pipeline(Film([frame] for frame in source_frames), predictor, {0: "a", 1: "b"}, None, None, batch_size)
+    )
+
+
+def test_batches_of_files_give_the_results_of_single_images_in_order():
+    grey = [np.full((SIDE, SIDE, 3), level, np.uint8) for level in (0, 255, 60, 200, 10)]
+    frames = [Frame(f"/in/{number}.png", number, 6, image) for number, image in enumerate(grey, start=1)]
+    frames.insert(2, Frame("/in/damaged.png", 6, 6, error="is damaged"))
+    one, four = [], []
+    singles, batches = run_batches(frames, 1, one), run_batches(frames, 4, four)
+    assert (
+        [result.path for result in singles]
+        == [result.path for result in batches]
+        == [f"/in/{n}.png" for n in range(1, 6)]
+    )
+    assert (
+        [int(result.classes[0]) for result in batches]
+        == [int(result.classes[0]) for result in singles]
+        == [0, 1, 0, 1, 0]
+    )
+    assert [shape[0] for shape in one] == [1] * 5 and [shape[0] for shape in four] == [3, 2]
+
+
+def test_frames_wait_by_their_bytes():
+    image = np.zeros((10, 20, 3), np.uint8)
+    window = Window(np.zeros((3, 8, 8), np.uint8), (0, 0, 20, 10), ((1, 1), (0, 0)))
+    ready = [Frame("a.png", 1, 2, image), Frame("b.png", 2, 2, error="damaged")], [[window, window]]
+    assert pipeline._size_of(ready) == 600 + 2 * 192
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save_scale": True, "tile": 64}, "--save-scale draws at the size .* leave --tile out"),
+        ({"batch_size": 2}, "--batch-size 2 is for files"),
+    ],
+)
+def test_options_that_do_not_suit_a_source_are_refused(options, message, monkeypatch):
+    film = Film()
+    monkeypatch.setattr(film, "live", True, raising=False)
+    monkeypatch.setattr(pipeline, "open_source", lambda *_: film)
+    with pytest.raises(UserError, match=message):
+        pipeline.open_pipeline(options_from(detect.build_parser(), {"weights": "a.onnx", "source": "0", **options}))
 
 
 @pytest.fixture
@@ -158,7 +217,7 @@ def test_window_shows_the_image_that_is_saved_however_fast_it_is_drawn_into(monk
     counts = Counts(((0.0, 20.0), (64.0, 20.0)), (Tally(0, 2, 1),))
     found = Detections.from_rows(np.array([[5, 5, 30, 30, 0.9, 0]]))
     result = pipeline.Result(frame, found, {0: "cat"}, counts, (64, 64), 0.0)
-    stub = SimpleNamespace(names={0: "cat"}, results=lambda _sink: [result], summary=list)
+    stub = SimpleNamespace(names={0: "cat"}, results=lambda _sink: [result], summary=list, shape_hw=(64, 64))
     stub.source = SimpleNamespace(inputs=["/in/a.png"])
     shown = []
     window = SimpleNamespace(show=lambda _title, image: shown.append(image) is None, close=lambda: None)

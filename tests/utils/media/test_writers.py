@@ -19,6 +19,7 @@ from utils.media import writers
 from utils.media.counting import Counts, Tally
 from utils.media.sources import Frame, read_frames
 from utils.media.writers import OutputOptions, OutputStems, ResultWriter, folder_names
+from utils.plots.boxes import draw_detections
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = {0: "cat", 1: "a/b"}
@@ -480,3 +481,18 @@ def test_image_to_show_is_the_one_that_is_saved_and_leaves_the_frame_alone(tmp_p
         assert (one.image == 60).all()
         writer.write(one, TRACKED, counts)
     np.testing.assert_array_equal(cv2.imread(str(tmp_path / "photo.png")), shown)
+
+
+def test_at_the_models_scale_images_are_shrunk_and_then_drawn_on_and_labels_stay_as_they_are(tmp_path):
+    counts = Counts(LINE, (Tally(0, 1, 2),))
+    options = OutputOptions(save_scale=True, save_txt=True)
+    with ResultWriter(tmp_path, ["/in/large.png", "/in/small.png"], NAMES, options, (50, 80)) as writer:
+        writer.write(frame("/in/large.png"), FOUND[:1], counts)
+        writer.write(replace(frame("/in/small.png"), image=np.full((20, 30, 3), 60, np.uint8)), NOTHING)
+    assert (tmp_path / "labels/large.txt").read_text() == "0 0.3 0.4 0.4 0.4\n"
+    large, small = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("large", "small"))
+    expected = cv2.resize(frame().image, (50, 50))
+    half = replace(FOUND[:1], boxes_xyxy=FOUND.boxes_xyxy[:1] / 2)
+    draw_detections(expected, half, NAMES, None, counts=counts._replace(points_xy=((0.0, 25.0), (50.0, 25.0))))
+    assert np.array_equal(large, expected)
+    assert small.shape == (20, 30, 3)
