@@ -160,7 +160,6 @@ TEXTS = {
     ),
     "box_loss": texts("cious|CIoU|ciou,giou|1|ciou\0|| "),
     "ort_web": texts("gone.tgz|no/gone.tgz|gone.tgz\0|..| "),
-    "ort_web": texts("gone.tgz|no/gone.tgz|gone.tgz\0|..| "),
     "include": texts("onxn|.onnx|onnx,openvino|onnx openvino|1|onnx\0|| "),
     "host": texts(
         "host.invalid|127.0.0.1:80|http://127.0.0.1|127.0.0.1.1|127.0.0.256|::1::1|..|localhost\0|| |[::1]|203.0.113.7",
