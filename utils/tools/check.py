@@ -96,6 +96,10 @@ class Contents(NamedTuple):
         """Returns a file's path for people: relative to the data set's folder if it lies in it."""
         return os.path.relpath(path, self.spec.root) if Path(path).is_relative_to(self.spec.root) else path
 
+    def image_name(self, image: int) -> str:
+        """Returns an image's path for people."""
+        return self.name(self.images[image].path)
+
     def rows(self, split: str) -> np.ndarray:
         """Returns the labels of a split, int64."""
         return gather_runs(self.table.offsets, self.members[split])[0]
@@ -324,7 +328,7 @@ def find_damage(contents: Contents) -> Iterator[Finding]:
         LOOK,
         "images of one colour",
         "They show nothing: remove them, or their labels.",
-        [Example(contents.name(contents.images[image].path), (image,)) for image in blank],
+        [Example(contents.image_name(image), (image,)) for image in blank],
     )
     problems = [
         (image, problem) for image, one in enumerate(contents.images) if one.labels for problem in one.labels.problems
@@ -396,7 +400,7 @@ def find_leaks(contents: Contents, copies: Copies) -> Iterator[Finding]:
             "Such as frames of a video: they teach less than their number says. Keep each group in one split.",
             [
                 Example(
-                    f"{len(group)} alike: {', '.join(contents.name(contents.images[one].path) for one in group[:3])}"
+                    f"{len(group)} alike: {', '.join(contents.image_name(one) for one in group[:3])}"
                     + " ..." * (len(group) > 3),
                     tuple(group[:3]),
                 )
@@ -417,7 +421,7 @@ def find_files(contents: Contents, strays: Sequence[str]) -> Iterator[Finding]:
             LOOK,
             f"images of {split} without a label file",
             "They are trained on as background. If they are, give them empty label files, which says so.",
-            [Example(contents.name(images[image].path), (image,)) for image in unlabelled],
+            [Example(contents.image_name(image), (image,)) for image in unlabelled],
         )
     lines = [Example(contents.name(path)) for path in strays]
     yield Finding(LOOK, "label files without an image", "Add the images, or remove the labels.", lines)
@@ -438,7 +442,7 @@ def find_files(contents: Contents, strays: Sequence[str]) -> Iterator[Finding]:
             NOTE,
             f"background images of {split} (empty label files)",
             f"{len(empty) / max(len(members), 1):.1%} of the split.",
-            [Example(contents.name(images[image].path), (image,)) for image in empty],
+            [Example(contents.image_name(image), (image,)) for image in empty],
         )
 
 
@@ -553,10 +557,7 @@ def find_make_up(contents: Contents, imgsz: int, anchors_px: np.ndarray | None, 
         NOTE,
         "images that their EXIF data turn",
         "They are read upright; labels must have been drawn on the upright image.",
-        [
-            Example(f"{contents.name(contents.images[image].path)}: {contents.images[image].orientation}", (image,))
-            for image in turned
-        ],
+        [Example(f"{contents.image_name(image)}: {contents.images[image].orientation}", (image,)) for image in turned],
     )
     sizes = Counter(one.size_wh for one in contents.images).most_common()
     yield Finding(
@@ -599,8 +600,8 @@ def _label_example(contents: Contents, row: int, text: str, other: int | None = 
 
 def _pair_example(contents: Contents, one: int, other: int, sign: str, more: str = "") -> Example:
     if one == other:
-        return Example(f"{contents.name(contents.images[one].path)} is in both", (int(one),))
-    first, second = (contents.name(contents.images[image].path) for image in (one, other))
+        return Example(f"{contents.image_name(one)} is in both", (int(one),))
+    first, second = (contents.image_name(image) for image in (one, other))
     if sign == "=" and not np.array_equal(contents.table.labels(one), contents.table.labels(other)):
         more = "with other labels"
     return Example(f"{first} {sign} {second}" + (f" ({more})" if more else ""), (int(one), int(other)))
@@ -790,9 +791,7 @@ def page(
     generator = np.random.Generator(np.random.Philox(0))
     train = contents.members["train"]
     samples = generator.permutation(train)[:SAMPLES]
-    figures = "".join(
-        _figure(contents, Example(contents.name(contents.images[image].path), (int(image),))) for image in samples
-    )
+    figures = "".join(_figure(contents, Example(contents.image_name(image), (int(image),))) for image in samples)
     verdict = ", ".join(
         f'<b class="{level}">{count}</b> {HEADINGS[level].lower()}' if count else f"nothing {HEADINGS[level].lower()}"
         for level in (MEND, LOOK)
