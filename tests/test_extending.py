@@ -50,11 +50,10 @@ missing = transfer(Model("yolov5n-c3se.yaml", nc=4), weights).missing_keys
 json.dump([rows[0].tolist(), terms.tolist(), missing], open("check.json", "w"))
 """
 SMALL = {
-    "train.py": "--img 64 --epochs 1 --batch-size 24 --recipe yolov5 --noplots",
-    "val.py": "--img 64 --batch-size 8",
+    "train.py": "--img 64 --epochs 1 --batch-size 24 --recipe yolov5 --noplots --device cpu --workers 0",
+    "val.py": "--img 64 --batch-size 8 --device cpu --workers 0",
     "export.py": "--img 64",
 }
-SMALL |= {script: f"{options} --device cpu --workers 0" for script, options in SMALL.items() if script != "export.py"}
 
 
 def paste(block: str, tree: Path) -> None:
