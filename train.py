@@ -36,6 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--weights", default="", help="checkpoint to start from; none trains from scratch")
     add("--cfg", default="", help="model YAML, such as yolov5s-slimneck.yaml; default: the checkpoint's own")
+    act_help = "activation of the blocks: relu, hardswish, 'nn.LeakyReLU(0.1)' ...; default: --cfg's, else --weights'"
+    add("--act", help=f"{act_help}, else silu")
     add("--no-inherit", action="store_true", help="fit nothing to --weights: take over only what is the same in --cfg")
     add("--teacher", default="", help="checkpoint of this size whose maps are learned, with the hyperparameter distill")
     add("--data", default=str(ROOT / "data" / "shapes.yaml"), help="data set YAML")
@@ -269,14 +271,33 @@ def _load_teacher(model: Any, config: TrainConfig, checkpoint: dict[str, Any] | 
 
 
 def _new_model(weights: Any, names: dict[int, str], hyp: Any, config: TrainConfig) -> Any:
-    """Builds `--cfg`, or what `models.load.Weights` are of, with initial weights."""
+    """Builds `--cfg`, or what `models.load.Weights` are of, with initial weights and the activation of `--act`."""
+    from models.common import activation_key
     from models.load import build_for_training
 
     cfg, source = (config.cfg, "") if config.cfg else (weights.yaml, weights.path)
+    learned, activation = weights.yaml.get("activation") if weights else None, None
+    if config.act is not None:
+        try:
+            activation = activation_key(config.act)
+        except ValueError as error:
+            raise UserError(f"--act {error}") from error
+    elif config.cfg and learned and not _read_cfg(cfg).get("activation"):
+        activation = learned
+        LOGGER.info(f"{cfg} says no activation: it is that of {config.weights}, {learned} (--act says another)")
+    if activation is not None:
+        cfg, source = {**(cfg if source else _read_cfg(cfg)), "activation": activation}, source or cfg
     model = build_for_training(cfg, names, config.seed, hyp.anchors, source)
     if config.noautoanchor and isinstance(model.yaml.get("anchors"), int):
         raise UserError("--noautoanchor: this model's YAML has no anchors of its own (`anchors: 3`). Leave it out.")
     return model
+
+
+def _read_cfg(cfg: str) -> dict[str, Any]:
+    """Reads the model YAML that `--cfg` names."""
+    from models.config import read_config
+
+    return read_config(find_file(cfg, (".yaml", ".yml"), "--cfg"))[0]
 
 
 def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainConfig) -> None:
@@ -296,7 +317,8 @@ def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainCon
         device = next(model.parameters()).device
         teacher = model_from(weights).for_inference().to(device, memory_format=torch.channels_last)
         try:
-            student = transplant.make_student(teacher, config.cfg, config.seed)
+            cfg = {**_read_cfg(config.cfg), "activation": model.yaml.get("activation")}
+            student = transplant.make_student(teacher, cfg, config.seed)
             if len(table) < transplant.MIN_IMAGES:
                 raise UserError(
                     f"{len(table)} training images are too few, at least {transplant.MIN_IMAGES} are needed."

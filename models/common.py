@@ -95,6 +95,19 @@ def parse_activation(text: str) -> nn.Module:
         raise ValueError(f"{problem}. {error}".rstrip()) from error
 
 
+def activation_key(text: str) -> str:
+    """Returns what a model YAML's `activation` says for an activation named in any case: `relu` gives `nn.ReLU()`.
+
+    Raises:
+        ValueError: no such activation, or arguments that it does not take.
+    """
+    name, bracket, arguments = text.strip().removeprefix("torch.").removeprefix("nn.").partition("(")
+    name = {known.lower(): known for known in nn.modules.activation.__all__}.get(name.lower(), name)
+    key = f"nn.{name}({arguments if bracket else ')'}"
+    parse_activation(key)
+    return key
+
+
 def set_activation(module: nn.Module, activation: str | Mapping[str, str]) -> None:
     """Gives every block in `module` that was built with act=True an activation of its own, as the YAML key says.
 

@@ -23,15 +23,16 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import C3, C3GS, SPPF, Conv, DWConv, GSBottleneck, GSConv, VoVGSCSP, VoVGSCSPC
+from models.config import read_config
 from models.heads import Detect, DetectAF, Head
 from models.inference.evaluation import make_loader, module_predictor
 from models.load import load_model, read_weights
@@ -548,12 +549,17 @@ def inherit(
     return fits
 
 
-def make_student(teacher: Model, cfg: str | Path, seed: int) -> Model:
+def make_student(teacher: Model, cfg: str | Path | Mapping[str, Any], seed: int) -> Model:
     """Builds a slim model of the teacher's classes, on its device, in evaluation mode.
+
+    Its activation is the teacher's unless the YAML says one.
 
     Raises:
         UserError: the two are no twins (`check_rows`), or the YAML is unsound.
     """
+    if teacher.yaml.get("activation") is not None:
+        content, _ = read_config(cfg)
+        cfg = content if content.get("activation") else {**content, "activation": teacher.yaml["activation"]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = Model(cfg, nc=teacher.nc)
@@ -592,6 +598,12 @@ def run_row(model: Model, row: int, maps: dict[int, Tensor]) -> Tensor:
     return model.model[row](read if isinstance(model.model[row].f, list) else read[0])
 
 
+def activations(model: Model) -> set[str]:
+    """Returns the activations of the blocks that leave theirs to the model."""
+    acts = {str(block.act) for block in model.modules() if getattr(block, "default_act", False)}
+    return {text.replace("inplace=True", "").replace(", )", ")") for text in acts}
+
+
 def check_rows(student: Model, teacher: Model) -> int:
     """Returns the first row that is to be fitted.
 
@@ -600,6 +612,10 @@ def check_rows(student: Model, teacher: Model) -> int:
     """
     if len(student.model) != len(teacher.model):
         raise UserError(f"not the same body: the models have {len(student.model)} and {len(teacher.model)} rows.")
+    acts = [sorted(activations(model)) for model in (student, teacher)]
+    if acts[0] != acts[1]:
+        told = " and ".join(", ".join(one) for one in acts)
+        raise UserError(f"not the same activation ({told}): what was learned with one gives other maps with another.")
     first, head = None, len(teacher.model) - 1
     image = torch.zeros(1, 3, 128, 128, device=next(teacher.parameters()).device)
     given = [{-1: image}, {-1: image}]

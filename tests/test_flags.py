@@ -22,6 +22,7 @@ SWITCHES = {
     "cos_lr": True,
     "label_smoothing": 0.1,
     "box_loss": "eiou",
+    "act": "relu",
     "optimizer": "Adam",
     "seed": 1,
     "amp": "bf16",

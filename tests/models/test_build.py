@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import train
-from models.load import build_for_training, read_weights
+from models.load import build_for_training, load_model, read_weights
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.train.hyp import Hyp
@@ -23,13 +24,50 @@ def test_the_seed_alone_decides_the_initial_weights():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def start(weights, cfg="", anchors=None):
-    """The model that `train.py --weights --cfg` trains, with this hyperparameter `anchors`."""
-    config = TrainConfig(**{**vars(train.build_parser().parse_args([])), "weights": str(weights), "cfg": cfg})
-    hyp, given = replace(Hyp.from_yaml(config.hyp), anchors=anchors), read_weights(weights)
+def start(weights, cfg="", anchors=None, act=None):
+    """The model that `train.py --weights --cfg --act` trains, with this hyperparameter `anchors`."""
+    options = {**vars(train.build_parser().parse_args([])), "weights": str(weights), "cfg": str(cfg), "act": act}
+    config = TrainConfig(**options)
+    hyp, given = replace(Hyp.from_yaml(config.hyp), anchors=anchors), read_weights(weights) if weights else None
     model = train._new_model(given, CATS, hyp, config)
-    train._start_from(given, model, [], hyp, config)
+    if given:
+        train._start_from(given, model, [], hyp, config)
     return model
+
+
+def kinds(model):
+    """The activations of a model's blocks."""
+    return {type(block.act) for block in model.modules() if getattr(block, "default_act", False)}
+
+
+def test_an_activation_is_the_option_s_the_yaml_s_or_that_of_the_weights(tiny_cfg, tmp_path, caplog):
+    caplog.set_level("INFO")
+    relu = start("", tiny_cfg, act="relu")
+    assert kinds(relu) == {nn.ReLU} and relu.yaml["activation"] == "nn.ReLU()"
+    assert kinds(start("", tiny_cfg)) == {nn.SiLU}
+    content = {
+        "model": relu.state_dict(),
+        "ema": None,
+        "yaml": relu.yaml,
+        "names": relu.names,
+        "nc": relu.nc,
+        "stride": [8, 16],
+    }
+    weights = tmp_path / "relu.pt"
+    save_checkpoint(weights, content)
+    assert kinds(load_model(weights)) == kinds(start(weights)) == {nn.ReLU}
+    assert kinds(start(weights, act="nn.LeakyReLU(0.2)")) == {nn.LeakyReLU}
+    assert "says no activation" not in caplog.text
+    assert kinds(start(weights, tiny_cfg)) == {nn.ReLU}
+    assert f"says no activation: it is that of {weights}, nn.ReLU() (--act says another)" in caplog.text
+    (own := tmp_path / "own.yaml").write_text(tiny_cfg.read_text() + "\nactivation: nn.Mish()\n")
+    assert kinds(start(weights, own)) == {nn.Mish}
+    assert kinds(start(weights, own, act="silu")) == {nn.SiLU}
+
+
+def test_an_activation_that_does_not_exist_is_told(tiny_cfg):
+    with pytest.raises(UserError, match=r"--act 'nn.relux\(\)' is not an activation.*ReLU"):
+        start("", tiny_cfg, act="relux")
 
 
 def test_weights_give_the_architecture_and_what_fits_other_classes(weights):

@@ -304,6 +304,21 @@ def test_a_depthwise_side_is_odd(side):
 
 
 @pytest.mark.parametrize(
+    ("text", "key"),
+    [("relu", "nn.ReLU()"), ("HARDSWISH", "nn.Hardswish()"), ("nn.leakyrelu(0.1)", "nn.LeakyReLU(0.1)")]
+    + [(" torch.nn.SiLU() ", "nn.SiLU()"), ("ReLU6", "nn.ReLU6()")],
+)
+def test_an_activation_of_the_command_line_is_what_a_yaml_says(text, key):
+    assert common.activation_key(text) == key
+
+
+@pytest.mark.parametrize("text", ["relux", "relu(", "", "LeakyReLU(a=1)", "linear"])
+def test_what_is_no_activation_is_refused(text):
+    with pytest.raises(ValueError, match="is not an activation"):
+        common.activation_key(text)
+
+
+@pytest.mark.parametrize(
     ("text", "cls", "attribute"),
     [
         ("nn.SiLU()", nn.SiLU, {}),

@@ -297,6 +297,16 @@ def test_logits_that_agree_cost_nothing(head):
         assert loss(other.flatten(1, 2), logits, head) > 0.01
 
 
+def test_a_slim_model_has_its_teachers_activation(cfg):
+    relu = {"nc: 4": "nc: 4\nactivation: nn.ReLU()"}
+    teacher, silu = drawn(cfg(replace=relu), 0), drawn(cfg(), 0)
+    student = transplant.make_student(teacher, cfg("GSConv"), 0)
+    assert {type(block.act) for block in student.modules() if getattr(block, "default_act", False)} == {nn.ReLU}
+    assert transplant.make_student(teacher.for_inference(), cfg("GSConv", replace=relu), 0).yaml == student.yaml
+    with pytest.raises(UserError, match=r"not the same activation \(ReLU\(\) and SiLU\(\)\)"):
+        transplant.make_student(silu, cfg("GSConv", replace=relu), 0)
+
+
 @pytest.mark.parametrize("kind", ["Conv", "DWConv", "GSConv"])
 def test_branches_of_a_head_are_found_again_in_another_order_of_their_inputs(kind):
     """What only the channels' order keeps from being equal is equal after the fit."""

@@ -40,8 +40,8 @@ SPLITS = ("train", "val")
 # Options that name files and folders, whose content counts instead, or hyperparameters, which are counted as such; and
 # those that do not touch the result.
 NOT_COUNTED = frozenset(
-    "weights teacher cfg data hyp recipe box_loss hours project name save_dir exist_ok resume device local_rank "
-    "workers cache noplots save_period".split()
+    "weights teacher cfg act data hyp recipe box_loss hours project name save_dir exist_ok resume device "
+    "local_rank workers cache noplots save_period".split()
 )
 READING_THREADS = 8
 SHORT_DIGITS = 12  # of a digest, in the line at the end of a training

@@ -59,6 +59,7 @@ class TrainConfig:
     weights: str
     teacher: str
     cfg: str
+    act: str | None
     no_inherit: bool
     data: str | Mapping[str, Any]
     hyp: str
