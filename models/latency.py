@@ -1,0 +1,112 @@
+"""What model files cost in milliseconds, run in turns: of each the time, and the difference from the first.
+
+Of this repository it needs nothing, so that a folder that `python -m models.choose_neck --graphs FOLDER` has written
+can be measured on another device: numpy and ONNX Runtime (or OpenVINO) are enough there.
+
+    python latency.py --threads 4        # in that folder; writes table.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+GRAPHS, TABLE = "graphs.json", "table.json"  # what a folder holds, and what comes of it
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+WARM_UP = 3  # the first runs lay out memory
+
+
+def run_onnxruntime(file: str, image: np.ndarray, threads: int) -> Callable[[], Any]:
+    """Returns a function that runs an ONNX file on an image."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {session.get_inputs()[0].name: image})
+
+
+def run_openvino(file: str, image: np.ndarray, threads: int) -> Callable[[], Any]:
+    """Returns a function that runs an OpenVINO file on an image."""
+    import openvino
+
+    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    request = openvino.Core().compile_model(file, "CPU", config).create_infer_request()
+    return lambda: request.infer({0: image}, share_inputs=True, share_outputs=True)
+
+
+RUNTIMES = {"onnxruntime": run_onnxruntime, "openvino": run_openvino}
+
+
+def measure(folder: str | Path, threads: int = 1, rounds: int = 30, clock: str = "wall") -> dict[str, Any]:
+    """Measures the files that a folder's graphs.json lists.
+
+    Each round runs every file once, forwards and backwards in turns, so that whatever else the machine does meets all
+    alike. A difference is the median of those of each round.
+
+    Args:
+        folder: of the files.
+        threads: of the runtime.
+        rounds: how often each is run.
+        clock: "wall", or "cpu": CPU time of this process, for busy machines.
+
+    Returns:
+        What graphs.json says, each file with `ms`, `difference_ms` and `quartiles_ms` of the differences.
+    """
+    table = json.loads(Path(folder, GRAPHS).read_text(encoding="utf-8"))
+    module = __import__(table["runtime"])
+    height, width = table["shape_hw"]
+    image = np.random.default_rng(0).random((1, table["channels"], height, width), dtype=np.float32)
+    runs = [RUNTIMES[table["runtime"]](str(Path(folder, one["file"])), image, threads) for one in table["graphs"]]
+    for run in runs * WARM_UP:
+        run()
+    now, spent = CLOCKS[clock], np.empty((rounds, len(runs)))
+    for number in range(rounds):
+        for place in range(len(runs)) if number % 2 else reversed(range(len(runs))):
+            start = now()
+            runs[place]()
+            spent[number, place] = 1000 * (now() - start)
+    differences = spent - spent[:, :1]
+    low, middle, high = np.percentile(differences, (25, 50, 75), axis=0).round(4).tolist()
+    for place, one in enumerate(table["graphs"]):
+        one["ms"] = round(float(np.median(spent[:, place])), 4)
+        one["difference_ms"], one["quartiles_ms"] = middle[place], [low[place], high[place]]
+    measured = {"version": module.__version__, "processor": processor(), "machine": platform.machine()}
+    return table | measured | {"threads": threads, "rounds": rounds, "clock": clock}
+
+
+def processor() -> str:
+    """Returns what the processor calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return next(iter(names), "") or platform.processor() or platform.machine()
+
+
+def main() -> int:
+    """Measures a folder and writes the table into it."""
+    parser = argparse.ArgumentParser("latency.py", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", default=str(Path(__file__).parent), help="default: where this file is")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the runtime")
+    parser.add_argument("--rounds", type=int, default=30, help="how often each file is run; the median counts")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: CPU time, for busy machines")
+    options = parser.parse_args()
+    table = measure(options.folder, options.threads, options.rounds, options.clock)
+    file = Path(options.folder, TABLE)
+    file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    print(f"{table['graphs'][0]['ms']:.2f} ms, {len(table['graphs']) - 1} changes measured: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

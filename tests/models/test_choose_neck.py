@@ -1,0 +1,174 @@
+"""The neck for a number of milliseconds: what may stand where, the choice, the errors, the command and its table."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models import choose_neck, latency
+from models.choose_neck import Option, candidates, fronts, graph_name, neck_rows, row_errors, with_rows
+from models.yolo import Model
+from tests.models.test_transplant import coarse_images, drawn
+from utils.errors import UserError
+
+YAML = {
+    **{"nc": 3, "depth_multiple": 1.0, "width_multiple": 1.0},
+    "anchors": [[10, 13, 16, 30, 33, 23], [30, 61, 62, 45, 59, 119]],
+    "backbone": [[-1, 1, "Conv", [8, 6, 2, 2]], [-1, 1, "Conv", [16, 3, 2]], [-1, 1, "Conv", [16, 3, 2]]],
+    "head": [
+        *([-1, 1, "Conv", [16, 1, 1]], [-1, 1, "Conv", [32, 3, 2]], [-1, 1, "nn.Upsample", [None, 2, "nearest"]]),
+        *([[-1, 3], 1, "Concat", [1]], [-1, 1, "C3", [32, False]], [[7, 4], 1, "Detect", ["nc", "anchors"]]),
+    ],
+}
+NECK = {3: ["GSConv 5x5", "GSConv 3x3"], 4: ["GSConv 5x5", "GSConv 3x3"], 7: ["VoVGSCSP", "VoVGSCSPC", "C3GS"]}
+
+
+def test_candidates_are_those_of_the_neck_and_build():
+    necks = neck_rows(YAML)
+    assert {row: list(forms) for row, forms in necks.items()} == NECK
+    for row, forms in necks.items():
+        dense = Model(YAML).model[row]
+        for name, changed in forms.items():
+            model = Model(with_rows(YAML, {row: changed}))
+            assert type(model.model[row]).__name__ == name.split()[0]
+            x = torch.rand(1, next(dense.parameters()).shape[1], 8, 8)
+            assert model.model[row](x).shape == dense(x).shape
+            if "x" in name:
+                assert f"{model.model[row].cv2.conv.kernel_size[0]}" == name[-1]
+                assert model.model[row].cv1.conv.kernel_size == dense.conv.kernel_size
+
+
+@pytest.mark.parametrize("row", [[-1, 1, "Conv", [16, 3, 1, None, 2]], [-1, 2, "Conv", [16]], [-1, 1, "SPPF", [16, 5]]])
+def test_other_rows_stay(row):
+    assert not candidates(row)
+    assert candidates([-1, 1, "Conv", [16]])["GSConv 3x3"] == [-1, 1, "GSConv", [16, 1, 1, 1, True, 3]]
+
+
+def test_no_neck_beats_one_of_the_front():
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(4):
+        costs = torch.rand(3, 2, generator=generator).tolist()
+        rows.append(
+            [Option("dense", 0.0, 0.0), *(Option(f"{n}", 0.2 - ms, error) for n, (ms, error) in enumerate(costs))]
+        )
+    necks = [
+        (sum(one.ms for one in neck), sum(one.error for one in neck), tuple(one.name for one in neck))
+        for neck in itertools.product(*rows)
+    ]
+    found = fronts(rows)
+    assert found[0] == (0.0, 0.0, ("dense",) * 4) and len(found) > 5
+    assert {names for *_, names in found} == {
+        names
+        for ms, error, names in necks
+        if not any((a <= ms and b <= error) and (a, b) != (ms, error) for a, b, _ in necks)
+    }
+    assert [ms for ms, *_ in found] == sorted((ms for ms, *_ in found), reverse=True)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, write_checkpoint, tiny_shapes):
+    """A checkpoint of the YAML above that names its data."""
+    return write_checkpoint(YAML, sure=True, data=str(tiny_shapes), names=dict(enumerate("abc")))
+
+
+def test_a_row_that_is_fitted_has_a_small_error_and_the_teacher_stays(monkeypatch):
+    teacher, images = drawn({**YAML, "nc": 4}, 0, lively=True), coarse_images()
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    errors = row_errors(teacher, images, 0, None)
+    assert list(errors) == [graph_name(row, name) for row, names in NECK.items() for name in names]
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    only = {7: neck_rows(YAML)[7]}
+    monkeypatch.setattr(choose_neck, "neck_rows", lambda yaml: only)
+    again = row_errors(teacher, images, 0, None)
+    assert again == {name: errors[name] for name in again} and len(again) == 3
+    monkeypatch.setattr(choose_neck, "FITS", {pair: lambda *_: torch.arange(32) for pair in choose_neck.FITS})
+    unfitted = row_errors(teacher, images, 0, None)
+    assert all(0 < 20 * errors[name] < unfitted[name] for name in unfitted)
+
+
+def table_of(rows, dense_ms=10.0):
+    """A table as of a device, in which every change of a row saves what is said."""
+    saved = {
+        graph_name(row, name): ms for row, names in NECK.items() for name, ms in zip(names, rows[row], strict=True)
+    }
+    graphs = [{"name": "dense", "ms": dense_ms, "difference_ms": 0.0}]
+    graphs += [{"name": name, "ms": dense_ms - ms, "difference_ms": -ms} for name, ms in saved.items()]
+    about = {"runtime": "onnxruntime", "version": "1", "int8": True, "processor": "a board", "threads": 4}
+    return {**about, "rows": YAML["backbone"] + YAML["head"], "shape_hw": [64, 64], "nc": 3, "graphs": graphs}
+
+
+def run(*words):
+    return choose_neck.main(choose_neck.build_parser().parse_args(list(map(str, words))))
+
+
+@pytest.fixture
+def given(dense, tmp_path):
+    """Options of a run whose table says what only the 3x3s of rows 3 and 4 and C3GS save."""
+    (table := tmp_path / "table.json").write_text(json.dumps(table_of({3: [-1, 0.5], 4: [-1, 0.25], 7: [-1, -1, 1.0]})))
+    more = ["--imgsz", 64, "--workers", 0, "--images", 64, "--project", tmp_path / "runs", "--table"]
+    return ["--weights", dense, *more, table]
+
+
+def test_the_same_table_gives_the_same_neck_which_builds_and_is_as_fast_as_asked(given, tmp_path, monkeypatch):
+    file = run(*given, "--ratio", 0.83)
+    model, content = Model(file), json.loads(file.with_suffix(".json").read_text())
+    assert [type(model.model[row]).__name__ for row in NECK] == ["GSConv", "GSConv", "C3GS"]
+    assert model.model[3].cv2.conv.kernel_size == (3, 3)
+    assert content["chosen"]["ms"] == pytest.approx(8.25) and content["graphs"][2]["difference_ms"] == -0.5
+    assert model.yaml["backbone"] == YAML["backbone"] and model.yaml["anchors"] == YAML["anchors"]
+    assert "0.825 of the dense neck's time at 64 x 64 px" in file.read_text()
+    monkeypatch.setattr(choose_neck, "row_errors", None)  # its own table has the errors
+    again = run(*given[:-1], file.with_suffix(".json"), "--ms", 8.3)
+    assert again != file and again.read_text() == file.read_text()
+    cheap = run(*given[:-1], file.with_suffix(".json"), "--ratio", 0.95)
+    assert sum(type(Model(cheap).model[row]).__name__ not in ("Conv", "C3") for row in NECK) == 1
+
+
+def test_a_neck_that_there_is_not_is_told(given):
+    with pytest.raises(UserError, match=r"no neck takes 8.00 ms: the fastest takes 8.25, the dense one 10.00"):
+        run(*given, "--ratio", 0.8)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda table: table.update(shape_hw=[64, 96]), "another model or image size \\(shape_hw differ\\)"),
+        (lambda table: table["graphs"][1].pop("difference_ms"), "is no table"),
+        (lambda table: table.clear(), "is no table"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(change, words, given):
+    table = json.loads(given[-1].read_text())
+    change(table)
+    given[-1].write_text(json.dumps(table))
+    with pytest.raises(UserError, match=words):
+        run(*given, "--ratio", 0.95)
+
+
+def test_how_fast_must_be_said_once(given):
+    for more in ([], ["--ms", 3, "--ratio", 0.9]):
+        with pytest.raises(UserError, match="either --ms or --ratio"):
+            run(*given, *more)
+
+
+def test_graphs_are_measured_where_nothing_of_this_program_is(dense, tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    few = {7: {"C3GS": candidates(YAML["head"][4])["C3GS"]}}
+    monkeypatch.setattr(choose_neck, "neck_rows", lambda yaml: few)
+    folder = tmp_path / "graphs"
+    assert run("--weights", dense, "--imgsz", 64, 96, "--int8", "--graphs", folder) is None
+    assert len(list(folder.glob("*int8.onnx"))) == 2
+    line = [sys.executable, "-I", "latency.py", "--threads", "1", "--rounds", "3", "--clock", "cpu"]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    table = json.loads((folder / latency.TABLE).read_text())
+    assert [one["name"] for one in table["graphs"]] == ["dense", "row 7: C3GS"]
+    assert table["graphs"][0]["difference_ms"] == 0 and all(one["ms"] > 0 for one in table["graphs"])
+    assert table["int8"] and (table["threads"], table["rounds"]) == (1, 3)
+    more = ["--imgsz", 64, 96, "--workers", 0, "--images", 64, "--project", tmp_path / "runs", "--ratio", 1]
+    assert run("--weights", dense, *more, "--table", folder / latency.TABLE)
