@@ -1,14 +1,16 @@
 """What the slim-neck saves: costs and latency of YOLOv5 with its C3 neck and with the GSConv family.
 
 For each model as trained (batch norm folded, as YOLOv5 runs it) and rewritten for inference: parameters, GFLOPs, nodes
-of the ONNX graph, and the median latency in PyTorch, ONNX Runtime and OpenVINO (float32 and int8). Weights are random:
-they change no latency. Each runtime has a process of its own, since spinning threads of one slow the other; in it the
+of the ONNX graph, and the median latency in PyTorch (float32), ONNX Runtime (float32, int8) and OpenVINO (float32,
+bfloat16, int8). A model YAML's name may have an activation behind it: yolov5s:relu. Weights are random: they change no
+latency. Each runtime has a process of its own, since spinning threads of one slow the other; in it the
 models take turns, so that whatever else the machine does meets all alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,10 @@ from models.backends.base import processor_name
 from utils.cli import number, run_command
 from utils.errors import UserError
 
-NECKS = ("", "-gsneck", "-gsconv", "-slimneck", "-slimneck-c")
+NECKS = ("", "-gsneck", "-gsconv", "-slimneck", "-slimneck-c", "-slimneck-q")
 FORMS = ("as trained", "rewritten")
 LIST = "models.json"  # of the graphs in the folder
-RUNTIMES = ("torch", "onnxruntime", "openvino", "openvino-int8")
+RUNTIMES = ("torch", "onnxruntime", "onnxruntime-int8", "openvino", "openvino-bf16", "openvino-int8")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 CALIBRATION_IMAGES = 4  # ranges change no latency
 OPSET = 17
@@ -65,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--size", default="s", choices=tuple("nsmlx"), help="size of the models")
     add("--models", nargs="+", help="names of model YAMLs; the first is compared with; default: all necks of --size")
+    add("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="in which forms")
     add("--imgsz", "--img", "--img-size", type=number(int, 32), default=640, help="image side in pixels")
     add("--repeats", type=number(int, 1), default=30, help="rounds; the median counts")
     add("--threads", type=number(int, 1), default=os.cpu_count(), help="threads of each runtime")
@@ -106,7 +109,9 @@ def write_graphs(folder: Path, options: argparse.Namespace) -> list[Entry]:
     image = torch.zeros(1, 3, options.imgsz, options.imgsz)
     for name in options.models or [f"yolov5{options.size}{neck}" for neck in NECKS]:
         for form, module in both_forms(name, options.imgsz).items():
-            file = folder / f"{name} {form}.onnx"
+            if form not in options.forms:
+                continue
+            file = folder / f"{name.replace(':', ' ')} {form}.onnx"
             export(module, image, file)
             parameters = sum(parameter.numel() for parameter in module.parameters())
             nodes = len(onnx.load(str(file)).graph.node)
@@ -120,6 +125,8 @@ def both_forms(name: str, imgsz: int) -> dict[str, Any]:
     import torch
     from torch import nn
 
+    from models.common import activation_key
+    from models.config import read_config
     from models.deploy import rewrite
     from models.yolo import Model
 
@@ -132,7 +139,9 @@ def both_forms(name: str, imgsz: int) -> dict[str, Any]:
             return self.detector(x)[0]
 
     torch.manual_seed(0)
-    model = Model(f"{name}.yaml").eval()
+    name, _, activation = name.partition(":")
+    config, _ = read_config(f"{name}.yaml")
+    model = Model({**config, "activation": activation_key(activation)} if activation else config).eval()
     rewritten = rewrite(model)
     rewritten.decoder = model.head.output((imgsz, imgsz))
     return dict(zip(FORMS, (Rows(model.fuse()).eval(), rewritten.eval()), strict=True))
@@ -212,14 +221,36 @@ def load_onnxruntime(entries: Sequence[Entry], image, threads: int) -> tuple[lis
     return [loaded(entry.file) for entry in entries], onnxruntime.__version__
 
 
+def load_onnxruntime_int8(entries: Sequence[Entry], image, threads: int) -> tuple[list[Run], str]:
+    """Does the same for the models quantised as export.py does it."""
+    from models.export.onnx import quantize
+
+    quantised = [replace(entry, file=entry.file.replace(".onnx", "-int8.onnx")) for entry in entries]
+    for entry, made in zip(entries, quantised, strict=True):
+        quantize(Path(entry.file), Path(made.file), calibration(image))
+    return load_onnxruntime(quantised, image, threads)
+
+
+def calibration(image) -> list[Any]:
+    """Returns images to quantise with, uint8 of the shape of `image`."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, image.shape, dtype=np.uint8) for _ in range(CALIBRATION_IMAGES)]
+
+
 def load_openvino(
-    entries: Sequence[Entry], image, threads: int, change: Callable[[Any], Any] = lambda model: model
+    entries: Sequence[Entry],
+    image,
+    threads: int,
+    change: Callable[[Any], Any] = lambda model: model,
+    precision: str = "f32",
 ) -> tuple[list[Run], str]:
     """Returns a function for each model that runs it in OpenVINO, after a `change`, and the version."""
     import openvino
 
     core = openvino.Core()
-    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
 
     def loaded(file: str) -> Run:
         request = core.compile_model(change(core.read_model(file)), "CPU", config).create_infer_request()
@@ -230,19 +261,17 @@ def load_openvino(
 
 def load_openvino_int8(entries: Sequence[Entry], image, threads: int) -> tuple[list[Run], str]:
     """Does the same for the models quantised as export.py does it."""
-    import numpy as np
-
     from models.export.openvino import quantize
 
-    generator = np.random.default_rng(0)
-    images = [generator.integers(0, 256, image.shape, dtype=np.uint8) for _ in range(CALIBRATION_IMAGES)]
-    return load_openvino(entries, image, threads, lambda model: quantize(model, images, batch=1))
+    return load_openvino(entries, image, threads, lambda model: quantize(model, calibration(image), batch=1))
 
 
 LOADERS: dict[str, Callable[[Sequence[Entry], Any, int], tuple[list[Run], str]]] = {
     "torch": load_torch,
     "onnxruntime": load_onnxruntime,
+    "onnxruntime-int8": load_onnxruntime_int8,
     "openvino": load_openvino,
+    "openvino-bf16": functools.partial(load_openvino, precision="bf16"),
     "openvino-int8": load_openvino_int8,
 }
 
@@ -251,17 +280,18 @@ def print_table(entries: Sequence[Entry], results: Sequence[dict[str, Any]]) -> 
     """Prints a line for each model and form: costs, and for each runtime ms and two shares of the first one's."""
     for result in results:
         print(f"{result['runtime']} {result['version']}")
-    print("ms; in brackets the share of the first model's time, of the same form's and of the one's as trained")
+    print("ms; in brackets the share of the first model's time, of the same form's and of its first form's")
+    forms = len({entry.form for entry in entries})
     header = f"{'model':20} {'form':11} {'parameters':>10} {'GFLOPs':>6} {'nodes':>5}"
     print(header + "".join(f"{result['runtime']:>23}" for result in results))
     for place, entry in enumerate(entries):
         costs = f"{entry.model:20} {entry.form:11} {entry.parameters:10} {entry.gflops:6.2f} {entry.nodes:5}"
-        print(costs + "".join(f"{cell(result['ms'], place):>23}" for result in results))
+        print(costs + "".join(f"{cell(result['ms'], place, forms):>23}" for result in results))
 
 
-def cell(medians_ms: Sequence[float], place: int) -> str:
-    """Returns a time with its share of the first model's in the same form, and of the first model's as trained."""
-    baseline = place % len(FORMS)
+def cell(medians_ms: Sequence[float], place: int, forms: int) -> str:
+    """Returns a time with its share of the first model's in the same form, and of the first model's first form."""
+    baseline = place % forms
     spent_ms = medians_ms[place]
     return f"{spent_ms:.1f} ({spent_ms / medians_ms[baseline]:.3f} {spent_ms / medians_ms[0]:.3f})"
 

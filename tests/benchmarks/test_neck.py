@@ -9,7 +9,7 @@ import pytest
 from utils.files import ROOT
 
 pytestmark = pytest.mark.slow
-MODELS = ["yolov5n", "yolov5n-gsconv", "yolov5n-slimneck"]
+MODELS = ["yolov5n", "yolov5n-gsconv", "yolov5n-slimneck:relu"]
 
 
 def test_the_command_prints_and_writes_costs_and_times(tmp_path):
@@ -17,11 +17,11 @@ def test_the_command_prints_and_writes_costs_and_times(tmp_path):
     pytest.importorskip("onnxruntime")
     report = tmp_path / "neck.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "neck.py"), "--models", *MODELS, "--imgsz", "64"]
-    command += ["--repeats", "1", "--threads", "1", "--runtimes", "onnxruntime", "torch", "--json", str(report)]
+    command += ["--repeats", "1", "--threads", "1", "--runtimes", "onnxruntime-int8", "torch", "--json", str(report)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(report.read_text())
-    assert [runtime["runtime"] for runtime in result["runtimes"]] == ["onnxruntime", "torch"]
+    assert [runtime["runtime"] for runtime in result["runtimes"]] == ["onnxruntime-int8", "torch"]
     trained, rewritten = result["models"][::2], result["models"][1::2]
     assert [entry["model"] for entry in trained] == MODELS
     for before, after in zip(trained, rewritten, strict=True):

@@ -95,8 +95,10 @@ def table_of(rows, dense_ms=10.0):
     saved = {
         graph_name(row, name): ms for row, names in NECK.items() for name, ms in zip(names, rows[row], strict=True)
     }
-    graphs = [{"name": "dense", "ms": dense_ms, "difference_ms": 0.0}]
-    graphs += [{"name": name, "ms": dense_ms - ms, "difference_ms": -ms} for name, ms in saved.items()]
+    graphs = [
+        {"name": name, "ms": dense_ms - ms, "difference_ms": -ms, "quartiles_ms": [-ms - 0.3, 0.2 - ms]}
+        for name, ms in {"dense": 0.0, **saved}.items()
+    ]
     about = {"runtime": "onnxruntime", "version": "1", "int8": True, "processor": "a board", "threads": 4}
     return {**about, "rows": YAML["backbone"] + YAML["head"], "shape_hw": [64, 64], "nc": 3, "graphs": graphs}
 
@@ -107,8 +109,10 @@ def run(*words):
 
 @pytest.fixture
 def given(dense, tmp_path):
-    """Options of a run whose table says what only the 3x3s of rows 3 and 4 and C3GS save."""
-    (table := tmp_path / "table.json").write_text(json.dumps(table_of({3: [-1, 0.5], 4: [-1, 0.25], 7: [-1, -1, 1.0]})))
+    """Options of a run in whose table the 3x3s of rows 3 and 4 and C3GS alone are faster in most rounds."""
+    (table := tmp_path / "table.json").write_text(
+        json.dumps(table_of({3: [-1, 0.5], 4: [0.19, 0.25], 7: [-1, -1, 1.0]}))
+    )
     more = ["--imgsz", 64, "--workers", 0, "--images", 64, "--project", tmp_path / "runs", "--table"]
     return ["--weights", dense, *more, table]
 
@@ -137,7 +141,7 @@ def test_a_neck_that_there_is_not_is_told(given):
     ("change", "words"),
     [
         (lambda table: table.update(shape_hw=[64, 96]), "another model or image size \\(shape_hw differ\\)"),
-        (lambda table: table["graphs"][1].pop("difference_ms"), "is no table"),
+        (lambda table: table["graphs"][1].pop("quartiles_ms"), "is no table"),
         (lambda table: table.clear(), "is no table"),
     ],
 )
