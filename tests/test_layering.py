@@ -26,7 +26,7 @@ FLOORS = [  # from the ground: imports go to the same floor or a lower one
     "models.load",
     "models.backends",
     "models.inference models.experimental",
-    "models.export models.transplant",
+    "models.export models.transplant models.choose_neck models.latency",
     "service",
     "train val detect export serve hubconf",
     "benchmarks",
