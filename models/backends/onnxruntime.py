@@ -65,7 +65,7 @@ class OnnxRuntimeBackend(ArrayBackend):
         without_half(half and self.input_dtype != np.float16, "ONNX Runtime")
         self._outputs = [output.name]
         self.take_description(texts, graph_of(images.shape, output.shape, path), path)
-        if self.metadata.raw is not None:
+        if self._raw is not None:
             self._outputs = None  # all of them
 
     def run(self, inputs: np.ndarray) -> np.ndarray:

@@ -48,7 +48,7 @@ class OpenCvBackend(ArrayBackend):
     def run(self, inputs: np.ndarray) -> np.ndarray:
         """Returns the rows or detections of images (b, 3, h, w)."""
         self._network.setInput(np.ascontiguousarray(inputs))
-        if self.metadata.raw is not None:
+        if self._raw is not None:
             return self.rows(self._network.forward(self._network.getUnconnectedOutLayersNames()))
         output = self._network.forward()
         return output if output.ndim == 3 else output.reshape(len(inputs), *output.shape[-2:])

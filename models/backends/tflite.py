@@ -82,7 +82,7 @@ class TfliteBackend(ArrayBackend):
         self._input, self._outputs = self._interpreter.get_input_details()[0], self._interpreter.get_output_details()
         shapes = (self._input["shape"].tolist(), self._outputs[0]["shape"].tolist())
         self.take_description(texts, graph_of(*shapes, path, channels_last=True), path, normalised=True)
-        if self.metadata.raw is None:
+        if self._raw is None:
             del self._outputs[1:]
         self.dynamic = False
 
