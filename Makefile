@@ -25,7 +25,7 @@ setup: $(VENV)/.installed
 
 $(PY):
 	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), sys.version' || \
-		{ echo "Python 3.10 to 3.13 is needed; choose one with: make PYTHON=python3.12"; exit 1; }
+		{ echo "Python 3.10 to 3.13 is needed (3.14: see requirements.txt); choose one with: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: requirements.txt | $(PY)

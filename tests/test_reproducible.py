@@ -5,6 +5,7 @@ differently without another result is set against it. Runs in another process an
 several processes in test_train_ddp.py, batches without a training in utils/dataloaders/test_loader.py.
 """
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -126,6 +127,17 @@ def test_workers_and_caches_make_no_difference(kind, differently, undisturbed, d
     folder = train_on(data, tmp_path, kind, **differently)
     assert f"Using {differently['workers']} dataloader workers" in caplog.text
     assert_same_run(expected, folder)
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs a forkserver")
+def test_workers_that_a_server_starts_make_no_difference(undisturbed, data, tmp_path):
+    """As Python 3.14 starts them; they are given all that they need, like those that Windows and macOS start."""
+    expected, former = undisturbed("mosaic"), multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        assert_same_run(expected, train_on(data, tmp_path, "mosaic", workers=2, cache="ram"))
+    finally:
+        multiprocessing.set_start_method(former, force=True)
 
 
 def test_the_kinds_are_different(undisturbed):
