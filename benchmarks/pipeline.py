@@ -10,6 +10,7 @@ waiting threads slow each other down; rounds take turns, and the best of each co
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from models.backends.base import thread_count
 from utils.cli import find_weights, number, run_command
 from utils.files import ROOT
 
+WAYS = ("plain", "save-scale", "batch-size 8")
 VIDEO_FPS = 25
 VIDEO_WH = (640, 480)
 WARM_UP_RUNS = 3
@@ -42,6 +44,7 @@ class Result:
     weights: str
     runtime: str
     source: str
+    way: str
     images: int
     inference_s: float  # for all images
     end_to_end_s: float
@@ -72,9 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--source", default=str(ROOT / "data" / "images"), help="folder of images")
     add("--imgsz", "--img", "--img-size", nargs="+", type=number(int, 1), help="image size: h w; default as detect.py")
     add("--device", default="", help="as for detect.py")
+    add("--ways", nargs="+", choices=WAYS, default=["plain"], help="detect.py's options, which take turns")
     add("--count", type=number(int, 1), default=128, help="at most so many images, and so many frames of the video")
     add("--rounds", type=number(int, 1), default=3, help="the best of so many counts")
     add("--json", default="", help="write the figures to this file")
+    add("--way", default="plain", help=argparse.SUPPRESS)
     add("--measure", choices=["images", "video"], help=argparse.SUPPRESS)  # what a process of its own is to do
     return parser
 
@@ -85,17 +90,17 @@ def main(options: argparse.Namespace) -> None:
         print(json.dumps(asdict(measure(options.weights[0], options))))
         return
     weights = [str(path) for path in find_weights(options.weights)]
-    results: dict[tuple[str, str], Result] = {}
+    results: dict[tuple[str, str, str], Result] = {}
     with tempfile.TemporaryDirectory() as folder:
         sources = {"images": options.source, "video": str(make_video(options.source, Path(folder), options.count))}
         for _ in range(options.rounds):
             for kind, source in sources.items():
-                for file in weights:
+                for file, way in itertools.product(weights, options.ways):
                     line = ["--weights", file, "--source", source, "--measure", kind, "--device", options.device]
                     line += ["--imgsz", *options.imgsz] if options.imgsz else []
-                    found = Result(**measured(__file__, *line, "--count", options.count))
-                    known = results.get((kind, file))
-                    results[kind, file] = known.best(found) if known else found
+                    found = Result(**measured(__file__, *line, "--way", way, "--count", options.count))
+                    known = results.get((kind, file, way))
+                    results[kind, file, way] = known.best(found) if known else found
     print(table(list(results.values())))
     if options.json:
         content = {"machine": machine(), "results": [asdict(result) for result in results.values()]}
@@ -135,8 +140,8 @@ def measure(weights: str, options: argparse.Namespace) -> Result:
     for images in inputs[:WARM_UP_RUNS]:
         backend.infer(backend.preprocess(images))
     alone_s, alone_cpu_s = timed(lambda: infer_all(backend, inputs))
-    whole_s, whole_cpu_s = timed(lambda: detect_all(predictor, paths, backend.names))
-    words = (options.measure, len(inputs), alone_s, whole_s, alone_cpu_s, whole_cpu_s)
+    whole_s, whole_cpu_s = timed(lambda: detect_all(predictor, paths, backend.names, options.way))
+    words = (options.measure, options.way, len(inputs), alone_s, whole_s, alone_cpu_s, whole_cpu_s)
     return Result(Path(weights).name, backend.device, *words)
 
 
@@ -154,30 +159,34 @@ def infer_all(backend: Any, inputs: Sequence[Any]) -> None:
     backend.synchronize()
 
 
-def detect_all(predictor: Any, paths: Sequence[str], names: dict[int, str]) -> None:
+def detect_all(predictor: Any, paths: Sequence[str], names: dict[int, str], way: str) -> None:
     """Reads, detects, draws and writes, as detect.py does: reading and writing in threads of their own."""
     from models.inference.pipeline import Pipeline
     from utils.media.sources import LoadImages
     from utils.media.writers import OutputOptions, ResultWriter
     from utils.process import Background
 
-    with tempfile.TemporaryDirectory() as folder, ResultWriter(Path(folder), paths, names, OutputOptions()) as writer:
-        with Background(writer.write) as sink:
-            for result in Pipeline(LoadImages(paths), predictor, names):
+    batch_size, options = 8 if way == "batch-size 8" else 1, OutputOptions(save_scale=way == "save-scale")
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ResultWriter(Path(folder), paths, names, options, predictor.shape)
+        with writer, Background(writer.write) as sink:
+            for result in Pipeline(LoadImages(paths), predictor, names, batch_size=batch_size):
                 sink.put(result.frame, result.detections)
 
 
 def table(results: Sequence[Result]) -> str:
     """Returns the figures as a Markdown table, with what they were taken on above it and a legend below."""
-    heads = "weights, runtime, source, inference /s, end to end /s, kept, at most, CPU ms, inference's, gain".split(
-        ", "
+    heads = (
+        "weights, runtime, source, way, inference /s, end to end /s, kept, at most, CPU ms, inference's, gain".split(
+            ", "
+        )
     )
-    lines = [machine(), "", f"| {' | '.join(heads)} |", "|---|---|---" + "|---:" * (len(heads) - 3) + "|"]
+    lines = [machine(), "", f"| {' | '.join(heads)} |", "|---|---|---|---" + "|---:" * (len(heads) - 4) + "|"]
     for result in results:
         base = next((one for one in results if one.source == result.source and one.weights.endswith(".pt")), None)
         speeds = (result.images / seconds for seconds in (result.inference_s, result.end_to_end_s))
         cpu_ms = (1000 * s / result.images for s in (result.end_to_end_cpu_s, result.inference_cpu_s))
-        cells = [result.weights, result.runtime, result.source, *(f"{speed:.1f}" for speed in speeds)]
+        cells = [result.weights, result.runtime, result.source, result.way, *(f"{speed:.1f}" for speed in speeds)]
         cells += [f"{result.kept:.2f}", f"{result.at_most:.2f}", *(f"{milliseconds:.1f}" for milliseconds in cpu_ms)]
         cells.append(f"{base.end_to_end_s / result.end_to_end_s:.2f}" if base else "-")
         lines.append(f"| {' | '.join(cells)} |")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import detect
+from models.inference.predictor import Predictor
 from utils.cli import ReportedError
 from utils.errors import UserError
 
@@ -191,3 +192,25 @@ def test_without_a_display_the_run_says_so_and_goes_on(common, tmp_path, monkeyp
     detect.run(**common, view_img=True)
     assert "WARNING: --view-img: there is no display; going on without a window" in caplog.text
     assert (tmp_path / "runs" / "exp" / "labels" / "b.txt").exists()
+
+
+def test_batches_and_the_models_scale_change_images_alone(common, tmp_path, monkeypatch):
+    """Five images, three at a time, of which the large ones are written as the model sees them."""
+    folder, batches = tmp_path / "photos", []
+    folder.mkdir()
+    for number, (height, width) in enumerate([(96, 128), (48, 64), (96, 128), (40, 40), (96, 128)]):
+        cv2.imwrite(str(folder / f"{number}.png"), random_image(number, height, width))
+    predict = Predictor.__call__
+    monkeypatch.setattr(
+        Predictor, "__call__", lambda own, images, **how: batches.append(len(images)) or predict(own, images, **how)
+    )
+    common |= {"source": str(folder), "nosave": False}
+    for name, options in (("plain", {}), ("other", {"batch_size": 3, "save_scale": True})):
+        detect.run(**common, name=name, **options)
+    assert batches == [1] * 5 + [3, 2]
+    plain, other = (tmp_path / "runs" / name for name in ("plain", "other"))
+    for number in range(5):
+        np.testing.assert_allclose(labels_of(plain, str(number)), labels_of(other, str(number)), atol=0.02)
+    full, small = ([cv2.imread(str(run / f"{number}.png")).shape[:2] for number in range(5)] for run in (plain, other))
+    assert full == [(96, 128), (48, 64), (96, 128), (40, 40), (96, 128)]
+    assert small == [(48, 64), (48, 64), (48, 64), (40, 40), (48, 64)]
