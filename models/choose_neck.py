@@ -44,6 +44,7 @@ RESULT = "neck"  # name of the YAML and of the JSON beside it
 OPSET = 17
 KEY = ("rows", "shape_hw", "nc")  # what a table belongs to
 SLIM_C3 = ("VoVGSCSP", "VoVGSCSPC", "C3GS")
+NARROW = "C3 half"  # of half the hidden channels
 
 
 class Option(NamedTuple):
@@ -61,7 +62,10 @@ def candidates(row: Sequence[Any]) -> dict[str, list[Any]]:
         c2, k, s = [*args, *(1, 1)[len(args) - 1 :]]
         forms = {"GSConv 5x5": [c2, k, s], "GSConv 3x3": [c2, k, s, 1, True, 3]}
         return {name: [source, repeats, "GSConv", own] for name, own in forms.items()}
-    return {name: [source, repeats, name, args] for name in SLIM_C3} if block == "C3" else {}
+    if block == "C3" and len(args) <= 2:
+        narrow = [source, repeats, "C3", [*args, *(True,)[len(args) - 1 :], 1, 0.25]]
+        return {**{name: [source, repeats, name, args] for name in SLIM_C3}, NARROW: narrow}
+    return {}
 
 
 def with_rows(yaml: Mapping[str, Any], rows: Mapping[int, Sequence[Any]]) -> dict[str, Any]:

@@ -367,8 +367,45 @@ def fit_row_sppf(block, twin, inputs, originals, order, generator) -> Tensor:
     return fit_row_conv(block.cv2, twin.cv2, inputs, originals, torch.arange(inputs[0].shape[1]), generator)
 
 
+def is_narrower(block: C3, twin: C3) -> bool:
+    """Tells whether a C3 has fewer hidden channels than another."""
+    return block.cv1.conv.out_channels < twin.cv1.conv.out_channels
+
+
+def fit_row_narrow_c3(block, twin, inputs, originals, order, generator) -> Tensor:
+    """C3 of fewer hidden channels for C3: those that tell what reads them most."""
+
+    def fit(own, other, inputs, originals, order, reader, kept=None):
+        targets = [pre_activation(other, maps) for maps in originals]
+        if kept is None:
+            spread = torch.stack([other.act(maps).float().var((0, 2, 3)) for maps in targets]).mean(0)
+            strength = spread * reader.square().unflatten(1, (len(spread), -1)).sum((0, 2))
+            kept = strength.topk(own.conv.out_channels).indices.sort().values
+        places, towards = draw_places(targets, generator), folded_weight(other, order)[kept]
+        fit_conv(own, inputs, [maps[:, kept] for maps in targets], places, RIDGE, towards)
+        return kept
+
+    joined = folded_weight(twin.cv3).chunk(2, 1)  # what reads the bottlenecks, and what reads the other branch
+    first = folded_weight(twin.m[0].cv1)
+    trunk = fit(block.cv1, twin.cv1, inputs, originals, order, first)
+    passed = fit(block.cv2, twin.cv2, inputs, originals, order, joined[1])
+    inner, target = [block.cv1(maps) for maps in inputs], [twin.cv1(maps) for maps in originals]
+    for place, (own, other) in enumerate(zip(block.m, twin.m, strict=True)):
+        reader = folded_weight(twin.m[place + 1].cv1) if place + 1 < len(twin.m) else joined[0]
+        hidden = fit(own.cv1, other.cv1, inner, target, trunk, folded_weight(other.cv2))
+        read, original = [own.cv1(maps) for maps in inner], [other.cv1(maps) for maps in target]
+        trunk = fit(own.cv2, other.cv2, read, original, hidden, reader, trunk if other.add else None)
+        inner, target = [own(maps) for maps in inner], [other(maps) for maps in target]
+    given = [torch.cat((one, block.cv2(maps)), 1) for one, maps in zip(inner, inputs, strict=True)]
+    wanted = [torch.cat((one, twin.cv2(maps)), 1) for one, maps in zip(target, originals, strict=True)]
+    order = torch.cat((trunk, twin.cv1.conv.out_channels + passed))
+    return fit_row_conv(block.cv3, twin.cv3, given, wanted, order, generator)
+
+
 def fit_row_csp(block, twin, inputs, originals, order, generator) -> Tensor:
     """C3 or VoVGSCSP for C3."""
+    if isinstance(block, C3) and is_narrower(block, twin):
+        return fit_row_narrow_c3(block, twin, inputs, originals, order, generator)
     fit_row_conv(block.cv1, twin.cv1, inputs, originals, order, generator)
     fit_row_conv(block.cv2, twin.cv2, inputs, originals, order, generator)
     inner, target = [block.cv1(maps) for maps in inputs], [twin.cv1(maps) for maps in originals]
@@ -523,7 +560,11 @@ def inherit(
         first, head = check_rows(student, teacher), len(teacher.model) - 1
     generator = torch.Generator().manual_seed(seed)
     if steps is None:
-        steps = STEPS if any(isinstance(row, (C3GS, VoVGSCSP)) for row in student.model) else 0
+        changed = (
+            isinstance(twin, C3) and (type(own) is not C3 or is_narrower(own, twin))
+            for own, twin in zip(student.model, teacher.model, strict=True)
+        )
+        steps = STEPS if any(changed) else 0
     device = next(teacher.parameters()).device
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     heads_agree = same_heads(student, teacher)

@@ -23,7 +23,11 @@ YAML = {
         *([[-1, 3], 1, "Concat", [1]], [-1, 1, "C3", [32, False]], [[7, 4], 1, "Detect", ["nc", "anchors"]]),
     ],
 }
-NECK = {3: ["GSConv 5x5", "GSConv 3x3"], 4: ["GSConv 5x5", "GSConv 3x3"], 7: ["VoVGSCSP", "VoVGSCSPC", "C3GS"]}
+NECK = {
+    3: ["GSConv 5x5", "GSConv 3x3"],
+    4: ["GSConv 5x5", "GSConv 3x3"],
+    7: ["VoVGSCSP", "VoVGSCSPC", "C3GS", "C3 half"],
+}
 
 
 def test_candidates_are_those_of_the_neck_and_build():
@@ -36,6 +40,8 @@ def test_candidates_are_those_of_the_neck_and_build():
             assert type(model.model[row]).__name__ == name.split()[0]
             x = torch.rand(1, next(dense.parameters()).shape[1], 8, 8)
             assert model.model[row](x).shape == dense(x).shape
+            if name == "C3 half":
+                assert 2 * model.model[row].cv1.conv.out_channels == dense.cv1.conv.out_channels
             if "x" in name:
                 assert f"{model.model[row].cv2.conv.kernel_size[0]}" == name[-1]
                 assert model.model[row].cv1.conv.kernel_size == dense.conv.kernel_size
@@ -45,6 +51,7 @@ def test_candidates_are_those_of_the_neck_and_build():
 def test_other_rows_stay(row):
     assert not candidates(row)
     assert candidates([-1, 1, "Conv", [16]])["GSConv 3x3"] == [-1, 1, "GSConv", [16, 1, 1, 1, True, 3]]
+    assert candidates([6, 3, "C3", [16]])["C3 half"] == [6, 3, "C3", [16, True, 1, 0.25]]
 
 
 def test_no_neck_beats_one_of_the_front():
@@ -84,7 +91,7 @@ def test_a_row_that_is_fitted_has_a_small_error_and_the_teacher_stays(monkeypatc
     only = {7: neck_rows(YAML)[7]}
     monkeypatch.setattr(choose_neck, "neck_rows", lambda yaml: only)
     again = row_errors(teacher, images, 0, None)
-    assert again == {name: errors[name] for name in again} and len(again) == 3
+    assert again == {name: errors[name] for name in again} and len(again) == 4
     monkeypatch.setattr(choose_neck, "FITS", {pair: lambda *_: torch.arange(32) for pair in choose_neck.FITS})
     unfitted = row_errors(teacher, images, 0, None)
     assert all(0 < 20 * errors[name] < unfitted[name] for name in unfitted)
@@ -111,7 +118,7 @@ def run(*words):
 def given(dense, tmp_path):
     """Options of a run in whose table the 3x3s of rows 3 and 4 and C3GS alone are faster in most rounds."""
     (table := tmp_path / "table.json").write_text(
-        json.dumps(table_of({3: [-1, 0.5], 4: [0.19, 0.25], 7: [-1, -1, 1.0]}))
+        json.dumps(table_of({3: [-1, 0.5], 4: [0.19, 0.25], 7: [-1, -1, 1.0, 0.1]}))
     )
     more = ["--imgsz", 64, "--workers", 0, "--images", 64, "--project", tmp_path / "runs", "--table"]
     return ["--weights", dense, *more, table]

@@ -206,6 +206,20 @@ def test_rows_give_what_their_twins_give(cfg, conv, c3, n, least, head):
         assert torch.equal(student.head.anchors, teacher.head.anchors)
 
 
+@pytest.mark.parametrize("args", ["[32, False]", "[32]"])
+def test_a_c3_of_fewer_hidden_channels_keeps_those_that_tell_most(cfg, args):
+    wide, narrow = ({"[32, False]": one} for one in (args, f"{args[:-1]}, {'True, ' * (args == '[32]')}1, 0.25]"))
+    teacher, images = drawn(cfg(n=2, replace=wide), 0, lively=True), coarse_images()
+    for bottleneck in teacher.model[7].m:  # without add they would have a choice of their own
+        assert bottleneck.add == (args == "[32]")
+    with torch.no_grad():
+        for conv in (teacher.model[7].cv1, teacher.model[7].m[1].cv2, teacher.model[7].cv2):
+            conv.bn.weight[::2] *= 0.01  # half of the channels hardly vary
+            conv.bn.bias[::2] *= 0.01
+    (fit,) = inherit(drawn(cfg(n=2, replace=narrow), 1), teacher, images, steps=0)
+    assert fit.row == 7 and fit.r2 > 0.85
+
+
 def test_the_pull_is_towards_the_twins_filters_in_the_order_of_the_inputs(cfg, monkeypatch):
     teacher, student, given = drawn(cfg(), 0, lively=True), drawn(cfg("GSConv", "VoVGSCSP"), 1), {}
     fit_head = transplant._fit_head
