@@ -61,7 +61,7 @@ HEAD_BATCHES = 16  # recorded batches that the head's fit and batch norm see
 MIN_IMAGES = 32
 IMAGES, BATCH_SIZE = 416, 16  # augmented training images, and of a batch, if nobody says otherwise
 AUGMENTATION = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
-STEPS = 60
+STEPS = 90
 LEARNING_RATE, BETAS, WARMUP_STEPS, CLIP_NORM = 2e-3, (0.9, 0.99), 10, 10.0
 LOGIT_GAIN, OBJECTNESS_GAIN, BOX_GAIN = 0.3, 20.0, 10.0
 
@@ -545,7 +545,7 @@ def inherit(
         teacher: trained, in evaluation mode, on the same device; left as it is.
         images: batches, uint8 (b, 3, h, w) RGB of one shape; the least squares see the first FIT_IMAGES images, the
             gradient steps all.
-        steps: gradient steps; None for what suits the rows: 60, or none where every C3 is kept.
+        steps: gradient steps; None for what suits the rows: 90, or none where every C3 is kept.
         seed: of the places that are compared, and of the order of the batches.
         dtype: of autocast; None computes in float32.
 
@@ -837,7 +837,7 @@ def build_parser() -> CommandParser:
     )
     add("--batch-size", type=number(int, 2), default=BATCH_SIZE, help="images per batch")
     add("--images", type=number(int, MIN_IMAGES), default=IMAGES, help="augmented training images to fit on")
-    add("--steps", type=number(int, 0), help="gradient steps; default: 60, or none where every C3 is kept")
+    add("--steps", type=number(int, 0), help="gradient steps; default: 90, or none where every C3 is kept")
     add("--device", default="", help="cpu, mps, or a CUDA device such as 0")
     add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto", help="mixed precision")
     add("--workers", type=number(int, 0), default=8, help="data loader processes (at most one per core)")
