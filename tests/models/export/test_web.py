@@ -50,7 +50,13 @@ def in_node(script: str, *inputs):
 
 @pytest.mark.parametrize(
     ("hw", "shape_hw", "dynamic"),
-    [((37, 61), (64, 96), False), ((90, 40), (64, 96), True), ((64, 96), (64, 96), False), ((3, 200), (64, 64), False)],
+    [
+        ((37, 61), (64, 96), False),
+        ((61, 37), (64, 96), False),
+        ((90, 40), (64, 96), True),
+        ((64, 96), (64, 96), False),
+        ((3, 64), (64, 96), False),
+    ],
 )
 def test_images_are_fitted_into_the_input_as_elsewhere(hw, shape_hw, dynamic):
     """A level is 1/255; the resizing of OpenCV rounds in between."""
