@@ -13,7 +13,7 @@ import pytest
 httpx = pytest.importorskip("httpx")
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-LIMIT_S = 30
+LIMIT_S = 120  # much, for machines with other work
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the WebDriver standard's name for a reference
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 
@@ -22,7 +22,7 @@ class Browser:
     """One window."""
 
     def __init__(self, address, width=1200, height=800, flags=()):
-        self._client = httpx.Client(base_url=address, timeout=60)
+        self._client = httpx.Client(base_url=address, timeout=180)
         flags = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", *QUIET, *flags]
         flags.append(f"--window-size={width},{height}")
         options = {"binary": CHROMIUM, "args": flags}

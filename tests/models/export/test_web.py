@@ -229,6 +229,17 @@ def objects_in(page, image):
     return np.array([[one[side] for side in sides] for one in page.run("return state.objects")])
 
 
+def test_a_page_opened_as_a_file_says_that_it_needs_a_server(write_checkpoint, window, tmp_path):
+    (tmp_path / "small.yaml").write_text(MODEL)
+    weights = write_checkpoint(tmp_path / "small.yaml")
+    (path,) = export.run(weights=str(weights), include="web", imgsz=64, ort_web=str(TARBALL))
+    window.open(Path(path, "index.html").absolute().as_uri())
+    assert "only from a web server, such as: python -m http.server" in window.text_of("error")
+    window.choose(IMAGE)
+    window.wait_for("document.getElementById('found').textContent === 'No result'")
+    assert window.errors() == []
+
+
 def compare(path, image, window, at_least):
     """Opens a folder's page with an image and compares its boxes with those that detect.py finds."""
     backend = load_backend(path)
