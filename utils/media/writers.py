@@ -307,7 +307,7 @@ class ResultWriter:
         scale = min(self._model_hw[0] / height, self._model_hw[1] / width)
         if self._options.save_scale and scale < 1:
             wh = max(round(width * scale), 1), max(round(height * scale), 1)
-            image = cv2.resize(image, wh, interpolation=cv2.INTER_AREA)
+            image = cv2.resize(image, wh, interpolation=cv2.INTER_LINEAR)  # as the model sees it
             ratio = np.divide(wh, (width, height), dtype=np.float32)
             detections = replace(detections, boxes_xyxy=detections.boxes_xyxy * np.tile(ratio, 2))
             counts = counts and counts._replace(points_xy=tuple(map(tuple, counts.points_xy * ratio)))
