@@ -12,16 +12,17 @@ export function roundEven(value) {
   return below % 2 ? below + 1 : below;
 }
 
-/** Returns for each of `length` places along a side resized from `from`: two places in it and the second's weight. */
+/** Returns for each of `length` places along a side resized from `from`: two places in it and their weights of 2048. */
 function taps(from, length) {
   return Array.from({length}, (_, place) => {
-    const at = Math.min(Math.max((place + 0.5) * (from / length) - 0.5, 0), from - 1), low = Math.floor(at);
-    return [low, Math.min(low + 1, from - 1), at - low];
+    const at = Math.min(Math.max(Math.fround((place + 0.5) * (from / length) - 0.5), 0), from - 1), low = Math.floor(at);
+    const second = Math.fround(at - low);
+    return [low, Math.min(low + 1, from - 1), roundEven((1 - second) * 2048), roundEven(second * 2048)];
   });
 }
 
 /**
- * Resizes an image with bilinear interpolation to fit the model's input, the rest grey.
+ * Resizes an image with bilinear interpolation to fit the model's input, the rest grey; in whole numbers, as OpenCV.
  * @param {Uint8ClampedArray} pixels RGBA, row by row.
  * @returns {{input: Float32Array, hw: number[], ratio: number[], pad: number[]}} planes (3, h, w) RGB of values 0 to 1;
  *   height and width; what leads back to the image: x_padded = x * ratio[0] + pad[0].
@@ -34,14 +35,14 @@ export function letterbox(pixels, width, height, {shapeHw, stride, dynamic, padC
   const [w, h] = [resizedW + padW, resizedH + padH], left = Math.round(padW / 2 - 0.1), top = Math.round(padH / 2 - 0.1);
   const input = new Float32Array(3 * h * w), xs = taps(width, resizedW), ys = taps(height, resizedH);
   padColour.forEach((level, channel) => input.fill(level / 255, channel * h * w, (channel + 1) * h * w));
-  ys.forEach(([above, below, down], y) => {
+  ys.forEach(([above, below, up, down], y) => {
     for (let x = 0; x < resizedW; x++) {
-      const [before, after, right] = xs[x], target = (top + y) * w + left + x;
+      const [before, after, first, second] = xs[x], target = (top + y) * w + left + x;
       for (let channel = 0; channel < 3; channel++) {
         const at = (row, column) => pixels[4 * (row * width + column) + channel];
-        const upper = at(above, before) * (1 - right) + at(above, after) * right;
-        const lower = at(below, before) * (1 - right) + at(below, after) * right;
-        input[channel * h * w + target] = Math.round(upper * (1 - down) + lower * down) / 255; // pixels are whole numbers
+        const upper = (at(above, before) * first + at(above, after) * second) >> 4;
+        const lower = (at(below, before) * first + at(below, after) * second) >> 4;
+        input[channel * h * w + target] = (((up * upper) >> 16) + ((down * lower) >> 16) + 2 >> 2) / 255;
       }
     }
   });

@@ -59,7 +59,7 @@ def in_node(script: str, *inputs):
     ],
 )
 def test_images_are_fitted_into_the_input_as_elsewhere(hw, shape_hw, dynamic):
-    """A level is 1/255; the resizing of OpenCV rounds in between."""
+    """A level is 1/255; all but a few that OpenCV enlarges are the same."""
     image = np.random.default_rng(0).integers(0, 256, (*hw, 3)).astype(np.uint8)
     image = cv2.blur(image, (3, 3))
     boxed = letterbox(image, shape_hw, auto=dynamic, stride=32)
@@ -68,7 +68,8 @@ def test_images_are_fitted_into_the_input_as_elsewhere(hw, shape_hw, dynamic):
     found = in_node(script, cv2.cvtColor(image, cv2.COLOR_BGR2RGBA).ravel().tolist(), *hw[::-1], settings)
     assert found["hw"] == list(boxed.image.shape[:2])
     planes = np.array(found["input"]).reshape(3, *found["hw"]) * 255
-    assert np.abs(planes - boxed.image[..., ::-1].transpose(2, 0, 1)).max() < 1.01
+    apart = np.abs(planes - boxed.image[..., ::-1].transpose(2, 0, 1))
+    assert apart.max() < 1.01 and (apart > 0.01).mean() < 0.01
     box = np.array([[3.0, 4.0, 50.0, 30.0]])
     (expected,) = scale_boxes(found["hw"], box.copy(), hw, boxed.ratio_pad(hw)).tolist()
     assert in_node("detector.toImage", box[0].tolist(), *hw[::-1], found) == pytest.approx(expected, abs=1e-4)
