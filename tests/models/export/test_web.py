@@ -255,12 +255,12 @@ def compare(path, image, window, at_least):
     nearest = [np.abs(found - row).max(1).argmin() for row in expected]  # of equal confidences any may come first
     assert sorted(nearest) == list(range(len(found)))
     far = np.abs(found[nearest] - expected).max(0)
-    assert far[:4].max() < 1 and far[4] < 1e-2 and far[5] == 0
+    assert far[:4].max() < 0.1 and far[4] < 1e-3 and far[5] == 0
 
 
 @pytest.mark.parametrize(("head", "how"), [("Detect, [nc, anchors]", {}), ("DetectAF, [nc, 16]", {"dynamic": True})])
 def test_a_browser_finds_the_boxes_that_detect_finds(head, how, write_checkpoint, window, tmp_path):
-    """With an image that needs no resizing: among a new model's crowded boxes some would change sides at a limit."""
+    """With an image that is not enlarged: among a new model's crowded boxes some would change sides at a limit."""
     (tmp_path / "small.yaml").write_text(MODEL.replace("Detect, [nc, anchors]", head))
     weights = write_checkpoint(tmp_path / "small.yaml", sure=True)
     (path,) = export.run(weights=str(weights), include="web", imgsz=[192, 256], ort_web=str(TARBALL), **how)
