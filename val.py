@@ -63,6 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--save-conf", action="store_true", help="write confidences into the label files as well")
     add("--save-json", action="store_true", help="write detections as COCO results (JSON)")
+    add(
+        "--annotations",
+        default="",
+        help="COCO annotation file (JSON) with the split's images: --save-json with its ids, and COCO's mAP by it",
+    )
     add("--coco-metrics", action="store_true", help="print COCO's twelve metrics as well")
     add("--project", default=str(ROOT / "runs" / "val"), help="folder of the runs")
     add("--name", default="exp", help="the run's folder in it")

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train", "val", "detect", "export", "serve", "hubconf")
 FLOORS = [  # from the ground: imports go to the same floor or a lower one
     "utils.archives utils.autobatch utils.callbacks utils.checkpoint utils.cli utils.devices utils.downloads "
-    "utils.errors utils.files utils.log utils.process",
-    "utils.boxes utils.images utils.nms utils.tiles",
+    "utils.energy utils.errors utils.files utils.log utils.process",
+    "utils.boxes utils.images utils.nms utils.page utils.tiles",
     "utils.augmentations utils.autoanchor utils.dataloaders utils.loggers utils.loss utils.metrics utils.plots",
     "utils.eval utils.media utils.tools",
     "utils.train",

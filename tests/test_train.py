@@ -1,5 +1,6 @@
 """train.py as a user runs it: what a run leaves behind, and that an interrupted run ends as if it had not been."""
 
+import json
 import os
 import re
 import signal
@@ -55,7 +56,14 @@ def test_a_run_leaves_what_users_expect_and_every_epoch_once_in_yolov5s_columns(
     curves = {f"{name}_curve.png" for name in ("F1", "P", "PR", "R")}
     batches = {f"train_batch{index}.jpg" for index in range(3)} | {"val_batch0_labels.jpg", "val_batch0_pred.jpg"}
     expected = {"hyp.yaml", "opt.yaml", "results.csv", "results.png", "labels.jpg", "labels_correlogram.jpg"}
-    expected |= {"confusion_matrix.png", "weights/best.pt", "weights/last.pt", "weights/epoch3.pt"}
+    expected |= {
+        "metrics.json",
+        "report.html",
+        "confusion_matrix.png",
+        "weights/best.pt",
+        "weights/last.pt",
+        "weights/epoch3.pt",
+    }
     assert expected | curves | batches <= names
     assert not [name for name in names if name.endswith(".tmp")]
     header, *rows = [line.split(",") for line in (finished / "results.csv").read_text().splitlines()]
@@ -64,6 +72,15 @@ def test_a_run_leaves_what_users_expect_and_every_epoch_once_in_yolov5s_columns(
     assert columns[-3:] == ["x/lr0", "x/lr1", "x/lr2"]
     assert all(len(cell) == 20 for row in rows for cell in row)
     assert [int(row[0]) for row in rows] == [0, 1, 2, 3]
+
+
+def test_the_report_has_the_curves_and_the_data_of_the_training(finished: Path):
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    for text in ("4 epochs; highest mAP50-95", "<h3>box loss</h3>", "Learning rate", "<td>train</td><td>24</td>"):
+        assert text in page
+    content = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))
+    assert content["options"]["epochs"] == 4 and content["hyperparameters"]["lr0"] > 0 and content["images"] == 8
+    assert content["model"].endswith("best.pt") and content["seconds"] > 0
 
 
 def test_finished_checkpoints_hold_the_float16_ema_alone(finished: Path):

@@ -80,7 +80,52 @@ def test_runs_are_numbered_and_noplots_draws_nothing(tmp_path, weights):
     for options in ({}, {}, {"exist_ok": True}, {"name": "mine"}):
         run(tmp_path, weights=str(weights), plots=False, **options)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["exp", "exp2", "mine"]
-    assert not list((tmp_path / "runs" / "exp").iterdir())
+    assert [path.name for path in (tmp_path / "runs" / "exp").iterdir()] == ["metrics.json"]
+
+
+def test_figures_and_the_report_are_written(tmp_path, weights, data):
+    figures, maps, _ = run(tmp_path, weights=str(weights), max_det=20)
+    folder = tmp_path / "runs" / "exp"
+    content = json.loads((folder / "metrics.json").read_text())
+    assert [content[key] for key in ("precision", "recall", "map50", "map")] == pytest.approx(figures[:4], abs=1e-6)
+    assert (content["images"], content["labels"], content["split"], content["imgsz"]) == (4, 4, "val", 64)
+    assert [one["map"] for one in content["classes"]] == pytest.approx(maps.tolist(), abs=1e-6)
+    assert content["data"] == str(data) and content["options"]["max_det"] == 20 and "model" not in content["options"]
+    assert content["versions"]["torch"] == torch.__version__ and content["seconds"] > 0
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Confusion matrix" in page and "max_det" in page and "<h2>Training</h2>" not in page
+
+
+def coco_file(data, categories):
+    images = [{"id": 100 + index, "file_name": f"{index}.png"} for index in range(4)]
+    boxes = [
+        {"id": 1 + index, "image_id": 100 + index, "category_id": list(categories)[0], "bbox": [20, 10, 25, 28]}
+        for index in range(4)
+    ]
+    named = [{"id": number, "name": name} for number, name in categories.items()]
+    file = data.parent / "instances.json"
+    file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": named}))
+    return str(file)
+
+
+def test_annotations_give_the_json_their_ids(tmp_path, weights, data):
+    file = coco_file(data, {7: "cow", 5: "cat", 9: "dog", 2: "goat"})
+    run(tmp_path, weights=str(weights), annotations=file, plots=False)
+    folder = tmp_path / "runs" / "exp"
+    rows = json.loads((folder / "best_predictions.json").read_text())
+    assert rows and {row["image_id"] for row in rows} <= {100, 101, 102, 103}
+    content = json.loads((folder / "metrics.json").read_text())
+    assert {one["name"]: one["category_id"] for one in content["classes"]} == {"cat": 5, "dog": 9, "cow": 7}
+    assert {row["category_id"] for row in rows} <= {5, 7, 9} and content["coco"]["ap"] is not None
+
+
+def test_annotations_that_do_not_fit_are_refused_before_the_work(tmp_path, weights, data):
+    for categories, message in (({5: "cat", 9: "dog"}, "has the name of class 'cow'"), ({1: "cow"}, "'cat'")):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path, weights=str(weights), annotations=coco_file(data, categories), plots=False)
+    with pytest.raises(UserError, match="--annotations is for the images of a split"):
+        run(tmp_path, weights=str(weights), annotations=coco_file(data, {1: "cow"}), task="speed")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_size_is_rounded_up_and_the_trained_size_named(tmp_path, weights, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import platform
 import re
@@ -121,3 +122,39 @@ def cpu_has_bf16() -> bool:
     """Says whether this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX)."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def gpus_in_use() -> list[str]:
+    """Returns the UUID, as nvidia-smi has it, of the CUDA GPU that this process computes on, if it does."""
+    if not torch.cuda.is_initialized():
+        return []
+    return [f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"]
+
+
+def versions_here(device: torch.device) -> dict[str, str | int]:
+    """Returns what, beside data and options, decides the last bits of what a process computes on `device`."""
+    import cv2
+    import numpy
+
+    connected = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": _version_of("torchvision"),
+        "numpy": numpy.__version__,
+        "opencv": cv2.__version__,
+        "albumentations": _version_of("albumentations"),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": torch.backends.cpu.get_cpu_capability() + (" with bf16" if cpu_has_bf16() else ""),  # see `--amp auto`
+        "threads": torch.get_num_threads(),
+        "processes": torch.distributed.get_world_size() if connected else 1,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _version_of(package: str) -> str:
+    """Returns the version of an installed package, or "none"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"

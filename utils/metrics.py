@@ -116,14 +116,24 @@ def match_detections(detections: np.ndarray, labels: np.ndarray, thresholds: np.
     n, m, t = len(detections), len(labels), len(thresholds)
     if not n or not m:
         return np.zeros((n, t), dtype=bool)
-    overlap = box_iou(labels[:, 1:5], detections[:, :4])
-    overlap = np.where(labels[:, 0:1] == detections[None, :, 5], overlap, -1.0)
-    chosen = overlap.argmax(0)  # (n,) label of each detection
-    reaches = overlap.max(0)[:, None] >= thresholds  # (n, t)
+    chosen, overlap = chosen_labels(detections, labels)
+    reaches = overlap[:, None] >= thresholds  # (n, t)
     rank = np.arange(n)[:, None]
     first = np.full((m, t), n)  # the earliest detection that reaches each label
     np.minimum.at(first, chosen, np.where(reaches, rank, n))
     return reaches & (first[chosen] == rank)
+
+
+def chosen_labels(detections: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which label of its class each detection (n,) overlaps most, and how much: -1 where there is none.
+
+    Args:
+        detections: (n, 6) [x1, y1, x2, y2, confidence, class].
+        labels: (m, 5) [class, x1, y1, x2, y2] in the same pixels, at least one.
+    """
+    overlap = box_iou(labels[:, 1:5], detections[:, :4])
+    overlap = np.where(labels[:, 0:1] == detections[None, :, 5], overlap, -1.0)
+    return overlap.argmax(0), overlap.max(0)
 
 
 def ap_per_class(

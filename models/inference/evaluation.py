@@ -25,10 +25,13 @@ from utils.cli import find_weights
 from utils.dataloaders.config import SPLITS, DataSpec, load_spec
 from utils.dataloaders.labels import load_labels
 from utils.dataloaders.loader import DetectionLoader, create_dataloader, full_size_loader
-from utils.devices import select_device
+from utils.devices import gpus_in_use, select_device, versions_here
+from utils.energy import EnergyMeter
 from utils.errors import UserError
-from utils.eval.coco import category_ids, require_coco_tools
+from utils.eval.coco import Annotations, category_ids, require_coco_tools
 from utils.eval.evaluate import EvalResult, evaluate
+from utils.eval.figures import metrics_content, write_metrics
+from utils.eval.report_page import write_report
 from utils.files import atomic_write, increment_path, run_folder
 from utils.images import inference_hw
 from utils.log import LOGGER, colorstr
@@ -42,6 +45,8 @@ SOUND_CONFIDENCE = 0.001  # thresholds above this cut the curves that mAP is the
 SPEED = {"conf_thres": 0.25, "iou_thres": 0.45, "save_json": False, "plots": False}  # as in use, not as in scoring
 STUDY_SIZES_PX = tuple(range(256, 1537, 128))
 STUDY_COLUMN = "%10.4g"
+ANNOTATIONS = Path("annotations", "instances_val2017.json")  # looked for in the data set's folder
+BROUGHT = "model dataloader save_dir callbacks compute_loss".split()  # fields of ValConfig that are no options
 FOR_EVALUATE = "single_cls verbose plots save_txt save_conf save_hybrid coco_metrics".split()
 
 Shape = int | tuple[int, int]  # the long side of rectangles, or height and width of every image, px
@@ -77,6 +82,7 @@ class ValConfig:
     save_hybrid: bool
     save_conf: bool
     save_json: bool
+    annotations: str
     coco_metrics: bool
     project: str
     name: str
@@ -108,7 +114,7 @@ def run_validation(config: ValConfig) -> EvalResult:
     Raises:
         UserError: options that do not go together, or what they name cannot be used.
     """
-    if config.coco_metrics:
+    if config.coco_metrics or config.annotations:
         require_coco_tools()  # missed before the work, not after it
     if config.half and config.bf16:
         raise UserError("--half and --bf16: choose one of them.")
@@ -146,10 +152,16 @@ def validate(config: ValConfig, model: ModelFile) -> EvalResult:
             seen = None if config.tile else shape
             loader = make_loader(spec, seen, model.metadata.stride, **batches, **common).start()
             stack.callback(loader.close)
+        table = getattr(getattr(loader, "dataset", None), "table", None)  # a script may bring mere batches
+        if config.annotations:  # refused before the work, not after it
+            known = Annotations(Path(config.annotations))
+            known.category_ids({0: "item"} if config.single_cls else spec.names)
+            known.image_ids([] if table is None else list(table.image_paths))
         predictor = _predictor(config, model, shape)  # while the loader decodes
         is_coco = isinstance(config.data, (str, Path)) and Path(config.data).name == "coco.yaml"
-        save_json = config.save_json or (config.task != "speed" and is_coco)
+        save_json = config.save_json or bool(config.annotations) or (config.task != "speed" and is_coco)
         folder = _run_folder(config, save_json)
+        meter = stack.enter_context(EnergyMeter(gpus_in_use()))
         result = evaluate(
             predictor,
             loader,
@@ -160,10 +172,25 @@ def validate(config: ValConfig, model: ModelFile) -> EvalResult:
             save_json=save_json,
             json_name=f"{model.path.stem}_predictions.json",
             categories=category_ids(spec.val, spec.names) if spec and not config.single_cls else None,
-            annotations=spec.root / "annotations" / "instances_val2017.json" if spec else None,
+            annotations=Path(config.annotations or spec.root / ANNOTATIONS) if spec else None,
+            keep_records=folder is not None,
             **{name: getattr(config, name) for name in FOR_EVALUATE},
         )
+        about = {
+            "model": str(model.path),
+            "data": str(spec.source or spec.root) if spec else None,
+            "split": split,
+            "imgsz": shape or None,
+            "seconds": round(meter.seconds, 3),
+            "energy_wh": meter.watt_hours(),
+            "versions": versions_here(torch.device("cpu")) | {"device": predictor.backend.device},
+            "options": {name: value for name, value in vars(config).items() if name not in BROUGHT},
+        }
     if folder is not None:
+        content = metrics_content(result, about)
+        write_metrics(folder / "metrics.json", content)
+        if config.plots:
+            write_report(folder / "report.html", content, result, {} if table is None else {split: table})
         LOGGER.info(f"Results saved to {colorstr('bold', folder)}")
     return result
 
@@ -364,6 +391,8 @@ def _check_combination(config: ValConfig, model: ModelFile) -> None:
         raise UserError("--tile cuts images of full size: give no dataloader.")
     if config.compute_loss and (not module or config.augment or config.tile):
         raise UserError("compute_loss needs a PyTorch model's raw outputs: give model, and neither augment nor tile.")
+    if config.annotations and (config.task not in SPLITS or config.dataloader is not None):
+        raise UserError("--annotations is for the images of a split: give --data, and --task train, val or test.")
     if config.model is not None and not module and (config.half or config.bf16):
         raise UserError("--half and --bf16 are for files and PyTorch modules: this model computes as it was made.")
 

@@ -120,3 +120,12 @@ def test_a_cpu_process_keeps_its_memory():
 
 def test_other_devices_are_left_alone():
     assert prepare_cpu_memory(torch.device("cuda")) is False
+
+
+def test_what_decides_the_last_bits_is_on_record(monkeypatch):
+    threads = torch.get_num_threads()
+    here = devices.versions_here(torch.device("cpu"))
+    assert here["threads"] == threads and here["torch"] == torch.__version__ and here["device"] == "cpu"
+    assert here["cpu"].startswith(torch.backends.cpu.get_cpu_capability()) and here["processes"] == 1
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert devices.versions_here(torch.device("cuda", 1))["device"] == "card 1"

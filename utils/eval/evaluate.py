@@ -56,6 +56,7 @@ class EvalOptions:
         annotations: COCO annotation file. Where it exists and has the data set's class names, the JSON carries its
             numbers of categories; where it lists all images as well, theirs, and mAP is what COCO's computation says.
         coco_metrics: compute and log COCO's twelve metrics.
+        keep_records: return what each image has, for `utils.eval.figures` and the report.
         verbose: list single classes even when they are many.
         training: log the overall row alone.
         quiet: log no figures at all.
@@ -72,6 +73,7 @@ class EvalOptions:
     categories: Sequence[int] | None = None
     annotations: Path | None = None
     coco_metrics: bool = False
+    keep_records: bool = False
     verbose: bool = False
     training: bool = False
     quiet: bool = False
@@ -98,7 +100,9 @@ class EvalResult:
         details: figures and curves of each class.
         confusion: the confusion matrix.
         coco: COCO's figures, when asked for.
-        records: each image's detections and labels, when COCO's figures or a JSON were asked for.
+        records: each image's detections and labels, when they, COCO's figures or a JSON were asked for.
+        categories: the category of every class in the JSON, when one was asked for.
+        names: name of every class.
     """
 
     precision: float
@@ -114,6 +118,8 @@ class EvalResult:
     confusion: ConfusionMatrix
     coco: CocoFigures | None = None
     records: list[ImageRecord] = field(default_factory=list)
+    categories: Sequence[int] | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def fitness(self) -> float:
@@ -152,7 +158,8 @@ def evaluate(
     settings = EvalOptions(**options)
     if settings.single_cls and len(names) != 1:
         names = {0: "item"}
-    metrics = _MetricAccumulator(len(names), keep_records=settings.save_json or settings.coco_metrics)
+    keep_records = settings.keep_records or settings.save_json or settings.coco_metrics
+    metrics = _MetricAccumulator(len(names), keep_records)
     losses = torch.zeros(len(getattr(compute_loss, "terms", ("box", "obj", "cls"))))
     largest_shape: tuple[int, ...] = (0, 3, 0, 0)
     seconds_before = list(predictor.seconds.values())
@@ -187,6 +194,7 @@ def evaluate(
         seconds = [after - before for after, before in zip(predictor.seconds.values(), seconds_before, strict=True)]
         speed_ms = tuple(1e3 * taken / max(metrics.seen, 1) for taken in seconds)
         result = metrics.result(tuple((losses / max(len(loader), 1)).tolist()), speed_ms, settings.coco_metrics)
+        result = replace(result, names=names)
         result = _finish(result, names, settings, largest_shape, writer, stems)
     notify("on_val_end")
     return result
@@ -339,6 +347,7 @@ def _save_json(result: EvalResult, names: Mapping[int, str], settings: EvalOptio
     with atomic_write(file) as temporary:
         temporary.write_text(json.dumps(rows), encoding="utf-8")
     LOGGER.info(f"Detections saved to {file}")
+    result = replace(result, categories=list(categories))
     if truth is None:
         return result
     try:

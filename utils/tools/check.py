@@ -38,13 +38,14 @@ from utils.dataloaders.labels import (
 )
 from utils.dataloaders.paths import image_to_label_path, is_image, list_images
 from utils.errors import MAX_IMAGE_SIDE_PX, UserError, explain_resource_errors, printable
+from utils.eval.report_page import class_bars, label_charts
 from utils.files import ROOT, atomic_write, find_file, increment_path, read_yaml, run_folder, write_yaml
 from utils.images import DEFAULT_IMGSZ, ImageError, check_image, decode_image, exif_orientation, read_image
 from utils.log import LOGGER, colorstr, progress
+from utils.page import fill_page, html_table, image_tag
 from utils.plots.boxes import Annotation, Annotator, colors
 from utils.process import process_map
 from utils.tools.convert import FRACTIONS, label_text
-from utils.tools.page import fill_page, html_table, image_tag
 
 MEND, LOOK, NOTE = "mend", "look", "note"
 HEADINGS = {MEND: "To mend", LOOK: "To look at", NOTE: "For information"}
@@ -711,78 +712,11 @@ def _finding(contents: Contents, one: Finding) -> str:
     )
 
 
-def _columns(title: str, counts: Sequence[int], axis: Sequence[str]) -> str:
-    top = max(max(counts), 1)
-    bars = "".join(f'<i style="height:{100 * count / top:.1f}%" title="{count}"></i>' for count in counts)
-    marks = "".join(f"<span>{escape(text)}</span>" for text in axis)
-    return f'<div><h3>{title}</h3><div class="columns">{bars}</div><div class="axis">{marks}</div></div>'
-
-
-def _density(title: str, grid: np.ndarray, axis: Sequence[str], more: str = "") -> str:
-    """Returns a square picture of counts (rows, columns)."""
-    side, top = len(grid), max(grid.max(), 1)
-    cells = "".join(
-        f'<rect x="{x}" y="{y}" width="1.02" height="1.02" opacity="{(grid[y, x] / top) ** 0.5:.2f}"/>'
-        for y, x in np.argwhere(grid)
-    )
-    marks = "".join(f"<span>{escape(text)}</span>" for text in axis)
-    svg = f'<svg viewBox="0 0 {side} {side}" role="img" aria-label="{title}">{cells}{more}</svg>'
-    return f'<div><h3>{title}</h3>{svg}<div class="axis" style="max-width:22rem">{marks}</div></div>'
-
-
-def charts(contents: Contents, imgsz: int, anchors_px: np.ndarray | None) -> str:
-    """Returns where boxes are and how large, how many an image has, and the shapes of images, of all splits."""
-    table, cells = contents.table, 32
-    centres = np.clip((table.rows[:, 1:3] * cells).astype(int), 0, cells - 1)
-    places = np.zeros((cells, cells), int)
-    np.add.at(places, (centres[:, 1], centres[:, 0]), 1)
-    octaves = np.log2(imgsz)  # from 1 px to the whole image
-
-    def position(sizes_px: np.ndarray) -> np.ndarray:
-        return np.log2(np.maximum(sizes_px, 1)) / octaves * cells
-
-    sizes = np.clip(position(label_sizes_px(table, imgsz)).astype(int), 0, cells - 1)
-    areas = np.zeros((cells, cells), int)
-    np.add.at(areas, (cells - 1 - sizes[:, 1], sizes[:, 0]), 1)
-    crosses = "".join(
-        f'<path d="M{x - 0.6:.2f} {cells - y:.2f}h1.2M{x:.2f} {cells - y - 0.6:.2f}v1.2" stroke-width=".28"/>'
-        for x, y in ([] if anchors_px is None else position(anchors_px))
-    )
-    in_images = np.diff(table.offsets)
-    edges = np.array([0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 21, 31, 51, 101, np.inf])
-    numbers = np.histogram(in_images, edges)[0]
-    aspects = np.log2(table.sizes_wh[:, 0] / table.sizes_wh[:, 1])
-    shapes = np.histogram(np.clip(aspects, -2, 2), np.arange(-2.125, 2.2, 0.25))[0]
-    return "".join(
-        (
-            _density("Centres of boxes", places, ("left", "right")),
-            _density(
-                f"Width and height of boxes at {imgsz} px" + (", anchors" if crosses else ""),
-                areas,
-                ("1 px", f"{imgsz**0.5:.0f} px", f"{imgsz} px"),
-                crosses,
-            ),
-            _columns("Labels per image, from", numbers, [f"{edge:.0f}" for edge in edges[:-1]]),
-            _columns("Width / height of images", shapes, "1:4    1:2    1:1    2:1    4:1".split(" ")),
-        )
-    )
-
-
 def page(
     contents: Contents, findings: Sequence[Finding], imgsz: int, anchors_px: np.ndarray | None, source: str
 ) -> str:
     """Returns the report as one HTML file without outside resources."""
     counts = {split: class_counts(contents, split) for split in contents.members}
-    top = max(int(sum(counts.values()).max()), 1)
-    bars = []
-    for label in np.argsort(-sum(counts.values()), kind="stable"):
-        parts = "".join(
-            f'<i class="{split}" style="width:{100 * count[label] / top:.2f}%"></i>' for split, count in counts.items()
-        )
-        name = escape(printable(contents.spec.names[int(label)]))
-        numbers = " + ".join(str(count[label]) for count in counts.values())
-        bars.append(f'<span title="{name}">{name}</span><span class="track">{parts}</span><span>{numbers}</span>')
-    legend = "".join(f'<span><i class="{split}"></i>{split}</span>' for split in counts)
     sections = [
         f"<section><h2>{heading}</h2>{''.join(_finding(contents, one) for one in found) or '<p>Nothing.</p>'}</section>"
         for level, heading in HEADINGS.items()
@@ -803,9 +737,8 @@ def page(
 <main>
 <section><h2>Splits</h2>{html_table(split_table(contents))}</section>
 {sections[0]}{sections[1]}
-<section><h2>Labels of each class</h2><div class="legend">{legend}</div>
-<div class="bars">{"".join(bars)}</div></section>
-<section><h2>Boxes and images</h2><div class="charts">{charts(contents, imgsz, anchors_px)}</div></section>
+<section><h2>Labels of each class</h2>{class_bars(contents.spec.names, counts)}</section>
+<section><h2>Boxes and images</h2><div class="charts">{label_charts(contents.table, imgsz, anchors_px)}</div></section>
 <section><h2>Some training images</h2><div class="shown">{figures}</div></section>
 {sections[2]}
 </main>"""

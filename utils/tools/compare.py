@@ -15,26 +15,23 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
-from utils.boxes import box_iou, xywhn2xyxy
+from utils.boxes import xywhn2xyxy
 from utils.cli import CommandParser, number, run_command
 from utils.dataloaders.config import SPLITS, load_spec
 from utils.dataloaders.labels import load_labels
 from utils.errors import UserError, explain_resource_errors, printable
 from utils.eval.coco import category_ids, result_numbers
+from utils.eval.figures import judge
+from utils.eval.report_page import LEGEND, error_picture
 from utils.files import ROOT, atomic_write, increment_path, run_folder
-from utils.images import ImageError, read_image
 from utils.log import LOGGER, colorstr
 from utils.media.writers import OutputStems
-from utils.metrics import IOU_THRESHOLDS, APResult, ap_per_class, match_detections
-from utils.plots.boxes import Annotation, Annotator
+from utils.metrics import APResult, ap_per_class, match_detections
+from utils.page import fill_page, html_table
 from utils.tools.convert import Images, Lost, Reading, box_of, folder_of_images, read_coco, read_json
-from utils.tools.page import fill_page, html_table, image_tag
 
-PICTURE_PX = 300  # height, at most
-RIGHT, WRONG, MISSED = (70, 150, 30), (50, 50, 210), (200, 100, 20)  # colours in BGR
 ROW = "%20s" + "%9s" * 7
 COLUMNS = ("Class", "Labels", "mAP50 A", "B", "B - A", "mAP A", "B", "B - A")
 
@@ -175,11 +172,7 @@ def score(truth: Truth, detections: Sequence[np.ndarray], confidence: float | No
     result = ap_per_class(np.concatenate(right), everything[:, 4], everything[:, 5], np.concatenate(truth.labels)[:, 0])
     confidence = result.confidence if confidence is None else confidence
     kept = [some[some[:, 4] >= confidence] for some in detections]
-    counts = []
-    for some, labels in zip(kept, truth.labels, strict=True):
-        hits = int(match_detections(some, labels, IOU_THRESHOLDS[:1]).sum())
-        counts.append((hits, len(some) - hits, len(labels) - hits))
-    counts = np.array(counts).reshape(-1, 3)
+    counts = np.array([judge(*pair).counts for pair in zip(kept, truth.labels, strict=True)]).reshape(-1, 3)
     total = counts @ (2, 1, 1)
     return Scores(confidence, kept, result, counts, np.where(total == 0, 1.0, 2 * counts[:, 0] / np.maximum(total, 1)))
 
@@ -212,35 +205,12 @@ def class_rows(truth: Truth, a: Scores, b: Scores) -> list[tuple[str, ...]]:
 
 def picture(truth: Truth, scores: Scores, image: int) -> str:
     """Returns an image with its right, wrong and missed objects as an <img> with its data; a text where it is gone."""
-    try:
-        pixels = read_image(truth.paths[image], 2 * PICTURE_PX)
-    except ImageError as error:
-        return f"<span>{escape(printable(error))}</span>"
-    scale = PICTURE_PX / max(pixels.shape[0], pixels.shape[1] / 1.6)
-    shown_wh = tuple(max(round(side * scale), 1) for side in pixels.shape[1::-1])
-    pixels = cv2.resize(pixels, shown_wh, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    to_shown = np.tile(np.array(shown_wh) / truth.sizes_wh[image], 2)
     found, labels = scores.detections[image], truth.labels[image]
-    right = match_detections(found, labels, IOU_THRESHOLDS[:1])[:, 0]
-    overlap = box_iou(labels[:, 1:5], found[right, :4]) * (labels[:, :1] == found[right, 5])
-    missed = np.setdiff1d(np.arange(len(labels)), overlap.argmax(0) if overlap.size else ())
-    drawn = [(row[1:5], truth.names[int(row[0])], MISSED) for row in labels[missed]]
-    drawn += [
-        (row[:4], f"{truth.names[int(row[5])]} {row[4]:.2f}", RIGHT if hit else WRONG)
-        for row, hit in sorted(zip(found, right, strict=True), key=lambda pair: pair[1])
-    ]
-    Annotator(pixels, 2, 10).annotate(
-        [Annotation(box * to_shown, text if colour != RIGHT else "", colour) for box, text, colour in drawn]
-    )
-    return image_tag(pixels, truth.paths[image])
+    return error_picture(truth.paths[image], truth.sizes_wh[image], found, labels, truth.names)
 
 
 def page(truth: Truth, titles: Sequence[str], scores: Sequence[Scores], most: int) -> str:
     """Returns the comparison as one HTML file: at most `most` images that got worse, and as many that got better."""
-    legend = " ".join(
-        f'<b style="color:#fff;background:rgb{colour[::-1]};padding:0 .4rem">{name}</b>'
-        for name, colour in (("right", RIGHT), ("wrong", WRONG), ("missed", MISSED))
-    )
     sections = []
     for heading, images in zip(("Worse", "Better"), changes(*scores), strict=True):
         figures = []
@@ -261,7 +231,7 @@ def page(truth: Truth, titles: Sequence[str], scores: Sequence[Scores], most: in
     body = f"""<header><h1>Comparison of two runs</h1>{runs}</header>
 <main>
 <section><h2>Classes</h2>{html_table([COLUMNS, *class_rows(truth, *scores)])}</section>
-<section><p>Images by their F1 at IoU 0.5, A on the left, B on the right: {legend}</p></section>
+<section><p>Images by their F1 at IoU 0.5, A on the left, B on the right: {LEGEND}</p></section>
 {"".join(sections)}
 </main>"""
     return fill_page("Comparison of two runs", body)

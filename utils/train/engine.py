@@ -30,9 +30,11 @@ from utils.checkpoint import load_checkpoint, save_checkpoint, strip_checkpoint
 from utils.cli import ReportedError
 from utils.dataloaders.loader import Batch
 from utils.dataloaders.sampling import class_weights, image_weights
-from utils.devices import resolve_amp
+from utils.devices import gpus_in_use, resolve_amp, versions_here
+from utils.energy import EnergyMeter
 from utils.errors import UserError
 from utils.eval.evaluate import NMS, EvalResult, evaluate
+from utils.eval.figures import metrics_content, write_metrics
 from utils.files import remove_temporaries
 from utils.log import LOGGER, colorstr, progress
 from utils.loggers import open_loggers
@@ -127,6 +129,8 @@ class Trainer:
             with checkpoint_errors(options.resume):
                 self._restore(checkpoint)
             self.saved = Path(options.resume), self.epoch
+        # of several processes' energy this one would tell its own GPU's alone
+        self.meter = EnergyMeter(gpus_in_use() if world.size == 1 else ())
         self.began = self.epoch_began = time.monotonic()
         self.first_epoch = self.epoch + 1  # not of the run, but since `began`
         self.plots = world.is_main and not options.noplots
@@ -152,6 +156,7 @@ class Trainer:
             f"Starting training for {self.options.epochs} epochs..."
         )
         with (
+            self.meter,
             deterministic_algorithms(self.device, self.options.deterministic),
             torch.random.fork_rng(devices=[]),
         ):
@@ -389,6 +394,7 @@ class Trainer:
             verbose=final,
             training=not final,
             callbacks=self.callbacks,
+            keep_records=final,
             **(self.loaders.final if final else {}),
         )
 
@@ -478,10 +484,33 @@ class Trainer:
             drawn = sorted(self.save_dir.glob("*.jpg")) + sorted(self.save_dir.glob("*.png"))
             for logger in self.loggers:
                 logger.log_images(drawn, self.epoch)
+        self._report(chosen, result)
         self._strip(self.last)
         self.callbacks.run("on_train_end", self.last, self.best, self.plots, self.epoch, result.as_tuple())
         LOGGER.info(f"Results saved to {colorstr('bold', self.save_dir)}")
         return result
+
+    def _report(self, weights: Path, result: EvalResult) -> None:
+        """Writes metrics.json and, unless plots are off, report.html."""
+        options, tables = self.options, {"val": self.loaders.val.dataset.table}
+        about = {
+            "model": str(weights),
+            "data": options.data,
+            "split": "val",
+            "imgsz": self.loaders.imgsz,
+            "seconds": round(self.meter.seconds, 3),
+            "energy_wh": self.meter.watt_hours(),
+            "versions": versions_here(self.device),
+            "options": vars(options),
+            "hyperparameters": self.hyp.to_dict(),
+        }
+        content = metrics_content(result, about)
+        write_metrics(self.save_dir / "metrics.json", content)
+        if self.plots:
+            from utils.eval.report_page import write_report
+
+            tables = {"train": self.loaders.train.dataset.table, **tables}
+            write_report(self.save_dir / "report.html", content, result, tables, self.save_dir / "results.csv")
 
     def _strip(self, path: Path) -> None:
         """Strips a checkpoint to its float16 EMA and says so."""

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import shlex
 import sys
 from collections import Counter
@@ -247,38 +245,6 @@ def dataset_changes(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.
         if any(counts.values()):
             changes.append(f"{split}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
     return "; ".join(changes)
-
-
-def versions_here(device: torch.device) -> dict[str, str | int]:
-    """Returns what, beside data and options, decides the last bits of what a process computes on `device`."""
-    import cv2
-    import numpy
-    import torch
-
-    from utils.devices import cpu_has_bf16
-
-    connected = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": _version_of("torchvision"),
-        "numpy": numpy.__version__,
-        "opencv": cv2.__version__,
-        "albumentations": _version_of("albumentations"),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": torch.backends.cpu.get_cpu_capability() + (" with bf16" if cpu_has_bf16() else ""),  # see `--amp auto`
-        "threads": torch.get_num_threads(),
-        "processes": torch.distributed.get_world_size() if connected else 1,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
-
-
-def _version_of(package: str) -> str:
-    """Returns the version of an installed package, or "none"."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 if __name__ == "__main__":

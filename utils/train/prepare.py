@@ -24,7 +24,7 @@ from utils.autobatch import autobatch
 from utils.dataloaders.config import SPLITS, DataSpec
 from utils.dataloaders.labels import LabelTable, load_labels
 from utils.dataloaders.loader import QUAD, create_dataloader
-from utils.devices import resolve_amp
+from utils.devices import resolve_amp, versions_here
 from utils.downloads import file_name_of
 from utils.errors import UserError, make_divisible
 from utils.eval.coco import COCO80_TO_91, category_ids
@@ -33,7 +33,7 @@ from utils.log import LOGGER
 from utils.loss import LOSSES
 from utils.loss.iou import BOX_LOSSES
 from utils.train.distributed import ALONE, World
-from utils.train.fingerprint import dataset_record, versions_here
+from utils.train.fingerprint import dataset_record
 from utils.train.hyp import Hyp
 from utils.train.optim import Schedule
 

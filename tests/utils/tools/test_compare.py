@@ -10,6 +10,7 @@ import pytest
 
 from utils.boxes import Detections
 from utils.errors import UserError
+from utils.eval import report_page
 from utils.eval.coco import detection_rows, image_ids
 from utils.media.writers import LabelWriter, OutputStems
 from utils.tools import compare, convert
@@ -129,19 +130,19 @@ def test_pictures_tell_right_wrong_and_missed_apart(truth):
     def colours(scores, image, truth=truth):
         drawn = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(compare.Annotator, "annotate", lambda _, annotations: drawn.extend(annotations))
+            patch.setattr(report_page.Annotator, "annotate", lambda _, annotations: drawn.extend(annotations))
             compare.picture(truth, scores, image)
         texts[:] = [one.label for one in drawn]
-        return [(np.rint(np.array(one.box_xyxy) * 100 / compare.PICTURE_PX).tolist(), one.color) for one in drawn]
+        return [(np.rint(np.array(one.box_xyxy) * 100 / report_page.PICTURE_PX).tolist(), one.color) for one in drawn]
 
     a, b = (compare.score(truth, some, 0.2) for some in (FIRST, SECOND))
     for gone in ("", "gone.png"):
         assert compare.picture(truth._replace(paths=[gone] * 3), a, 0).startswith("<span>")
-    assert colours(a, 1) == [([*DOGS[1]], compare.MISSED), ([*DOGS[0]], compare.RIGHT)]
+    assert colours(a, 1) == [([*DOGS[1]], report_page.MISSED), ([*DOGS[0]], report_page.RIGHT)]
     both = truth._replace(labels=[np.array([(0, *CAT), (1, *CAT)], float)])  # a cat and a dog at the same place
     dog = compare.score(both, [detections((*CAT, 0.9, 1))], 0.2)
-    assert colours(dog, 0, both) == [([*CAT], compare.MISSED), ([*CAT], compare.RIGHT)] and texts == ["cat", ""]
-    assert colours(b, 0) == [([*CAT], compare.MISSED), ([*CAT], compare.WRONG)]
+    assert colours(dog, 0, both) == [([*CAT], report_page.MISSED), ([*CAT], report_page.RIGHT)] and texts == ["cat", ""]
+    assert colours(b, 0) == [([*CAT], report_page.MISSED), ([*CAT], report_page.WRONG)]
 
 
 ROW = {"image_id": "a", "category_id": 0, "bbox": [1, 2, 3, 4], "score": 0.5}

@@ -223,12 +223,3 @@ def test_help_answers_without_torch():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: python -m utils.train.fingerprint" in done.stdout
-
-
-def test_what_decides_the_last_bits_is_on_record(monkeypatch):
-    threads = torch.get_num_threads()
-    here = fingerprint.versions_here(torch.device("cpu"))
-    assert here["threads"] == threads and here["torch"] == torch.__version__ and here["device"] == "cpu"
-    assert here["cpu"].startswith(torch.backends.cpu.get_cpu_capability()) and here["processes"] == 1
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
-    assert fingerprint.versions_here(torch.device("cuda", 1))["device"] == "card 1"
