@@ -6,12 +6,15 @@ Examples:
     python detect.py --weights best.onnx --source photos/                               # an export; needs no PyTorch
     python detect.py --source 0 --view-img                                              # a camera, in a window
     python detect.py --source rtsp://10.0.0.7/gate --track --count "0,400,1280,400"     # who crosses a line
+    python detect.py --source clip.mp4 --stream-json --nosave | jq .detections          # for other programs
     python detect.py --source aerial.png --tile 640                                     # small objects, large images
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -30,13 +33,17 @@ if TYPE_CHECKING:
 IMGSZ_HELP = "image size: h w; default: 640, or the one size that an export takes"
 NEWEST = "default: the newest runs/train/*/weights/best.pt"
 SOURCE_HELP = "image, video, folder, glob, list of paths or streams (.txt), URL, camera number, or screen"
-COUNT_HELP = 'count tracks that cross the line "x1,y1,x2,y2" or enter the zone of three or more points, in pixels'
+COUNT_HELP = (
+    'count tracks that cross the line "x1,y1,x2,y2" or enter the zone of three or more points, in pixels; '
+    'several, as "gate=x1,y1,x2,y2" "hall=..."'
+)
+LIVE_HELP = "show annotated frames live: http://HOST:PORT/NAME (MJPEG), rtsp://, rtmp://, udp:// or NAME.m3u8 (HLS)"
 SEGMENT_HELP = "write videos in pieces of so many minutes (default: 5 for live inputs; a file's video stays whole)"
 TIMEOUT_HELP = "give a live input up, with status 1, that sends nothing for so long (default: 300; 0: never)"
 # options that say what is written or shown, and mean nothing where results are handed to a caller
 WRITING = frozenset(
-    "view_img save_txt save_conf save_crop save_csv nosave save_scale segment visualize update project name exist_ok "
-    "line_thickness hide_labels hide_conf".split()
+    "view_img save_txt save_conf save_crop save_csv save_json stream_json nosave save_scale live_out segment "
+    "visualize update project name exist_ok line_thickness hide_labels hide_conf".split()
 )
 
 
@@ -57,8 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-conf", action="store_true", help="write confidences into the label files as well")
     add("--save-crop", action="store_true", help="write cropped detections to crops/<class>/")
     add("--save-csv", action="store_true", help="write predictions.csv")
+    add("--save-json", action="store_true", help="write predictions.json: COCO results, classes by number")
+    add("--stream-json", action="store_true", help="print each image's results on stdout as a line of JSON")
     add("--nosave", action="store_true", help="write no annotated images and videos")
     add("--save-scale", action="store_true", help="draw and write annotated images at the model's scale: faster")
+    add("--live-out", default="", metavar="URL", help=LIVE_HELP)
     add("--segment", type=number(float, 0.01, 1440), metavar="MINUTES", help=SEGMENT_HELP)
     add("--classes", nargs="+", type=number(int, 0), default=None, help="keep these class numbers only")
     add("--agnostic-nms", action="store_true", help="class-agnostic NMS")
@@ -66,7 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tile", type=number(int, 32), help="cut images into tiles of so many pixels, for small objects")
     add("--tile-overlap", type=number(float, 0, 0.9), default=0.2, help="tile overlap (0-0.9)")
     add("--track", action="store_true", help="track objects through videos and streams: each gets a number")
-    add("--count", default="", help=COUNT_HELP)
+    add("--count", nargs="+", default=[], metavar="POINTS", help=COUNT_HELP)
+    anchors = ["center", "top", "bottom", "left", "right"]
+    add("--count-anchor", choices=anchors, default="center", help="the point of a box that crosses or enters")
     add("--visualize", action="store_true", help="write every layer's feature maps")
     add("--update", action="store_true", help="strip the optimizer from the checkpoints after the run")
     add("--project", default=str(ROOT / "runs" / "detect"), help="folder of the runs")
@@ -158,6 +170,8 @@ def write_all(pipeline: Pipeline, folder: Path, config: DetectConfig, window: Wi
                 outputs = result.frame, result.detections, result.counts
                 shown = writer.drawn(*outputs) if window else None  # then it is drawn into
                 sink.put(*outputs)  # first: what is told is in the outputs
+                if config.stream_json:
+                    _print_json(result)
                 height, width = result.input_hw
                 found = f"{result.summary()}, " if len(result.detections) else ""
                 took = f"Done. ({result.inference_s:.3f}s)"
@@ -171,6 +185,19 @@ def write_all(pipeline: Pipeline, folder: Path, config: DetectConfig, window: Wi
     if config.save_txt:
         LOGGER.info(f"{writer.labels_written} labels saved to {folder / 'labels'}")
     return list(writer.failed.values())
+
+
+def _print_json(result: Result) -> None:
+    """Prints a result as a line of JSON on stdout, at once.
+
+    Raises:
+        UserError: whoever read it has gone.
+    """
+    try:
+        print(json.dumps(result.as_dict()), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would try again as it ends
+        raise UserError("--stream-json: stdout was closed by what reads it.") from None
 
 
 def _open_window(asked: bool, live: bool) -> Window | None:

@@ -299,3 +299,33 @@ def test_ctrl_c_leaves_a_video_that_plays_and_status_130(weights, tmp_path):
     played = list(read_frames([str(tmp_path / "runs" / "exp" / "long.mp4")]))
     assert 20 <= len(played) < 3000
     assert not any(frame.error for frame in played)
+
+
+def test_each_image_and_frame_is_a_line_of_json_on_stdout(weights, source, tmp_path):
+    options = ("--source", source, "--imgsz", 64, "--device", "cpu", "--max-det", 3, "--project", tmp_path, "--nosave")
+    done = command("--weights", weights, *options, "--stream-json", "--save-json")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(Path(line["path"]).name, line["frame"]) for line in lines] == [
+        *(("a.png", None), ("b.jpg", None)),
+        *(("clip.mp4", number) for number in range(1, 5)),
+    ]
+    assert [line["time_s"] for line in lines[2:]] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert (lines[0]["width"], lines[0]["height"]) == (60, 90) and lines[0]["inference_ms"] > 0
+    rows = json.loads((tmp_path / "exp" / "predictions.json").read_text())
+    assert len(rows) == sum(len(line["detections"]) for line in lines) > 0
+    one = lines[0]["detections"][0]
+    assert one.keys() == {"class", "name", "confidence", "box"} and one["name"] in ("cat", "红绿灯")
+    x1, y1, x2, y2 = one["box"]
+    assert rows[0]["bbox"] == [x1, y1, x2 - x1, y2 - y1] and rows[0]["image_id"] == "a"
+    assert "Results saved to" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise there")
+def test_a_reader_that_leaves_ends_the_run_with_a_word(weights, source, tmp_path):
+    options = ["--weights", weights, "--source", source, "--imgsz", 64, "--device", "cpu", "--project", tmp_path]
+    line = [sys.executable, str(ROOT / "detect.py"), *map(str, options), "--nosave", "--stream-json"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        told = process.stderr.read()
+    assert process.returncode == 1 and "stdout was closed by what reads it" in told and "Traceback" not in told

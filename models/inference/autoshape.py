@@ -445,6 +445,25 @@ class Detections:
             setattr(tables, attribute, frames)
         return tables
 
+    def to_supervision(self) -> list[Any]:
+        """Returns a `supervision.Detections` for each image, with the class names as data "class_name".
+
+        Raises:
+            UserError: supervision is not installed.
+        """
+        supervision = require("supervision", "supervision", "Detections.to_supervision()")
+        converted = []
+        for rows in self.pred:
+            values = rows.cpu().numpy().astype(np.float32)
+            classes = values[:, 5].astype(int)
+            named = np.array([class_name(self.names, class_id) for class_id in classes.tolist()], dtype=str)
+            converted.append(
+                supervision.Detections(
+                    xyxy=values[:, :4], confidence=values[:, 4], class_id=classes, data={"class_name": named}
+                )
+            )
+        return converted
+
     def _drawn(self, labels: bool) -> list[np.ndarray]:
         """Returns copies of the images, RGB, with what was found drawn in."""
         drawn = []

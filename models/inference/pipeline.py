@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,9 +24,11 @@ from utils.errors import UserError
 from utils.images import inference_hw
 from utils.log import LOGGER
 from utils.media.counting import Counter, Counts
+from utils.media.live_output import check_live_output
 from utils.media.sources import Frame, Source, open_source
 from utils.media.tracking import WEAKEST, Trackers, require_video
 from utils.nms import NMSConfig
+from utils.plots.boxes import class_name
 from utils.process import ReadAhead
 from utils.tiles import Tiling
 
@@ -53,7 +55,10 @@ class DetectConfig:
     save_conf: bool
     save_crop: bool
     save_csv: bool
+    save_json: bool
+    stream_json: bool
     nosave: bool
+    live_out: str
     segment: float | None
     classes: Sequence[int] | None
     agnostic_nms: bool
@@ -61,7 +66,8 @@ class DetectConfig:
     tile: int | None
     tile_overlap: float
     track: bool
-    count: str
+    count: Sequence[str]
+    count_anchor: str
     visualize: bool
     update: bool
     project: str
@@ -85,7 +91,7 @@ class Result(NamedTuple):
         frame: the image and where it comes from.
         detections: most confident first, in whole px; with tracking their classes are their tracks'.
         names: class names {number: name}.
-        counts: how often the line was crossed or the zone entered so far; None without counting.
+        counts: what each line and zone has counted so far; empty without counting.
         input_hw: height and width that the model saw of this image, of its first tile where it was cut.
         inference_s: seconds of the model's run, which all images of a batch share.
     """
@@ -93,7 +99,7 @@ class Result(NamedTuple):
     frame: Frame
     detections: Detections
     names: dict[int, str]
-    counts: Counts | None
+    counts: tuple[Counts, ...]
     input_hw: tuple[int, int]
     inference_s: float
 
@@ -126,6 +132,44 @@ class Result(NamedTuple):
     def track_ids(self) -> np.ndarray | None:
         """Numbers of the tracks (k,), int, -1 for none; None without tracking."""
         return self.detections.track_ids
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it as plain data, as `detect.py --stream-json` prints it; see docs/guide.md."""
+        frame, found, names = self.frame, self.detections, self.names
+        height, width = frame.image.shape[:2]
+        tracks = (
+            [{}] * len(found) if found.track_ids is None else [{"track": track} for track in found.track_ids.tolist()]
+        )
+        columns = (found.boxes_xyxy.tolist(), found.confidences.tolist(), found.classes.tolist(), tracks)
+        content = {
+            "path": frame.path,
+            "frame": frame.number if frame.is_video else None,
+            "time_s": round(frame.time, 4) if frame.is_video else None,
+            "width": width,
+            "height": height,
+            "inference_ms": round(1e3 * self.inference_s, 3),
+            "detections": [
+                {
+                    "class": class_id,
+                    "name": class_name(names, class_id),
+                    "confidence": round(confidence, 5),
+                    "box": box,
+                    **track,
+                }
+                for box, confidence, class_id, track in zip(*columns, strict=True)
+            ],
+        }
+        if self.counts:
+            content["counts"] = [
+                {
+                    "name": one.name,
+                    "class": class_id,
+                    **{key.replace(" ", "_"): value for key, value in figures.items()},
+                }
+                for one in self.counts
+                for class_id, figures in one.rows()
+            ]
+        return content
 
     def summary(self) -> str:
         """Returns `2 persons, 1 tie` in the order of the classes; empty for none."""
@@ -228,7 +272,7 @@ class Pipeline:
 
         found = self._predictor(images, visualize=show if feature_sink else None)
         for frame, image, unrounded in zip(good, images, found, strict=True):
-            detections, counts = unrounded.rounded(), None
+            detections, counts = unrounded.rounded(), ()
             if self._trackers:
                 detections = self._trackers.update(frame, detections)
             if self.counter:
@@ -267,9 +311,11 @@ def open_pipeline(config: DetectConfig) -> Pipeline:
             raise UserError(
                 f"--batch-size {config.batch_size} is for files: a live input's frames are used as they come."
             )
-        counter = Counter.parse(config.count) if config.count else None
+        counter = Counter.parse(config.count, config.count_anchor) if config.count else None
         if config.track:
             require_video(source.inputs, source.live)
+        if config.live_out:
+            check_live_output(config.live_out, source.inputs, source.live)
         trackers = Trackers(config.conf_thres, config.vid_stride) if config.track else None
         config.weights = find_weights(config.weights)
         predictor, names = _open_predictor(config)

@@ -280,7 +280,7 @@ def probe_options(data: bytes, _: Path) -> bool:
         tiles = windows(480, 640, tiling)
         assert tiles.dtype == np.int64 and (tiles >= 0).all() and tiles[-1].tolist() == [0, 0, 640, 480]
     else:
-        assert Counter.parse(value).summary() == []
+        assert Counter.parse([value]).summary() == []
     return True
 
 

@@ -12,6 +12,7 @@ import contextlib
 import csv
 import errno
 import itertools
+import json
 import math
 import os
 import re
@@ -29,10 +30,12 @@ import numpy as np
 
 from utils.boxes import Detections, xyxy2xywhn
 from utils.errors import UserError, printable
+from utils.eval.coco import detection_rows, image_id
 from utils.files import atomic_write, native_path
 from utils.images import IMG_FORMATS, VID_FORMATS
 from utils.log import LOGGER
-from utils.media.counting import Counts
+from utils.media.counting import STAY_HEADINGS, Counts
+from utils.media.live_output import LiveOutput, open_live_output
 from utils.media.mp4 import Mp4Error, set_times
 from utils.media.sources import Frame, suffix_of
 from utils.plots.boxes import class_name, draw_detections, feature_visualization, save_image, save_one_box
@@ -61,11 +64,13 @@ class OutputOptions:
     save_conf: bool = False  # confidences in the label files
     save_crop: bool = False
     save_csv: bool = False
+    save_json: bool = False
     track: bool = False  # detections have tracks
     line_thickness: int | None = None  # px; None suits the image
     hide_labels: bool = False
     hide_conf: bool = False
     vid_stride: int = 1
+    live_out: str = ""  # where drawn frames are shown live
     segment: float | None = None  # minutes of a piece of video; None: LIVE_PIECE_S of what is live, files whole
 
     @classmethod
@@ -216,13 +221,15 @@ class ResultWriter:
         self._crop_folders = folder_names(names)
         self._crop_numbers: Counter[tuple[str, Path]] = Counter()  # by stem and folder; a file's until the next file
         self._recordings: dict[str, Recording] = {}  # those that go on, by stem
-        self._counts: dict[str, Counts] = {}  # the latest, by name
+        self._counts: dict[str, Sequence[Counts]] = {}  # the latest, by name
         self._labels: LabelWriter | None = None
-        self._kept_counts: dict[str, Counts] = {}  # those on the disk
+        self._kept_counts: dict[str, Sequence[Counts]] = {}  # those on the disk
         self._kept_s = -math.inf  # when the tables were brought to the disk
         self._with_frames = any(suffix_of(path) not in IMG_FORMATS for path in paths)
         self._table_file: IO[str] | None = None
         self._table: Any = None
+        self._json_file: IO[str] | None = None
+        self._live: dict[str, LiveOutput] = {}  # by input
 
     @property
     def labels_written(self) -> int:
@@ -239,6 +246,11 @@ class ResultWriter:
             self._table = csv.writer(self._table_file)
             track, number = [TRACK_COLUMN] * self._options.track, [FRAME_COLUMN] * self._with_frames
             self._table.writerow((*CSV_COLUMNS, *track, *number))
+        if self._options.save_json:
+            path = self._folder / "predictions.json"
+            with _explained(path):
+                self._json_file = open(path, "w", encoding="utf-8")
+                self._json_file.write("[")
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -246,18 +258,24 @@ class ResultWriter:
         with ExitStack() as ends:
             for stem in list(self._recordings):
                 ends.callback(self._recordings.pop(stem).close)
+            for path in list(self._live):
+                ends.callback(self._end_live, path)
             if self._table_file is not None:
                 ends.enter_context(_explained(self._folder / "predictions.csv"))
                 ends.callback(self._table_file.close)
+            if self._json_file is not None:
+                ends.enter_context(_explained(self._folder / "predictions.json"))
+                ends.callback(self._json_file.close)
+                ends.callback(self._json_file.write, "\n]\n")
             ends.callback(self._keep_counts)
 
-    def write(self, frame: Frame, detections: Detections, counts: Counts | None = None) -> None:
+    def write(self, frame: Frame, detections: Detections, counts: Sequence[Counts] = ()) -> None:
         """Writes everything asked for about one frame.
 
         Args:
             frame: with its image, which is drawn into.
             detections: in whole px of the image, most confident first.
-            counts: what was counted in this input up to this frame.
+            counts: what each line and zone has counted in this input up to this frame.
 
         Raises:
             UserError: a file cannot be written, for a reason that others share, or a live input's.
@@ -283,26 +301,46 @@ class ResultWriter:
             with _explained(self._folder / "predictions.csv"):
                 self._keep_tables()
 
-    def _write(self, frame: Frame, detections: Detections, counts: Counts | None) -> None:
+    def _write(self, frame: Frame, detections: Detections, counts: Sequence[Counts]) -> None:
         stem = self._stems[frame.path]
         name = stem + Path(frame.path).suffix
-        if counts is not None:
+        if counts:
             self._counts[name] = counts
         if self._labels:  # the least confident detection comes first, as in YOLOv5
             name_of_frame = f"{stem}_{frame.number}" if frame.is_video else stem
             self._labels.write(name_of_frame, detections[::-1], frame.image.shape)
         if self._options.save_csv:
             self._write_rows(name, detections, frame)
+        if self._json_file is not None:
+            self._write_json(f"{stem}_{frame.number}" if frame.is_video else stem, detections)
         if self._options.save_crop:
             self._write_crops(frame, detections, stem)
-        if not self._options.nosave:
-            self._write_image(frame, self._draw(np.ascontiguousarray(frame.image), detections, counts), stem)
+        if not self._options.nosave or self._options.live_out:
+            image = self._draw(np.ascontiguousarray(frame.image), detections, counts)
+            if self._options.live_out:
+                self._show_live(frame, image, stem)
+            if not self._options.nosave:
+                self._write_image(frame, image, stem)
 
-    def drawn(self, frame: Frame, detections: Detections, counts: Counts | None = None) -> np.ndarray:
+    def _show_live(self, frame: Frame, image: np.ndarray, stem: str) -> None:
+        if frame.path not in self._live:
+            for former in [] if frame.live else list(self._live):  # of the file before
+                self._end_live(former)
+            fps = frame.fps / self._options.vid_stride
+            self._live[frame.path] = open_live_output(self._options.live_out, stem, fps)
+        self._live[frame.path].show(image)
+
+    def _end_live(self, path: str) -> None:
+        output = self._live.pop(path)
+        output.close()
+        if output.problem:
+            self.failed[path] = f"{path}: --live-out: {output.problem}"
+
+    def drawn(self, frame: Frame, detections: Detections, counts: Sequence[Counts] = ()) -> np.ndarray:
         """Returns the image (h, w, 3) as `write` saves it, drawn into a copy; from any thread."""
         return self._draw(frame.image.copy(), detections, counts)
 
-    def _draw(self, image: np.ndarray, detections: Detections, counts: Counts | None) -> np.ndarray:
+    def _draw(self, image: np.ndarray, detections: Detections, counts: Sequence[Counts]) -> np.ndarray:
         height, width = image.shape[:2]
         scale = min(self._model_hw[0] / height, self._model_hw[1] / width)
         if self._options.save_scale and scale < 1:
@@ -310,7 +348,7 @@ class ResultWriter:
             image = cv2.resize(image, wh, interpolation=cv2.INTER_LINEAR)  # as the model sees it
             ratio = np.divide(wh, (width, height), dtype=np.float32)
             detections = replace(detections, boxes_xyxy=detections.boxes_xyxy * np.tile(ratio, 2))
-            counts = counts and counts._replace(points_xy=tuple(map(tuple, counts.points_xy * ratio)))
+            counts = [one._replace(points_xy=tuple(map(tuple, one.points_xy * ratio))) for one in counts]
         look = (self._options.line_thickness, self._options.hide_labels, self._options.hide_conf)
         return draw_detections(image, detections, self._names, *look, counts)
 
@@ -342,6 +380,15 @@ class ResultWriter:
             self._table.writerow((printable(name), *found, *track, *number))
         self._table_file.flush()  # a run that is killed leaves them
 
+    def _write_json(self, name: str, detections: Detections) -> None:
+        """Adds the detections in the image or frame of that name to the COCO results, a line each."""
+        rows = detection_rows(image_id(name), detections.rows, range(int(detections.classes.max(initial=0)) + 1))
+        if detections.track_ids is not None:
+            rows = [row | {"track_id": track} for row, track in zip(rows, detections.track_ids.tolist(), strict=True)]
+        for row in rows:
+            self._json_file.write(f"{',' if self._json_file.tell() > 1 else ''}\n{json.dumps(row)}")
+        self._json_file.flush()
+
     def _keep_tables(self) -> None:
         """Brings the tables to the disk, so that they outlast a loss of power."""
         self._kept_s = time.monotonic()
@@ -350,13 +397,21 @@ class ResultWriter:
         self._keep_counts()
 
     def _keep_counts(self) -> None:
-        """Replaces the table of what was counted, if that has changed: a row for each class tracked in an input."""
+        """Replaces the table of what was counted, if that has changed: a row for each class tracked in an input.
+
+        With names of lines and zones there is a column for them, and what one of them does not count is empty.
+        """
         if self._counts == self._kept_counts:
             return
-        headings = next(iter(self._counts.values())).headings
-        rows = [("Input", "Class", *(heading.capitalize() for heading in headings))]
-        for name, counts in self._counts.items():
-            rows += [(printable(name), class_name(self._names, tally[0]), *tally[1:]) for tally in counts.tallies]
+        counted = [(name, one) for name, counts in self._counts.items() for one in counts]
+        headings = list(dict.fromkeys(heading for _, one in counted for heading in one.headings))
+        headings += STAY_HEADINGS * any(one.is_zone for _, one in counted)
+        named = any(one.name for _, one in counted)
+        rows = [("Input", *["Counted"] * named, "Class", *(heading.capitalize() for heading in headings))]
+        for name, one in counted:
+            for class_id, figures in one.rows():
+                cells = (figures.get(heading, "") for heading in headings)
+                rows.append((printable(name), *[one.name] * named, class_name(self._names, class_id), *cells))
         path = self._folder / "counts.csv"
         with _explained(path), atomic_write(path) as temporary:
             with open(temporary, "w", newline="", encoding="utf-8") as file:

@@ -220,7 +220,7 @@ def draw_detections(
     line_width: int | None = None,
     hide_labels: bool = False,
     hide_conf: bool = False,
-    counts: Counts | None = None,
+    counts: Sequence[Counts] = (),
 ) -> np.ndarray:
     """Draws what was found in an image into it, in place.
 
@@ -231,7 +231,7 @@ def draw_detections(
         line_width: of the boxes, in pixels; None suits the image.
         hide_labels: draw boxes alone.
         hide_conf: leave the confidences out of the labels.
-        counts: draw this line or zone, and the numbers into the top left corner.
+        counts: draw these lines and zones, and the numbers into the top left corner.
 
     Returns:
         The same image.
@@ -242,7 +242,7 @@ def draw_detections(
         Annotation(box_xyxy, label, colors(number, bgr=True) if number >= 0 else NO_TRACK_COLOR)
         for box_xyxy, label, number in zip(detections.boxes_xyxy, labels, numbers, strict=True)
     ]
-    captions = [] if counts is None else _draw_counting(image, counts, names)
+    captions = _draw_counting(image, counts, names) if counts else []
     Annotator(image, line_width).annotate(items, [caption.box_xyxy for caption in captions])
     for caption in captions:
         caption.draw(image, WHITE)
@@ -270,27 +270,34 @@ class _Caption(NamedTuple):
         draw_text(image, self.text, left + 4, top + round(ASCENT * self.font_px), self.font_px, text_bgr)
 
 
-def _draw_counting(image: np.ndarray, counts: Counts, names: Mapping[int, str] | Sequence[str]) -> list[_Caption]:
-    """Draws the line with an arrow that points inwards, or the zone; returns captions, which are to be drawn last."""
+def _draw_counting(
+    image: np.ndarray, counted: Sequence[Counts], names: Mapping[int, str] | Sequence[str]
+) -> list[_Caption]:
+    """Draws lines with arrows that point inwards, and zones; returns captions, which are to be drawn last."""
     (height, width), stroke_px = image.shape[:2], default_line_width(image.shape)
-    texts, font_px = counts.describe(names), max(7 * stroke_px, SMALLEST_FONT_PX + 3)
+    texts = [f"{one.name}: {text}" if one.name else text for one in counted for text in one.describe(names)]
+    font_px = max(7 * stroke_px, SMALLEST_FONT_PX + 3)
     font_px = min(fit_text(text, width - 8, font_px, SMALLEST_FONT_PX)[1] for text in texts)
     texts = [fit_text(text, width - 8, font_px, font_px)[0] for text in texts]
     captions = [_Caption(text, 0, row * math.ceil(LINE_HEIGHT * font_px), font_px) for row, text in enumerate(texts)]
-    shapes = [np.array(counts.points_xy)]  # corners in px
-    if not counts.is_zone:
-        start, end = shapes[0]
-        middle, along = (start + end) / 2, (end - start) / np.linalg.norm(end - start)
-        inwards = np.array([-along[1], along[0]])  # to the right of the line, as y points down
-        tip = middle + inwards * 2 * font_px
-        wings = [tip + (side * along * 0.5 - inwards * 0.7) * font_px for side in (-1, 1)]
-        shapes += [np.array([middle, tip]), np.array([wings[0], tip, wings[1]])]
-        farthest = np.maximum([width - 2 * font_px, height - 2 * font_px], 0)  # that is still in the image
-        x, y = np.rint(tip + (inwards - 0.7) * font_px).clip(0, farthest).astype(int)
-        captions.append(_Caption(counts.headings[0], x, y, font_px))
-    for stroke_bgr, thickness in ((BLACK, stroke_px + 2), (COUNTING_COLOR, stroke_px)):
-        for corners in [np.rint(shape).astype(np.int32) for shape in shapes]:
-            cv2.polylines(image, [corners], counts.is_zone, stroke_bgr, thickness, cv2.LINE_AA)
+    for one in counted:
+        shapes = [np.array(one.points_xy)]  # corners in px
+        at, word = shapes[0].min(0), one.name  # of a zone
+        if not one.is_zone:
+            start, end = shapes[0]
+            middle, along = (start + end) / 2, (end - start) / np.linalg.norm(end - start)
+            inwards = np.array([-along[1], along[0]])  # to the right of the line, as y points down
+            tip = middle + inwards * 2 * font_px
+            wings = [tip + (side * along * 0.5 - inwards * 0.7) * font_px for side in (-1, 1)]
+            shapes += [np.array([middle, tip]), np.array([wings[0], tip, wings[1]])]
+            at, word = tip + (inwards - 0.7) * font_px, f"{one.name} {one.headings[0]}".strip()
+        if word:
+            farthest = np.maximum([width - 2 * font_px, height - 2 * font_px], 0)  # that is still in the image
+            x, y = np.rint(at).clip(0, farthest).astype(int)
+            captions.append(_Caption(word, x, y, font_px))
+        for stroke_bgr, thickness in ((BLACK, stroke_px + 2), (COUNTING_COLOR, stroke_px)):
+            for corners in [np.rint(shape).astype(np.int32) for shape in shapes]:
+                cv2.polylines(image, [corners], one.is_zone, stroke_bgr, thickness, cv2.LINE_AA)
     return captions
 
 

@@ -68,6 +68,26 @@ def test_tables_have_the_known_columns():
     assert isinstance(results.xyxy[0], torch.Tensor), "the original keeps its tensors"
 
 
+def test_supervision_gets_boxes_and_names_of_each_image():
+    supervision = pytest.importorskip("supervision")
+    results = detections()
+    converted = results.to_supervision()
+    assert len(converted) == len(results) and all(isinstance(one, supervision.Detections) for one in converted)
+    for one, rows in zip(converted, results.xyxy, strict=True):
+        np.testing.assert_array_equal(one.xyxy, rows[:, :4].numpy())
+        np.testing.assert_array_equal(one.confidence, rows[:, 4].numpy())
+        assert one.class_id.tolist() == rows[:, 5].int().tolist() and one.class_id.dtype == int
+        assert one["class_name"].tolist() == [results.names[class_id] for class_id in one.class_id.tolist()]
+    merged = supervision.Detections.merge(converted)  # those without any take part as well
+    assert len(merged) == sum(map(len, results.xyxy))
+
+
+def test_says_when_supervision_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(UserError, match="pip install supervision"):
+        detections().to_supervision()
+
+
 def test_says_when_pandas_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UserError, match="pip install pandas"):

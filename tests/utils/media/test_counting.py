@@ -28,17 +28,19 @@ def rows(objects: dict[int, tuple[float, float]], classes: dict[int, int] | None
     return Detections.from_rows(np.array(boxes, np.float64).reshape(-1, 7))
 
 
-def walk(text: str, paths: dict[int, list], classes: dict[int, int] | None = None, side: float = SIDE) -> Counts:
+def walk(
+    text: str, paths: dict[int, list], classes: dict[int, int] | None = None, side=SIDE, anchor="center"
+) -> Counts:
     """Counts tracks along their paths, a point for each frame, None where it is out of sight."""
-    counter = Counter.parse(text)
+    counter = Counter.parse([text], anchor)
     for index in range(max(map(len, paths.values()))):
         seen = {track: path[index] for track, path in paths.items() if index < len(path) and path[index] is not None}
-        counts = counter.update(frame(index + 1), rows(seen, classes, side))
+        (counts,) = counter.update(frame(index + 1), rows(seen, classes, side))
     return counts
 
 
 def tallies(counts: Counts) -> list[tuple]:
-    return [tuple(tally) for tally in counts.tallies]
+    return [tuple(tally[:3]) for tally in counts.tallies]
 
 
 def test_crossings_are_counted_in_both_directions_and_by_class():
@@ -102,6 +104,57 @@ def test_zone_tells_how_many_were_inside_and_how_many_are():
     assert tallies(walk(square, until_then, {3: 1})) == [(0, 2, 1), (1, 1, 1)]
 
 
+def test_stays_are_timed_by_track_and_class():
+    square = "100,100,200,100,200,200,100,200"
+    away = [(50, 150)] * 15
+    paths = {
+        1: [(150, 150)] * 31 + away,  # a second, to the frame
+        2: [(150, 150)] * 16 + away + [(120, 150)] * 16,  # half a second, twice
+        3: [(150, 150)] * 7 + away + [None] * 15 + [(150, 150)] * 4,  # 0.2 s, then 0.1 s; not the gap between them
+        4: [(150, 150)] * 10 + [None] * 5 + [(150, 150)],  # 0.5 s, out of sight for a moment
+        5: away,
+    }
+    counts = walk(square, paths, {4: 1, 5: 1})
+    person, car = counts.tallies
+    assert (person.stay_s, person.longest_s) == pytest.approx((2.3, 1.0))
+    assert (car.first, car.stay_s, car.longest_s) == pytest.approx((1, 0.5, 0.5))
+    assert counts.describe(NAMES)[2] == "stayed 0.7 s on average, 1.0 s at most"
+    assert counts.rows()[1] == (
+        1, {"inside so far": 1, "inside now": 0, "mean stay s": 0.5, "longest stay s": 0.5}
+    )  # fmt: skip
+    assert len(walk(MIDDLE, {1: FORTH}).describe(NAMES)) == 2  # a line has no stays
+
+
+@pytest.mark.parametrize(
+    ("anchor", "crosses_at"), [("center", 150), ("bottom", 140), ("top", 160), ("left", 150), ("right", 150)]
+)
+def test_the_anchor_is_what_crosses(anchor, crosses_at):
+    for y, expected in ((crosses_at + 4, 0), (crosses_at + 6, 1)):  # a quarter of the side past it
+        assert (
+            sum(tally.first for tally in walk(MIDDLE, {1: [(100, 100), (100, y)]}, anchor=anchor).tallies) == expected
+        )
+    upright = {"left": 110, "right": 90}.get(anchor, 100)
+    for x, expected in ((upright - 6, 1), (upright - 4, 0)):
+        counts = walk("100,0,100,300", {1: [(300, 100), (x, 100)]}, anchor=anchor)
+        assert sum(tally.first for tally in counts.tallies) == expected
+
+
+def test_several_lines_and_zones_count_side_by_side():
+    counter = Counter.parse(["gate = " + MIDDLE, "100,100,200,100,200,200,100,200", "0,60,400,60"])
+    for number, point in enumerate(FORTH, start=1):
+        gate, zone, line = counter.update(frame(number), rows({1: point}))
+    assert [counts.name for counts in (gate, zone, line)] == ["gate", "zone 2", "line 3"]
+    assert tallies(gate) == tallies(line) == [(0, 1, 0)] and tallies(zone) == [(0, 1, 0)]
+    assert counter.summary(NAMES) == [
+        "Counted in /in/a.mp4, gate: in 1 (1 person), out 0",
+        "Counted in /in/a.mp4, zone 2: inside so far 1 (1 person), inside now 0, "
+        "stayed 0.3 s on average, 0.3 s at most",
+        "Counted in /in/a.mp4, line 3: in 1 (1 person), out 0",
+    ]
+    with pytest.raises(UserError, match="two of the lines and zones have the name 'a'"):
+        Counter.parse(["a=" + MIDDLE, "a=0,60,400,60"])
+
+
 def test_concave_zone_leaves_its_notch_out():
     notch = "0,0,300,0,300,300,150,50,0,300"  # a W without the middle
     counts = walk(notch, {1: [(150, 30)], 2: [(150, 200)], 3: [(20, 200)], 4: [(280, 200)]})
@@ -115,19 +168,19 @@ def test_fractions_are_of_the_picture():
 
 
 def test_numbers_survive_a_stream_whose_images_change_their_size():
-    line, zone = Counter.parse("0,0.5,1,0.5"), Counter.parse("0,0.5,1,0.5,1,1,0,1")
+    counter = Counter.parse(["0,0.5,1,0.5", "0,0.5,1,0.5,1,1,0,1"])
     sizes = [(HEIGHT, WIDTH)] * 3 + [(2 * HEIGHT, 2 * WIDTH)] * 3
     for number, ((height, width), y) in enumerate(zip(sizes, (0.3, 0.6, 0.7, 0.7, 0.6, 0.2), strict=True), 1):
         one = frame(number, height=height, width=width)
         tracked = rows({1: (0.5 * width, y * height)})
-        crossed, inside = line.update(one, tracked), zone.update(one, tracked)
+        crossed, inside = counter.update(one, tracked)
     assert tallies(crossed) == [(0, 1, 1)]
     assert tallies(inside) == [(0, 1, 0)]
     assert crossed.points_xy == ((0, HEIGHT), (2 * WIDTH, HEIGHT))
 
 
 def test_inputs_are_counted_apart():
-    counter = Counter.parse(MIDDLE)
+    counter = Counter.parse([MIDDLE])
     for number, (there, back) in enumerate(zip(FORTH, BACK, strict=True), start=1):
         counter.update(frame(number, "/in/a.mp4"), rows({1: there}))
         counter.update(frame(number, "/in/b.mp4"), rows({1: back}, {1: 1}))
@@ -138,10 +191,10 @@ def test_inputs_are_counted_apart():
 
 
 def test_memory_of_tracks_is_bounded():
-    counter = Counter.parse(MIDDLE)
+    counter = Counter.parse([MIDDLE])
     for track in range(3000):
-        counts = counter.update(frame(track + 1), rows({track: (100, 200)}))
-    assert len(counter._states["/in/a.mp4"]._paths) <= 2 * FPS
+        (counts,) = counter.update(frame(track + 1), rows({track: (100, 200)}))
+    assert len(counter._states["/in/a.mp4"][0]._paths) <= 2 * FPS
     assert tallies(counts) == [(0, 0, 0)]
 
 
@@ -197,7 +250,7 @@ def test_in_less_out_is_how_many_changed_sides(paths):
 )
 def test_mistakes_are_told_with_the_option(text, why):
     with pytest.raises(UserError, match=r"^--count '.*': ") as error:
-        Counter.parse(text)
+        Counter.parse([text])
     assert why in str(error.value)
     assert "x1,y1,x2,y2 for a line" in str(error.value)
 
@@ -207,7 +260,7 @@ def test_spaces_between_the_numbers_are_allowed():
 
 
 def test_line_outside_the_image_is_told_once(caplog):
-    counter = Counter.parse("0,500,400,500")
+    counter = Counter.parse(["0,500,400,500"])
     for number in range(1, 4):
         counter.update(frame(number), rows({1: (100, 100)}))
     assert [record.message for record in caplog.records] == [

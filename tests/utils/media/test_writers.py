@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import signal
 import subprocess
 import sys
@@ -53,6 +54,17 @@ def test_label_lines_are_normalised_and_least_confident_first(tmp_path):
     assert writer.labels_written == 1
     write(tmp_path, [(frame(), FOUND[:1])], save_txt=True, save_conf=True, nosave=True)
     assert (tmp_path / "labels/photo.txt").read_text() == "0 0.3 0.4 0.4 0.4 0.9\n"
+
+
+def test_json_is_cocos_with_the_names_of_label_files(tmp_path):
+    results = [(frame("/in/12.jpg"), FOUND), (frame("/in/none.jpg"), NOTHING), (frame("/in/a.avi", number=3), TRACKED)]
+    write(tmp_path, results, save_json=True, nosave=True)
+    rows = json.loads((tmp_path / "predictions.json").read_text())
+    assert [row["image_id"] for row in rows] == [12] * 3 + ["a_3"] * 3
+    assert rows[0] == {"image_id": 12, "category_id": 0, "bbox": [10, 20, 40, 40], "score": 0.9}
+    assert [row.get("track_id") for row in rows] == [None] * 3 + [7, -1, 1234567]
+    write(tmp_path, [(frame(), NOTHING)], save_json=True, nosave=True)
+    assert json.loads((tmp_path / "predictions.json").read_text()) == []
 
 
 def test_second_run_into_the_folder_replaces_and_never_appends(tmp_path):
@@ -290,7 +302,7 @@ def test_live_inputs_are_written_side_by_side_at_their_own_rates(tmp_path):
 def test_all_videos_play_after_an_interruption(tmp_path, ending):
     with pytest.raises(ending), ResultWriter(tmp_path, ["hall", "rtsp_gate_1"], NAMES, OutputOptions()) as writer:
         for one, detections in live_frames(3):
-            writer.write(one, detections, Counts(LINE, ()))
+            writer.write(one, detections, [Counts(LINE, ())])
         raise ending
     assert brightness(tmp_path / "hall.mp4") == [120, 140, 160]
     assert brightness(tmp_path / "rtsp_gate_1.mp4") == [20, 40, 60]
@@ -362,7 +374,7 @@ with ResultWriter(Path(sys.argv[1]), ["hall"], {0: "cat"}, OutputOptions(save_cs
         image = np.full((48, 64, 3), n, np.uint8)
         one = Frame("hall", 1, 1, image, number=n, fps=25.0, live=True, time=10.0 * n)
         found = Detections.from_rows(np.array([[1, 1, 9, 9, 0.9, 0]]))
-        writer.write(one, found, Counts(((0.0, 5.0), (9.0, 5.0)), (Tally(0, n, 0),)))
+        writer.write(one, found, [Counts(((0.0, 5.0), (9.0, 5.0)), (Tally(0, n, 0),))])
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -422,7 +434,7 @@ def test_video_that_is_not_whole_when_the_next_begins_is_named_itself(tmp_path):
 
 
 def test_what_was_counted_last_is_in_a_table(tmp_path):
-    early, late = Counts(LINE, (Tally(0, 1, 0),)), Counts(LINE, (Tally(0, 2, 1), Tally(1, 0, 3)))
+    early, late = [Counts(LINE, (Tally(0, 1, 0),))], [Counts(LINE, (Tally(0, 2, 1), Tally(1, 0, 3)))]
     with ResultWriter(tmp_path, ["/in/a.avi", "hall"], NAMES, OutputOptions(nosave=True)) as writer:
         for number, counts in enumerate((early, late), start=1):
             writer.write(frame("/in/a.avi", number=number), NOTHING, counts)
@@ -430,12 +442,20 @@ def test_what_was_counted_last_is_in_a_table(tmp_path):
     assert (tmp_path / "counts.csv").read_text().splitlines() == [
         "Input,Class,In,Out", "a.avi,cat,2,1", "a.avi,a/b,0,3", "hall,cat,1,0",
     ]  # fmt: skip
-    zone = Counts((*LINE, (50.0, 90.0)), (Tally(1, 4, 1),))
+    zone = Counts((*LINE, (50.0, 90.0)), (Tally(1, 4, 1, 6.0, 2.5),))
     with ResultWriter(tmp_path, ["/in/a.avi"], NAMES, OutputOptions(nosave=True)) as writer:
-        writer.write(frame("/in/a.avi", number=1), NOTHING, zone)
+        writer.write(frame("/in/a.avi", number=1), NOTHING, [zone])
     assert (tmp_path / "counts.csv").read_text().splitlines() == [
-        "Input,Class,Inside so far,Inside now",
-        "a.avi,a/b,4,1",
+        "Input,Class,Inside so far,Inside now,Mean stay s,Longest stay s",
+        "a.avi,a/b,4,1,1.5,2.5",
+    ]
+    with ResultWriter(tmp_path, ["/in/a.avi"], NAMES, OutputOptions(nosave=True)) as writer:
+        gate = Counts(LINE, (Tally(0, 2, 1),), "gate")
+        writer.write(frame("/in/a.avi", number=1), NOTHING, [gate, zone._replace(name="hall")])
+    assert (tmp_path / "counts.csv").read_text().splitlines() == [
+        "Input,Counted,Class,In,Out,Inside so far,Inside now,Mean stay s,Longest stay s",
+        "a.avi,gate,cat,2,1,,,,",
+        "a.avi,hall,a/b,,,4,1,1.5,2.5",
     ]
 
 
@@ -445,7 +465,7 @@ def test_tables_are_on_the_disk_while_the_run_goes_on(tmp_path, monkeypatch):
     options = OutputOptions(nosave=True, save_csv=True)
     with ResultWriter(tmp_path, ["hall"], NAMES, options) as writer:
         for number, now[0] in enumerate((100.0, 100.5, 101.1, 101.5), start=1):
-            writer.write(frame("hall", number=number, live=True), FOUND[:1], Counts(LINE, (Tally(0, number, 0),)))
+            writer.write(frame("hall", number=number, live=True), FOUND[:1], [Counts(LINE, (Tally(0, number, 0),))])
             assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + number
             assert (tmp_path / "counts.csv").read_text().splitlines()[1] == f"hall,cat,{1 if number < 3 else 3},0"
     assert (tmp_path / "counts.csv").read_text().splitlines()[1] == "hall,cat,4,0"
@@ -470,12 +490,12 @@ def test_table_of_counts_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "counts.csv").mkdir()
     writer = ResultWriter(tmp_path, ["/in/a.avi"], NAMES, OutputOptions())
     with pytest.raises(UserError, match=r"counts\.csv: cannot be written"), writer:
-        writer.write(frame("/in/a.avi", number=1, fps=25.0), NOTHING, Counts(LINE, ()))
+        writer.write(frame("/in/a.avi", number=1, fps=25.0), NOTHING, [Counts(LINE, ())])
     assert len(list(read_frames([str(tmp_path / "a.mp4")]))) == 1
 
 
 def test_image_to_show_is_the_one_that_is_saved_and_leaves_the_frame_alone(tmp_path):
-    one, counts = frame("/in/photo.png"), Counts(LINE, (Tally(0, 2, 1),))
+    one, counts = frame("/in/photo.png"), [Counts(LINE, (Tally(0, 2, 1),))]
     with ResultWriter(tmp_path, ["/in/photo.png"], NAMES, OutputOptions()) as writer:
         shown = writer.drawn(one, TRACKED, counts)
         assert (one.image == 60).all()

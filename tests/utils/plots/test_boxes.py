@@ -147,7 +147,7 @@ def test_track_stands_before_the_name_and_gives_the_colour():
 
 def with_counts(points, found=None, height=SIDE, width=SIDE):
     """Draws a line or zone with one crossing of class x and nothing else but the detections."""
-    counts = Counts(tuple(points), (Tally(0, 1, 0),))
+    counts = [Counts(tuple(points), (Tally(0, 1, 0),))]
     return boxes.draw_detections(blank(height, width), found or detections(), {0: "x"}, counts=counts)
 
 
@@ -169,6 +169,16 @@ def test_arrow_s_word_stays_in_the_picture(points):
     zone = with_counts([(0, 60), (50, 60), (50, 120)])  # has no word, only the numbers at the top
     assert not (zone[40:] == boxes.WHITE).all(2).any()
     assert (with_counts(points)[40:] == boxes.WHITE).all(2).any()
+
+
+def test_several_lines_and_zones_are_drawn_with_their_names():
+    zone, line = ((120, 120), (180, 120), (180, 180)), ((20, 60), (100, 60))
+    counted = [Counts(zone, (Tally(0, 1, 1, 2.0, 2.0),), "door"), Counts(line, (), "gate")]
+    image = boxes.draw_detections(blank(), detections(), {0: "x"}, counts=counted)
+    assert yellow(image)[120, 125:178].any() and yellow(image)[60, 20:101].all()
+    only = boxes.draw_detections(blank(), detections(), {0: "x"}, counts=counted[1:])
+    rows = [(drawn[:60, :12] == boxes.WHITE).any(1).sum() for drawn in (image, only)]
+    assert rows[0] > rows[1] > 0  # five lines of numbers, and two
 
 
 def test_zone_is_drawn_closed():
