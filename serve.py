@@ -3,6 +3,7 @@
 Examples:
     python serve.py --weights best.onnx                                                 # then open http://127.0.0.1:5000
     curl -F image=@photo.jpg http://127.0.0.1:5000/v1/detect                            # JSON
+    curl -F image=@a.jpg -F image=@b.jpg http://127.0.0.1:5000/v1/detect/batch          # several
     curl -F image=@photo.jpg "http://127.0.0.1:5000/v1/detect?annotated=1" -o boxes.jpg # the image with its boxes
 """
 
@@ -51,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-image-mb", type=number(float, 0.001, 100_000), default=16, help="maximum size of an image file in MB")
     add("--max-pixels", type=number(float, 1), default=50e6, help="maximum pixels of an image")
     add("--queue", type=number(int, 1), default=64, help="maximum requests in progress; others get 503 and Retry-After")
+    add("--max-images", type=number(int, 1, 1000), default=32, help="maximum images of a request to /v1/detect/batch")
+    add("--api-keys", default="", metavar="FILE", help="file with a key per line, of which requests must bring one")
     return parser
 
 
@@ -68,12 +71,14 @@ def main(options: argparse.Namespace) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{', '.join(missing)} is not installed: pip install -r requirements-serve.txt")
-    from service.app import ServeConfig
+    from service.app import ServeConfig, read_keys
     from service.guard import TrustedHosts
 
     echo_options("serve", options)
     config = ServeConfig(**vars(options))
-    listener = listen(config.host, config.port)  # mistakes are reported before a model is loaded
+    if config.api_keys:
+        read_keys(config.api_keys)
+    listener = listen(config.host, config.port, bool(config.api_keys))  # mistakes are reported before a model is loaded
     try:
         hosts = TrustedHosts((config.host, listener.getsockname()[0]), config.trusted_hosts)
         serve_forever(build_app(config, hosts), listener)
@@ -103,16 +108,17 @@ def build_app(config: ServeConfig, hosts: TrustedHosts) -> FastAPI:
     return create_app(predictor, Path(weights[0]).name, config, hosts)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, with_keys: bool = False) -> socket.socket:
     """Returns a socket that listens on the address.
 
     Raises:
         UserError: no such address, or the port is taken.
     """
     if host not in ("127.0.0.1", "localhost", "::1"):
+        open_to_all = "nothing is encrypted, keys included" if with_keys else "it asks for no keys and encrypts nothing"
         LOGGER.warning(
-            f"WARNING: --host {host} lets other machines in; the service knows no passwords and no encryption. "
-            "Put it behind a firewall or a reverse proxy."
+            f"WARNING: --host {host} lets other machines in, and {open_to_all}. Put the service behind a firewall or a "
+            f"reverse proxy{'' if with_keys else ', or give it --api-keys'}."
         )
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

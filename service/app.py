@@ -30,21 +30,27 @@ from service.guard import HEADERS, Guard, TrustedHosts
 from service.metrics import Metrics, StageClock
 from service.uploads import FIELD, Upload, check_upload, decode_upload
 from utils.boxes import Detections
-from utils.media.page import build_page
+from utils.errors import UserError
+from utils.media.page import build_page, hash_of
 from utils.nms import NMSConfig
+from utils.page import fill_page, html_table
 from utils.plots.boxes import class_name, draw_detections
 
-YOLOV5_ROUTE, ROUTE = "/v1/object-detection/yolov5s", "/v1/detect"
+YOLOV5_ROUTE, ROUTE, BATCH_ROUTE = "/v1/object-detection/yolov5s", "/v1/detect", "/v1/detect/batch"
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})  # that need no key
 MAX_DECODERS = 4
 DECODED_PIXELS = 100_000_000  # at once, over all requests: 300 MB, and as much again while boxes are drawn
 JPEG_QUALITY, JPEG_MAX_SIDE = 90, 65_500  # px, the format's own
 RETRY_AFTER_S = 1
+SHORTEST_KEY = 16
 CLIENT_LEFT = 499  # nobody sees it; the number that servers log by custom
 
 T = TypeVar("T")
 Fraction = Annotated[float | None, Query(ge=0, le=1, allow_inf_nan=False)]
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"type": "object", "required": [FIELD], "properties": {FIELD: BINARY}}
+FORM_OF_MANY = {"type": "object", "required": [FIELD], "properties": {FIELD: {"type": "array", "items": BINARY}}}
+BATCH_SCHEMA = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM_OF_MANY}}}}
 UPLOAD_SCHEMA = {
     "requestBody": {
         "required": True,
@@ -72,6 +78,8 @@ class ServeConfig:
     max_image_mb: float
     max_pixels: float
     queue: int
+    max_images: int
+    api_keys: str
 
     @property
     def max_image_bytes(self) -> int:
@@ -143,8 +151,15 @@ class Service:
         chosen = chosen if conf is None else replace(chosen, conf_thres=conf)
         return chosen if iou is None else replace(chosen, iou_thres=iou)
 
-    async def answer(self, request: Request, nms: NMSConfig, annotated: bool) -> Response:
-        """Answers a request for detection; refuses it at once when too many are in progress.
+    @property
+    def unready(self) -> str:
+        """Why it should be sent no requests now; empty where it should."""
+        if self.batcher.failing:
+            return "the last batch failed"
+        return f"{self._active} requests are in progress" if self._active >= self.config.queue else ""
+
+    async def answer(self, request: Request, work: Callable[[Upload], Awaitable[Response]]) -> Response:
+        """Answers a request by what `work` makes of its upload; refuses it at once when too many are in progress.
 
         Raises:
             HTTPException: the request is refused.
@@ -156,7 +171,7 @@ class Service:
                 raise HTTPException(503, f"{self._active} requests are in progress: try again later", wait)
             self._active += 1
             try:
-                return await self._detect(upload, nms, annotated)
+                return await work(upload)
             finally:
                 self._active -= 1
         except HTTPException:
@@ -167,7 +182,43 @@ class Service:
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
 
-    async def _detect(self, upload: Upload, nms: NMSConfig, annotated: bool) -> Response:
+    async def detect_many(self, upload: Upload, nms: NMSConfig) -> Response:
+        """Reads an admitted request's images and detects in them; the fault of one stands in its place."""
+        clock = StageClock(self.metrics)
+        files = await upload.read_many(self.config.max_images)
+        clock.lap("read")
+        found = await _unless_client_leaves(
+            upload, asyncio.gather(*(self._one_of_many(data, nms) for _, data in files))
+        )
+        named = [{"name": name, **outcome} for (name, _), outcome in zip(files, found, strict=True)]
+        response = JSONResponse({"images": named})
+        clock.lap("inference")
+        response.headers["Server-Timing"] = clock.header()
+        return response
+
+    async def _one_of_many(self, data: bytes, nms: NMSConfig) -> dict[str, Any]:
+        """Returns what was found in an image file, or why nothing can be."""
+        try:
+            if not data:
+                raise HTTPException(400, "the image is empty (0 bytes)")
+            if len(data) > self.config.max_image_bytes:
+                raise HTTPException(413, f"the image is larger than {self.config.max_image_mb:g} MB")
+            with self.batcher.expected():
+                pixels = await self._in_pool(check_upload, data, self.config.max_pixels)
+                await self._pixels.take(pixels)
+                try:
+                    prepared, _ = await self._in_pool(self._prepare, data, nms)
+                finally:
+                    self._pixels.give_back(pixels)
+                queued = self.batcher.enqueue(prepared)
+            outcome = await queued
+        except HTTPException as error:
+            return {"error": error.detail}
+        except InferenceError:
+            return {"error": "the model failed on this image: the service's log says why"}
+        return {"objects": records(outcome.detections, self.predictor.backend.names)}
+
+    async def detect(self, upload: Upload, nms: NMSConfig, annotated: bool) -> Response:
         """Reads an admitted request's image, detects, and writes the answer.
 
         Pixels are taken from the budget before they are decoded, and given back when only the letterboxed image is
@@ -267,13 +318,16 @@ def create_app(predictor: Predictor, model: str, config: ServeConfig, hosts: Tru
     """
     service = Service(predictor, config)
     app = FastAPI(title="Object detection", docs_url=None, redoc_url=None, lifespan=service.running)
-    paths = (YOLOV5_ROUTE, ROUTE, "/health", "/")
+    paths = (YOLOV5_ROUTE, ROUTE, BATCH_ROUTE, *OPEN_PATHS)
+    keys = read_keys(config.api_keys) if config.api_keys else ()
     app.add_middleware(
         Guard,
         hosts=hosts or TrustedHosts(),
         answered=service.metrics.answered,
         paths=paths,
         max_image_bytes=config.max_image_bytes,
+        keys=keys,
+        open_paths=OPEN_PATHS,
     )
     backend = predictor.backend
     about = {
@@ -309,7 +363,21 @@ def create_app(predictor: Predictor, model: str, config: ServeConfig, hosts: Tru
         """Takes an image; returns its detections as JSON, or with `annotated=1` the image with them as JPEG."""
         kinds = {part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")}
         wants_image = annotated or ("image/jpeg" in kinds and "application/json" not in kinds)
-        return await service.answer(request, service.nms(conf, iou), wants_image)
+        nms = service.nms(conf, iou)
+        return await service.answer(request, lambda upload: service.detect(upload, nms, wants_image))
+
+    @app.post(BATCH_ROUTE, openapi_extra=BATCH_SCHEMA)
+    async def detect_batch(request: Request, conf: Fraction = None, iou: Fraction = None) -> Response:
+        """Takes several images, a form field `image` each; returns each one's detections as JSON, or its fault."""
+        nms = service.nms(conf, iou)
+        return await service.answer(request, lambda upload: service.detect_many(upload, nms))
+
+    @app.head("/ready", include_in_schema=False)
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Tells whether to send requests here now: 503 while the model fails, or as many are in progress as may be."""
+        reason = service.unready
+        return JSONResponse({"ready": not reason, **({"reason": reason} if reason else {})}, 503 if reason else 200)
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
@@ -324,9 +392,58 @@ def create_app(predictor: Predictor, model: str, config: ServeConfig, hosts: Tru
         """Returns the counters in Prometheus' text format."""
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
+    @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
+    async def documentation() -> Response:
+        """Returns a page about the routes."""
+        body, style = build_docs(app.openapi(), bool(keys))
+        return HTMLResponse(body, headers={"Content-Security-Policy": f"{HEADERS['Content-Security-Policy']}; {style}"})
+
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index() -> Response:
         """Returns the page."""
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     return app
+
+
+def build_docs(schema: dict[str, Any], with_keys: bool) -> tuple[str, str]:
+    """Makes a page of an OpenAPI schema, one file without outside resources; returns it and its policy on styles."""
+    sections = []
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            rows = [("parameter", "type", "in")]
+            for parameter in operation.get("parameters", ()):
+                kinds = parameter["schema"].get("anyOf", [parameter["schema"]])
+                bounds = " to ".join(f"{kinds[0][key]:g}" for key in ("minimum", "maximum") if key in kinds[0])
+                rows.append((parameter["name"], f"{kinds[0].get('type', '')} {bounds}", parameter["in"]))
+            body = " or ".join(operation.get("requestBody", {}).get("content", ()))
+            example = f"curl -F {FIELD}=@photo.jpg " if method == "post" else "curl "
+            example += "-H 'X-API-Key: KEY' " * (with_keys and path not in OPEN_PATHS)
+            example += "-F image=@another.jpg " * (path == BATCH_ROUTE) + f"http://HOST:PORT{path}"
+            sections.append(
+                f"<section><h2>{method.upper()} {html.escape(path)}</h2><p>{html.escape(operation['description'])}</p>"
+                f"{f'<p>Body: {html.escape(body)}</p>' if body else ''}{html_table(rows) if len(rows) > 1 else ''}"
+                f"<pre>{html.escape(example)}</pre></section>"
+            )
+    head = "<header><h1>Object detection</h1><p>The same for programs: <a href='/openapi.json'>/openapi.json</a></p>"
+    page = fill_page("Object detection", f"{head}</header><main>{''.join(sections)}</main>")
+    return page, f"style-src {hash_of(page, 'style')}; img-src data:"
+
+
+def read_keys(path: str) -> tuple[bytes, ...]:
+    """Reads a file of keys, one a line; empty lines and those that begin with # do not count.
+
+    Raises:
+        UserError: it cannot be read, holds none, or one that is short.
+    """
+    try:
+        lines = Path(path).read_text(encoding="ascii").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--api-keys {path}: cannot be read ({error}).") from error
+    keys = [line.strip().encode() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys or min(map(len, keys)) < SHORTEST_KEY:
+        raise UserError(
+            f"--api-keys {path}: a key of {SHORTEST_KEY} characters or more in a line is expected. Make one: "
+            'python -c "import secrets; print(secrets.token_urlsafe(24))"'
+        )
+    return tuple(keys)

@@ -7,6 +7,7 @@ machine (DNS rebinding). Its requests still say that name in their Host header, 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import time
 from collections.abc import Callable, Collection
 from ipaddress import ip_address
@@ -164,6 +165,8 @@ class Guard:
         answered: Callable[[str, int, float], None],
         paths: Collection[str],
         max_image_bytes: int,
+        keys: Collection[bytes] = (),
+        open_paths: Collection[str] = (),
     ) -> None:
         """Stands around `app`.
 
@@ -173,7 +176,10 @@ class Guard:
             answered: called with path, status and seconds of every answer.
             paths: the paths that are counted by name; all others count as one.
             max_image_bytes: see `Upload`.
+            keys: of which requests must bring one; none asks for none.
+            open_paths: what is answered without.
         """
+        self._keys, self._open_paths = tuple(keys), frozenset(open_paths)
         self._app, self._hosts, self._answered, self._paths = app, hosts, answered, frozenset(paths)
         self._max_image_bytes = max_image_bytes
 
@@ -193,14 +199,26 @@ class Guard:
                     headers.setdefault(name, value)
             await send(message)
 
-        host = Headers(scope=scope).get("host", "")
+        headers = Headers(scope=scope)
+        host, refusal = headers.get("host", ""), None
+        if not self._hosts.trusts(host):
+            detail = f"no service is called {host[:100]!r} here; serve.py --trusted-hosts NAME allows it"
+            refusal = JSONResponse({"detail": detail}, 400)
+        elif self._keys and scope["path"] not in self._open_paths and not self._has_key(headers):
+            detail = "a key is needed: send it in the header X-API-Key, or Authorization: Bearer KEY"
+            refusal = JSONResponse({"detail": detail}, 401, {"WWW-Authenticate": "Bearer"})
         try:
-            if self._hosts.trusts(host):
+            if refusal is None:
                 await self._app(scope, receive, send_guarded)
             else:
                 await Upload(Request(scope, receive), self._max_image_bytes).drain()
-                detail = f"no service is called {host[:100]!r} here; serve.py --trusted-hosts NAME allows it"
-                await JSONResponse({"detail": detail}, 400)(scope, receive, send_guarded)
+                await refusal(scope, receive, send_guarded)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._answered(path, status, time.monotonic() - start_s)
+
+    def _has_key(self, headers: Headers) -> bool:
+        """Says whether a request brings one of the keys; how long that takes tells nothing about them."""
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = headers.get("x-api-key") or (bearer.strip() if scheme.lower() == "bearer" else "")
+        return any([hmac.compare_digest(given.encode("utf-8"), key) for key in self._keys])

@@ -23,6 +23,7 @@ FORMATS = frozenset({"bmp", "gif", "jpeg", "mpo", "png", "tiff", "webp"})
 MULTIPART, PLAIN_TYPES = "multipart/form-data", ("", "application/octet-stream")
 ENVELOPE_BYTES = 64 * 1024  # what a form may hold beside the image
 MAX_FIELDS = 8
+MANY_TIMES = 4  # how many times as long as one image may be what a request of several has in all
 MAX_SCANS = 100  # of a progressive JPEG, which has about ten: each costs a pass over all pixels
 BODY_TIMEOUT_S, DRAIN_TIMEOUT_S = 30.0, 2.0
 
@@ -34,7 +35,7 @@ class _MemoryParser(MultiPartParser):
 
 
 class Upload:
-    """One request's image: `read` it once, and `drain` the rest where the request is refused."""
+    """One request's image or images: `read` once, and `drain` the rest where the request is refused."""
 
     def __init__(self, request: Request, max_bytes: int) -> None:
         """Takes a request whose body was not read yet, and how long an image file may be."""
@@ -53,9 +54,11 @@ class Upload:
         if kind != MULTIPART and kind not in PLAIN_TYPES and not kind.startswith("image/"):
             expected = f"multipart/form-data with a field '{FIELD}', or the image itself as image/jpeg, image/png ..."
             raise HTTPException(415, f"Content-Type {kind} is not taken: send {expected}")
-        reading = self._read_form() if kind == MULTIPART else self._read_plain()
         try:
-            data = await asyncio.wait_for(reading, BODY_TIMEOUT_S)
+            if kind == MULTIPART:
+                ((_, data),) = await asyncio.wait_for(self._read_form(1, self._max_bytes), BODY_TIMEOUT_S)
+            else:
+                data = await asyncio.wait_for(self._read_plain(), BODY_TIMEOUT_S)
         except asyncio.TimeoutError as error:  # its own class before Python 3.11
             raise HTTPException(408, f"the image did not arrive within {BODY_TIMEOUT_S:.0f} s") from error
         if len(data) > self._max_bytes:
@@ -63,6 +66,24 @@ class Upload:
         if not data:
             raise HTTPException(400, "the image is empty (0 bytes)")
         return data
+
+    async def read_many(self, most: int) -> list[tuple[str, bytes]]:
+        """Returns name and content of the image files of a form, in its order.
+
+        Args:
+            most: how many are taken.
+
+        Raises:
+            HTTPException: as `read`; 413 for too many, or too much in all.
+            ClientDisconnect: the client went away.
+        """
+        kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != MULTIPART:
+            raise HTTPException(415, f"send multipart/form-data with a field '{FIELD}' for each image")
+        try:
+            return await asyncio.wait_for(self._read_form(most, MANY_TIMES * self._max_bytes), BODY_TIMEOUT_S)
+        except asyncio.TimeoutError as error:  # its own class before Python 3.11
+            raise HTTPException(408, f"the images did not arrive within {BODY_TIMEOUT_S:.0f} s") from error
 
     async def drain(self) -> None:
         """Reads and forgets what a refused client still sends, for a short while, so that it gets to see the answer.
@@ -116,21 +137,22 @@ class Upload:
             data += piece
         return bytes(data)
 
-    async def _read_form(self) -> bytes:
-        pieces = self._pieces(self._max_bytes + ENVELOPE_BYTES)
+    async def _read_form(self, most: int, max_bytes: int) -> list[tuple[str, bytes]]:
+        pieces = self._pieces(max_bytes + ENVELOPE_BYTES)
         parser = _MemoryParser(
-            self._request.headers, pieces, max_files=1, max_fields=MAX_FIELDS, max_part_size=ENVELOPE_BYTES
+            self._request.headers, pieces, max_files=most, max_fields=MAX_FIELDS, max_part_size=ENVELOPE_BYTES
         )
         try:
             form = await parser.parse()
         except (MultiPartException, KeyError) as error:  # KeyError: no boundary, in some versions
-            raise HTTPException(400, f"the form cannot be read ({getattr(error, 'message', error)})") from error
+            reason = getattr(error, "message", error)
+            raise HTTPException(400, f"the form cannot be read, of at most {most} files ({reason})") from error
         try:
-            image = form.get(FIELD)
-            if not isinstance(image, UploadFile):
+            images = [one for one in form.getlist(FIELD) if isinstance(one, UploadFile)]
+            if not images:
                 names = ", ".join(f"'{name}'" for name in form) or "none"
                 raise HTTPException(422, f"the form has no file in a field '{FIELD}'; its fields: {names}")
-            return await image.read()
+            return [(image.filename or "", await image.read()) for image in images]
         finally:
             await form.close()
 

@@ -22,6 +22,7 @@ from PIL import Image
 from models.backends.base import ArrayBackend
 from models.backends.metadata import Metadata
 from models.inference.predictor import Predictor
+from utils.errors import UserError
 from utils.nms import NMSConfig
 
 httpx = pytest.importorskip("httpx")
@@ -311,8 +312,102 @@ def test_unfit_request_is_refused_in_words(client, request_, status, words):
 
 def test_other_paths_and_methods_do_not_exist(client):
     assert client.get(ROUTE).status_code == 405
-    for path in ("/docs", "/service/page.html", "/..%2f..%2fserve.py"):
+    for path in ("/redoc", "/service/page.html", "/..%2f..%2fserve.py"):
         assert client.get(path).status_code == 404
+
+
+def send_many(client, *contents, **keywords):
+    return client.post(ROUTE + "/batch", files=[("image", content) for content in contents], **keywords)
+
+
+def test_several_images_are_answered_in_their_order_and_a_fault_in_its_place(client, encoded, draw, expected, agrees):
+    images = [(f"{seed}.png", encoded(seed)) for seed in (1, 2, 3)]
+    bad = [("bad.png", b"<!doctype html>"), ("empty.png", b""), ("wide.png", png_header(1001, 1000))]
+    answer = send_many(client, images[0], *bad, *images[1:], params={"conf": 0.1})
+    assert answer.status_code == 200, answer.text
+    found = answer.json()["images"]
+    assert [one["name"] for one in found] == ["1.png", "bad.png", "empty.png", "wide.png", "2.png", "3.png"]
+    for one, seed in zip((found[0], found[4], found[5]), (1, 2, 3), strict=True):
+        assert agrees(one["objects"], expected(draw(seed), 0.1)) and "error" not in one
+    faults = ("not a readable image", "empty (0 bytes)", "at most 1 million pixels")
+    assert all(words in one["error"] and "objects" not in one for one, words in zip(found[1:4], faults, strict=True))
+
+
+def test_too_many_images_too_large_ones_and_other_bodies_are_refused(in_process, encoded):
+    with in_process(max_images=2, max_image_mb=0.001, max_pixels=1e6) as client:
+        small, large = ("a.png", png_header(10, 10)), ("b.png", encoded(1, 64, 64))
+        assert len(large[1]) > 1050
+        assert send_many(client, small, small).status_code == 200
+        assert "larger than 0.001 MB" in send_many(client, small, large).json()["images"][1]["error"]
+        assert send_many(client, small, small, small).status_code == 400
+        assert send_many(client, ("c.png", bytes(100_000))).status_code == 413
+        plain = client.post(ROUTE + "/batch", content=b"x", headers={"Content-Type": "image/png"})
+        assert plain.status_code == 415 and "multipart/form-data" in plain.json()["detail"]
+
+
+def test_readiness_tells_of_a_full_queue_while_health_stays(in_process, encoded):
+    entered, free = threading.Event(), threading.Event()
+
+    class Stuck(Predictor):
+        def __call__(self, *batch):
+            entered.set()
+            assert free.wait(20)
+            return super().__call__(*batch)
+
+    with in_process(Stuck, queue=1) as client, ThreadPoolExecutor(1) as pool:
+        assert client.get("/ready").json() == {"ready": True}
+        try:
+            waiting = pool.submit(post, client, encoded(1))
+            assert entered.wait(20)
+            answer = client.get("/ready")
+            assert answer.status_code == 503 and answer.json()["reason"] == "1 requests are in progress"
+            assert client.get("/health").status_code == 200
+        finally:
+            free.set()
+        assert waiting.result().status_code == 200 and client.get("/ready").status_code == 200
+
+
+KEYS = ("a-key-of-enough-letters", "another-key-of-enough-letters")
+
+
+def test_with_keys_nothing_of_the_model_is_answered_without_one(in_process, encoded, tmp_path):
+    (tmp_path / "keys").write_text("# of the gate\n" + "\n\n".join(KEYS) + "\n")
+    with in_process(api_keys=str(tmp_path / "keys")) as client:
+        for headers in (
+            {},
+            {"X-API-Key": KEYS[0][:-1]},
+            {"Authorization": f"Basic {KEYS[0]}"},
+            {"X-API-Key": "# of the gate"},
+        ):
+            refused = post(client, encoded(1), headers=headers)
+            assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer", headers
+            assert refused.headers["x-frame-options"] == "DENY" and "X-API-Key" in refused.json()["detail"]
+            assert client.get("/metrics", headers=headers).status_code == 401
+        for headers in ({"X-API-Key": KEYS[1]}, {"Authorization": f"Bearer {KEYS[0]}"}):
+            assert post(client, encoded(1), headers=headers).status_code == 200
+        for path in ("/", "/health", "/ready", "/docs", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        assert "X-API-Key" in client.get("/docs").text
+
+
+def test_files_of_keys_that_are_none_are_refused(tmp_path):
+    pytest.importorskip("fastapi")
+    from service.app import read_keys
+
+    for content, message in ((None, "cannot be read"), ("", "16 characters"), ("short\n", "16 characters")):
+        if content is not None:
+            (tmp_path / "keys").write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_keys(str(tmp_path / "keys"))
+
+
+def test_the_documentation_is_one_page_about_every_route(client):
+    answer = client.get("/docs")
+    for route in ("POST /v1/detect", "POST /v1/detect/batch", "GET /health", "GET /ready", "GET /metrics"):
+        assert f"<h2>{route}</h2>" in answer.text
+    assert "number 0 to 1" in answer.text and "multipart/form-data" in answer.text and "X-API-Key" not in answer.text
+    assert not re.search(r'src="(?!data:)|<script|http://(?!HOST)|https://', answer.text)
+    assert "style-src 'sha256-" in answer.headers["content-security-policy"]
 
 
 def test_health_names_the_model(client):

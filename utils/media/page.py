@@ -29,10 +29,12 @@ def build_page(settings: dict[str, Any]) -> tuple[str, str]:
     page = PAGE_FILE.read_text(encoding="utf-8").replace("{{settings}}", text)
     page = page.replace("{{model}}", html.escape(settings["model"]))
 
-    def source(element: str) -> str:
-        """Returns the hash of the content of the one element without attributes of this name."""
-        content = re.search(rf"<{element}>(.*?)</{element}>", page, re.S)[1]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode('utf-8')).digest()).decode('ascii')}'"
-
-    policy = f"default-src 'none'; style-src {source('style')}; script-src {source('script')}; worker-src 'self'"
+    sources = f"style-src {hash_of(page, 'style')}; script-src {hash_of(page, 'script')}; worker-src 'self'"
+    policy = f"default-src 'none'; {sources}"
     return page, f"{policy}; img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
+
+
+def hash_of(page: str, element: str) -> str:
+    """Returns the hash, as policies have it, of the content of the one element without attributes of this name."""
+    content = re.search(rf"<{element}>(.*?)</{element}>", page, re.S)[1]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode('utf-8')).digest()).decode('ascii')}'"
