@@ -8,6 +8,7 @@ the server and its options (`serve.py`).
 from __future__ import annotations
 
 import asyncio
+import html
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from service.metrics import Metrics, StageClock
 from service.uploads import FIELD, Upload, check_upload, decode_upload
 from utils.boxes import Detections
 from utils.errors import UserError
+from utils.files import find_file
 from utils.media.page import build_page, hash_of
 from utils.nms import NMSConfig
 from utils.page import fill_page, html_table
@@ -436,8 +438,9 @@ def read_keys(path: str) -> tuple[bytes, ...]:
     Raises:
         UserError: it cannot be read, holds none, or one that is short.
     """
+    file = find_file(path, what="--api-keys")
     try:
-        lines = Path(path).read_text(encoding="ascii").split("\n")
+        lines = file.read_text(encoding="ascii").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--api-keys {path}: cannot be read ({error}).") from error
     keys = [line.strip().encode() for line in lines if line.strip() and not line.startswith("#")]

@@ -131,7 +131,7 @@ def typed(flag: str, text: str) -> tuple[str, ...]:
 
 # Texts --------------------------------------------------------------------------------------------------------------
 
-FILES = {"cfg": ".yaml", "data": ".yaml", "hyp": ".yaml", "source": ".jpg"}
+FILES = {"cfg": ".yaml", "data": ".yaml", "hyp": ".yaml", "source": ".jpg", "annotations": ".json", "api_keys": ".keys"}
 FILES |= dict.fromkeys(("weights", "teacher", "resume"), ".pt")
 # {} is the suffix of the files that the option takes; what the names mean is in the fixture `place`
 PATHS = (
@@ -160,6 +160,10 @@ TEXTS = {
     ),
     "box_loss": texts("cious|CIoU|ciou,giou|1|ciou\0|| "),
     "ort_web": texts("gone.tgz|no/gone.tgz|gone.tgz\0|..| "),
+    "live_out": texts(
+        "live|live.mp4|ftp://127.0.0.1/live|http://|http://127.0.0.1/live|http://127.0.0.1:0/x|http://127.0.0.1:99999/x|"
+        "http://[::1/x|:8090|rtsp|//x| |http://127.0.0.1:8090/live"  # of an image
+    ),
     "include": texts("onxn|.onnx|onnx,openvino|onnx openvino|1|onnx\0|| "),
     "host": texts(
         "host.invalid|127.0.0.1:80|http://127.0.0.1|127.0.0.1.1|127.0.0.256|::1::1|..|localhost\0|| |[::1]|203.0.113.7",
@@ -178,8 +182,8 @@ TEXTS["source"] += (
 ).split("|")
 EMPTY_IS_NONE = {  # options that mean "none given" by an empty text
     *(("train", "weights"), ("train", "teacher"), ("train", "device"), ("val", "device")),
-    *(("detect", name) for name in ("weights", "data", "device", "count")),
-    *(("export", "data"), ("serve", "weights"), ("serve", "device")),
+    *(("detect", name) for name in ("weights", "data", "device", "live_out")),
+    *(("export", "data"), ("serve", "weights"), ("serve", "device"), ("serve", "api_keys"), ("val", "annotations")),
 }
 FOUND_OUT_AT_WORK = ("rubbish.jpg", "nothing.jpg", "text.jpg", "missing.txt")  # what an image or a list holds
 NEEDED = {"count": ("--track",), "ort_web": ("--include", "web")}  # options without which this one means nothing

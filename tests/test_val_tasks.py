@@ -382,7 +382,7 @@ def test_a_held_model_gives_its_files_figures_and_its_losses(tmp_path, run, weig
     assert figures[:4] == pytest.approx(run(weights)[0][:4], abs=1e-3)
     assert figures[4:] == pytest.approx((3, 85, sum(len(batch.targets) for batch in batches) / len(batches)))
     assert maps.shape == (80,) and len(speed) == 3
-    assert [path.name for path in (tmp_path / "held").iterdir()] == ["model_predictions.json"]
+    assert {path.name for path in (tmp_path / "held").iterdir()} == {"model_predictions.json", "metrics.json"}
 
 
 def test_a_held_model_takes_a_data_set_by_its_content(run, weights, model, data):

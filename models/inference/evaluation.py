@@ -32,7 +32,7 @@ from utils.eval.coco import Annotations, category_ids, require_coco_tools
 from utils.eval.evaluate import EvalResult, evaluate
 from utils.eval.figures import metrics_content, write_metrics
 from utils.eval.report_page import write_report
-from utils.files import atomic_write, increment_path, run_folder
+from utils.files import atomic_write, find_file, increment_path, run_folder
 from utils.images import inference_hw
 from utils.log import LOGGER, colorstr
 from utils.nms import NMSConfig
@@ -140,6 +140,7 @@ def run_validation(config: ValConfig) -> EvalResult:
 def validate(config: ValConfig, model: ModelFile) -> EvalResult:
     """Evaluates a model on a split of a data set, and writes what is asked for."""
     _check_combination(config, model)
+    annotations = _annotations(config.annotations) if config.annotations else None
     _warn_of_inner_nms(model)
     split = config.task if config.task in SPLITS else "val"
     spec = _data(config, model, split)
@@ -153,13 +154,12 @@ def validate(config: ValConfig, model: ModelFile) -> EvalResult:
             loader = make_loader(spec, seen, model.metadata.stride, **batches, **common).start()
             stack.callback(loader.close)
         table = getattr(getattr(loader, "dataset", None), "table", None)  # a script may bring mere batches
-        if config.annotations:  # refused before the work, not after it
-            known = Annotations(Path(config.annotations))
-            known.category_ids({0: "item"} if config.single_cls else spec.names)
-            known.image_ids([] if table is None else list(table.image_paths))
+        if annotations:  # refused before the work, not after it
+            annotations.category_ids({0: "item"} if config.single_cls else spec.names)
+            annotations.image_ids(list(table.image_paths))
         predictor = _predictor(config, model, shape)  # while the loader decodes
         is_coco = isinstance(config.data, (str, Path)) and Path(config.data).name == "coco.yaml"
-        save_json = config.save_json or bool(config.annotations) or (config.task != "speed" and is_coco)
+        save_json = config.save_json or annotations is not None or (config.task != "speed" and is_coco)
         folder = _run_folder(config, save_json)
         meter = stack.enter_context(EnergyMeter(gpus_in_use()))
         result = evaluate(
@@ -172,7 +172,7 @@ def validate(config: ValConfig, model: ModelFile) -> EvalResult:
             save_json=save_json,
             json_name=f"{model.path.stem}_predictions.json",
             categories=category_ids(spec.val, spec.names) if spec and not config.single_cls else None,
-            annotations=Path(config.annotations or spec.root / ANNOTATIONS) if spec else None,
+            annotations=annotations.path if annotations else spec.root / ANNOTATIONS if spec else None,
             keep_records=folder is not None,
             **{name: getattr(config, name) for name in FOR_EVALUATE},
         )
@@ -395,6 +395,15 @@ def _check_combination(config: ValConfig, model: ModelFile) -> None:
         raise UserError("--annotations is for the images of a split: give --data, and --task train, val or test.")
     if config.model is not None and not module and (config.half or config.bf16):
         raise UserError("--half and --bf16 are for files and PyTorch modules: this model computes as it was made.")
+
+
+def _annotations(file: str) -> Annotations:
+    """Reads the file of `--annotations`."""
+    path = find_file(file, (".json",), "--annotations")
+    try:
+        return Annotations(path)
+    except UserError as error:
+        raise UserError(f"--annotations {error}") from error
 
 
 def _warn_of_inner_nms(model: ModelFile) -> None:

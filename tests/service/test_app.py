@@ -394,9 +394,14 @@ def test_files_of_keys_that_are_none_are_refused(tmp_path):
     pytest.importorskip("fastapi")
     from service.app import read_keys
 
-    for content, message in ((None, "cannot be read"), ("", "16 characters"), ("short\n", "16 characters")):
+    for content, message in (
+        (None, "not found"),
+        ("", "16 characters"),
+        ("schlüssel-mit-umlauten", "cannot be read"),
+        ("short\n", "16 characters"),
+    ):
         if content is not None:
-            (tmp_path / "keys").write_text(content)
+            (tmp_path / "keys").write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=message):
             read_keys(str(tmp_path / "keys"))
 

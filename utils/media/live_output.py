@@ -65,11 +65,12 @@ def check_live_output(url: str, inputs: Sequence[str], live: bool) -> None:
         UserError: an image among the inputs, an address of another kind, one address for several inputs, or no ffmpeg
             where it is needed.
     """
-    scheme = urlsplit(url).scheme
-    if not (scheme in ("http", *FFMPEG_OUTPUTS) if "://" in url else url.endswith(".m3u8")):
+    scheme = url.partition("://")[0] if "://" in url else ""
+    if not (scheme in ("http", *FFMPEG_OUTPUTS) if scheme else url.endswith(".m3u8")):
         kinds = "http://HOST:PORT/NAME (MJPEG), rtsp://..., rtmp://..., udp://... or a file NAME.m3u8 (HLS)"
         raise UserError(f"--live-out '{url}': expected {kinds}.")
-    if scheme == "http" and not re.search(r":\d{1,5}(/|$)", urlsplit(url).netloc):
+    port = re.search(r":(\d{1,5})$", url.split("/")[2]) if scheme == "http" else None
+    if scheme == "http" and not (port and 0 < int(port[1]) < 2**16):
         raise UserError(f"--live-out '{url}': give a port as well, such as http://127.0.0.1:8090/live.")
     image = None if live else next((path for path in inputs if suffix_of(path) not in VID_FORMATS), None)
     if image:
@@ -224,7 +225,7 @@ class FfmpegOutput:
     def _send(self, image: np.ndarray) -> np.ndarray | None:
         """Sends frames of one size until there are no more (None), or one cannot be sent, which it returns."""
         height, width = image.shape[:2]
-        scheme = urlsplit(self._url).scheme if "://" in self._url else ""
+        scheme = self._url.partition("://")[0] if "://" in self._url else ""
         command = ["ffmpeg", "-hide_banner", "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "bgr24"]
         command += ["-use_wallclock_as_timestamps", "1", "-framerate", f"{self._fps:g}", "-s", f"{width}x{height}"]
         command += ["-i", "pipe:0", *FFMPEG_OUTPUTS[scheme], self._url]
@@ -243,7 +244,7 @@ class FfmpegOutput:
             process.stdin.close()
         status = process.wait()
         reader.join()
-        reason = b"".join(said[-1:]).decode(errors="replace").strip() or f"ffmpeg ended with status {status}"
+        reason = b"".join(said[:1]).decode(errors="replace").rpartition("] ")[2].strip() or f"ffmpeg's status {status}"
         if status and not self.problem:
             LOGGER.warning(f"WARNING: --live-out {without_secrets(self._url)}: {reason}. Trying again and again")
         self.problem = reason if status else ""

@@ -172,12 +172,12 @@ def test_arrow_s_word_stays_in_the_picture(points):
 
 
 def test_several_lines_and_zones_are_drawn_with_their_names():
-    zone, line = ((120, 120), (180, 120), (180, 180)), ((20, 60), (100, 60))
+    zone, line = ((120, 120), (180, 120), (180, 180)), ((20, 150), (100, 150))
     counted = [Counts(zone, (Tally(0, 1, 1, 2.0, 2.0),), "door"), Counts(line, (), "gate")]
     image = boxes.draw_detections(blank(), detections(), {0: "x"}, counts=counted)
-    assert yellow(image)[120, 125:178].any() and yellow(image)[60, 20:101].all()
+    assert yellow(image)[120, 125:178].any() and yellow(image)[150, 20:101].all()
     only = boxes.draw_detections(blank(), detections(), {0: "x"}, counts=counted[1:])
-    rows = [(drawn[:60, :12] == boxes.WHITE).any(1).sum() for drawn in (image, only)]
+    rows = [(drawn[:110, :110] == boxes.WHITE).all(2).any(1).sum() for drawn in (image, only)]
     assert rows[0] > rows[1] > 0  # five lines of numbers, and two
 
 
