@@ -124,8 +124,12 @@ def save_weights(path: Path, names: dict[int, str], seed: int = 0, cfg: str = "y
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Model(cfg, nc=len(names))
-    for conv in model.head.m:
-        conv.bias.data.view(3, -1)[:, 4:] = torch.tensor([2.0, 2.5, *[1.0] * (len(names) - 1)])
+    if model.head.has_anchors:
+        for conv in model.head.m:
+            conv.bias.data.view(3, -1)[:, 4:] = torch.tensor([2.0, 2.5, *[1.0] * (len(names) - 1)])
+    else:
+        for conv in model.head.m[model.head.nl :]:  # of the classes
+            torch.nn.init.constant_(conv.bias, 1.0)
     content = {"epoch": 3, "model": model.state_dict(), "yaml": model.yaml, "names": names, "nc": len(names)}
     content |= {"stride": model.stride.tolist(), "hyp": {}, "opt": {}, "data": None, "versions": {}, "date": ""}
     content |= {"format": "yolov5-slim", "format_version": 1, **dict.fromkeys(TRAINING_STATE), "updates": 7}
