@@ -214,7 +214,7 @@ class AtOnce(contextlib.nullcontext):
 def test_window_shows_the_image_that_is_saved_however_fast_it_is_drawn_into(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(background, "Background", AtOnce)
     frame = Frame("/in/a.png", 1, 1, np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
-    counts = Counts(((0.0, 20.0), (64.0, 20.0)), (Tally(0, 2, 1),))
+    counts = (Counts(((0.0, 20.0), (64.0, 20.0)), (Tally(0, 2, 1),)),)
     found = Detections.from_rows(np.array([[5, 5, 30, 30, 0.9, 0]]))
     result = pipeline.Result(frame, found, {0: "cat"}, counts, (64, 64), 0.0)
     stub = SimpleNamespace(names={0: "cat"}, results=lambda _sink: [result], summary=list, shape_hw=(64, 64))

@@ -504,7 +504,7 @@ def test_image_to_show_is_the_one_that_is_saved_and_leaves_the_frame_alone(tmp_p
 
 
 def test_at_the_models_scale_images_are_shrunk_and_then_drawn_on_and_labels_stay_as_they_are(tmp_path):
-    counts = Counts(LINE, (Tally(0, 1, 2),))
+    counts = [Counts(LINE, (Tally(0, 1, 2),))]
     options = OutputOptions(save_scale=True, save_txt=True)
     with ResultWriter(tmp_path, ["/in/large.png", "/in/small.png"], NAMES, options, (50, 80)) as writer:
         writer.write(frame("/in/large.png"), FOUND[:1], counts)
@@ -513,6 +513,6 @@ def test_at_the_models_scale_images_are_shrunk_and_then_drawn_on_and_labels_stay
     large, small = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("large", "small"))
     expected = cv2.resize(frame().image, (50, 50))
     half = replace(FOUND[:1], boxes_xyxy=FOUND.boxes_xyxy[:1] / 2)
-    draw_detections(expected, half, NAMES, None, counts=counts._replace(points_xy=((0.0, 25.0), (50.0, 25.0))))
+    draw_detections(expected, half, NAMES, None, counts=[counts[0]._replace(points_xy=((0.0, 25.0), (50.0, 25.0)))])
     assert np.array_equal(large, expected)
     assert small.shape == (20, 30, 3)
