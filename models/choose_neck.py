@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 from argparse import Namespace
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from models import latency
 from models.deploy import rewrite
+from models.export.formats import install_hint, missing_packages
 from models.load import load_model, read_weights
 from models.transplant import FITS, HEADS, augmented_images, raw_maps, rows_read, run_row
 from models.yolo import Model
@@ -97,7 +99,13 @@ def write_graphs(
         runtime: "onnxruntime" or "openvino".
         int8: quantise them as export.py does.
         necks: the changed rows of each further graph, by its name.
+
+    Raises:
+        UserError: a package is missing that this needs.
     """
+    if missing := missing_packages(("onnx", runtime, *("nncf",) * (int8 and runtime == "openvino"))):
+        extra = "openvino" if runtime == "openvino" else "onnx"
+        raise UserError(f"--runtime {runtime} needs {', '.join(missing)}: {install_hint(extra)}")
     image = np.random.default_rng(0).integers(0, 256, (1, yaml["ch"], *key["shape_hw"]), dtype=np.uint8)
     graphs = []
     for place, (name, rows) in enumerate(progress([("dense", {}), *necks.items()], desc="Writing graphs")):
@@ -142,6 +150,20 @@ def finish_graph(file: Path, image: np.ndarray, runtime: str, int8: bool) -> Pat
 
         openvino.save_model(quantize(openvino.Core().read_model(file), [image], batch=1), file.with_suffix(".xml"))
     return file.with_suffix(".xml")
+
+
+def measure_here(
+    yaml: Mapping[str, Any], key: Mapping[str, Any], necks: Mapping[str, dict], options: Namespace
+) -> dict[str, Any]:
+    """Writes graphs and returns their table, measured in a process of its own: PyTorch's threads would disturb it."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_graphs(Path(folder), yaml, key, options.runtime, options.int8, necks)
+        line = [sys.executable, latency.__file__, folder, "--threads", str(options.threads)]
+        line += ["--rounds", str(options.rounds), "--clock", options.clock]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"the graphs cannot be measured: {(done.stderr.strip() or 'no word').splitlines()[-1]}")
+        return json.loads(Path(folder, latency.TABLE).read_text(encoding="utf-8"))
 
 
 def graph_name(row: int, name: str) -> str:
@@ -230,8 +252,8 @@ def options_of(table: Mapping[str, Any], errors: Mapping[str, float], necks: Map
     for row, forms in necks.items():
         found.append([Option("dense", 0.0, 0.0)])
         for name in forms:
-            one = graphs[graph_name(row, name)]
-            if one["quartiles_ms"][1] < 0:
+            one = graphs.get(graph_name(row, name))  # of an older table there may be none
+            if one and one["quartiles_ms"][1] < 0:
                 found[-1].append(Option(name, one["difference_ms"], errors[one["name"]]))
     return found
 
@@ -315,12 +337,11 @@ def main(options: Namespace) -> Path | None:
     if options.table:
         table = read_table(options.table, key)
     else:
-        with tempfile.TemporaryDirectory() as graphs:
-            write_graphs(Path(graphs), teacher.yaml, key, options.runtime, options.int8, changed)
-            table = latency.measure(graphs, options.threads, options.rounds, options.clock)
+        table = measure_here(teacher.yaml, key, changed, options)
     dense_ms = table["graphs"][0]["ms"]
     weights = hashlib.sha256(path.read_bytes()).hexdigest()
-    fits = {"weights": weights, "images": options.images, "seed": options.seed}
+    data = str(options.data or meta["data"])
+    fits = {"weights": weights, "data": data, "images": options.images, "seed": options.seed}
     if table.get("fits") != fits:
         table |= {"fits": fits, "errors": errors_of(teacher, options, meta, max(shape_hw), path)}
     front = fronts(options_of(table, table["errors"], necks))
@@ -340,9 +361,7 @@ def main(options: Namespace) -> Path | None:
     rows = {row: necks[row][name] for row, name in zip(necks, names, strict=True) if name != "dense"}
     chosen = {"ms": round(dense_ms + ms, 4), "share": round(1 + ms / dense_ms, 4), "error": error, "rows": names}
     if not options.table and rows:  # the sum of what each row saves is an estimate
-        with tempfile.TemporaryDirectory() as graphs:
-            write_graphs(Path(graphs), teacher.yaml, key, options.runtime, options.int8, {"chosen": rows})
-            found = latency.measure(graphs, options.threads, options.rounds, options.clock)["graphs"]
+        found = measure_here(teacher.yaml, key, {"chosen": rows}, options)["graphs"]
         chosen["measured_share"] = round(1 + found[1]["difference_ms"] / found[0]["ms"], 4)
         LOGGER.info(f"Measured as a whole: {chosen['measured_share']:.3f} of the dense model's time")
     folder = increment_path(folder, exist_ok=options.exist_ok, mkdir=True)

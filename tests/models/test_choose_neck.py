@@ -183,3 +183,6 @@ def test_graphs_are_measured_where_nothing_of_this_program_is(dense, tmp_path, m
     assert table["int8"] and (table["threads"], table["rounds"]) == (1, 3)
     more = ["--imgsz", 64, 96, "--workers", 0, "--images", 64, "--project", tmp_path / "runs", "--ratio", 1]
     assert run("--weights", dense, *more, "--table", folder / latency.TABLE)
+    content = json.loads(run("--weights", dense, *more, "--rounds", 3).with_suffix(".json").read_text())
+    assert [one["file"] for one in content["graphs"]] == ["0.onnx", "1.onnx"] and content["clock"] == "wall"
+    assert ("C3GS" in content["chosen"]["rows"]) == ("measured_share" in content["chosen"])
