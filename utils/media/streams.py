@@ -137,11 +137,9 @@ class LiveSource:
         except ImageError:
             tally = self._readers[frame.file_number - 1].tally
             with self._changed:
-                tally.received, tally.used, tally.undecodable = (
-                    tally.received - 1,
-                    tally.used - 1,
-                    tally.undecodable + 1,
-                )
+                tally.received -= 1
+                tally.used -= 1
+                tally.undecodable += 1
             return False
 
     @property
