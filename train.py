@@ -74,6 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--patience", type=number(int, 0), default=100, help="epochs without improvement before stopping; 0: never")
     add("--freeze", nargs="+", type=number(int, 0), default=[0], help="freeze layers below n, or exactly several")
     add("--save-period", type=number(int, -1), default=-1, help="save epochN.pt every so many epochs")
+    loggers_help = "experiment trackers, offline unless set up otherwise: mlflow, wandb, clearml, comet"
+    add("--logger", nargs="+", action="extend", default=[], help=loggers_help)
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed")
     add("--deterministic", action="store_true", help="on CUDA: the same result every time, slower (CPU: always)")
     add("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)  # launchers pass it

@@ -50,8 +50,10 @@ class Callbacks:
     """Calls the functions registered for a hook; an unknown hook is a `UserError`.
 
     `stop_training` set to True by one of them ends the run after the batch that is being trained, without validating or
-    saving the unfinished epoch. A function that has a parameter of the name `trainer` is given the run by it, beside
-    the hook's own arguments: the `utils.train.engine.Trainer`, None before there is one.
+    saving the unfinished epoch, or after the epoch whose end it is. A function that has a parameter of the name
+    `trainer` is given the run by it, beside the hook's own arguments: the `utils.train.engine.Trainer` with `options`,
+    `hyp`, `save_dir`, `epoch` (the last finished one), `losses` of the batch, `figures` of the epoch and
+    `best_fitness`; None before there is one.
     """
 
     def __init__(self) -> None:

@@ -1,12 +1,17 @@
-"""What every destination of a run's figures and images is, and the figures of an epoch."""
+"""What every destination of a run's figures and images is, what experiment trackers share, an epoch's figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.files import ROOT, read_yaml, write_yaml
+from utils.log import LOGGER, colorstr
 
 METRICS = ("metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mAP_0.5:0.95")
 
@@ -33,8 +38,99 @@ class Logger:
     def log_images(self, files: Sequence[Path], epoch: int) -> None:
         """Takes the images that the run has drawn, at its end."""
 
+    def log_weights(self, file: Path) -> None:
+        """Takes the checkpoint that the run ends with."""
+
     def close(self) -> None:
         """Writes what is still in memory, however the run ends."""
+
+
+class Service(Logger):
+    """An experiment tracker, asked for with `--logger`; a resumed run goes on in the entry that it had begun there.
+
+    A subclass imports its client in `open`, and there keeps it off the network unless the client's own settings, as the
+    user made them, say otherwise. A client that cannot start is a mistake of the user's; what it raises later is one
+    warning, since no run depends on it.
+    """
+
+    name: str  # as of `--logger`
+    package: str  # that is imported
+
+    def __init__(self, save_dir: Path, start_epoch: int, settings: Mapping[str, Any]) -> None:
+        """Opens it; arguments as of `Logger`.
+
+        Raises:
+            UserError: the client cannot start.
+        """
+        self.save_dir = save_dir
+        project = Path(settings["opt"]["project"])
+        self.project = "YOLOv5" if project == ROOT / "runs" / "train" else project.name  # as YOLOv5 names it
+        self.settings = {f"{part}/{key}": value for part, values in settings.items() for key, value in values.items()}
+        self._warned = False
+        record = save_dir / "loggers.yaml"
+        entries = read_yaml(record) if start_epoch and record.exists() else {}
+        try:
+            entry, told = self.open(entries.get(self.name))
+        except Exception as error:
+            reason = _first_line(error)
+            raise UserError(f"--logger {self.name}: {reason}. Leave it out, or mend its settings.") from error
+        write_yaml(record, {**entries, self.name: entry})
+        LOGGER.info(f"{colorstr(f'{self.name}:')} {told}")
+
+    def open(self, entry: str | None) -> tuple[str, str]:
+        """Starts the client, with the entry of a run that is resumed; returns the entry, and what to tell the user."""
+        raise NotImplementedError
+
+    def send_figures(self, epoch: int, figures: Mapping[str, float]) -> None:
+        """Takes an epoch's figures."""
+        raise NotImplementedError
+
+    def send_image(self, file: Path, epoch: int) -> None:
+        """Takes an image."""
+        raise NotImplementedError
+
+    def send_weights(self, file: Path) -> None:
+        """Takes a checkpoint."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Ends the entry; nothing is lost that was taken."""
+        raise NotImplementedError
+
+    def log_epoch(self, epoch: int, figures: Mapping[str, float]) -> None:
+        """Logs an epoch's figures."""
+        with self._warning():
+            self.send_figures(epoch, figures)
+
+    def log_images(self, files: Sequence[Path], epoch: int) -> None:
+        """Logs images under their files' names."""
+        for file in files:
+            with self._warning():
+                self.send_image(file, epoch)
+
+    def log_weights(self, file: Path) -> None:
+        """Logs the checkpoint that the run ends with."""
+        with self._warning():
+            self.send_weights(file)
+
+    def close(self) -> None:
+        """Ends the entry."""
+        with self._warning():
+            self.end()
+
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
+        """Makes a warning of what the client raises, once."""
+        try:
+            yield
+        except Exception as error:
+            if not self._warned:
+                LOGGER.warning(f"WARNING: {self.name}: {_first_line(error)}; what it lacks is in {self.save_dir}")
+            self._warned = True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def epoch_figures(

@@ -118,6 +118,8 @@ class Trainer:
         self.stopper = EarlyStopping(options.patience)
         self.validation = [0.0] * (4 + len(self.loss.terms))  # P, R, mAP50, mAP50-95 and the last validation's loss
         self.maps = np.zeros(model.nc)  # mAP50-95 of each class at the last validation
+        self.losses: dict[str, float] = {}  # the last batch's, by term
+        self.figures: dict[str, float] = {}  # the last epoch's row of results.csv
         self.best_fitness = 0.0
         self.gathered = 0  # batches whose gradient waits for the next optimizer step
         # of torch's own generator, which no layer here reads, but one of somebody's may (dropout)
@@ -163,6 +165,8 @@ class Trainer:
             torch.set_rng_state(self.rng_state)
             self.callbacks.run("on_train_start")
             while not self.complete:
+                if self.world.broadcast(self.callbacks.stop_training):
+                    return None
                 items = self._train_epoch(self.epoch + 1)
                 if items is None:
                     return None
@@ -263,7 +267,8 @@ class Trainer:
         more = len(batch.paths) - SHOWN_IMAGES
         shown = ", ".join(batch.paths[:SHOWN_IMAGES]) + (f" and {more} more" if more > 0 else "")
         where = f"in epoch {epoch}, batch {index} (images {shown})"
-        for term, value in zip(self.terms, loss.items.tolist(), strict=True):
+        self.losses = dict(zip(self.terms, loss.items.tolist(), strict=True))
+        for term, value in self.losses.items():
             if not math.isfinite(value):
                 if self.world.size > 1 and torch.isfinite(loss.total):
                     raise ReportedError("the loss of another process is not finite.")
@@ -341,10 +346,10 @@ class Trainer:
         if self._sets_epochs(epoch):
             self._fit_into_hours(trained - self.epoch_began, time.monotonic() - trained)
             final |= self.options.epochs == 1
-        figures = epoch_figures(self.terms, items.tolist(), self.validation, rates)
+        self.figures = epoch_figures(self.terms, items.tolist(), self.validation, rates)
         for logger in self.loggers:
-            logger.log_epoch(epoch, figures)
-        self.callbacks.run("on_fit_epoch_end", list(figures.values()), epoch, self.best_fitness, fitness)
+            logger.log_epoch(epoch, self.figures)
+        self.callbacks.run("on_fit_epoch_end", list(self.figures.values()), epoch, self.best_fitness, fitness)
         self.complete = final
         if possibly_final or final or not self.options.nosave:
             self._save(epoch, is_best)
@@ -485,6 +490,8 @@ class Trainer:
             for logger in self.loggers:
                 logger.log_images(drawn, self.epoch)
         self._report(chosen, result)
+        for logger in self.loggers:
+            logger.log_weights(chosen)
         self._strip(self.last)
         self.callbacks.run("on_train_end", self.last, self.best, self.plots, self.epoch, result.as_tuple())
         LOGGER.info(f"Results saved to {colorstr('bold', self.save_dir)}")

@@ -30,6 +30,7 @@ from utils.errors import UserError, make_divisible
 from utils.eval.coco import COCO80_TO_91, category_ids
 from utils.files import ROOT
 from utils.log import LOGGER
+from utils.loggers import check_services
 from utils.loss import LOSSES
 from utils.loss.iou import BOX_LOSSES
 from utils.train.distributed import ALONE, World
@@ -93,6 +94,7 @@ class TrainConfig:
     patience: int
     freeze: Sequence[int]
     save_period: int
+    logger: Sequence[str]
     seed: int
     deterministic: bool
     local_rank: int
@@ -169,6 +171,7 @@ def check_options(config: TrainConfig, processes: int = 1) -> None:
     ):
         if refused:
             raise UserError(message)
+    check_services(config.logger)
 
 
 def prepare_device(config: TrainConfig, device: torch.device, processes: int = 1) -> None:

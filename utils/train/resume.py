@@ -27,7 +27,7 @@ STATE_KINDS = {  # what a resumable checkpoint holds beside tensors
     "best_fitness": (int, float),
 }
 NEEDED_OPTIONS = ("data", "epochs", "batch_size", "imgsz")  # without them another run would begin
-CHANGEABLE = {"cache", "data", "device", "local_rank", "noplots", "patience", "resume", "save_period", "workers"}
+CHANGEABLE = set("cache data device local_rank logger noplots patience resume save_period workers".split())
 
 
 def find_resumable(resume: str | Path | bool) -> Path:
