@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from utils.cli import CommandParser, echo_options, find_weights, number, options_from, run_command, with_hint
 from utils.errors import MAX_IMAGE_SIDE_PX, UserError, check_img_size, explain_resource_errors, grid_stride
 from utils.files import ROOT, find_file, increment_path, run_folder, write_yaml
-from utils.log import LOGGER
+from utils.log import LOGGER, logging_from
 
 if TYPE_CHECKING:
     from utils.train.prepare import TrainConfig
@@ -76,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-period", type=number(int, -1), default=-1, help="save epochN.pt every so many epochs")
     loggers_help = "experiment trackers, offline unless set up otherwise: mlflow, wandb, clearml, comet"
     add("--logger", nargs="+", action="extend", default=[], help=loggers_help)
+    add("--evolve", type=number(int, 1), nargs="?", const=300, help="search hyperparameters in so many trainings")
+    add("--storage", default="", help="database URL by which searches share trials; default: a file in the folder")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed")
     add("--deterministic", action="store_true", help="on CUDA: the same result every time, slower (CPU: always)")
     add("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)  # launchers pass it
@@ -114,6 +117,7 @@ def main(options: argparse.Namespace | TrainConfig, callbacks: Any = None, given
     """
     from utils.callbacks import Callbacks
     from utils.train.distributed import World, process_group
+    from utils.train.evolve import masked
     from utils.train.hyp import Hyp
     from utils.train.prepare import TrainConfig, check_options
     from utils.train.resume import resume_options
@@ -124,7 +128,9 @@ def main(options: argparse.Namespace | TrainConfig, callbacks: Any = None, given
         check_options(config, world.size)
         if given is None and (config.resume or config.recipe != "yolov5"):
             given = _given_options()
-        if config.resume:
+        if config.evolve and config.project == build_parser().get_default("project"):
+            config.project = str(ROOT / "runs" / "evolve")
+        if config.resume and not config.evolve:
             checkpoint = resume_options(config, given, vars(build_parser().parse_args([])))
             check_options(config, world.size)
             hyp = Hyp.from_dict(checkpoint["hyp"], source=config.resume)
@@ -135,12 +141,46 @@ def main(options: argparse.Namespace | TrainConfig, callbacks: Any = None, given
                 config.recipe = "yolov5"
             hyp = Hyp.from_yaml(find_file(config.hyp, (".yaml", ".yml"), "--hyp"))
             run_folder(config.project, config.name)  # refused, if at all, before anything is read
-        echo_options("train", config)
-        return train(hyp, config, callbacks or Callbacks(), checkpoint, world)
+        echo_options("train", dataclasses.replace(config, storage=masked(config.storage)))
+        callbacks = callbacks or Callbacks()
+        if config.evolve:
+            return _evolve(hyp, config, callbacks, world)
+        return train(hyp, config, callbacks, checkpoint, world)
+
+
+def _evolve(hyp: Any, config: TrainConfig, callbacks: Any, world: Any) -> Any:
+    """Searches hyperparameters: reads the data once, then trains again and again; returns the best."""
+    from utils.train.distributed import own_device
+    from utils.train.evolve import evolve, search_space
+    from utils.train.fingerprint import tensors_digest
+    from utils.train.prepare import Shared, prepare_device, with_options
+
+    folder = run_folder(config.project, config.name)
+    if config.resume and not config.storage and not (folder / "evolve.db").exists():
+        raise UserError(
+            f"--evolve --resume: there is no search in {folder}. Name its folder with --project and --name."
+        )
+    device, shared = own_device(config.device, world), Shared()
+    prepare_device(config, device)
+    hyp, model, loaders, _ = _prepare(with_options(hyp, config), config, device, None, world, shared)
+    config.save_dir = str(increment_path(folder, exist_ok=config.exist_ok or config.resume, mkdir=True))
+    space, data = search_space(hyp, model.head, config.noautoanchor), tensors_digest(loaders.dataset)
+    advice = f"Finished trials are kept. Go on with the same command{'' if config.storage else ' and --resume'}."
+
+    def train_once(own: Any) -> Any:
+        return train(own, dataclasses.replace(config), callbacks, None, world, shared)
+
+    with with_hint(lambda: advice):
+        return evolve(hyp, config, space, data, train_once, callbacks)
 
 
 def train(
-    hyp: Any, config: TrainConfig, callbacks: Any, checkpoint: dict[str, Any] | None = None, world: Any = None
+    hyp: Any,
+    config: TrainConfig,
+    callbacks: Any,
+    checkpoint: dict[str, Any] | None = None,
+    world: Any = None,
+    shared: Any = None,
 ) -> Any:
     """Builds data, model and trainer, and trains.
 
@@ -150,6 +190,7 @@ def train(
         callbacks: `utils.callbacks.Callbacks`, called in the first process alone.
         checkpoint: of the run to be resumed.
         world: `utils.train.distributed.World`, connected; None for this process alone.
+        shared: `utils.train.prepare.Shared`, where it is one of a search's trainings.
     """
     from models.backends.pytorch import compare_with_cpu
     from models.inference.evaluation import module_predictor
@@ -158,7 +199,7 @@ def train(
     from utils.train import fingerprint
     from utils.train.distributed import ALONE, lost_processes, own_device
     from utils.train.engine import Trainer
-    from utils.train.prepare import prepare_device, with_options
+    from utils.train.prepare import Shared, prepare_device, with_options
 
     world = world or ALONE
     callbacks = callbacks if world.is_main else Callbacks()
@@ -168,10 +209,10 @@ def train(
         device = own_device(config.device, world)
         prepare_device(config, device, world.size)  # refused, if at all, before anything is written
         prepare_cpu_memory(device)
-        LOGGER.info(device_line(device) + "\n")
         asked = config.batch_size
-        with world.rank_zero_logging():
-            hyp, model, loaders, teacher = _prepare(hyp, config, device, checkpoint, world)
+        with logging_from(logging.ERROR) if shared else world.rank_zero_logging():
+            LOGGER.info(device_line(device) + "\n")
+            hyp, model, loaders, teacher = _prepare(hyp, config, device, checkpoint, world, shared or Shared())
         if config.batch_size != asked:
             callbacks.run("on_params_update", {"batch_size": config.batch_size})
         callbacks.run("on_pretrain_routine_end")
@@ -185,7 +226,7 @@ def train(
             contextlib.closing(trainer),
         ):
             result = trainer.train()
-        if result is not None:
+        if result is not None and not config.evolve:
             LOGGER.info(fingerprint.summary(config.save_dir))
         return result
     finally:
@@ -193,11 +234,13 @@ def train(
         callbacks.trainer = None
 
 
-def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, Any] | None, world: Any) -> tuple:
+def _prepare(
+    hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, Any] | None, world: Any, shared: Any
+) -> tuple:
     """Makes the model, the loaders and then the run's folder; returns hyperparameters, model, loaders and the teacher.
 
     Here `config` is settled. What can be refused is so before the folder is there. The first process settles and
-    writes.
+    writes. What `shared` holds already is not read again.
     """
     from models.load import build_for_training, read_weights
     from utils.autoanchor import check_anchors
@@ -214,8 +257,9 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
     )
     from utils.train.resume import check_dataset, check_names, checkpoint_errors
 
+    settled = shared.spec is not None
     with world.rank_zero_first():  # the first may have to download
-        spec = load_spec(config.data)
+        spec = shared.spec = shared.spec or load_spec(config.data)
         config.data = absolute_data(config.data, spec)
         names = {0: "item"} if config.single_cls and spec.nc != 1 else spec.names
         if checkpoint:
@@ -223,7 +267,7 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
                 check_names(checkpoint, names, config.resume, config.data)
             model = build_for_training(checkpoint["yaml"], names, config.seed, source=config.resume, verbose=False)
         else:
-            given = read_weights(config.weights) if config.weights else None
+            given = shared.weights or (read_weights(config.weights) if config.weights else None)
             model = _new_model(given, names, hyp, config)
     warn_of_unread(hyp, model.head)
     freeze_layers(model, config.freeze)
@@ -232,11 +276,11 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
     config.imgsz = check_img_size(config.imgsz, stride, floor=2 * stride)
     if config.batch_size == -1:
         config.batch_size = fitting_batch_size(model, config, stride)
-    tables = load_tables(spec, config, world)
-    if not checkpoint:
+    tables = shared.tables = shared.tables or load_tables(spec, config, world)
+    if not checkpoint and not settled:
         hyp = choose_recipe(hyp, config, len(tables["train"]))
     config.optimizer = hyp.optimizer
-    loaders = build_loaders(spec, tables, stride, hyp, config, world)
+    loaders = build_loaders(spec, tables, stride, hyp, config, world, shared.images)
     if checkpoint:
         if world.is_main:
             with checkpoint_errors(config.resume):
@@ -245,11 +289,12 @@ def _prepare(hyp: Any, config: TrainConfig, device: Any, checkpoint: dict[str, A
     if world.is_main:  # whose weights the others are given
         warn_of_large(tables["train"], model.head, config.imgsz)
         if given:
-            _start_from(given, model, tables["train"], hyp, config)
+            shared.weights = _start_from(given, model, tables["train"], hyp, config, fitted=bool(shared.weights))
         if model.head.has_anchors and not config.noautoanchor:
             check_anchors(loaders.train.dataset, model, hyp.anchor_t, config.imgsz, config.seed)
         model.half().float()  # as YOLOv5 does: what is trained and what is saved (float16) agree on the anchors
-    _open_folder(hyp, config, loaders.train.dataset.table.rows, names, world)
+    if not config.evolve:
+        _open_folder(hyp, config, loaders.train.dataset.table.rows, names, world)
     return hyp, model, loaders, teacher
 
 
@@ -302,10 +347,11 @@ def _read_cfg(cfg: str) -> dict[str, Any]:
     return read_config(find_file(cfg, (".yaml", ".yml"), "--cfg"))[0]
 
 
-def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainConfig) -> None:
+def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainConfig, fitted: bool = False) -> Any:
     """Gives a new model what `models.load.Weights` hold, and says what.
 
     Where `--cfg` is a slim twin of their model, that is first fitted to it, as a model of the file's own classes.
+    Returns such weights, which may be given again as `fitted`; None where there are none.
     """
     import torch
 
@@ -313,7 +359,7 @@ def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainCon
     from models.load import model_from, transfer, with_classes_of
     from utils.devices import resolve_amp
 
-    exclude = ("anchor",) if config.cfg or hyp.anchors else ()
+    exclude = ("anchor",) if config.cfg and not fitted or hyp.anchors else ()
     rows = [[*yaml["backbone"], *yaml["head"]] for yaml in (model.yaml, weights.yaml)]
     if config.cfg and not config.no_inherit and rows[0] != rows[1]:
         device = next(model.parameters()).device
@@ -340,10 +386,13 @@ def _start_from(weights: Any, model: Any, table: Any, hyp: Any, config: TrainCon
                 head = f"model.{len(student.model) - 1}."
                 state = {key: tensor for key, tensor in state.items() if not key.startswith(head)}
             weights = dataclasses.replace(weights, yaml=student.yaml, state_dict=state)
+            fitted = True
             exclude = ("anchor",) if hyp.anchors else ()
+    source = weights
     if config.recipe == "small":  # with few images what a head knows of boxes is much
-        weights = with_classes_of(model, weights)
-    LOGGER.info(transfer(model, weights, exclude).told(config.weights))
+        source = with_classes_of(model, weights)
+    LOGGER.info(transfer(model, source, exclude).told(config.weights))
+    return weights if fitted else None
 
 
 def _open_folder(hyp: Any, config: TrainConfig, rows: Any, names: dict[int, str], world: Any) -> None:

@@ -156,10 +156,10 @@ DEFAULTS_THAT_DIFFER = {
     ("export", "conf_thres"): (None, WHETHER_GIVEN),
 }
 KINDS_THAT_DIFFER = {("val", "imgsz"): ("int+", "height and width are taken as well")}
-# Options of 6.1 and later that are not taken: evolution, the services of other companies, what later versions added.
+# Options of 6.1 and later that are not taken: the services of other companies, what later versions added.
 LEFT_OUT = {
     "train": (
-        "--evolve --bucket --entity --upload_dataset --bbox_interval --artifact_alias --evolve_population "
+        "--bucket --entity --upload_dataset --bbox_interval --artifact_alias --evolve_population "
         "--resume_evolve".split()
     ),
     "val": [],

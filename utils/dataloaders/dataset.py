@@ -21,7 +21,7 @@ from utils.augmentations.mosaic import Tile, compose, place_four, place_nine
 from utils.augmentations.pixels import AugmentParams, albumentations_available, augment_pixels, to_planes
 from utils.augmentations.warp import random_matrix
 from utils.boxes import xywh2xyxy, xyxy2xywhn
-from utils.dataloaders.images_cache import Machine, RamImages, RecentImages, make_source
+from utils.dataloaders.images_cache import ImageSource, Machine, RamImages, RecentImages, make_source
 from utils.dataloaders.labels import LabelTable, PathList, load_labels
 from utils.dataloaders.paths import img2label_paths
 from utils.dataloaders.sampling import MosaicSampler, SampleKey, Stream, epoch_order, keyed_generator
@@ -78,7 +78,7 @@ class LoadImagesAndLabels(Dataset):
         hyp: Mapping[str, float] | Any = None,
         rect: bool = False,
         image_weights: bool = False,
-        cache_images: bool | str | None = False,
+        cache_images: bool | str | ImageSource | None = False,
         single_cls: bool = False,
         stride: int = 32,
         pad: float = 0.0,
@@ -98,7 +98,8 @@ class LoadImagesAndLabels(Dataset):
             hyp: hyperparameters as in data/hyps: a mapping, or an object with such attributes.
             rect: give each batch the smallest shape that its images' aspect ratios allow; no mosaics then.
             image_weights: images will be drawn by weight, which goes without `rect`.
-            cache_images: keep resized images in "ram" (or True) or on "disk"; they are read at once.
+            cache_images: keep resized images in "ram" (or True) or on "disk"; they are read at once. Or the `images` of
+                a data set of the same images in the same order, size and use.
             single_cls: make all labels class 0.
             stride: the model's; rectangular shapes are multiples of it.
             pad: added to rectangular shapes, in strides.

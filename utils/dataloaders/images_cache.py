@@ -28,6 +28,7 @@ from utils.log import progress
 
 FILL_THREADS = 8
 REDUCTIONS = (1, 2, 4, 8)  # by how much a JPEG may have been shrunk while it was decoded
+RAM_SHARE = 0.9  # of what is left that images may take
 _GB = 1e9
 Result = TypeVar("Result")
 
@@ -71,6 +72,10 @@ class ImageFiles:
         """Returns the (width, height) that `read` gives image `index`."""
         size_wh = tuple(self.table.sizes_wh[index].tolist())
         return size_wh if self.imgsz is None else resized_wh(size_wh, self.imgsz)
+
+    def sizes_wh(self) -> np.ndarray:
+        """Returns the (N, 2) int64 sizes that `read` gives all images."""
+        return np.array([self.size_wh(index) for index in range(len(self.table))], dtype=np.int64).reshape(-1, 2)
 
     def read(self, index: int) -> np.ndarray:
         """Returns image `index`, uint8 (h, w, 3) RGB, read-only.
@@ -206,10 +211,10 @@ class RamImages:
             UserError: they are more than there is memory for.
         """
         count = len(files.table)
-        sizes = np.array([files.size_wh(index) for index in range(count)], dtype=np.int64).reshape(-1, 2)
+        sizes = files.sizes_wh()
         offsets = np.concatenate([[0], np.cumsum(3 * sizes.prod(axis=1))])
         needed, left = int(offsets[-1]), memory_left()
-        if not address and left is not None and needed > 0.9 * left:
+        if not address and left is not None and needed > RAM_SHARE * left:
             raise UserError(
                 f"--cache ram: {count} images at {files.imgsz} px take {needed / _GB:.1f} GB, and {left / _GB:.1f} GB "
                 "of memory are left. Use --cache disk, or no --cache."
@@ -295,15 +300,19 @@ def make_source(
     table: LabelTable,
     imgsz: int | tuple[int, int] | None,
     augment: bool,
-    cache: str | None,
+    cache: str | ImageSource | None,
     prefix: str,
     machine: Machine | None = None,
 ) -> ImageSource:
     """Returns where images are read from; a cache is filled before, of several processes by the machine's first.
 
+    `cache` may be what an earlier call returned for the same arguments, and is returned then.
+
     Raises:
         UserError: the cache cannot be filled, or not be shared.
     """
+    if not isinstance(cache, (str, type(None))):
+        return cache
     files = ImageFiles(table, imgsz, augment)
     if cache is None:
         return files

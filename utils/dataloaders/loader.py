@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.dataloaders.dataset import Batch, Item, LoadImagesAndLabels
-from utils.dataloaders.images_cache import Machine
+from utils.dataloaders.images_cache import ImageSource, Machine
 from utils.dataloaders.labels import LabelTable
 from utils.dataloaders.sampling import SampleKey, Shard, Stream, keyed_generator
 from utils.errors import UserError
@@ -252,7 +252,7 @@ def create_dataloader(
     single_cls: bool = False,
     hyp: Mapping[str, float] | Any = None,
     augment: bool = False,
-    cache: bool | str | None = False,
+    cache: bool | str | ImageSource | None = False,
     pad: float = 0.0,
     rect: bool = False,
     rank: int = -1,

@@ -10,7 +10,7 @@ from utils.plots.boxes import (
     save_one_box,
 )
 from utils.plots.evaluation import plot_val_study
-from utils.plots.training import plot_labels, plot_results
+from utils.plots.training import plot_evolve, plot_labels, plot_results
 
 __all__ = [
     "Annotator",
@@ -18,6 +18,7 @@ __all__ = [
     "colors",
     "feature_visualization",
     "output_to_target",
+    "plot_evolve",
     "plot_images",
     "plot_labels",
     "plot_results",

@@ -1,5 +1,7 @@
 """Plots of a training run: what the labels are like (labels.jpg, labels_correlogram.jpg), how it went (results.png).
 
+And of a hyperparameter search: evolve.png.
+
 Drawn on matplotlib figures of their own (Agg): no display, no pyplot state. matplotlib, seaborn and pandas are imported
 when something is drawn. Curves of an evaluation are drawn by `utils.plots.evaluation`, images with boxes by
 `utils.plots.boxes`.
@@ -177,6 +179,37 @@ def plot_results(file: str | Path = "path/to/results.csv", dir: str | Path = "")
         except UserError as error:
             LOGGER.warning(f"WARNING: left out of {image.name}: {error}")
     save_figure(_results_figure(tables), image, DPI)
+
+
+def plot_evolve(evolve_csv: str | Path = "path/to/evolve.csv") -> None:
+    """Draws evolve.png beside an evolve.csv: the fitness of all trials over each hyperparameter that varies.
+
+    Raises:
+        UserError: it is not such a file, or the image cannot be written.
+    """
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from utils.metrics import fitness
+
+    csv_file = Path(evolve_csv)
+    try:
+        table = pd.read_csv(csv_file, skipinitialspace=True).rename(columns=str.strip).astype(float)
+        scores = fitness(table.iloc[:, :4].to_numpy())
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{csv_file}: not a table of a hyperparameter search ({error}).") from error
+    drawn = [name for name in table if "/" not in name and (len(table) == 1 or table[name].nunique() > 1)]
+    figure = Figure(figsize=(15, 2.6 * -(-len(drawn) // 6)), layout="constrained")
+    best = int(scores.argmax())
+    for number, name in enumerate(drawn, 1):
+        axes = figure.add_subplot(-(-len(drawn) // 6), 6, number)
+        axes.scatter(table[name], scores, c=range(len(scores)), cmap="viridis", s=14, alpha=0.8)  # early ones are dark
+        axes.plot(table[name][best], scores[best], "+", color="#FF3838", markersize=14, markeredgewidth=2)
+        axes.set_title(f"{name} = {table[name][best]:.3g}", fontsize=9)
+        axes.tick_params(labelsize=7)
+        if number % 6 == 1:
+            axes.set_ylabel("fitness", fontsize=8)
+    save_figure(figure, csv_file.with_name("evolve.png"), DPI)
 
 
 def _read_results(csv_file: Path) -> pd.DataFrame:

@@ -64,6 +64,10 @@ SHOWN_IMAGES = 8  # of a batch, in messages
 DRAWN_BATCHES = 3  # training batches that are drawn
 
 
+class NotFinite(UserError):
+    """A loss or a gradient that is not finite."""
+
+
 class Trainer:
     """One training run: holds its moving parts and takes them through the epochs."""
 
@@ -98,7 +102,8 @@ class Trainer:
         self.world, self.make_predictor, self.teacher = world, make_predictor, teacher
         self.save_dir = Path(options.save_dir)
         self.last, self.best = (self.save_dir / "weights" / f"{name}.pt" for name in ("last", "best"))
-        if world.is_main:
+        self.keeps = options.evolve is None  # whether the run has files of its own
+        if world.is_main and self.keeps:
             self.last.parent.mkdir(parents=True, exist_ok=True)
             for folder in (self.save_dir, self.last.parent):
                 remove_temporaries(folder)
@@ -120,6 +125,7 @@ class Trainer:
         self.maps = np.zeros(model.nc)  # mAP50-95 of each class at the last validation
         self.losses: dict[str, float] = {}  # the last batch's, by term
         self.figures: dict[str, float] = {}  # the last epoch's row of results.csv
+        self.result: EvalResult | None = None  # the last validation's, until the end
         self.best_fitness = 0.0
         self.gathered = 0  # batches whose gradient waits for the next optimizer step
         # of torch's own generator, which no layer here reads, but one of somebody's may (dropout)
@@ -135,9 +141,9 @@ class Trainer:
         self.meter = EnergyMeter(gpus_in_use() if world.size == 1 else ())
         self.began = self.epoch_began = time.monotonic()
         self.first_epoch = self.epoch + 1  # not of the run, but since `began`
-        self.plots = world.is_main and not options.noplots
+        self.plots = world.is_main and self.keeps and not options.noplots
         settings = {"opt": vars(options), "hyp": hyp.to_dict()}
-        self.loggers = open_loggers(self.save_dir, self.epoch + 1, settings) if world.is_main else []
+        self.loggers = open_loggers(self.save_dir, self.epoch + 1, settings) if world.is_main and self.keeps else []
         callbacks.trainer = self
 
     def train(self) -> EvalResult | None:
@@ -173,12 +179,16 @@ class Trainer:
                 self._after_epoch(self.epoch + 1, items)
             hours = (time.monotonic() - self.began) / 3600
             LOGGER.info(f"\n{self.epoch + 1 - self.first_epoch} epochs completed in {hours:.3f} hours.")
+            if not self.keeps:
+                return self.result
             result = self._finish() if self.world.is_main else None
             self.world.barrier()
             return result
 
     def how_to_resume(self) -> str:
         """Says what an interrupted run has saved and how to go on with it."""
+        if not self.keeps:
+            return ""  # a search knows
         if self.saved is None:
             return f"No epoch was {'finished' if self.epoch < 0 else 'saved (--nosave)'}: start again."
         path, epoch = self.saved
@@ -278,8 +288,8 @@ class Trainer:
         self._after_batch(batch, images, iteration)
         return loss, images.shape[-1]
 
-    def _not_finite(self, what: str, value: float, where: str) -> UserError:
-        return UserError(
+    def _not_finite(self, what: str, value: float, where: str) -> NotFinite:
+        return NotFinite(
             f"training stopped: {what} is {value} {where}. Check these images' labels, lower lr0 in --hyp, or use "
             f"--amp off. {self.how_to_resume()}"
         )
@@ -338,7 +348,7 @@ class Trainer:
         possibly_final = final or self.stopper.possible_stop
         fitness, is_best, trained = 0.0, False, time.monotonic()
         if possibly_final or self._sets_epochs(epoch) or not self.options.noval:
-            result = self._validate()
+            self.result = result = self._validate()
             self.validation, self.maps, fitness = list(result.as_tuple()), result.maps, result.fitness
             is_best = fitness >= self.best_fitness
             self.best_fitness = max(fitness, self.best_fitness)
@@ -351,7 +361,7 @@ class Trainer:
             logger.log_epoch(epoch, self.figures)
         self.callbacks.run("on_fit_epoch_end", list(self.figures.values()), epoch, self.best_fitness, fitness)
         self.complete = final
-        if possibly_final or final or not self.options.nosave:
+        if self.keeps and (possibly_final or final or not self.options.nosave):
             self._save(epoch, is_best)
             self.callbacks.run("on_model_save", self.last, epoch, final, self.best_fitness, fitness)
 

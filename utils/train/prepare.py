@@ -10,7 +10,7 @@ import datetime
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from utils.autoanchor import label_sizes_px
 from utils.autobatch import autobatch
 from utils.dataloaders.config import SPLITS, DataSpec
+from utils.dataloaders.images_cache import RAM_SHARE, ImageFiles
 from utils.dataloaders.labels import LabelTable, load_labels
 from utils.dataloaders.loader import QUAD, create_dataloader
 from utils.devices import resolve_amp, versions_here
 from utils.downloads import file_name_of
-from utils.errors import UserError, make_divisible
+from utils.errors import UserError, make_divisible, memory_left
 from utils.eval.coco import COCO80_TO_91, category_ids
 from utils.files import ROOT
 from utils.log import LOGGER
@@ -95,10 +96,22 @@ class TrainConfig:
     freeze: Sequence[int]
     save_period: int
     logger: Sequence[str]
+    evolve: int | None
+    storage: str
     seed: int
     deterministic: bool
     local_rank: int
     save_dir: str | None = None
+
+
+@dataclass
+class Shared:
+    """What the trainings of a search have in common: the first one reads it."""
+
+    spec: DataSpec | None = None
+    tables: dict[str, LabelTable] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)  # where each split's images are read from, resized
+    weights: Any = None  # of `--weights`, fitted to `--cfg`
 
 
 class Loaders(NamedTuple):
@@ -163,6 +176,18 @@ def check_options(config: TrainConfig, processes: int = 1) -> None:
         (
             several and batch_size % processes,
             f"--batch-size {batch_size} is of all {processes} processes together: make it a multiple.",
+        ),
+        (
+            several and config.evolve,
+            "--evolve trains in a single process: start several with one --storage and --name, without a launcher.",
+        ),
+        (
+            config.evolve and isinstance(config.resume, str),
+            "--evolve goes on with --resume alone, in the folder that --project and --name mean.",
+        ),
+        (
+            config.storage and not config.evolve,
+            "--storage is where --evolve keeps its trials: add --evolve, or leave it out.",
         ),
         (
             several and config.image_weights,
@@ -276,8 +301,27 @@ def choose_recipe(hyp: Hyp, config: TrainConfig, images: int) -> Hyp:
     return with_options(small, config)
 
 
+def _cache_for_search(tables: Mapping[str, LabelTable], imgsz: int) -> str | None:
+    """Returns what `--cache` is by default, where the same images are read for many trainings."""
+    files = (ImageFiles(table, imgsz, augment=split == "train") for split, table in tables.items())
+    needed, left = sum(3 * int(file.sizes_wh().prod(axis=1).sum()) for file in files), memory_left()
+    if left is None or needed < RAM_SHARE * left:
+        return "ram"
+    LOGGER.warning(
+        f"WARNING: the images take {needed / 1e9:.1f} GB at {imgsz} px, and {left / 1e9:.1f} GB of memory are left: "
+        "each trial reads them anew. --cache disk keeps them resized"
+    )
+    return None
+
+
 def build_loaders(
-    spec: DataSpec, tables: Mapping[str, LabelTable], stride: int, hyp: Hyp, config: TrainConfig, world: World = ALONE
+    spec: DataSpec,
+    tables: Mapping[str, LabelTable],
+    stride: int,
+    hyp: Hyp,
+    config: TrainConfig,
+    world: World = ALONE,
+    images: dict[str, Any] | None = None,
 ) -> Loaders:
     """Makes the loaders: augmented squares (or rectangles with `--rect`), and rectangles for validation.
 
@@ -288,7 +332,11 @@ def build_loaders(
         hyp: hyperparameters.
         config: the options, sound.
         world: of its processes the first of each machine caches the images, for all.
+        images: where they are read from, as an earlier call left it in this dict; taken in place of `--cache`.
     """
+    images = {} if images is None else images
+    if config.evolve and config.cache is None:
+        config.cache = _cache_for_search(tables, config.imgsz)
     batch_size = config.batch_size
     loading = {"workers": config.workers, "neighbours": world.local_size, "seed": config.seed}
     with world.rank_zero_first():
@@ -299,7 +347,7 @@ def build_loaders(
             stride,
             hyp=hyp,
             augment=True,
-            cache=config.cache if config.cache != "val" else None,
+            cache=images.get("train", config.cache if config.cache != "val" else None),
             rect=config.rect,
             quad=config.quad,
             shuffle=True,
@@ -313,8 +361,16 @@ def build_loaders(
         return Loaders(train, None, config.imgsz, stride, {}, {})
     cache = None if config.noval else "ram" if config.cache == "val" else config.cache
     val, _ = create_dataloader(
-        tables["val"], config.imgsz, 2 * batch_size, stride, cache=cache, pad=VAL_PAD, rect=True, **loading
+        tables["val"],
+        config.imgsz,
+        2 * batch_size,
+        stride,
+        cache=images.get("val", cache),
+        pad=VAL_PAD,
+        rect=True,
+        **loading,
     )
+    images.update(train=train.dataset.images, val=val.dataset.images)
     record = dataset_record(spec, tables)
     return Loaders(train, val, config.imgsz, stride, final_keywords(spec), record)
 

@@ -6,6 +6,7 @@ Clients that are not installed (requirements-loggers.txt) are skipped.
 import importlib.util
 import json
 import os
+import struct
 import subprocess
 import sys
 import zipfile
@@ -28,6 +29,8 @@ for name in ("connect", "connect_ex", "sendto"):
     setattr(socket.socket, name, conftest._local_only(getattr(socket.socket, name), attempts))
 socket.getaddrinfo = conftest._local_names_only(socket.getaddrinfo, attempts)
 import train
+from utils.log import setup_logging
+setup_logging()
 train.run(**json.loads(sys.argv[1]))
 sys.exit(f"reached for the network: {attempts}" if attempts else 0)
 """
@@ -126,22 +129,26 @@ def read_mlflow(run: Path) -> tuple[list[float], set[str], dict]:
 
 
 def read_wandb(run: Path) -> tuple[list[float], set[str], dict]:
-    """The same of the files of offline runs, which hold protocol buffers."""
+    """The same of the file that an offline run leaves: protocol buffers in LevelDB's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
+    (path,) = run.glob("wandb/offline-run-*/*.wandb")
+    data, at, whole, records = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + length]
+        if kind in (1, 4):  # all of a record, or its end
+            records.append(Record.FromString(whole))
+            whole = b""
+        at += 7 + length
+        at += 32768 - at % 32768 if 32768 - at % 32768 < 7 else 0
     values, files, config = [], set(), {}
-    for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while data := store.scan_data():
-            record = Record.FromString(data)
-            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            files |= {entry.path for entry in record.request.log_artifact.artifact.manifest.contents}
-            files |= {entry.path for entry in record.artifact.manifest.contents}
-            items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-            values += [json.loads(items[key]) for key in items if key == "metrics/mAP_0.5:0.95"]
-            files |= {key for key, value in items.items() if "image-file" in value}
+    for record in records:
+        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        files |= {"best.pt"} if "best.pt" in str(record.artifact) else set()
+        for item in record.history.item:
+            files.add(item.nested_key[0] if item.nested_key else item.key)
+            values += [json.loads(item.value_json)] if item.nested_key[:1] == ["metrics/mAP_0.5:0.95"] else []
     return values, files, config
 
 
@@ -169,7 +176,8 @@ def read_comet(run: Path) -> tuple[list[float], set[str], dict]:
             metric, parameter = payload.get("metric") or {}, payload.get("param") or {}
             values += [metric["metricValue"]] if metric.get("metricName") == "metrics/mAP_0.5:0.95" else []
             settings |= {parameter["paramName"]: parameter["paramValue"]} if parameter else {}
-            files |= {Path(str(payload.get("file_name"))).name, payload.get("additional_params", {}).get("fileName")}
+            about = payload.get("additional_params") or {}
+            files |= {about.get("figName"), Path(about.get("fileName") or "").name}
     return values, files, settings
 
 
