@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-period", type=number(int, -1), default=-1, help="save epochN.pt every so many epochs")
     loggers_help = "experiment trackers, offline unless set up otherwise: mlflow, wandb, clearml, comet"
     add("--logger", nargs="+", action="extend", default=[], help=loggers_help)
+    add("--seeds", type=number(int, 1), default=1, help="train so many times, with seeds from --seed on, and compare")
     add("--evolve", type=number(int, 1), nargs="?", const=300, help="search hyperparameters in so many trainings")
     add("--storage", default="", help="database URL by which searches share trials; default: a file in the folder")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed")
@@ -113,14 +114,13 @@ def main(options: argparse.Namespace | TrainConfig, callbacks: Any = None, given
     Under torch.distributed.run this is one of several processes that train together.
 
     Returns:
-        The final `EvalResult`, or None where a callback stopped the run, and on other processes than the first.
+        The final `EvalResult`, of `--seeds` the figures of each run, of `--evolve` the best hyperparameters; None where
+        a callback stopped it, and on other processes than the first.
     """
     from utils.callbacks import Callbacks
     from utils.train.distributed import World, process_group
-    from utils.train.evolve import masked
-    from utils.train.hyp import Hyp
     from utils.train.prepare import TrainConfig, check_options
-    from utils.train.resume import resume_options
+    from utils.train.seeds import run_seeds
 
     config = options if isinstance(options, TrainConfig) else TrainConfig(**vars(options))
     processes = World.from_environment(config.local_rank)
@@ -128,33 +128,50 @@ def main(options: argparse.Namespace | TrainConfig, callbacks: Any = None, given
         check_options(config, world.size)
         if given is None and (config.resume or config.recipe != "yolov5"):
             given = _given_options()
-        if config.evolve and config.project == build_parser().get_default("project"):
-            config.project = str(ROOT / "runs" / "evolve")
-        if config.resume and not config.evolve:
-            checkpoint = resume_options(config, given, vars(build_parser().parse_args([])))
-            check_options(config, world.size)
-            hyp = Hyp.from_dict(checkpoint["hyp"], source=config.resume)
-        else:
-            checkpoint = None
-            if config.recipe != "yolov5" and "hyp" in given:
-                LOGGER.info(f"--hyp {config.hyp} holds, --recipe {config.recipe} chooses nothing")
-                config.recipe = "yolov5"
-            hyp = Hyp.from_yaml(find_file(config.hyp, (".yaml", ".yml"), "--hyp"))
-            run_folder(config.project, config.name)  # refused, if at all, before anything is read
-        echo_options("train", dataclasses.replace(config, storage=masked(config.storage)))
         callbacks = callbacks or Callbacks()
-        if config.evolve:
-            return _evolve(hyp, config, callbacks, world)
-        return train(hyp, config, callbacks, checkpoint, world)
+        if config.seeds == 1:
+            return _train_once(config, callbacks, given, world)
+        if config.evolve or isinstance(config.resume, str):
+            raise UserError("--seeds goes with neither --evolve nor a file to --resume: leave one out.")
+        with with_hint(lambda: "Finished runs are kept. Go on with the same command and --resume."):
+            return run_seeds(config, callbacks, lambda own: _train_once(own, callbacks, given, world))
+
+
+def _train_once(config: TrainConfig, callbacks: Any, given: set[str] | None, world: Any) -> Any:
+    """Reads the hyperparameters or the checkpoint that `config` names, and trains, or searches."""
+    from utils.train.evolve import masked
+    from utils.train.hyp import Hyp
+    from utils.train.prepare import check_options
+    from utils.train.resume import CHANGEABLE, resume_options
+
+    if config.evolve and config.project == build_parser().get_default("project"):
+        config.project = str(ROOT / "runs" / "evolve")
+    if config.resume and not config.evolve:
+        given = given & CHANGEABLE if config.seeds > 1 else given  # their other options were compared
+        checkpoint = resume_options(config, given, vars(build_parser().parse_args([])))
+        check_options(config, world.size)
+        hyp = Hyp.from_dict(checkpoint["hyp"], source=config.resume)
+    else:
+        checkpoint = None
+        if config.recipe != "yolov5" and "hyp" in given:
+            LOGGER.info(f"--hyp {config.hyp} holds, --recipe {config.recipe} chooses nothing")
+            config.recipe = "yolov5"
+        hyp = Hyp.from_yaml(find_file(config.hyp, (".yaml", ".yml"), "--hyp"))
+        run_folder(config.project, config.name)  # refused, if at all, before anything is read
+    echo_options("train", dataclasses.replace(config, storage=masked(config.storage)))
+    if config.evolve:
+        return _evolve(hyp, config, callbacks, world)
+    return train(hyp, config, callbacks, checkpoint, world)
 
 
 def _evolve(hyp: Any, config: TrainConfig, callbacks: Any, world: Any) -> Any:
     """Searches hyperparameters: reads the data once, then trains again and again; returns the best."""
     from utils.train.distributed import own_device
-    from utils.train.evolve import evolve, search_space
+    from utils.train.evolve import evolve, import_optuna, search_space
     from utils.train.fingerprint import tensors_digest
     from utils.train.prepare import Shared, prepare_device, with_options
 
+    import_optuna()  # refused before anything is read
     folder = run_folder(config.project, config.name)
     if config.resume and not config.storage and not (folder / "evolve.db").exists():
         raise UserError(

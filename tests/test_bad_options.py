@@ -164,6 +164,8 @@ TEXTS = {
         "live|live.mp4|ftp://127.0.0.1/live|http://|http://127.0.0.1/live|http://127.0.0.1:0/x|http://127.0.0.1:99999/x|"
         "http://[::1/x|:8090|rtsp|//x| |http://127.0.0.1:8090/live"  # of an image
     ),
+    "logger": texts("wanbd|tensorboard|MLflow|mlflow,wandb|1|mlflow\0|| "),
+    "storage": texts("nonsense|runs.db|sqlite:///runs.db|1| "),  # without --evolve
     "include": texts("onxn|.onnx|onnx,openvino|onnx openvino|1|onnx\0|| "),
     "host": texts(
         "host.invalid|127.0.0.1:80|http://127.0.0.1|127.0.0.1.1|127.0.0.256|::1::1|..|localhost\0|| |[::1]|203.0.113.7",
@@ -181,7 +183,7 @@ TEXTS["source"] += (
     "nothing.txt|rubbish.txt|missing.txt|mixed.txt|folder.txt|empty"
 ).split("|")
 EMPTY_IS_NONE = {  # options that mean "none given" by an empty text
-    *(("train", "weights"), ("train", "teacher"), ("train", "device"), ("val", "device")),
+    *(("train", "weights"), ("train", "teacher"), ("train", "device"), ("train", "storage"), ("val", "device")),
     *(("detect", name) for name in ("weights", "data", "device", "live_out")),
     *(("export", "data"), ("serve", "weights"), ("serve", "device"), ("serve", "api_keys"), ("val", "annotations")),
 }

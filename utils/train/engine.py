@@ -58,6 +58,7 @@ from utils.train.optim import (
 )
 from utils.train.prepare import Loaders, TrainConfig, checkpoint_header, deterministic_algorithms, rescaled
 from utils.train.resume import checkpoint_errors
+from utils.train.seeds import record_seed
 
 CLIP_NORM = 10.0
 SHOWN_IMAGES = 8  # of a batch, in messages
@@ -187,8 +188,8 @@ class Trainer:
 
     def how_to_resume(self) -> str:
         """Says what an interrupted run has saved and how to go on with it."""
-        if not self.keeps:
-            return ""  # a search knows
+        if not self.keeps or self.options.seeds > 1:
+            return ""  # the search or the series knows
         if self.saved is None:
             return f"No epoch was {'finished' if self.epoch < 0 else 'saved (--nosave)'}: start again."
         path, epoch = self.saved
@@ -502,6 +503,8 @@ class Trainer:
         self._report(chosen, result)
         for logger in self.loggers:
             logger.log_weights(chosen)
+        if self.options.seeds > 1:
+            record_seed(self.save_dir.parent, self.options.seed, result)
         self._strip(self.last)
         self.callbacks.run("on_train_end", self.last, self.best, self.plots, self.epoch, result.as_tuple())
         LOGGER.info(f"Results saved to {colorstr('bold', self.save_dir)}")

@@ -86,6 +86,21 @@ GENES = {  # YOLOv5's, less those that it gives no gain
 OF_A_LOSS = {gain for loss in LOSSES.values() for gain in loss.gains}
 
 
+def import_optuna() -> Any:
+    """Returns Optuna, silenced.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise UserError("--evolve needs Optuna, which is not installed: pip install optuna") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    return optuna
+
+
 def search_space(hyp: Hyp, head: Any, noautoanchor: bool) -> dict[str, Gene]:
     """Returns the hyperparameters that a search varies: those that have an effect on such a run."""
     gains = LOSSES[head.loss].gains
@@ -122,12 +137,7 @@ def evolve(
         UserError: Optuna is missing, the storage cannot be used, the study is of another search, or no trial was
             completed; what a training raises, but for a loss that is not finite, which ends just that trial.
     """
-    try:
-        import optuna
-    except ModuleNotFoundError as error:
-        raise UserError("--evolve needs Optuna, which is not installed: pip install optuna") from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    optuna = import_optuna()
     if "anchors" in space and hyp.anchors is None:
         hyp = replace(hyp, anchors=3.0)
     search = _Search(optuna, _open_study(optuna, hyp, config, space, data), hyp, config, space, train)

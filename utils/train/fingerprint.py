@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import shlex
 import sys
@@ -38,7 +39,7 @@ SPLITS = ("train", "val")
 # those that do not touch the result.
 NOT_COUNTED = frozenset(
     "weights teacher cfg act data hyp recipe box_loss hours project name save_dir exist_ok resume device "
-    "local_rank workers cache noplots save_period logger".split()
+    "local_rank workers cache noplots save_period logger seeds".split()
 )
 READING_THREADS = 8
 SHORT_DIGITS = 12  # of a digest, in the line at the end of a training

@@ -96,6 +96,7 @@ class TrainConfig:
     freeze: Sequence[int]
     save_period: int
     logger: Sequence[str]
+    seeds: int
     evolve: int | None
     storage: str
     seed: int
@@ -176,6 +177,10 @@ def check_options(config: TrainConfig, processes: int = 1) -> None:
         (
             several and batch_size % processes,
             f"--batch-size {batch_size} is of all {processes} processes together: make it a multiple.",
+        ),
+        (
+            several and config.seeds > 1,
+            "--seeds trains in a single process: start without a launcher, for example one process a GPU (--device).",
         ),
         (
             several and config.evolve,

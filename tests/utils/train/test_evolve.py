@@ -169,6 +169,12 @@ def test_a_callback_stops_a_search(tmp_path):
 
 
 @needs_optuna
+def test_a_search_to_resume_must_be_there(command, tmp_path):
+    options = "--cfg", "yolov5n.yaml", "--data", "nowhere.yaml", "--project", tmp_path, "--device", "cpu"
+    command(train, *options, "--evolve", "3", "--resume").assert_refused("no search in", str(tmp_path / "exp"))
+
+
+@needs_optuna
 def test_another_search_in_the_same_study_is_refused(tmp_path):
     Search(tmp_path).run(trials=1)
     with pytest.raises(UserError, match=r"begun with other hyp, imgsz \(.* Repeat its options, or begin another"):
@@ -192,13 +198,12 @@ def test_what_does_not_go_with_a_search_is_refused(command, tmp_path, monkeypatc
     for more, words in (
         (["--storage", "sqlite:///a.db"], ["add --evolve"]),
         (["--evolve", "--resume", "last.pt"], ["--resume alone"]),
-        (["--evolve", "3", "--resume"], ["no search in", str(tmp_path / "exp")]),
         (["--evolve", "0"], ["below 1"]),
     ):
         command(train, *options, *more).assert_refused(*words)
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match="needs Optuna, which is not installed: pip install optuna"):
-        Search(tmp_path).run()
+    told = command(train, "--cfg", "yolov5n.yaml", "--data", "nowhere.yaml", "--project", tmp_path, "--evolve")
+    told.assert_refused("needs Optuna, which is not installed: pip install optuna")
 
 
 @needs_optuna
