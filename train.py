@@ -174,9 +174,7 @@ def _evolve(hyp: Any, config: TrainConfig, callbacks: Any, world: Any) -> Any:
     import_optuna()  # refused before anything is read
     folder = run_folder(config.project, config.name)
     if config.resume and not config.storage and not (folder / "evolve.db").exists():
-        raise UserError(
-            f"--evolve --resume: there is no search in {folder}. Name its folder with --project and --name."
-        )
+        raise UserError(f"--evolve --resume: no search in {folder}. Name its folder with --project and --name.")
     device, shared = own_device(config.device, world), Shared()
     prepare_device(config, device)
     hyp, model, loaders, _ = _prepare(with_options(hyp, config), config, device, None, world, shared)

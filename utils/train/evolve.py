@@ -151,14 +151,8 @@ class _Search:
     def __init__(
         self, optuna: Any, study: Any, hyp: Hyp, config: TrainConfig, space: Mapping[str, Gene], train: Callable
     ) -> None:
-        self.optuna, self.study, self.hyp, self.config, self.space, self.train = (
-            optuna,
-            study,
-            hyp,
-            config,
-            space,
-            train,
-        )
+        self.optuna, self.study, self.hyp = optuna, study, hyp
+        self.config, self.space, self.train = config, space, train
         self.trial: Any = None  # that is being trained
         self.figures: dict[str, float] = {}  # of its last epoch
 
@@ -230,10 +224,6 @@ class _Search:
 def _open_study(optuna: Any, hyp: Hyp, config: TrainConfig, space: Mapping[str, Gene], data: str) -> Any:
     """Opens the study, or begins it with the trials that come first."""
     file = Path(config.save_dir) / "evolve.db"
-    if config.resume and not config.storage and not file.exists():
-        raise UserError(
-            f"--evolve --resume: no search in {config.save_dir}. Name its folder with --project and --name."
-        )
     url = config.storage or f"sqlite:///{file.absolute().as_posix()}"
     name = config.name if config.storage else "evolve"
     counted = {key: value for key, value in vars(config).items() if key not in {*NOT_COUNTED, "evolve", "storage"}}
@@ -241,9 +231,7 @@ def _open_study(optuna: Any, hyp: Hyp, config: TrainConfig, space: Mapping[str, 
     about = {"data": data, "hyp": json_digest(hyp.to_dict()), "space": json_digest(space), **model, **counted}
     pruner = optuna.pruners.MedianPruner(STARTUP_TRIALS // 2, n_warmup_steps=max(config.epochs // 4, 1))
     try:
-        storage = optuna.storages.RDBStorage(
-            url, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S, heartbeat_stale_trial_callback=_repeat
-        )
+        storage = _open_storage(optuna, url)
         try:
             study = optuna.create_study(storage=storage, study_name=name, pruner=pruner, direction="maximize")
         except optuna.exceptions.DuplicatedStudyError:
@@ -265,6 +253,19 @@ def _open_study(optuna: Any, hyp: Hyp, config: TrainConfig, space: Mapping[str, 
             f"({before.get(first)!r:.60}, now {about[first]!r:.60}). Repeat its options, or begin another with --name."
         )
     return study
+
+
+def _open_storage(optuna: Any, url: str) -> Any:
+    """Opens a storage; of processes that begin in an empty one at once, one makes the tables and others try again."""
+    for tries_left in (2, 1, 0):
+        try:
+            return optuna.storages.RDBStorage(
+                url, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S, heartbeat_stale_trial_callback=_repeat
+            )
+        except Exception:
+            if not tries_left:
+                raise
+            time.sleep(0.5)
 
 
 def masked(url: str) -> str:
