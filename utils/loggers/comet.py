@@ -43,7 +43,7 @@ class Comet(Service):
         entry = self.experiment.get_key()
         if online:
             return entry, f"view at {self.experiment.url}"
-        return entry, f"offline, send it with comet upload {shlex.quote(str(folder / f'{entry}.zip'))}"
+        return entry, f"offline, send it with comet upload {shlex.quote(str(folder))}/{entry}*.zip"
 
     def send_figures(self, epoch: int, figures: Mapping[str, float]) -> None:
         """Logs metrics."""
