@@ -15,9 +15,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 import train
-from utils.callbacks import Callbacks
+from utils.callbacks import HOOKS, Callbacks
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
+from utils.train import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--cfg", "yolov5n-slimneck.yaml", "--img", "64", "--batch-size", "8", "--amp", "off", "--device", "cpu"]
@@ -178,6 +179,31 @@ def test_callbacks_follow_a_run_and_can_stop_it(tiny_shapes: Path, tmp_path: Pat
     )
     assert seen == [(0, (8, 3, 64, 64), 8), (1, (8, 3, 64, 64), 8)]
     assert not (tmp_path / "exp" / "weights" / "last.pt").exists()
+
+
+def test_all_hooks_see_the_run_and_one_ends_it_after_an_epoch(tiny_shapes, tiny_cfg, tmp_path, monkeypatch):
+    options = {"data": str(tiny_shapes), "cfg": str(tiny_cfg), "imgsz": 64, "amp": "off", "device": "cpu", "workers": 0}
+    options |= {"noplots": True, "project": str(tmp_path), "batch_size": -1}  # which a GPU's memory settles
+    monkeypatch.setattr(prepare, "prepare_device", lambda *_: None)
+    monkeypatch.setattr(prepare, "fitting_batch_size", lambda *_: 8)
+    callbacks, heard, seen = Callbacks(), [], []
+    for hook in HOOKS:
+        callbacks.register_action(hook, callback=lambda *_, hook=hook, **named: heard.append(hook))
+
+    def after_epoch(values, epoch, best_fitness, fitness, trainer):
+        seen.append((epoch, trainer.options.batch_size, trainer.save_dir.name, list(trainer.losses)))
+        assert list(trainer.figures.values()) == values and "metrics/mAP_0.5" in trainer.figures
+
+    callbacks.register_action("on_fit_epoch_end", callback=after_epoch)
+    train.run(callbacks, **options, epochs=1)
+    assert set(heard) == set(HOOKS) and len(HOOKS) == 19
+    assert seen == [(0, 8, "exp", ["box", "obj", "cls"])]
+
+    callbacks.register_action("on_model_save", callback=lambda *_: setattr(callbacks, "stop_training", True))
+    heard.clear()
+    assert train.run(callbacks, **options, epochs=3).result is None
+    assert heard.count("on_train_batch_end") == 3 and heard[-1] == "teardown"  # those of one epoch
+    assert load_checkpoint(tmp_path / "exp2" / "weights" / "last.pt")["epoch"] == 0
 
 
 def test_a_fine_tuned_run_trains_validates_and_keeps_frozen_weights(finished: Path, tiny_shapes: Path, tmp_path: Path):

@@ -36,8 +36,8 @@ class ClearML(Service):
             auto_connect_frameworks=dict.fromkeys((*FRAMEWORKS, "detect_repository"), False) if offline else False,
             auto_connect_streams=False,
         )
+        self.offset = self.task.get_initial_iteration()  # is added to what is reported; a resumed run counts on itself
         self.task.connect(self.settings, name="settings")
-        self.task.set_initial_iteration(0)  # epochs of a resumed run count on by themselves
         if not offline:
             return self.task.id, f"view at {self.task.get_output_log_web_page()}"
         archive = f"{self.task.get_offline_mode_folder()}.zip"
@@ -47,11 +47,12 @@ class ClearML(Service):
         """Reports scalars: metrics/recall is the series recall of the plot metrics."""
         for name, value in figures.items():
             plot, _, series = name.partition("/")
-            self.task.get_logger().report_scalar(plot, series, value, epoch)
+            self.task.get_logger().report_scalar(plot, series, value, epoch - self.offset)
 
     def send_image(self, file: Path, epoch: int) -> None:
         """Reports an image."""
-        self.task.get_logger().report_image("images", file.name, epoch, local_path=str(file), delete_after_upload=False)
+        at = epoch - self.offset
+        self.task.get_logger().report_image("images", file.name, at, local_path=str(file), delete_after_upload=False)
 
     def send_weights(self, file: Path) -> None:
         """Uploads a checkpoint."""
