@@ -158,6 +158,9 @@ TEXTS = {
         f"{LONG_NUMBER},0,10,10",
         ",".join("5" * 5000),
     ),
+    "act": texts(
+        "reluu|nn.Nothing|nn.LeakyReLU(0.1|eval(1)|1|nn.Conv2d(1, 2, 3)|os.system('x')|nn.LeakyReLU(a)|relu\0|| "
+    ),
     "box_loss": texts("cious|CIoU|ciou,giou|1|ciou\0|| "),
     "ort_web": texts("gone.tgz|no/gone.tgz|gone.tgz\0|..| "),
     "live_out": texts(
