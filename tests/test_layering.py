@@ -46,7 +46,7 @@ TORCH_FREE = (
     *("models.raw", "models.backends", "models.inference.predictor", "service"),
 )
 # They need it by nature; load_backend imports them lazily.
-TORCH_BACKENDS = ("models.backends.pytorch", "models.backends.tensorrt", "models.backends.torchscript")
+TORCH_BACKENDS = tuple(f"models.backends.{name}" for name in ("executorch", "pytorch", "tensorrt", "torchscript"))
 TORCH = {"torch", "torchvision"}
 DRAWING = {"matplotlib", "pandas", "seaborn"}
 

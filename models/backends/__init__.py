@@ -29,6 +29,8 @@ BACKENDS = {
     "_openvino_model": "openvino",
     ".xml": "openvino",
     "_ncnn_model": "ncnn",
+    ".mnn": "mnn",
+    ".pte": "executorch",
     ".tflite": "tflite",
     "_saved_model": "tensorflow",
     ".pb": "tensorflow",

@@ -192,6 +192,28 @@ _TABLE = (
         gpu=False,
     ),
     Format(
+        "MNN",
+        "mnn",
+        ".mnn",
+        "mnn",
+        packages=("onnx", "MNN"),
+        extra="mnn",
+        options="dynamic half simplify opset raw",
+        runtime=("MNN",),
+        gpu=False,
+    ),
+    Format(
+        "ExecuTorch",
+        "executorch",
+        ".pte",
+        "executorch",
+        packages=("executorch",),
+        extra="executorch",
+        options="raw",
+        runtime=("executorch",),
+        gpu=False,
+    ),
+    Format(
         "TensorFlow SavedModel", "saved_model", "_saved_model", "tensorflow", runtime=("tensorflow",), **_TENSORFLOW
     ),
     Format("TensorFlow GraphDef", "pb", ".pb", "tensorflow", runtime=("tensorflow",), **_TENSORFLOW),

@@ -44,7 +44,7 @@ def expected(weights, picture, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "form", ["onnx", "onnx raw", "openvino", "ncnn", pytest.param("tflite", marks=pytest.mark.slow)]
+    "form", ["onnx", "onnx raw", "openvino", "ncnn", "mnn", pytest.param("tflite", marks=pytest.mark.slow)]
 )
 def test_detections_are_the_checkpoints_with_nothing_heavy_imported(exported, picture, expected, tmp_path, form):
     path = exported(form.removesuffix(" raw"), **{"raw": True} if form.endswith(" raw") else {})
