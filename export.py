@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from models.export.run import Report
 
+INCLUDE_HELP = (
+    f"of {', '.join(FORMATS)}; tfjs is deprecated in favour of web, since its converter has had no release since 2024"
+)
 ORT_WEB_HELP = f"web: npm's tarball of the page's runtime (default: {ORT_WEB_TARBALL}; fetched if it is not there)"
 
 
@@ -42,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--int8-max-drop", type=number(float, 0), help="mAP50-95 that int8 may lose before it fails (default 0.01)")
     add("--dynamic", action="store_true", help="take images of any size and number")
     add("--simplify", action="store_true", help="ONNX: simplify the graph with onnxslim")
+    add("--torch-export", action="store_true", help="ONNX: by PyTorch's newer exporter (dynamo); opset 18 and above")
     add("--opset", type=number(int, 7), help="ONNX: operator set (default 12; 13 for int8, 16 for DySample)")
     add("--verbose", action="store_true", help="TensorRT: log what it does")
     add("--workspace", type=number(float, 0), help="TensorRT: GiB that it may use while it builds (default 4)")
@@ -52,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--iou-thres", type=number(float, 0, 1), help="with --nms: IoU threshold (default 0.45)")
     add("--conf-thres", type=number(float, 0, 1), help="with --nms: confidence threshold (default 0.25)")
     add("--ort-web", metavar="TARBALL", help=ORT_WEB_HELP)
-    add("--include", nargs="+", default=["torchscript", "onnx"], metavar="FORMAT", help=f"of {', '.join(FORMATS)}")
+    add("--include", nargs="+", default=["torchscript", "onnx"], metavar="FORMAT", help=INCLUDE_HELP)
     return parser
 
 

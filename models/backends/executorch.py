@@ -47,7 +47,7 @@ class ExecuTorchBackend(TensorBackend):
     def run(self, inputs: Tensor) -> Tensor:
         """Returns the rows of images (b, 3, h, w)."""
         outputs = self._method.execute([inputs.contiguous()])
-        if self.metadata.raw is None:
+        if self._raw is None:
             return outputs[0].clone()  # the program's own memory
         return torch.from_numpy(self.rows([output.numpy() for output in outputs]))
 

@@ -154,7 +154,7 @@ _TABLE = (
         "onnx",
         packages=("onnx",),
         extra="onnx",
-        options="dynamic half int8 simplify opset nms train raw",
+        options="dynamic half int8 simplify opset torch_export nms train raw",
         runtime=("onnxruntime",),
     ),
     Format(
@@ -164,7 +164,7 @@ _TABLE = (
         "openvino",
         packages=("onnx", "openvino"),
         extra="openvino",
-        options="dynamic half int8 simplify opset nms",
+        options="dynamic half int8 simplify opset torch_export nms",
         runtime=("openvino",),
         gpu=False,
     ),
@@ -274,7 +274,7 @@ def find_formats(names: Sequence[str]) -> list[Format]:
 # Options that change what every file holds: each format must honour them.
 FOR_ALL = ("half", "int8", "dynamic", "train", "raw", "nms")
 # Options about the way to some formats: one of them must be among those that are exported.
-FOR_SOME = ("simplify", "opset", "workspace", "verbose", "ort_web")
+FOR_SOME = ("simplify", "opset", "torch_export", "workspace", "verbose", "ort_web")
 # Options whose default is None, so that it shows whether they were given: (what they need, default).
 DEPENDENT = {
     "agnostic_nms": ("nms", False),
@@ -316,6 +316,7 @@ class ExportConfig:
     int8_max_drop: float | None
     dynamic: bool
     simplify: bool
+    torch_export: bool
     opset: int | None
     verbose: bool
     workspace: float | None

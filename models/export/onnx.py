@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OPSET = 12
 QUANTISED_OPSET = 13  # the first with a scale for each channel
+DYNAMO_OPSET = 18  # what PyTorch's newer exporter writes; it would have to convert down from there
 INPUT = "images"
 INT8_SUFFIX = "-int8.onnx"
 CALIBRATION_IMAGES = 64  # ranges settle early, and the tool holds the activations of all of them in memory
@@ -67,35 +68,33 @@ def write_onnx(job: ExportJob, path: Path, head: nn.Module | None = None, least_
     Raises:
         UserError: --opset is too low, or onnxslim is missing for --simplify.
     """
+    dynamo = job.config.torch_export and "torch_export" in job.format.options.split()
     least_opset = max(least_opset, *(LEAST_OPSETS.get(type(block).__name__, 0) for block in job.source.modules()))
+    least_opset = max(least_opset, DYNAMO_OPSET) if dynamo else least_opset
     opset = job.config.opset or least_opset
     if opset < least_opset:
         raise UserError(f"--opset {opset} is too low: at least {least_opset} is needed here")
     if job.config.simplify and missing_packages(("onnxslim",)):
         raise UserError(f"--simplify needs onnxslim: {install_hint('onnx')}")
+    if dynamo and missing_packages(("onnxscript",)):
+        raise UserError(f"--torch-export needs onnxscript: {install_hint('onnx')}")
     model, example = job.with_head(job.head() if head is None else head), job.example()
+    if dynamo and job.metadata.dynamic:  # lengths of 1 would be taken for fixed ones
+        example = torch.zeros(2, job.shape[1], 2 * job.metadata.stride, 3 * job.metadata.stride)
     if job.config.half:
         model, example = copy.deepcopy(model).half(), example.half()
-    outputs = job.output_names
-    axes = {INPUT: {0: "batch", 2: "height", 3: "width"}}
-    if len(outputs) > 1:
-        axes |= {name: {0: "batch", 2: f"rows_{i}", 3: f"columns_{i}"} for i, name in enumerate(outputs)}
-    else:
-        axes[outputs[0]] = {0: "batch"} if job.metadata.nms else {0: "batch", 1: "anchors"}
+    common = {"opset_version": opset, "input_names": [INPUT], "output_names": job.output_names}
     with warnings.catch_warnings(), torch.no_grad(), atomic_write(path) as temporary:
-        # The exporter that torch recommends needs onnxscript and later opsets; recording sizes is meant here.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        torch.onnx.export(
-            model,
-            (example,),
-            temporary,
-            dynamo=False,
-            opset_version=opset,
-            input_names=[INPUT],
-            output_names=outputs,
-            dynamic_axes=axes if job.metadata.dynamic else None,
-        )
+        if dynamo:
+            with quietly():
+                shapes = (_free_axes(job.metadata.stride),) if job.metadata.dynamic else None
+                program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=shapes, **common)
+                program.save(str(temporary), external_data=False)
+        else:
+            warnings.simplefilter("ignore", DeprecationWarning)  # recording sizes is meant here
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            axes = _axis_names(job) if job.metadata.dynamic else None
+            torch.onnx.export(model, (example,), temporary, dynamo=False, dynamic_axes=axes, **common)
         content = temporary.read_bytes()
         if job.config.simplify:
             import onnx
@@ -103,6 +102,24 @@ def write_onnx(job: ExportJob, path: Path, head: nn.Module | None = None, least_
 
             content = onnxslim.slim(onnx.load_from_string(content)).SerializeToString()
         temporary.write_bytes(_described(job, content))
+
+
+def _axis_names(job: ExportJob) -> dict[str, dict[int, str]]:
+    """Returns the names of the axes of input and outputs that are free with --dynamic."""
+    outputs = job.output_names
+    axes = {INPUT: {0: "batch", 2: "height", 3: "width"}}
+    if len(outputs) > 1:
+        axes |= {name: {0: "batch", 2: f"rows_{i}", 3: f"columns_{i}"} for i, name in enumerate(outputs)}
+    else:
+        axes[outputs[0]] = {0: "batch"} if job.metadata.nms else {0: "batch", 1: "anchors"}
+    return axes
+
+
+def _free_axes(stride: int) -> dict[int, Any]:
+    """Returns the free axes of the input as torch.export takes them: sides are multiples of the stride."""
+    from torch.export import Dim
+
+    return {0: Dim("batch"), 2: stride * Dim("rows"), 3: stride * Dim("columns")}
 
 
 def _described(job: ExportJob, content: bytes) -> bytes:

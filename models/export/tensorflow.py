@@ -29,6 +29,7 @@ from models.export.onnx import write_onnx
 from utils.errors import UserError
 from utils.files import ROOT, atomic_write, write_yaml
 from utils.images import letterbox, read_image
+from utils.log import LOGGER
 
 if TYPE_CHECKING:
     from tensorflow.core.framework.graph_pb2 import GraphDef
@@ -55,6 +56,11 @@ def export(job: ExportJob) -> Path:
         raise UserError(
             f"needs the program {WEB_CONVERTER} on the PATH, which wants an environment of its own: "
             "pipx install tensorflowjs."
+        )
+    if web:
+        LOGGER.warning(
+            "WARNING: tfjs is deprecated, since its converter has had no release since 2024: --include web writes a "
+            "page that runs the model."
         )
     program = find_converter()
     path = job.path(job.format.suffix)

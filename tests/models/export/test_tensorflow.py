@@ -188,7 +188,7 @@ def test_the_converter_is_found_where_make_installs_it(monkeypatch, tmp_path):
     assert exporter.find_converter() == str(program)
 
 
-def test_a_browser_model_is_made_of_the_frozen_graph(weights, converter, tmp_path, monkeypatch, library):
+def test_a_browser_model_is_made_of_the_frozen_graph(weights, converter, tmp_path, monkeypatch, library, caplog):
     notes = tmp_path / "web_notes"
     script(
         tmp_path / "tensorflowjs_converter",
@@ -197,6 +197,7 @@ def test_a_browser_model_is_made_of_the_frozen_graph(weights, converter, tmp_pat
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     folder = exporter.export(job_of(weights, "tfjs"))
     assert folder == weights.with_name("best_web_model")
+    assert "tfjs is deprecated" in caplog.text and "--include web" in caplog.text
     assert sorted(path.name for path in folder.iterdir()) == ["metadata.json", "model.json"]
     assert notes.read_text().split("\n")[:2] == ["--input_format=tf_frozen_model", "--output_node_names=Identity"]
     graph = library.compat.v1.GraphDef.FromString((tmp_path / "given.pb").read_bytes())
