@@ -23,6 +23,8 @@ from utils.errors import UserError
         ("folder/best.xml", "openvino"),
         ("best_openvino_model_v2", "openvino"),
         ("best_ncnn_model", "ncnn"),
+        ("best.mnn", "mnn"),
+        ("best.pte", "executorch"),
         ("best-int8.tflite", "tflite"),
         ("best-int8_edgetpu.tflite", "tflite"),
         ("best_saved_model", "tensorflow"),

@@ -106,6 +106,24 @@ def test_a_dynamic_file_names_its_free_axes(dynamic):
     assert model.get_outputs()[0].shape[::2] == ["batch", 8]
 
 
+def test_torchs_newer_exporter_gives_the_same_rows_without_a_shuffle(small_weights):
+    pytest.importorskip("onnxscript")
+    path = written(small_weights["anchors"], dynamic=True, torch_export=True)
+    model = onnx.load(path)
+    assert model.opset_import[0].version == 18
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Transpose") == 3 and "Gather" not in kinds  # the decoder's; GSConv's shuffle is folded
+    images = random_images(3, 3, 96, 64)
+    (output,) = session(path).run(None, {"images": images.numpy()})
+    np.testing.assert_allclose(output, rows_of(small_weights["anchors"], images)[0].numpy(), rtol=1e-4, atol=2e-4)
+
+
+def test_torchs_newer_exporter_starts_at_opset_18(small_weights, caplog):
+    with caplog.at_level("ERROR", "yolov5"):
+        assert export.run(weights=str(small_weights["bins"]), include="onnx", torch_export=True, opset=17) == []
+    assert any("--opset 17 is too low: at least 18 is needed here" in message for message in caplog.messages)
+
+
 def test_half_has_float16_weights_and_float32_rows(write_checkpoint):
     weights = write_checkpoint()
     path = written(weights, half=True)
