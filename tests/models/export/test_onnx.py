@@ -106,6 +106,7 @@ def test_a_dynamic_file_names_its_free_axes(dynamic):
     assert model.get_outputs()[0].shape[::2] == ["batch", 8]
 
 
+@pytest.mark.slow
 def test_torchs_newer_exporter_gives_the_same_rows_without_a_shuffle(small_weights):
     pytest.importorskip("onnxscript")
     path = written(small_weights["anchors"], dynamic=True, torch_export=True)
