@@ -121,21 +121,20 @@ def metrics_content(result: EvalResult, about: Mapping[str, Any]) -> dict[str, A
         result: the evaluation's, with records.
         about: what else is known: model, data, split, options, versions ...
     """
-    names, sizes = result.names, size_results(result.records)
-    details, matrix = result.details, result.confusion
+    names, details, matrix = result.names, result.details, result.confusion
     at = np.linspace(0, CURVE_POINTS - 1, FILE_CURVE_POINTS)
 
     def sampled(curve: np.ndarray) -> list[float]:
         return _rounded(np.interp(at, np.arange(CURVE_POINTS), curve))
 
     confidences, f1s = best_confidences(details)
+    categories = result.categories or list(names)  # COCO's are more than one where all classes are treated as one
     classes = {
-        class_id: {"id": class_id, "name": name, "labels": 0, "category_id": None} for class_id, name in names.items()
+        class_id: {"id": class_id, "name": name, "labels": 0, "category_id": categories[class_id]}
+        for class_id, name in names.items()
     }
-    for class_id, category in zip(names, result.categories or names, strict=True):
-        classes[class_id]["category_id"] = category
     for row, class_id in enumerate(details.classes.tolist()):
-        classes.setdefault(class_id, {"id": class_id, "name": str(class_id)}).update(
+        classes[class_id].update(
             labels=int(details.label_counts[row]),
             true_positives=int(details.true_positives[row]),
             false_positives=int(details.false_positives[row]),
@@ -167,13 +166,9 @@ def metrics_content(result: EvalResult, about: Mapping[str, Any]) -> dict[str, A
         "sizes": {
             name: {
                 "labels": int(of_size.label_counts.sum()),
-                **(
-                    _numbers(map50=of_size.map50, map=of_size.map)
-                    if len(of_size.classes)
-                    else {"map50": None, "map": None}
-                ),
+                **_numbers(map50=_mean(of_size.ap[:, 0]), map=_mean(of_size.ap)),
             }
-            for name, of_size in sizes.items()
+            for name, of_size in size_results(result.records).items()
         },
         "confusion_matrix": {
             "confidence": matrix.conf,
@@ -183,6 +178,10 @@ def metrics_content(result: EvalResult, about: Mapping[str, Any]) -> dict[str, A
         },
         "coco": {name: _number(value) for name, value in result.coco._asdict().items()} if result.coco else None,
     }
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else math.nan
 
 
 def _number(value: float) -> float | None:

@@ -79,4 +79,12 @@ def test_without_labels_figures_are_null(tmp_path):
     content = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert {content[key] for key in ("precision", "recall", "map50", "map", "fitness", "confidence")} == {None}
     assert content["background_images_with_detections"] == 1 and content["labels"] == 0
+    assert content["sizes"]["large"] == {"labels": 0, "map50": None, "map": None}
     assert content["coco"]["ap"] == -1  # COCO's word for it
+
+
+def test_categories_are_the_jsons_even_of_all_classes_as_one(tmp_path):
+    how = {"names": NAMES, "save_json": True, "save_dir": tmp_path, "categories": (7, 9)}
+    for options, expected in (({}, [7, 9]), ({"single_cls": True}, [7])):
+        result = evaluate(Scripted([[EXACT]]), [wide_batch()], **how, **options)
+        assert [one["category_id"] for one in metrics_content(result, {})["classes"]] == expected
