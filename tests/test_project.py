@@ -20,7 +20,7 @@ SOURCES = sorted(
 )
 REQUIREMENTS = ("requirements.txt", "requirements-serve.txt")  # what may be imported at the top of a file
 SEEDS_FOR_OTHERS = "utils/general.py"  # its init_seeds is what other people's scripts seed their own draws with
-COMMAND = r"\bpython (\w+)\.py ([^\n`#]*)"
+COMMAND = r"\bpython (\w+)\.py ([^\n`#|]*)"
 READMES = ("README.md", "README.zh-CN.md")
 UNSAFE_CALLS = {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load_all", "os.system"}
 
