@@ -63,12 +63,10 @@ def test_maps_that_are_decoded_on_the_host_give_the_checkpoints_rows(exported, s
 
 
 @slow
-@pytest.mark.parametrize("head", ["anchors", "bins"])
-def test_tflite_maps_have_channels_last(exported, small_weights, images, head):
-    checkpoint = small_weights[head]
-    backend = load_backend(exported("tflite", checkpoint, raw=True), "cpu")
+def test_tflite_maps_have_channels_last(exported, anchor_free_weights, images):
+    backend = load_backend(exported("tflite", anchor_free_weights, raw=True), "cpu")
     with torch.no_grad():
-        expected = load_model(checkpoint)(torch.from_numpy(images).float() / 255)[0].numpy()
+        expected = load_model(anchor_free_weights)(torch.from_numpy(images).float() / 255)[0].numpy()
     close(backend.predict(images), expected, box_px=0.5, score=5e-3)
 
 
