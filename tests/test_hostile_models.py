@@ -311,7 +311,7 @@ def test_ncnn_graphs_whose_counts_are_wrong_are_refused_before_ncnn_sees_them(tm
         load_backend(folder, "cpu")
 
 
-SAVER = "__inference__traced_save_1"
+SAVER, CONSTANT = "__inference__traced_save_1", "tf.TrackableConstant"
 WAYS_TO_A_SAVER = {
     "signature": lambda part: part.object_graph_def.concrete_functions[SAVER].bound_inputs.append(0),
     "function": lambda part: part.object_graph_def.nodes.add().function.concrete_functions.append(SAVER),
@@ -342,6 +342,10 @@ WAYS_TO_A_SAVER = {
         part.object_graph_def.nodes[0].saveable_objects["a"], "restore_function", 1
     ),
     "registered class": lambda part: setattr(part.object_graph_def.nodes[0], "registered_name", "some.Class"),
+    "a constant's class": lambda part: setattr(
+        part.object_graph_def.nodes[0], "registered_name", "tf.TrackableConstant"
+    ),
+    "class of a constant": lambda part: setattr(part.object_graph_def.nodes[1], "registered_name", "some.Class"),
     "registered saver": lambda part: setattr(part.object_graph_def.nodes[0], "registered_saver", "some.saver"),
     "resource": lambda part: setattr(part.object_graph_def.nodes.add().resource, "device", "cpu"),
 }
@@ -364,6 +368,8 @@ def saved_model():
     part.graph_def.node.add(name="c", op="StatefulPartitionedCall").attr["f"].func.name = SAVER
     part.object_graph_def.concrete_functions["serve"].bound_inputs.append(0)
     part.object_graph_def.nodes.add().user_object.identifier = "_generic_user_object"
+    constant = part.object_graph_def.nodes.add(registered_name=CONSTANT)
+    constant.constant.operation = "c"
     return content
 
 

@@ -88,7 +88,10 @@ def test_commands_that_are_printed_to_be_copied_fit_a_shell(weights, data, tmp_p
     if board:
         board.close()
     monkeypatch.setattr(fingerprint, "fingerprint", lambda *_, **__: [SimpleNamespace(name="weights", digest="")] * 2)
-    stopped = SimpleNamespace(saved=(file, 0), world=SimpleNamespace(command="python train.py"))
+    options = SimpleNamespace(seeds=1)
+    stopped = SimpleNamespace(
+        saved=(file, 0), world=SimpleNamespace(command="python train.py"), keeps=True, options=options
+    )
     said = "\n".join([caplog.text, fingerprint.summary(file.parent), Trainer.how_to_resume(stopped)])
     commands = {
         r"Detect: +(.*)": ["python", "detect.py", "--weights", exported],

@@ -311,6 +311,7 @@ _SAVER_OPERATORS = frozenset(
     ReadVariableOp RestoreV2 SaveV2 Select SelectV2 ShardedFilename StaticRegexFullMatch StringJoin""".split()
 )
 _REPLACEABLE = "api_implements"  # functions with this attribute may be run in place of one another
+_CONSTANT = "tf.TrackableConstant"  # TensorFlow's own class for a constant that functions share
 _OBJECTS = frozenset("user_object function bare_concrete_function variable constant captured_tensor".split())
 
 
@@ -351,7 +352,8 @@ def check_saved_model(content: Any, path: Path) -> None:
         kind = node.WhichOneof("kind")
         if kind not in _OBJECTS:
             raise UserError(f"--weights {path}: holds objects of kind {kind}: refused.")
-        if node.saveable_objects or node.registered_name or node.registered_saver:
+        registered = node.registered_name not in ("", _CONSTANT) or (node.registered_name and kind != "constant")
+        if registered or node.saveable_objects or node.registered_saver:
             raise UserError(f"--weights {path}: holds objects with a way of their own to be loaded: refused.")
 
 

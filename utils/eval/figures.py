@@ -204,4 +204,4 @@ def write_metrics(file: Path, content: Mapping[str, Any]) -> None:
         UserError: it cannot be written.
     """
     with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, allow_nan=False, default=str), encoding="utf-8")
+        temporary.write_text(json.dumps(content, allow_nan=False, default=str), encoding="utf-8")

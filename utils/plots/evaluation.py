@@ -283,7 +283,8 @@ def save_figure(figure: Figure, file: Path, dpi: int = CURVE_DPI) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = cv2.cvtColor(np.asarray(canvas.buffer_rgba()), cv2.COLOR_RGBA2BGR)
-    options = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY)  # several times Pillow's speed
+    png, jpeg = (cv2.IMWRITE_PNG_COMPRESSION, 1), (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY)
+    options = png if file.suffix == ".png" else jpeg  # several times Pillow's speed
     _, data = cv2.imencode(file.suffix, pixels, options)
     with atomic_write(file) as temporary:
         temporary.write_bytes(data.tobytes())
