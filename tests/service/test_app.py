@@ -119,7 +119,7 @@ def test_images_of_all_requests_share_a_budget_of_decoded_pixels(in_process, enc
     assert max(peak) <= 2 + 2, "threads may hold on to what they have done"
 
 
-def test_health_is_told_while_the_model_and_the_queue_are_stuck(in_process, encoded):
+def test_health_and_readiness_are_told_while_the_model_and_the_queue_are_stuck(in_process, encoded):
     """Of a service that takes two requests and whose model never returns until it is let go."""
     entered, free = threading.Event(), threading.Event()
 
@@ -130,16 +130,20 @@ def test_health_is_told_while_the_model_and_the_queue_are_stuck(in_process, enco
             return super().__call__(*batch)
 
     with in_process(Stuck, queue=2) as client, ThreadPoolExecutor(2) as pool:
+        assert client.get("/ready").json() == {"ready": True}
         try:
             waiting = [pool.submit(post, client, encoded(seed)) for seed in range(2)]
             assert entered.wait(20)
             while metric(client, "yolov5_requests_in_progress") < 2:
                 time.sleep(0.005)
             assert post(client, encoded()).status_code == 503
+            answer = client.get("/ready")
+            assert answer.status_code == 503 and answer.json()["reason"] == "2 requests are in progress"
             assert client.get("/health").status_code == 200
         finally:
             free.set()
         assert [answer.result().status_code for answer in waiting] == [200, 200]
+        assert client.get("/ready").status_code == 200
 
 
 class ChoosingBackend(ArrayBackend):
@@ -343,28 +347,6 @@ def test_too_many_images_too_large_ones_and_other_bodies_are_refused(in_process,
         assert send_many(client, ("c.png", bytes(100_000))).status_code == 413
         plain = client.post(ROUTE + "/batch", content=b"x", headers={"Content-Type": "image/png"})
         assert plain.status_code == 415 and "multipart/form-data" in plain.json()["detail"]
-
-
-def test_readiness_tells_of_a_full_queue_while_health_stays(in_process, encoded):
-    entered, free = threading.Event(), threading.Event()
-
-    class Stuck(Predictor):
-        def __call__(self, *batch):
-            entered.set()
-            assert free.wait(20)
-            return super().__call__(*batch)
-
-    with in_process(Stuck, queue=1) as client, ThreadPoolExecutor(1) as pool:
-        assert client.get("/ready").json() == {"ready": True}
-        try:
-            waiting = pool.submit(post, client, encoded(1))
-            assert entered.wait(20)
-            answer = client.get("/ready")
-            assert answer.status_code == 503 and answer.json()["reason"] == "1 requests are in progress"
-            assert client.get("/health").status_code == 200
-        finally:
-            free.set()
-        assert waiting.result().status_code == 200 and client.get("/ready").status_code == 200
 
 
 KEYS = ("a-key-of-enough-letters", "another-key-of-enough-letters")

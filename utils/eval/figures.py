@@ -1,6 +1,6 @@
 """What an evaluation came to, for machines: `metrics.json`; with AP by the size of objects, and the kinds of errors.
 
-The format is described in docs/guide.md ("Figures for programs"). Everything comes from an `EvalResult` with records:
+The format is described in docs/guide.md ("Report and figures"). Everything comes from an `EvalResult` with records:
 no image is looked at again.
 """
 

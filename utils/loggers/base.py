@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Logger:
         """Writes what is still in memory, however the run ends."""
 
 
-class Service(Logger):
+class Service(Logger, ABC):
     """An experiment tracker, asked for with `--logger`; a resumed run goes on in the entry that it had begun there.
 
     A subclass imports its client in `open`, and there keeps it off the network unless the client's own settings, as the
@@ -77,25 +78,25 @@ class Service(Logger):
         write_yaml(record, {**entries, self.name: entry})
         LOGGER.info(f"{colorstr(f'{self.name}:')} {told}")
 
+    @abstractmethod
     def open(self, entry: str | None) -> tuple[str, str]:
         """Starts the client, with the entry of a run that is resumed; returns the entry, and what to tell the user."""
-        raise NotImplementedError
 
+    @abstractmethod
     def send_figures(self, epoch: int, figures: Mapping[str, float]) -> None:
         """Takes an epoch's figures."""
-        raise NotImplementedError
 
+    @abstractmethod
     def send_image(self, file: Path, epoch: int) -> None:
         """Takes an image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def send_weights(self, file: Path) -> None:
         """Takes a checkpoint."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> None:
         """Ends the entry; nothing is lost that was taken."""
-        raise NotImplementedError
 
     def log_epoch(self, epoch: int, figures: Mapping[str, float]) -> None:
         """Logs an epoch's figures."""
