@@ -3,7 +3,8 @@
 A cell is a data set, a model, a start and a seed: one command as a user runs it, on one thread, in a process of its
 own. Its folder is below --out; what is finished there is not run again, what was interrupted is resumed. The first of
 --models is the dense one, which the others inherit from. Cells run in the options' order: data sets, models, starts,
-seeds. docs/study.md says what the tables' columns mean.
+seeds. A model's name may have an option of train.py behind it: yolov5n:box-loss=siou. docs/study.md says what the
+tables' columns mean.
 
     python -m benchmarks.study --data bccd.yaml --models yolov5n yolov5n-slimneck --coco yolov5n.pt --imgsz 320 --jobs 2
     python -m benchmarks.study --models yolov5n yolov5n-slimneck --imgsz 320 --ms      # latency, on an idle machine
@@ -98,7 +99,7 @@ class Study:
 
         self.out, self.imgsz = options.out.resolve(), options.imgsz
         self.data = by_stem(options.data, "--data")
-        self.cfgs = by_stem(options.models, "--models")
+        self.cfgs = models_of(options.models)
         self.coco = options.coco.resolve()
         self.train_images = {name: len(list_images(load_spec(file).train)) for name, file in self.data.items()}
         self.scratch_epochs = {name: options.images / count for name, count in self.train_images.items()}
@@ -136,12 +137,14 @@ class Study:
     def command(self, cell: Cell) -> list[str]:
         """Returns the arguments of the Python interpreter that make a cell."""
         folder, needed = self.folder(cell), self.needed(cell)
+        cfg, option = self.cfgs[cell.model]
         values = {
-            **{"cfg": self.cfgs[cell.model], "data": self.data[cell.data], "coco": self.coco, "imgsz": self.imgsz},
+            **{"cfg": cfg, "data": self.data[cell.data], "coco": self.coco, "imgsz": self.imgsz},
             **{"seed": cell.seed, "epochs": self.epochs(cell), "project": folder.parent, "name": folder.name},
             **{"needed": self.folder(needed) / "weights" / "best.pt" if needed else None},
         }
-        words = f"{STARTS[cell.start].command} {EVERY_START} {EVERY_TRAINING if values['epochs'] else ''}".split()
+        training = f"{EVERY_TRAINING} {option}" if values["epochs"] else ""
+        words = f"{STARTS[cell.start].command} {EVERY_START} {training}".split()
         return [word.format(**values) for word in words]
 
     def is_done(self, cell: Cell) -> bool:
@@ -244,6 +247,18 @@ def by_stem(files: Sequence[str], option: str) -> dict[str, Path]:
     if len(found) < len(files):
         raise UserError(f"{option}: two of the files have one name, by which the study tells them apart. Rename one.")
     return found
+
+
+def models_of(names: Sequence[str]) -> dict[str, tuple[Path, str]]:
+    """Returns models by what they are called: the YAML, and the option of train.py that stood behind a colon."""
+    apart = [name.partition(":")[::2] for name in names]
+    stated = list(dict.fromkeys(name for name, _ in apart))
+    found = dict(zip(stated, by_stem(stated, "--models").items(), strict=True))
+    models = {}
+    for name, option in apart:
+        stem, file = found[name]
+        models[f"{stem}:{option}" if option else stem] = (file, f"--{option}" if option else "")
+    return models
 
 
 def seconds_of(folder: Path) -> float:
@@ -424,7 +439,8 @@ def main(options: argparse.Namespace) -> None:
         raise UserError("--models and --data are needed. See --help.")
     if options.ms:
         line = ["--imgsz", options.imgsz, "--threads", 1, "--clock", "cpu", "--json", options.out / LATENCY]
-        line += ["--runtimes", *RUNTIMES, "--models", *by_stem(options.models, "--models")]
+        line += ["--runtimes", *RUNTIMES, "--models"]
+        line += dict.fromkeys(file.stem for file, _ in models_of(options.models).values())
         with locked(options.out):  # trainings would slow it
             print(run(ROOT / "benchmarks" / "neck.py", *line))
     elif not options.tables:

@@ -70,6 +70,23 @@ def test_every_command_is_one_that_the_program_takes(options, tmp_path):
     }
 
 
+def test_a_model_may_have_an_option_of_a_training_behind_its_name(options):
+    line = ("--models", "yolov5n", "yolov5n:box-loss=siou", "yolov5n-slimneck:act=relu", "--seeds", "3")
+    one = study.Study(options(*line, "--starts", "coco", "inherited"))
+    told = {}
+    for cell in one.cells:
+        if cell.start == "coco":
+            taken = train.build_parser().parse_args(one.command(cell)[1:])
+            told[cell.model] = (taken.cfg, taken.box_loss, taken.act)
+        else:
+            assert not {"--box-loss=siou", "--act=relu"} & set(one.command(cell)), "nothing is trained"
+    assert told == {
+        "yolov5n": ("models/yolov5n.yaml", None, None),
+        "yolov5n:box-loss=siou": ("models/yolov5n.yaml", "siou", None),
+        "yolov5n-slimneck:act=relu": ("models/yolov5n-slimneck.yaml", None, "relu"),
+    }
+
+
 def test_other_options_are_refused_where_cells_are(options, refusal):
     one = study.Study(options())
     folder = one.folder(one.cells[0])
