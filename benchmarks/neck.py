@@ -213,6 +213,7 @@ def load_onnxruntime(entries: Sequence[Entry], image, threads: int) -> tuple[lis
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
+    settings.add_session_config_entry("session.force_spinning_stop", "1")  # else one model's threads slow the next
 
     def loaded(file: str) -> Run:
         session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])

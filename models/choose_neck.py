@@ -246,14 +246,14 @@ def fronts(rows: Sequence[Sequence[Option]]) -> list[tuple[float, float, tuple[s
 
 
 def options_of(table: Mapping[str, Any], errors: Mapping[str, float], necks: Mapping[int, dict]) -> list[list[Option]]:
-    """Returns the options of each row: the dense one, and what is faster in three rounds of four or more."""
+    """Returns the options of each row: the dense one, and what is faster each time it was loaded."""
     graphs = {one["name"]: one for one in table["graphs"]}
     found = []
     for row, forms in necks.items():
         found.append([Option("dense", 0.0, 0.0)])
         for name in forms:
             one = graphs.get(graph_name(row, name))  # of an older table there may be none
-            if one and one["quartiles_ms"][1] < 0:
+            if one and one["range_ms"][1] < 0:
                 found[-1].append(Option(name, one["difference_ms"], errors[one["name"]]))
     return found
 
@@ -282,7 +282,7 @@ def build_parser() -> CommandParser:
     add("--runtime", choices=tuple(latency.RUNTIMES), default="onnxruntime", help="where the model will run")
     add("--int8", action="store_true", help="it will run in int8")
     add("--threads", type=number(int, 1), default=1, help="threads of the runtime")
-    add("--rounds", type=number(int, 3), default=30, help="how often each graph is run; the median counts")
+    add("--rounds", type=number(int, 6), default=30, help="how often each graph is run; the median counts")
     add("--clock", choices=tuple(latency.CLOCKS), default="wall", help="cpu: CPU time, for busy machines")
     add("--table", default="", metavar="FILE", help="a table that was measured before, here or on another device")
     add("--graphs", default="", metavar="FOLDER", help="write there what another device measures, and end")
@@ -390,7 +390,7 @@ def read_table(file: str, key: Mapping[str, Any]) -> dict[str, Any]:
     try:
         table = json.loads(Path(file).read_text(encoding="utf-8"))
         other = [name for name in KEY if table[name] != key[name]]
-        if not all(len(one["quartiles_ms"]) == 2 and one["ms"] > 0 for one in table["graphs"]):
+        if not all(len(one["range_ms"]) == 2 and one["ms"] > 0 for one in table["graphs"]):
             raise ValueError("its graphs have no times")
     except OSError as error:
         raise UserError(f"--table {file}: cannot be read ({error.strerror or error}).") from error

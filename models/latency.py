@@ -22,7 +22,8 @@ import numpy as np
 
 GRAPHS, TABLE = "graphs.json", "table.json"  # what a folder holds, and what comes of it
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-WARM_UP = 3  # the first runs lay out memory
+LOADS, COPIES = 6, 3  # what is the same in all of 6 loads is chance in one case of 64
+WARM_UP = 2  # the first runs lay out memory
 
 
 def run_onnxruntime(file: str, image: np.ndarray, threads: int) -> Callable[[], Any]:
@@ -31,6 +32,7 @@ def run_onnxruntime(file: str, image: np.ndarray, threads: int) -> Callable[[], 
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
+    settings.add_session_config_entry("session.force_spinning_stop", "1")  # else one graph's threads slow the next
     settings.log_severity_level = 3
     session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, {session.get_inputs()[0].name: image})
@@ -51,36 +53,47 @@ RUNTIMES = {"onnxruntime": run_onnxruntime, "openvino": run_openvino}
 def measure(folder: str | Path, threads: int = 1, rounds: int = 30, clock: str = "wall") -> dict[str, Any]:
     """Measures the files that a folder's graphs.json lists.
 
-    Each round runs every file once, forwards and backwards in turns, so that whatever else the machine does meets all
-    alike. A difference is the median of those of each round.
+    Where a runtime happens to put a model in memory changes its time by some percent as long as it is loaded. So all
+    files are loaded LOADS times anew, in another order each time, the first in COPIES copies, as all are compared with
+    it. Each round then runs every file once, forwards and backwards in turns, so that whatever else the machine does
+    meets all alike.
 
     Args:
         folder: of the files.
         threads: of the runtime.
-        rounds: how often each is run.
+        rounds: how often each is run at least, all loads together.
         clock: "wall", or "cpu": CPU time of this process, for busy machines.
 
     Returns:
-        What graphs.json says, each file with `ms`, `difference_ms` and `quartiles_ms` of the differences.
+        What graphs.json says, each file with `ms` and `difference_ms`, medians of the loads', and `range_ms`, the
+        smallest and the largest difference of a load.
     """
     table = json.loads(Path(folder, GRAPHS).read_text(encoding="utf-8"))
-    module = __import__(table["runtime"])
+    module, files = __import__(table["runtime"]), [str(Path(folder, one["file"])) for one in table["graphs"]]
     height, width = table["shape_hw"]
-    image = np.random.default_rng(0).random((1, table["channels"], height, width), dtype=np.float32)
-    runs = [RUNTIMES[table["runtime"]](str(Path(folder, one["file"])), image, threads) for one in table["graphs"]]
-    for run in runs * WARM_UP:
-        run()
-    now, spent = CLOCKS[clock], np.empty((rounds, len(runs)))
-    for number in range(rounds):
-        for place in range(len(runs)) if number % 2 else reversed(range(len(runs))):
-            start = now()
-            runs[place]()
-            spent[number, place] = 1000 * (now() - start)
-    differences = spent - spent[:, :1]
-    low, middle, high = np.percentile(differences, (25, 50, 75), axis=0).round(4).tolist()
+    generator, now = np.random.default_rng(0), CLOCKS[clock]
+    image = generator.random((1, table["channels"], height, width), dtype=np.float32)
+    ms = np.empty((LOADS, len(files)))
+    for load in range(LOADS):
+        places = generator.permutation([0] * (COPIES - 1) + list(range(len(files))))
+        runs = [RUNTIMES[table["runtime"]](files[place], image, threads) for place in places]
+        for run in runs * WARM_UP:
+            run()
+        spent = np.empty((-(-rounds // LOADS), len(runs)))
+        for number, times in enumerate(spent):
+            for one in range(len(runs)) if number % 2 else reversed(range(len(runs))):
+                start = now()
+                runs[one]()
+                times[one] = 1000 * (now() - start)
+        medians = np.median(spent, axis=0)
+        ms[load] = [medians[places == place].mean() for place in range(len(files))]
+    differences = ms - ms[:, :1]
     for place, one in enumerate(table["graphs"]):
-        one["ms"] = round(float(np.median(spent[:, place])), 4)
-        one["difference_ms"], one["quartiles_ms"] = middle[place], [low[place], high[place]]
+        one["ms"] = round(float(np.median(ms[:, place])), 4)
+        one["difference_ms"] = round(float(np.median(differences[:, place])), 4)
+        one["range_ms"] = [
+            round(float(value), 4) for value in (differences[:, place].min(), differences[:, place].max())
+        ]
     measured = {"version": module.__version__, "processor": processor(), "machine": platform.machine()}
     return table | measured | {"threads": threads, "rounds": rounds, "clock": clock}
 

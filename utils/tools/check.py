@@ -840,7 +840,7 @@ def build_parser() -> CommandParser:
     add = parser.add_argument
     add("data", help="data set YAML")
     add("--html", type=Path, help="where the page goes; default: runs/check/exp/index.html, exp2 and so on")
-    add("--fix", type=Path, metavar="FOLDER", help="write a copy with what can be mended mended into this new folder")
+    add("--fix", type=Path, metavar="FOLDER", help="write a mended copy into this new folder")
     add("--cfg", default="yolov5s.yaml", help="model YAML whose anchors are compared with the labels")
     add(
         *("--imgsz", "--img", "--img-size"),
