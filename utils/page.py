@@ -70,7 +70,7 @@ def density_chart(title: str, grid: np.ndarray, axis: Sequence[str], more: str =
 
 def line_chart(title: str, lines: Sequence[Line], x_name: str, unit: bool = False) -> str:
     """Returns lines over one axis with a legend; `unit` for figures from 0 to 1."""
-    left, top, width, height = 42, 8, 270, 150
+    left, top, width, height = 54, 8, 258, 150
     points = [np.column_stack((line.x, line.y)).astype(float) for line in lines]
     points = [some[np.isfinite(some).all(1)] for some in points]
     everything = np.concatenate([*points, np.zeros((0, 2))])
