@@ -458,6 +458,16 @@ def test_a_model_that_is_no_twin_takes_what_is_the_same(dense, cfg, tiny_shapes,
     assert "row 4: Conv: nothing" in caplog.text
 
 
+def test_a_model_of_another_activation_is_no_twin(dense, cfg, tiny_shapes, tmp_path, caplog):
+    import train
+
+    caplog.set_level("INFO")
+    options = {"data": str(tiny_shapes), "imgsz": 64, "batch_size": 8, "epochs": 1, "workers": 0, "device": "cpu"}
+    options |= {"act": "relu", "noplots": True, "noval": True, "project": str(tmp_path)}
+    train.run(weights=dense, cfg=cfg("GSConv", "VoVGSCSP"), **options)
+    assert "is not fitted to" in caplog.text and "Fitting" not in caplog.text
+
+
 def test_weights_that_name_no_data_need_them(cfg, write_checkpoint, tmp_path):
     with pytest.raises(UserError, match=r"does not say which data set it was trained on: give --data"):
         run(str(write_checkpoint(data=None)), cfg("GSConv"), tmp_path / "runs")
