@@ -5,13 +5,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONVERTER_VENV ?= .venv-onnx2tf
+RKNN_VENV ?= .venv-rknn
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --no-compile
 DEMO := runs/demo
 # One process a core, each of one thread: small models gain nothing from more threads, and lose much by sharing cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup demo test check campaigns clean
+.PHONY: help setup demo test check campaigns rknn clean
 
 help:
 	@echo "make setup   install what the program needs into $(VENV)"
@@ -19,7 +20,8 @@ help:
 	@echo "make test    run all tests"
 	@echo "make check   run the linter and the quick tests"
 	@echo "make campaigns   fuzzing, interrupted trainings, endurance: about an hour, on a machine with nothing else to do"
-	@echo "make clean   remove .venv, .venv-onnx2tf, runs/demo and tool caches"
+	@echo "make rknn    install Rockchip's toolkit into $(RKNN_VENV), for export.py --include rknn (Linux, Python 3.10 to 3.12)"
+	@echo "make clean   remove .venv, .venv-onnx2tf, .venv-rknn, runs/demo and tool caches"
 
 setup: $(VENV)/.installed
 
@@ -42,6 +44,16 @@ $(CONVERTER_VENV)/.installed: requirements-onnx2tf.txt | $(PY)
 	@echo "Installing requirements-onnx2tf.txt into $(CONVERTER_VENV): a minute or two ..."
 	$(PY) -m venv $(CONVERTER_VENV)
 	$(CONVERTER_VENV)/bin/python -m pip install --disable-pip-version-check --no-compile -r requirements-onnx2tf.txt
+	@touch $@
+
+rknn: $(RKNN_VENV)/.installed
+
+# The toolkit's own pin of PyTorch is old and large; the one of $(VENV) serves it, seen through a .pth file.
+$(RKNN_VENV)/.installed: requirements-rknn.txt | $(VENV)/.installed
+	$(PY) -m venv $(RKNN_VENV)
+	$(RKNN_VENV)/bin/python -m pip install --disable-pip-version-check --no-compile --no-deps -r requirements-rknn.txt
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		`$(RKNN_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/torch.pth
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -71,5 +83,5 @@ campaigns: $(VENV)/.installed-dev
 	$(PY) -m tests.campaigns.many_images
 
 clean:
-	rm -rf .venv .venv-onnx2tf $(DEMO) .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .venv-onnx2tf .venv-rknn $(DEMO) .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

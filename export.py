@@ -12,7 +12,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from models.export.formats import FORMATS, ORT_WEB_TARBALL, ExportConfig
+from models.export.formats import DEFAULT_CHIP, FORMATS, ORT_WEB_TARBALL, ExportConfig
 from utils.cli import CommandParser, ReportedError, echo_options, number, options_from, run_command
 from utils.log import LOGGER
 
@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--iou-thres", type=number(float, 0, 1), help="with --nms: IoU threshold (default 0.45)")
     add("--conf-thres", type=number(float, 0, 1), help="with --nms: confidence threshold (default 0.25)")
     add("--ort-web", metavar="TARBALL", help=ORT_WEB_HELP)
+    add("--chip", help=f"RKNN: Rockchip's chip, such as rk3566, rk3568, rk3576 (default {DEFAULT_CHIP})")
     add("--include", nargs="+", default=["torchscript", "onnx"], metavar="FORMAT", help=INCLUDE_HELP)
     return parser
 

@@ -29,6 +29,7 @@ BACKENDS = {
     "_openvino_model": "openvino",
     ".xml": "openvino",
     "_ncnn_model": "ncnn",
+    "_rknn_model": "rknn",
     ".mnn": "mnn",
     ".pte": "executorch",
     ".tflite": "tflite",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from utils.errors import UserError, did_you_mean
+from utils.errors import UserError, did_you_mean, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,6 +59,7 @@ class Format:
         cpu, gpu: what the result runs on.
         systems: operating systems that it runs on, as `platform.system` calls them; empty for all.
         precision: of the weights where neither --half nor --int8 is given.
+        raw: whether it is always made as with --raw.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Format:
     gpu: bool = True
     systems: tuple[str, ...] = ()
     precision: str = "float32"
+    raw: bool = False
 
     def check_blocks(self, model: nn.Module) -> None:
         """Makes sure that the format can carry every block of a model.
@@ -124,6 +126,7 @@ _TENSORFLOW = {"packages": ("onnx", "tensorflow"), "extra": "tensorflow", "optio
 _TFLITE = {"packages": ("litert_torch", "ai_edge_quantizer"), "extra": "tflite", "gpu": False}
 
 ORT_WEB_TARBALL = "onnxruntime-web-1.30.0.tgz"  # what the web page runs on, as npm calls it
+DEFAULT_CHIP = "rk3588"  # that RKNN compiles for, as Rockchip's toolkit calls it
 # The first ONNX opset that has what a block needs, where the usual one has not.
 LEAST_OPSETS = {"DySample": 16}
 # Why a format cannot carry a block, by the block's name and the format's argument.
@@ -190,6 +193,20 @@ _TABLE = (
         options="half",
         runtime=("ncnn",),
         gpu=False,
+    ),
+    Format(
+        "RKNN",
+        "rknn",
+        "_rknn_model",
+        "rknn",
+        packages=("onnx",),
+        extra="rknn",
+        options="int8 simplify opset raw chip",
+        runtime=("rknnlite",),
+        cpu=False,
+        gpu=False,
+        precision="float16",
+        raw=True,
     ),
     Format(
         "MNN",
@@ -274,7 +291,7 @@ def find_formats(names: Sequence[str]) -> list[Format]:
 # Options that change what every file holds: each format must honour them.
 FOR_ALL = ("half", "int8", "dynamic", "train", "raw", "nms")
 # Options about the way to some formats: one of them must be among those that are exported.
-FOR_SOME = ("simplify", "opset", "torch_export", "workspace", "verbose", "ort_web")
+FOR_SOME = ("simplify", "opset", "torch_export", "workspace", "verbose", "ort_web", "chip")
 # Options whose default is None, so that it shows whether they were given: (what they need, default).
 DEPENDENT = {
     "agnostic_nms": ("nms", False),
@@ -327,6 +344,7 @@ class ExportConfig:
     iou_thres: float | None
     conf_thres: float | None
     ort_web: str | None
+    chip: str | None
     include: Sequence[str]
 
     @property
@@ -351,11 +369,7 @@ class ExportConfig:
             if getattr(self, first) and getattr(self, second):
                 raise UserError(f"{flag(first)} with {flag(second)}: {message}")
         self._check_formats()
-        if len(self.imgsz) > 2:
-            raise UserError(f"--imgsz {' '.join(map(str, self.imgsz))}: give one side, or height and width.")
-        if self.ort_web is not None and not os.path.isfile(self.ort_web):
-            made = f"npm pack {ORT_WEB_TARBALL.removesuffix('.tgz').replace('web-', 'web@')}"
-            raise UserError(f"--ort-web {self.ort_web}: no such file. It is made by: {made}")
+        self._check_values()
         if self.int8 and not self.data:
             raise UserError("--int8 is calibrated on training images: give their data set with --data.")
         for name, (needed, _) in DEPENDENT.items():
@@ -363,6 +377,16 @@ class ExportConfig:
                 raise UserError(f"{flag(name)} has no effect without {flag(needed)}.")
         defaults = {name: default for name, (_, default) in DEPENDENT.items() if getattr(self, name) is None}
         return replace(self, **defaults)
+
+    def _check_values(self) -> None:
+        """Refuses values that mean nothing."""
+        if len(self.imgsz) > 2:
+            raise UserError(f"--imgsz {' '.join(map(str, self.imgsz))}: give one side, or height and width.")
+        if self.ort_web is not None and not os.path.isfile(self.ort_web):
+            made = f"npm pack {ORT_WEB_TARBALL.removesuffix('.tgz').replace('web-', 'web@')}"
+            raise UserError(f"--ort-web {self.ort_web}: no such file. It is made by: {made}")
+        if self.chip is not None and not self.chip.isalnum():
+            raise UserError(f"--chip {shown(self.chip)}: is no name of a chip, such as {DEFAULT_CHIP}.")
 
     def _check_formats(self) -> None:
         """Refuses options that the formats do not have."""

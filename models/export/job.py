@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ class ExportJob:
         metadata: what goes into the file.
         config: checked.
         device: where formats that are made on a device are made: TorchScript and TensorRT.
+        closing: what must end once the result has been checked.
     """
 
     format: Format
@@ -50,6 +51,7 @@ class ExportJob:
     metadata: Metadata
     config: ExportConfig
     device: torch.device
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -70,7 +72,7 @@ class ExportJob:
 
     def path(self, suffix: str) -> Path:
         """Returns the file or folder beside the checkpoint with this suffix."""
-        return self.weights.with_name(self.weights.stem + "-raw" * self.config.raw + suffix)
+        return self.weights.with_name(self.weights.stem + "-raw" * (self.config.raw and not self.format.raw) + suffix)
 
     def calibration(self, count: int) -> list[np.ndarray]:
         """Returns up to `count` letterboxed training images of --data, each uint8 (1, 3, h, w) RGB, for --int8."""

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.backends import ModelFile
 from models.backends.metadata import Metadata
 from models.deploy import rewrite
 from models.export.formats import TOLERANCES, ExportConfig
@@ -38,9 +39,10 @@ from utils.nms import NMSConfig
 
 @dataclass
 class Report:
-    """What came of an export: the files that were written, and the formats that failed or do not agree."""
+    """What came of an export: the files written, those that nothing here runs, and the formats that failed."""
 
     paths: list[Path] = field(default_factory=list)
+    unchecked: list[Path] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
 
@@ -63,13 +65,17 @@ def export_all(config: ExportConfig) -> Report:
     report = Report()
     for path in files:
         for job in make_jobs(path, config, device):
-            _export_one(job, images, report)
+            with job.closing:
+                _export_one(job, images, report)
     if report.paths:
         last = report.paths[-1]
+        names = ", ".join(path.name for path in report.unchecked)
+        unchecked = f"Not run here, and so not compared with the checkpoint: {names}\n" if names else ""
         data = f" --data {shlex.quote(str(config.data))}" if config.data else ""
         LOGGER.info(
             f"\nExport complete ({time.perf_counter() - start:.1f}s)\n"
             f"Results saved to {colorstr('bold', last.parent.resolve())}\n"
+            f"{unchecked}"
             f"Detect:   python detect.py --weights {shlex.quote(str(last))}\n"
             f"Validate: python val.py --weights {shlex.quote(str(last))}{data}"
         )
@@ -95,7 +101,7 @@ def make_jobs(weights: Path, config: ExportConfig, device: torch.device) -> list
     trained = (content.meta.get("opt") or {}).get("imgsz")
     if trained and trained != max(height, width):
         LOGGER.info(f"Image size {height}x{width}; the checkpoint was trained at {trained}")
-    raw = source.head.raw_head() if config.raw else None
+    raw = source.head.raw_head()
     if config.raw and raw is None:
         raise UserError(f"--raw: nothing here decodes {type(source.head).__name__} on the host. Leave it out.")
     nms = NMSConfig(config.conf_thres, config.iou_thres, config.topk_all, config.agnostic_nms)
@@ -106,19 +112,20 @@ def make_jobs(weights: Path, config: ExportConfig, device: torch.device) -> list
         batch=config.batch_size,
         dynamic=config.dynamic,
         nms=nms if config.nms else None,
-        raw=raw,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         data=content.meta.get("data") or "",
     )
-    model, jobs = rewrite(source, config.raw), []
+    models, jobs = {}, []
     for entry in config.formats:
         versions = {"torch": torch.__version__}
         for package in entry.packages:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of another name, or not installed
                 versions[package] = importlib.metadata.version(package)
         precision = "int8" if config.int8 else "float16" if config.half else entry.precision
-        said = replace(metadata, precision=precision, versions=versions)
-        jobs.append(ExportJob(entry, weights, source, model, said, config, device))
+        left = raw is not None and (config.raw or entry.raw)
+        said = replace(metadata, raw=raw if left else None, precision=precision, versions=versions)
+        models[left] = models.get(left) or rewrite(source, left)
+        jobs.append(ExportJob(entry, weights, source, models[left], said, replace(config, raw=left), device))
     shape = tuple(run_checkpoint(jobs[0], np.zeros(jobs[0].shape, np.uint8)).shape)
     LOGGER.info(f"\n{colorstr('PyTorch:')} starting from {weights} with output shape {shape} ({_megabytes(weights)})")
     return jobs
@@ -132,22 +139,24 @@ def _export_one(job: ExportJob, images: Sequence[np.ndarray], report: Report) ->
     try:
         job.format.check_blocks(job.source)
         job.format.check_packages()
-        path = importlib.import_module(f"models.export.{job.format.module}").export(job)
+        made = importlib.import_module(f"models.export.{job.format.module}").export(job)
     except Exception as error:  # whatever a converter raises, the other formats are to be tried
         LOGGER.error(f"{prefix} export failure: {_reason(error)}")
         LOGGER.debug("", exc_info=True)
         report.failures.append(f"{title} was not exported")
         return
+    path = made.path if isinstance(made, ModelFile) else made
     report.paths.append(path)
     LOGGER.info(f"{prefix} export success, saved as {path} ({_megabytes(path)})")
-    reason = job.format.why_not_here(job.device.type == "cuda")
+    reason = "" if isinstance(made, ModelFile) else job.format.why_not_here(job.device.type == "cuda")
+    report.unchecked += [path] if reason else []
     for what, check in (("parity", _parity_problem), ("quality", _quality_problem))[: 2 if job.config.int8 else 1]:
         if reason:
             done = "parity was not checked" if what == "parity" else "mAP was not measured"
             LOGGER.warning(f"WARNING: {prefix} {done}: {reason}.")
             continue
         try:
-            problem = check(job, path, images, prefix)
+            problem = check(job, made, images, prefix)
         except Exception as error:  # the same holds for runtimes
             problem = _reason(error)
         if problem:
@@ -155,22 +164,22 @@ def _export_one(job: ExportJob, images: Sequence[np.ndarray], report: Report) ->
             report.failures.append(f"{title} failed the check of its {what}")
 
 
-def _parity_problem(job: ExportJob, path: Path, images: Sequence[np.ndarray], prefix: str) -> str:
+def _parity_problem(job: ExportJob, made: Path | ModelFile, images: Sequence[np.ndarray], prefix: str) -> str:
     """Compares a file with its checkpoint; returns what is wrong, in words."""
     if job.source.yaml["ch"] != 3:
         channels = job.source.yaml["ch"]
         LOGGER.warning(f"WARNING: {prefix} parity was not checked: the model takes {channels} channels, images have 3.")
         return ""
     tolerance = TOLERANCES[job.metadata.precision]
-    parity = check_parity(job, path, images, tolerance)
+    parity = check_parity(job, made, images, tolerance)
     LOGGER.info(f"{prefix} parity with {job.weights.name} on {parity.summary()}")
     return "; ".join(parity.problems(tolerance))
 
 
-def _quality_problem(job: ExportJob, path: Path, _: Sequence[np.ndarray], prefix: str) -> str:
+def _quality_problem(job: ExportJob, made: Path | ModelFile, _: Sequence[np.ndarray], prefix: str) -> str:
     """Validates an int8 file beside its checkpoint; returns what is wrong, in words."""
     data, limit = job.config.data, job.config.int8_max_drop
-    checkpoint, exported = compare_map(job.weights, path, data, job.metadata.shape_hw, job.run_device)
+    checkpoint, exported = compare_map(job.weights, made, data, job.metadata.shape_hw, job.run_device)
     loss = checkpoint - exported
     LOGGER.info(f"{prefix} mAP50-95 on {data}: checkpoint {checkpoint:.4f}, int8 {exported:.4f}, loss {loss:.4f}")
     return f"mAP50-95 falls by {loss:.4f} (--int8-max-drop {limit:g})" if loss > limit else ""

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import torch
 
-from models.backends import load_backend, open_model
+from models.backends import ModelFile, open_model
 from models.export.formats import Tolerance
 from models.export.job import ExportJob
 from models.inference.evaluation import check_classes, make_loader
@@ -98,12 +98,19 @@ class Parity:
         return f"{self.images} images: {rows}{found}"
 
 
-def check_parity(job: ExportJob, path: Path, images: Sequence[np.ndarray], tolerance: Tolerance) -> Parity:
+def opened(exported: str | Path | ModelFile, device: str) -> ModelFile:
+    """Returns an exported file or folder, opened on a device unless its exporter has done so."""
+    return exported if isinstance(exported, ModelFile) else open_model(exported, device)
+
+
+def check_parity(
+    job: ExportJob, exported: Path | ModelFile, images: Sequence[np.ndarray], tolerance: Tolerance
+) -> Parity:
     """Runs the checkpoint and an exported file on images and compares them.
 
     Args:
         job: what was exported.
-        path: the exported file or folder.
+        exported: the exported file or folder.
         images: uint8 (h, w, 3) BGR of any size.
         tolerance: its `score` also says which detections are too near the threshold to be expected on both sides.
 
@@ -113,9 +120,9 @@ def check_parity(job: ExportJob, path: Path, images: Sequence[np.ndarray], toler
     parity = Parity()
     if job.config.train:
         for inputs in model_inputs(images, job):
-            _compare_maps(parity, job, path, inputs)
+            _compare_maps(parity, job, exported, inputs)
         return parity
-    backend = load_backend(path, job.run_device)
+    backend = opened(exported, job.run_device).build()
     for inputs in model_inputs(images, job):
         rows = run_checkpoint(job, inputs)
         output = np.asarray(torch.as_tensor(backend.predict(inputs)).float().cpu())
@@ -270,7 +277,11 @@ WORKERS = 0  # exporters leave threads behind that forked loader processes might
 
 
 def compare_map(
-    weights: str | Path, exported: str | Path, data: str | Path, shape_hw: tuple[int, int], device: str = ""
+    weights: str | Path,
+    exported: str | Path | ModelFile,
+    data: str | Path,
+    shape_hw: tuple[int, int],
+    device: str = "",
 ) -> tuple[float, float]:
     """Returns the mAP50-95 of a checkpoint and of its export on a data set's validation split.
 
@@ -288,7 +299,7 @@ def compare_map(
         UserError: a file, the data set or the device is not there, or the classes are not the data set's.
     """
     spec = load_spec(data, need=("val",), download=False)
-    models = [open_model(weights, device), open_model(exported, device)]
+    models = [open_model(weights, device), opened(exported, device)]
     for model in models:
         check_classes(model, spec)
     said = models[1].metadata
