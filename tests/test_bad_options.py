@@ -162,6 +162,7 @@ TEXTS = {
         "reluu|nn.Nothing|nn.LeakyReLU(0.1|eval(1)|1|nn.Conv2d(1, 2, 3)|os.system('x')|nn.LeakyReLU(a)|relu\0|| "
     ),
     "box_loss": texts("cious|CIoU|ciou,giou|1|ciou\0|| "),
+    "chip": texts("3588|rk3588,rk3566|rk 3588|RK3588|rk3588\0|| "),
     "ort_web": texts("gone.tgz|no/gone.tgz|gone.tgz\0|..| "),
     "live_out": texts(
         "live|live.mp4|ftp://127.0.0.1/live|http://|http://127.0.0.1/live|http://127.0.0.1:0/x|http://127.0.0.1:99999/x|"
@@ -191,7 +192,11 @@ EMPTY_IS_NONE = {  # options that mean "none given" by an empty text
     *(("export", "data"), ("serve", "weights"), ("serve", "device"), ("serve", "api_keys"), ("val", "annotations")),
 }
 FOUND_OUT_AT_WORK = ("rubbish.jpg", "nothing.jpg", "text.jpg", "missing.txt")  # what an image or a list holds
-NEEDED = {"count": ("--track",), "ort_web": ("--include", "web")}  # options without which this one means nothing
+NEEDED = {
+    "count": ("--track",),
+    "ort_web": ("--include", "web"),
+    "chip": ("--include", "rknn"),
+}  # options without which this one means nothing
 
 
 def is_taken(script: ModuleType, dest: str, text: str) -> bool:

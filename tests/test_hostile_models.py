@@ -257,7 +257,7 @@ def openvino_folder(folder: Path, graph: bytes = GRAPH.encode()) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["openvino_model", "ncnn_model", "saved_model", "mlpackage", "xml"])
+@pytest.mark.parametrize("kind", ["openvino_model", "ncnn_model", "rknn_model", "saved_model", "mlpackage", "xml"])
 def test_folders_with_links_to_elsewhere_are_refused(tmp_path, kind):
     folder = openvino_folder(tmp_path / (f"evil.{kind}" if kind == "mlpackage" else f"evil_{kind}"))
     (folder / "variables").mkdir()

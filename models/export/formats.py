@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -385,7 +386,7 @@ class ExportConfig:
         if self.ort_web is not None and not os.path.isfile(self.ort_web):
             made = f"npm pack {ORT_WEB_TARBALL.removesuffix('.tgz').replace('web-', 'web@')}"
             raise UserError(f"--ort-web {self.ort_web}: no such file. It is made by: {made}")
-        if self.chip is not None and not self.chip.isalnum():
+        if self.chip is not None and not re.fullmatch(r"[a-z]{2}\d{4}[a-z]?", self.chip, re.ASCII):
             raise UserError(f"--chip {shown(self.chip)}: is no name of a chip, such as {DEFAULT_CHIP}.")
 
     def _check_formats(self) -> None:

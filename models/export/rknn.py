@@ -143,10 +143,12 @@ class Toolkit:
         """
         line = self._process.stdout.readline()
         if not line:
+            status = self._process.wait()
             self._log.seek(0)
             printed = re.sub(r"\x1b\[[\d;]*m", "", self._log.read().decode("utf-8", "replace"))
             errors = re.findall(r"^E (\w+: .+)$", printed, re.M)  # between progress bars
-            raise UserError(f"{TOOLKIT} ({self._python}): {errors[-1] if errors else last_lines(printed)}")
+            ended = f"it ended with status {status}\n{last_lines(printed)}"
+            raise UserError(f"{TOOLKIT} ({self._python}): {errors[-1] if errors else ended.rstrip()}")
         answer = json.loads(line)
         if "error" in answer:
             raise UserError(f"{TOOLKIT} ({self._python}): {answer['error']}")

@@ -1,5 +1,8 @@
 """What the tests of exports and of runtimes share: a small checkpoint like a trained one."""
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,27 @@ def small_weights(write_checkpoint) -> dict[str, Path]:
 def anchor_free_weights(small_weights) -> Path:
     """The one with the anchor-free head."""
     return small_weights["bins"]
+
+
+@pytest.fixture(scope="session")
+def rockchip(tmp_path_factory) -> Path:
+    """A folder to import stand-ins of Rockchip's libraries from; RKNN_PYTHON names a program that has the toolkit's."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    if os.name == "nt":
+        pytest.skip("the toolkit's stand-in is a shell script")
+    folder = tmp_path_factory.mktemp("rockchip")
+    for package in ("rknn", "rknnlite"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").touch()
+        shutil.copy(Path(__file__).with_name("rknn_stand_in.py"), folder / package / "api.py")
+    (folder / "rknn_toolkit2-9.8.7.dist-info").mkdir()
+    (folder / "rknn_toolkit2-9.8.7.dist-info" / "METADATA").write_text("Name: rknn-toolkit2\nVersion: 9.8.7\n")
+    run = f"import runpy, sys; sys.path.insert(0, '{folder}'); del sys.argv[0]; "
+    run += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    program = folder / "python"
+    program.write_text(f'#!/bin/sh\n[ "$1" = -I ] || exit 9\nshift\nexec "{sys.executable}" -I -c "{run}" "$@"\n')
+    program.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RKNN_PYTHON", str(program))
+        yield folder

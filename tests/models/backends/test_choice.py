@@ -23,6 +23,7 @@ from utils.errors import UserError
         ("folder/best.xml", "openvino"),
         ("best_openvino_model_v2", "openvino"),
         ("best_ncnn_model", "ncnn"),
+        ("best_rknn_model", "rknn"),
         ("best.mnn", "mnn"),
         ("best.pte", "executorch"),
         ("best-int8.tflite", "tflite"),
@@ -44,7 +45,7 @@ def test_a_browsers_model_is_refused(tmp_path):
         load_backend(tmp_path / "best_web_model")
 
 
-@pytest.mark.parametrize("name", ["best_openvino_model", "best_ncnn_model"])
+@pytest.mark.parametrize("name", ["best_openvino_model", "best_ncnn_model", "best_rknn_model"])
 def test_an_empty_folder_is_told(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match="is expected in this folder, there is none"):

@@ -1,5 +1,6 @@
 """detect.py on exported models with everything heavy blocked: what it writes is what the checkpoint gives."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,13 +45,16 @@ def expected(weights, picture, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "form", ["onnx", "onnx raw", "openvino", "ncnn", "mnn", pytest.param("tflite", marks=pytest.mark.slow)]
+    "form", ["onnx", "onnx raw", "openvino", "ncnn", "rknn", "mnn", pytest.param("tflite", marks=pytest.mark.slow)]
 )
-def test_detections_are_the_checkpoints_with_nothing_heavy_imported(exported, picture, expected, tmp_path, form):
+def test_detections_are_the_checkpoints_with_nothing_heavy_imported(
+    exported, rockchip, picture, expected, tmp_path, form
+):
     path = exported(form.removesuffix(" raw"), **{"raw": True} if form.endswith(" raw") else {})
     line = [sys.executable, "-c", PROGRAM, "--weights", path, "--source", picture, "--project", tmp_path]
     line += ["--save-txt", "--save-conf", "--save-crop", "--save-csv"]
-    done = subprocess.run(list(map(str, line)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(rockchip)}
+    done = subprocess.run(list(map(str, line)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Image size 64x96, the one that the model was exported for" in done.stderr
     found = np.loadtxt(tmp_path / "exp" / "labels" / "picture.txt", ndmin=2)

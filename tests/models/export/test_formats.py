@@ -19,7 +19,7 @@ def complete(*words):
 def test_6_1s_arguments_and_suffixes_are_kept():
     table = {entry.argument: entry.suffix for entry in FORMATS.values()}
     assert table.pop("ncnn") == "_ncnn_model" and table.pop("yolov5") == "_yolov5.pt"
-    assert table.pop("web") == "_web_page"
+    assert table.pop("web") == "_web_page" and table.pop("rknn") == "_rknn_model"
     assert table == {
         "torchscript": ".torchscript",
         "onnx": ".onnx",
@@ -93,12 +93,18 @@ def test_limits_get_their_documented_defaults():
         ("--train --int8 --data x --include onnx", "--train with --int8: "),
         ("--raw --nms --include onnx", "--raw with --nms: .*leave one of them out"),
         ("--raw --train --include onnx", "--raw with --train: .*after the sigmoid"),
-        ("--raw --include openvino", "--raw: OpenVINO cannot. Formats that can: onnx, mnn, executorch, tflite, edge"),
+        (
+            "--raw --include openvino",
+            "--raw: OpenVINO cannot. Formats that can: onnx, rknn, mnn, executorch, tflite, edge",
+        ),
         ("--torch-export --include tflite", "--torch-export has no effect here: it is for the formats onnx, openvino"),
         ("--int8 --include onnx", "--int8 is calibrated .* --data"),
         ("--optimize", "--optimize .* no longer builds"),
         ("--inplace", "--inplace would change nothing"),
-        ("--int8 --data x", "--int8: TorchScript cannot. Formats that can: engine, onnx, openvino, coreml, tflite"),
+        (
+            "--int8 --data x",
+            "--int8: TorchScript cannot. Formats that can: engine, onnx, openvino, coreml, rknn, tflite",
+        ),
         ("--dynamic --include onnx ncnn tflite", "--dynamic: NCNN, TensorFlow Lite cannot"),
         ("--nms", "--nms: TorchScript cannot. Formats that can: engine, onnx, openvino, coreml, tflite"),
         ("--half --include onnx saved_model", "--half: TensorFlow SavedModel cannot"),
