@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.apart import measured
 from models.backends.base import processor_name
+from models.latency import run_onnxruntime
 from utils.cli import number, run_command
 from utils.errors import UserError
 
@@ -211,15 +212,7 @@ def load_onnxruntime(entries: Sequence[Entry], image, threads: int) -> tuple[lis
     """Returns a function for each model that runs it in ONNX Runtime, and the version."""
     import onnxruntime
 
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.add_session_config_entry("session.force_spinning_stop", "1")  # else one model's threads slow the next
-
-    def loaded(file: str) -> Run:
-        session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
-        return lambda: session.run(None, {"images": image})
-
-    return [loaded(entry.file) for entry in entries], onnxruntime.__version__
+    return [run_onnxruntime(entry.file, image, threads) for entry in entries], onnxruntime.__version__
 
 
 def load_onnxruntime_int8(entries: Sequence[Entry], image, threads: int) -> tuple[list[Run], str]:

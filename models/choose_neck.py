@@ -282,7 +282,7 @@ def build_parser() -> CommandParser:
     add("--runtime", choices=tuple(latency.RUNTIMES), default="onnxruntime", help="where the model will run")
     add("--int8", action="store_true", help="it will run in int8")
     add("--threads", type=number(int, 1), default=1, help="threads of the runtime")
-    add("--rounds", type=number(int, 6), default=30, help="how often each graph is run; the median counts")
+    add("--rounds", type=number(int, 6), default=30, help="how often each graph is run, over six loads")
     add("--clock", choices=tuple(latency.CLOCKS), default="wall", help="cpu: CPU time, for busy machines")
     add("--table", default="", metavar="FILE", help="a table that was measured before, here or on another device")
     add("--graphs", default="", metavar="FOLDER", help="write there what another device measures, and end")

@@ -111,7 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("latency.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default=str(Path(__file__).parent), help="default: where this file is")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the runtime")
-    parser.add_argument("--rounds", type=int, default=30, help="how often each file is run; the median counts")
+    parser.add_argument("--rounds", type=int, default=30, help="how often each file is run, over six loads")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: CPU time, for busy machines")
     options = parser.parse_args()
     table = measure(options.folder, options.threads, options.rounds, options.clock)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -157,6 +158,28 @@ def _streams_to(target: int) -> Iterator[None]:
             restoring.callback(os.dup2, kept, descriptor)
             os.dup2(target, descriptor)
         yield
+
+
+def find_program(variable: str, places: Sequence[str | Path], what: str, how: str) -> str:
+    """Returns a program of an environment of its own: the one that a variable names, else the first that there is.
+
+    Args:
+        variable: of the environment.
+        places: names to look up on the PATH, and paths.
+        what: it is, in the message.
+        how: to get it, in the message, which goes on with "in the environment variable ...".
+
+    Raises:
+        UserError: there is none.
+    """
+    named = os.environ.get(variable)
+    found = next(filter(None, map(shutil.which, [named] if named else map(str, places))), None)
+    if found is None:
+        where = f" ({variable}={named} is no program)" if named else ""
+        raise UserError(
+            f"needs {what}{where}, which wants an environment of its own: {how} in the environment variable {variable}."
+        )
+    return found
 
 
 def run_tool(command: Sequence[str], folder: Path) -> str:

@@ -27,7 +27,7 @@ from models.backends import ModelFile
 from models.backends.rknn import METADATA_FILE, RknnBackend
 from models.export import rknn_compiler
 from models.export.formats import DEFAULT_CHIP, missing_packages
-from models.export.job import ExportJob, atomic_folder, last_lines
+from models.export.job import ExportJob, atomic_folder, find_program, last_lines
 from models.export.onnx import write_onnx
 from utils.errors import UserError
 from utils.files import write_yaml
@@ -87,18 +87,11 @@ def find_python() -> str:
     Raises:
         UserError: there is none.
     """
-    named, own = os.environ.get(PYTHON_VARIABLE), Path(sys.prefix).parent / FOLDER
+    own = Path(sys.prefix).parent / FOLDER
     here = [] if missing_packages(("rknn",)) else [sys.executable]
-    places = [named] if named else [*here, str(own / "bin" / "python"), str(own / "Scripts" / "python.exe")]
-    found = next(filter(None, map(shutil.which, places)), None)
-    if found is None:
-        where = f" ({PYTHON_VARIABLE}={named} is no program)" if named else ""
-        raise UserError(
-            f"needs Rockchip's {TOOLKIT}{where}, which wants an environment of its own: `make rknn` installs it into "
-            f"{FOLDER} (Linux, Python 3.10 to 3.12), or name a Python that has it in the environment variable "
-            f"{PYTHON_VARIABLE}."
-        )
-    return found
+    how = f"`make rknn` installs it into {FOLDER} (Linux, Python 3.10 to 3.12), or name a Python that has it"
+    places = [*here, own / "bin" / "python", own / "Scripts" / "python.exe"]
+    return find_program(PYTHON_VARIABLE, places, f"Rockchip's {TOOLKIT}", how)
 
 
 def _write_images(folder: Path, images: Sequence[np.ndarray]) -> str:

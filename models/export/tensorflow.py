@@ -9,7 +9,6 @@ this one needs new: onnx2tf, and for the browser tensorflowjs_converter. All for
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -23,7 +22,7 @@ import numpy as np
 
 from models.backends.base import before_tensorflow
 from models.backends.metadata import Metadata
-from models.export.job import ExportJob, atomic_folder, quietly, run_tool
+from models.export.job import ExportJob, atomic_folder, find_program, quietly, run_tool
 from models.export.onnx import INPUT as ONNX_INPUT
 from models.export.onnx import write_onnx
 from utils.errors import UserError
@@ -88,18 +87,10 @@ def find_converter() -> str:
     Raises:
         UserError: it is nowhere.
     """
-    named = os.environ.get(CONVERTER_VARIABLE)
     beside = Path(sys.executable).parent
     folders = (beside, *(Path(sys.prefix).parent / CONVERTER_FOLDER / scripts for scripts in ("bin", "Scripts")))
-    places = [named] if named else [CONVERTER, *(str(folder / CONVERTER) for folder in folders)]
-    found = next(filter(None, map(shutil.which, places)), None)
-    if found is None:
-        where = f" ({CONVERTER_VARIABLE}={named} is no program)" if named else ""
-        raise UserError(
-            f"needs the program {CONVERTER}{where}, which wants an environment of its own: pipx install {CONVERTER}, "
-            f"or name it in the environment variable {CONVERTER_VARIABLE}."
-        )
-    return found
+    places = [CONVERTER, *(folder / CONVERTER for folder in folders)]
+    return find_program(CONVERTER_VARIABLE, places, f"the program {CONVERTER}", f"pipx install {CONVERTER}, or name it")
 
 
 def converter_version(program: str, folder: Path) -> str:

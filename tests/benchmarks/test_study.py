@@ -236,6 +236,14 @@ def test_tables_give_means_and_spreads_of_seeds(tmp_path):
     assert lines[lines.index(heads[-1]) + 1] == "| --- | --- |"
 
 
+def test_latency_is_measured_once_of_a_model_with_several_options(options, monkeypatch):
+    called = []
+    monkeypatch.setattr(study, "run", lambda *words: called.append(list(map(str, words))) or "")
+    study.main(options("--models", "yolov5n", "yolov5n:box-loss=siou", "yolov5n-slimneck:act=relu", "--ms"))
+    (words,) = called
+    assert words[words.index("--models") + 1 :] == ["yolov5n", "yolov5n-slimneck"]
+
+
 def test_tables_stand_between_the_markers_of_the_page(tmp_path, refusal):
     page = tmp_path / "study.md"
     page.write_text((ROOT / "docs" / "study.md").read_text(encoding="utf-8") + "after\n", encoding="utf-8")

@@ -147,7 +147,7 @@ def run(*words):
 
 @pytest.fixture
 def given(dense, tmp_path):
-    """Options of a run in whose table the 3x3s of rows 3 and 4 and C3GS alone are faster in most rounds."""
+    """Options of a run in whose table the 3x3s of rows 3 and 4 and C3GS alone are faster in every load."""
     (table := tmp_path / "table.json").write_text(
         json.dumps(table_of({3: [-1, 0.5], 4: [0.19, 0.25], 7: [-1, -1, 1.0, 0.1]}))
     )

@@ -15,7 +15,7 @@ from utils.eval.report_page import write_report
 NAMES = {0: "<b>cat</b>", 1: "红绿灯"}
 CSV = (
     "epoch,train/box_loss,train/obj_loss,metrics/precision,metrics/recall,metrics/mAP_0.5,metrics/mAP_0.5:0.95,"
-    "val/box_loss,x/lr0\n0,0.1,nan,0.2,0.3,0.4,0.2,0.11,0.01\n1,0.08,0.05,0.3,0.4,0.5,0.3,0.1,0.005\n"
+    "val/box_loss,x/lr0\n0,0.1,nan,0.2,0.3,0.4,0.2,0.11,0.00263\n1,0.08,0.05,0.3,0.4,0.5,0.3,0.1,0.00151\n"
 )
 
 
@@ -101,6 +101,9 @@ def test_it_is_whole_and_readable_in_a_browser(report, driver, width, scheme):
         assert abs(text - ground) > 150 and (ground > text) == bool(scheme)
         texts = "[...document.querySelectorAll('svg.plot text')].map(one => one.getBoundingClientRect().height)"
         assert browser.run(f"return Math.min(...{texts})") >= 9  # px
+        outside = "one.getBoundingClientRect().left < one.ownerSVGElement.getBoundingClientRect().left"
+        cut = f"[...document.querySelectorAll('svg.plot text')].filter(one => {outside}).map(one => one.textContent)"
+        assert browser.run(f"return {cut}") == []
         assert browser.errors() == []
     finally:
         browser.close()
