@@ -159,12 +159,16 @@ class _Search:
     def run(self, callbacks: Callbacks) -> Hyp | None:
         """Trains until enough trials are finished; see `evolve`."""
         optuna, study, config, folder = self.optuna, self.study, self.config, Path(self.config.save_dir)
-        waited = False
+        waited_for: set[int] = set()
         while (missing := config.evolve - len(_of_state(study, "COMPLETE", "PRUNED"))) > 0:
-            if len(_of_state(study, "RUNNING")) >= missing:  # by others, or by those that have just been killed
-                if not waited:
+            running = {trial._trial_id for trial in _of_state(study, "RUNNING")}
+            if len(running) >= missing:  # by others, or by those that have just been killed
+                if not waited_for:
                     LOGGER.info(f"Waiting for other processes, which train the last {missing} ...")
-                waited = True
+                for trial in running - waited_for:
+                    # Without it, one that was killed before its first sign of life counts as alive for ever
+                    study._storage.record_heartbeat(trial)
+                waited_for |= running
                 time.sleep(WAIT_S)
                 optuna.storages.fail_stale_trials(study)
                 continue
@@ -206,7 +210,7 @@ class _Search:
             LOGGER.warning(f"WARNING: {error}")
             raise self.optuna.TrialPruned from error
         except BaseException:
-            _repeat(self.study, trial)
+            _repeat(self.study, self.study.trials[trial.number])
             raise
         trial.set_user_attr("figures", self.figures)
         return result.fitness
@@ -300,8 +304,9 @@ def _suggest(trial: Any, name: str, gene: Gene) -> float:
 
 
 def _repeat(study: Any, trial: Any) -> None:
-    """Puts an interrupted trial into the queue again."""
-    study.enqueue_trial(trial.params, user_attrs={"first": True} if "first" in trial.user_attrs else {})
+    """Puts an interrupted trial into the queue again, with the values that it had and those that it was to have."""
+    values = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    study.enqueue_trial(values, user_attrs={"first": True} if "first" in trial.user_attrs else {})
 
 
 def _of_state(study: Any, *states: str) -> list[Any]:

@@ -140,6 +140,21 @@ def test_an_interrupted_search_repeats_the_trial_and_goes_on_as_if_it_were_not(a
 
 
 @needs_optuna
+def test_a_trial_that_was_killed_before_its_first_sign_of_life_is_repeated(tmp_path, monkeypatch):
+    import optuna
+
+    monkeypatch.setattr(evolve, "GRACE_S", 1)
+    monkeypatch.setattr(evolve, "WAIT_S", 0.2)
+    monkeypatch.setattr(evolve, "STARTUP_TRIALS", 4)
+    whole, search = (Search(tmp_path / name, epochs=1) for name in ("whole", "search"))
+    whole.run(trials=4)
+    search.run(trials=3)
+    optuna.load_study(study_name="evolve", storage=f"sqlite:///{tmp_path}/search/evolve.db").ask()
+    search.run(trials=4)
+    assert search.tried == whole.tried
+
+
+@needs_optuna
 def test_a_trial_whose_loss_is_not_finite_ends_alone_and_other_mistakes_end_the_search(tmp_path, caplog):
     search = Search(tmp_path)
     train_before, raised = search.train, [NotFinite("box is nan"), UserError("9.jpg: damaged")]
