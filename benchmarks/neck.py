@@ -3,22 +3,24 @@
 For each model as trained (batch norm folded, as YOLOv5 runs it) and rewritten for inference: parameters, GFLOPs, nodes
 of the ONNX graph, and the median latency in PyTorch (float32), ONNX Runtime (float32, int8) and OpenVINO (float32,
 bfloat16, int8). A model YAML's name may have an activation behind it: yolov5s:relu. Weights are random: they change no
-latency. Each runtime has a process of its own, since spinning threads of one slow the other; in it the
-models take turns, so that whatever else the machine does meets all alike.
+latency. Each runtime has a process of its own, since spinning threads of one slow the other; in it the models take
+turns, each loaded six times (`models.latency.run_in_turns`).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
+import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.apart import measured
 from models.backends.base import processor_name
-from models.latency import run_onnxruntime
+from models.latency import CLOCKS, LOADS, run_in_turns, run_onnxruntime, run_openvino
 from utils.cli import number, run_command
 from utils.errors import UserError
 
@@ -34,9 +36,6 @@ NECKS = ("", "-gsneck", "-gsconv", "-slimneck", "-slimneck-c", "-slimneck-q")
 FORMS = ("as trained", "rewritten")
 LIST = "models.json"  # of the graphs in the folder
 RUNTIMES = ("torch", "onnxruntime", "onnxruntime-int8", "openvino", "openvino-bf16", "openvino-int8")
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-CALIBRATION_IMAGES = 4  # ranges change no latency
-OPSET = 17
 
 Run = Callable[[], Any]
 
@@ -70,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--models", nargs="+", help="names of model YAMLs; the first is compared with; default: all necks of --size")
     add("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="in which forms")
     add("--imgsz", "--img", "--img-size", type=number(int, 32), default=640, help="image side in pixels")
-    add("--repeats", type=number(int, 1), default=30, help="rounds; the median counts")
+    add("--repeats", type=number(int, 1), default=30, help=f"how often each is run, over {LOADS} loads")
     add("--threads", type=number(int, 1), default=os.cpu_count(), help="threads of each runtime")
     add("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES, help="where to run")
     add("--clock", default="wall", choices=tuple(CLOCKS), help="cpu: CPU time, for busy machines; with --threads 1")
@@ -106,6 +105,8 @@ def write_graphs(folder: Path, options: argparse.Namespace) -> list[Entry]:
     import onnx
     import torch
 
+    from models.choose_neck import export_graph
+
     entries = []
     image = torch.zeros(1, 3, options.imgsz, options.imgsz)
     for name in options.models or [f"yolov5{options.size}{neck}" for neck in NECKS]:
@@ -113,7 +114,7 @@ def write_graphs(folder: Path, options: argparse.Namespace) -> list[Entry]:
             if form not in options.forms:
                 continue
             file = folder / f"{name.replace(':', ' ')} {form}.onnx"
-            export(module, image, file)
+            export_graph(module, image, file)
             parameters = sum(parameter.numel() for parameter in module.parameters())
             nodes = len(onnx.load(str(file)).graph.node)
             entries.append(Entry(name, form, parameters, count_gflops(module, image), nodes, str(file)))
@@ -148,19 +149,6 @@ def both_forms(name: str, imgsz: int) -> dict[str, Any]:
     return dict(zip(FORMS, (Rows(model.fuse()).eval(), rewritten.eval()), strict=True))
 
 
-def export(module, image, file: Path) -> None:
-    """Writes a module as ONNX for images of the shape of `image`."""
-    import warnings
-
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the exporter torch recommends needs onnxscript
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are meant to be fixed
-        names = {"input_names": ["images"], "output_names": ["output"]}
-        torch.onnx.export(module, (image,), str(file), dynamo=False, opset_version=OPSET, **names)
-
-
 def count_gflops(module, image) -> float:
     """Returns the floating point operations of one run, two a multiply-add, in 1e9."""
     import torch
@@ -172,101 +160,59 @@ def count_gflops(module, image) -> float:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures all models in one runtime: its name, its version, and each model's median in ms, in the list's order."""
+    """Measures all models in one runtime.
+
+    Returns:
+        Its name and version, and in the list's order of each model: `ms`, the median of the loads, and `loads_ms`, a
+        list for each load.
+    """
     import numpy as np
 
     entries = [Entry(**values) for values in json.loads(Path(options.folder, LIST).read_text())]
     image = np.random.default_rng(0).random((1, 3, options.imgsz, options.imgsz), dtype=np.float32)
-    runs, version = LOADERS[options.measure](entries, image, options.threads)
-    clock = CLOCKS[options.clock]
-    for run in runs * 2:  # the first runs lay out memory
-        run()
-    seconds = np.empty((options.repeats, len(runs)))
-    for repeat in range(options.repeats):
-        order = range(len(runs)) if repeat % 2 else reversed(range(len(runs)))
-        for place in order:
-            start = clock()
-            runs[place]()
-            seconds[repeat, place] = clock() - start
-    medians_ms = (1000 * np.median(seconds, 0)).tolist()
-    return {"runtime": options.measure, "version": version, "ms": medians_ms}
+    loaders, version = LOADERS[options.measure](entries, image, options.threads)
+    ms = run_in_turns(loaders, options.repeats, options.clock)
+    medians_ms = np.median(ms, axis=0).tolist()
+    return {"runtime": options.measure, "version": version, "ms": medians_ms, "loads_ms": ms.tolist()}
 
 
-def load_torch(entries: Sequence[Entry], image, threads: int) -> tuple[list[Run], str]:
-    """Returns a function for each model that runs it in PyTorch, and the version."""
+def torch_loaders(entries: Sequence[Entry], image, threads: int) -> tuple[list[Callable[[], Run]], str]:
+    """Returns for each model what loads it into PyTorch, and the version."""
     import torch
 
     torch.set_num_threads(threads)
     inputs = torch.from_numpy(image).contiguous(memory_format=torch.channels_last)
-
-    def loaded(module) -> Run:
-        module = module.to(memory_format=torch.channels_last)
-        return torch.inference_mode()(lambda: module(inputs))
-
     names = list(dict.fromkeys(entry.model for entry in entries))
     forms = {name: both_forms(name, image.shape[2]) for name in names}
-    return [loaded(forms[entry.model][entry.form]) for entry in entries], torch.__version__
+
+    def load(entry: Entry) -> Run:
+        module = copy.deepcopy(forms[entry.model][entry.form]).to(memory_format=torch.channels_last)
+        return torch.inference_mode()(lambda: module(inputs))
+
+    return [functools.partial(load, entry) for entry in entries], torch.__version__
 
 
-def load_onnxruntime(entries: Sequence[Entry], image, threads: int) -> tuple[list[Run], str]:
-    """Returns a function for each model that runs it in ONNX Runtime, and the version."""
-    import onnxruntime
+def file_loaders(
+    entries: Sequence[Entry], image, threads: int, runtime: str, load: Callable[..., Run], int8: bool = False
+) -> tuple[list[Callable[[], Run]], str]:
+    """Returns for each model what loads its file, for int8 quantised as export.py does, and the runtime's version."""
+    from models.choose_neck import finish_graph
 
-    return [run_onnxruntime(entry.file, image, threads) for entry in entries], onnxruntime.__version__
-
-
-def load_onnxruntime_int8(entries: Sequence[Entry], image, threads: int) -> tuple[list[Run], str]:
-    """Does the same for the models quantised as export.py does it."""
-    from models.export.onnx import quantize
-
-    quantised = [replace(entry, file=entry.file.replace(".onnx", "-int8.onnx")) for entry in entries]
-    for entry, made in zip(entries, quantised, strict=True):
-        quantize(Path(entry.file), Path(made.file), calibration(image))
-    return load_onnxruntime(quantised, image, threads)
+    pixels = (255 * image).astype("uint8")
+    files = [str(finish_graph(Path(entry.file), pixels, runtime, int8)) for entry in entries]
+    version = importlib.metadata.version(runtime)
+    return [functools.partial(load, file, image, threads) for file in files], version
 
 
-def calibration(image) -> list[Any]:
-    """Returns images to quantise with, uint8 of the shape of `image`."""
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    return [generator.integers(0, 256, image.shape, dtype=np.uint8) for _ in range(CALIBRATION_IMAGES)]
-
-
-def load_openvino(
-    entries: Sequence[Entry],
-    image,
-    threads: int,
-    change: Callable[[Any], Any] = lambda model: model,
-    precision: str = "f32",
-) -> tuple[list[Run], str]:
-    """Returns a function for each model that runs it in OpenVINO, after a `change`, and the version."""
-    import openvino
-
-    core = openvino.Core()
-    config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-
-    def loaded(file: str) -> Run:
-        request = core.compile_model(change(core.read_model(file)), "CPU", config).create_infer_request()
-        return lambda: request.infer({0: image}, share_inputs=True, share_outputs=True)
-
-    return [loaded(entry.file) for entry in entries], openvino.__version__.split("-")[0]
-
-
-def load_openvino_int8(entries: Sequence[Entry], image, threads: int) -> tuple[list[Run], str]:
-    """Does the same for the models quantised as export.py does it."""
-    from models.export.openvino import quantize
-
-    return load_openvino(entries, image, threads, lambda model: quantize(model, calibration(image), batch=1))
-
-
-LOADERS: dict[str, Callable[[Sequence[Entry], Any, int], tuple[list[Run], str]]] = {
-    "torch": load_torch,
-    "onnxruntime": load_onnxruntime,
-    "onnxruntime-int8": load_onnxruntime_int8,
-    "openvino": load_openvino,
-    "openvino-bf16": functools.partial(load_openvino, precision="bf16"),
-    "openvino-int8": load_openvino_int8,
+LOADERS: dict[str, Callable[[Sequence[Entry], Any, int], tuple[list[Callable[[], Run]], str]]] = {
+    "torch": torch_loaders,
+    "onnxruntime": functools.partial(file_loaders, runtime="onnxruntime", load=run_onnxruntime),
+    "onnxruntime-int8": functools.partial(file_loaders, runtime="onnxruntime", load=run_onnxruntime, int8=True),
+    "openvino": functools.partial(file_loaders, runtime="openvino", load=run_openvino),
+    "openvino-bf16": functools.partial(
+        file_loaders, runtime="openvino", load=functools.partial(run_openvino, precision="bf16")
+    ),
+    "openvino-int8": functools.partial(file_loaders, runtime="openvino", load=run_openvino, int8=True),
 }
 
 
@@ -274,20 +220,27 @@ def print_table(entries: Sequence[Entry], results: Sequence[dict[str, Any]]) -> 
     """Prints a line for each model and form: costs, and for each runtime ms and two shares of the first one's."""
     for result in results:
         print(f"{result['runtime']} {result['version']}")
-    print("ms; in brackets the share of the first model's time, of the same form's and of its first form's")
+    print(
+        "ms; in brackets the share of the first model's time in the same form, and half of what loads differ by in it"
+    )
     forms = len({entry.form for entry in entries})
-    header = f"{'model':20} {'form':11} {'parameters':>10} {'GFLOPs':>6} {'nodes':>5}"
-    print(header + "".join(f"{result['runtime']:>23}" for result in results))
+    header = f"{'model':23} {'form':11} {'parameters':>10} {'GFLOPs':>6} {'nodes':>5}"
+    print(header + "".join(f"{result['runtime']:>22}" for result in results))
     for place, entry in enumerate(entries):
-        costs = f"{entry.model:20} {entry.form:11} {entry.parameters:10} {entry.gflops:6.2f} {entry.nodes:5}"
-        print(costs + "".join(f"{cell(result['ms'], place, forms):>23}" for result in results))
+        costs = f"{entry.model:23} {entry.form:11} {entry.parameters:10} {entry.gflops:6.2f} {entry.nodes:5}"
+        print(costs + "".join(f"{cell(result, place, place % forms):>22}" for result in results))
 
 
-def cell(medians_ms: Sequence[float], place: int, forms: int) -> str:
-    """Returns a time with its share of the first model's in the same form, and of the first model's first form."""
-    baseline = place % forms
-    spent_ms = medians_ms[place]
-    return f"{spent_ms:.1f} ({spent_ms / medians_ms[baseline]:.3f} {spent_ms / medians_ms[0]:.3f})"
+def cell(result: dict[str, Any], place: int, baseline: int) -> str:
+    """Returns a model's time and its share of another's, which is of the same loads: both change from load to load."""
+    share, spread = share_of(result, place, baseline)
+    return f"{result['ms'][place]:.1f} ({share:.3f} ±{spread:.3f})"
+
+
+def share_of(result: dict[str, Any], place: int, baseline: int) -> tuple[float, float]:
+    """Returns which share of a model's time another takes: the median of the loads, and half of what they differ by."""
+    shares = [times[place] / times[baseline] for times in result["loads_ms"]]
+    return statistics.median(shares), (max(shares) - min(shares)) / 2
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from typing import IO, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.apart import machine, run
+from benchmarks.neck import share_of
 from utils.cli import CommandParser, ReportedError, number, run_command, with_hint
 from utils.errors import MAX_IMAGE_SIDE_PX, UserError
 from utils.files import ROOT, atomic_write, find_file
@@ -68,6 +69,9 @@ STARTS = {
     "coco-no-inherit": Start("train.py --weights {coco} --cfg {cfg} --no-inherit --recipe auto", 1 / 2, slim=True),
     "inherited": Start("-m models.transplant --weights {needed} --cfg {cfg}", needs="coco", slim=True),
     "tuned": Start("train.py --weights {needed} --cfg {cfg} --recipe auto", 1 / 4, needs="coco", slim=True),
+    "taught": Start(
+        "train.py --weights {needed} --cfg {cfg} --teacher {needed} --recipe auto", 1 / 4, needs="coco", slim=True
+    ),
 }
 DEFAULT_STARTS = ["scratch", "coco", "inherited", "tuned"]
 EVERY_START = "--data {data} --imgsz {imgsz} --seed {seed} --workers 0 --project {project} --name {name} --exist-ok"
@@ -380,7 +384,7 @@ def latency_table(report: Mapping[str, Any]) -> str:
     places = [place for place, entry in enumerate(report["models"]) if entry["form"] == "rewritten"]
     lines = [["model", *(f"{RUNTIMES[one['runtime']]} {one['version']}" for one in report["runtimes"])]]
     for place in places:
-        times = [(one["ms"][place], one["ms"][place] / one["ms"][places[0]]) for one in report["runtimes"]]
+        times = [(one["ms"][place], share_of(one, place, places[0])[0]) for one in report["runtimes"]]
         lines.append([f"`{report['models'][place]['model']}`", *(f"{ms:.1f} ms ({share:.2f})" for ms, share in times)])
     about = f"{report['processor']}, one thread, {report['options']['imgsz']} px, CPU time."
     return f"### Latency\n\n{about}\n\n{markdown(lines)}"

@@ -9,12 +9,13 @@ can be measured on another device: numpy and ONNX Runtime (or OpenVINO) are enou
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,11 @@ def run_onnxruntime(file: str, image: np.ndarray, threads: int) -> Callable[[], 
     return lambda: session.run(None, {session.get_inputs()[0].name: image})
 
 
-def run_openvino(file: str, image: np.ndarray, threads: int) -> Callable[[], Any]:
-    """Returns a function that runs an OpenVINO file on an image."""
+def run_openvino(file: str, image: np.ndarray, threads: int, precision: str = "f32") -> Callable[[], Any]:
+    """Returns a function that runs an OpenVINO or ONNX file on an image; `precision` is of what is not int8."""
     import openvino
 
-    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
     request = openvino.Core().compile_model(file, "CPU", config).create_infer_request()
     return lambda: request.infer({0: image}, share_inputs=True, share_outputs=True)
 
@@ -50,13 +51,42 @@ def run_openvino(file: str, image: np.ndarray, threads: int) -> Callable[[], Any
 RUNTIMES = {"onnxruntime": run_onnxruntime, "openvino": run_openvino}
 
 
-def measure(folder: str | Path, threads: int = 1, rounds: int = 30, clock: str = "wall") -> dict[str, Any]:
-    """Measures the files that a folder's graphs.json lists.
+def run_in_turns(loaders: Sequence[Callable[[], Callable[[], Any]]], rounds: int, clock: str) -> np.ndarray:
+    """Times models, each loaded several times.
 
     Where a runtime happens to put a model in memory changes its time by some percent as long as it is loaded. So all
-    files are loaded LOADS times anew, in another order each time, the first in COPIES copies, as all are compared with
-    it. Each round then runs every file once, forwards and backwards in turns, so that whatever else the machine does
-    meets all alike.
+    are loaded LOADS times anew, in another order each time, the first in COPIES copies, as all are compared with it.
+    Each round then runs every model once, forwards and backwards in turns, so that whatever else the machine does meets
+    all alike.
+
+    Args:
+        loaders: each loads a model and returns what runs it.
+        rounds: how often each is run at least, all loads together.
+        clock: one of CLOCKS.
+
+    Returns:
+        Milliseconds (LOADS, models): medians of a load's runs, float64.
+    """
+    now, generator = CLOCKS[clock], np.random.default_rng(0)
+    ms = np.empty((LOADS, len(loaders)))
+    for load in range(LOADS):
+        places = generator.permutation([0] * (COPIES - 1) + list(range(len(loaders))))
+        runs = [loaders[place]() for place in places]
+        for run in runs * WARM_UP:
+            run()
+        spent = np.empty((-(-rounds // LOADS), len(runs)))
+        for number, times in enumerate(spent):
+            for one in range(len(runs)) if number % 2 else reversed(range(len(runs))):
+                start = now()
+                runs[one]()
+                times[one] = 1000 * (now() - start)
+        medians = np.median(spent, axis=0)
+        ms[load] = [medians[places == place].mean() for place in range(len(loaders))]
+    return ms
+
+
+def measure(folder: str | Path, threads: int = 1, rounds: int = 30, clock: str = "wall") -> dict[str, Any]:
+    """Measures the files that a folder's graphs.json lists, as `run_in_turns` does.
 
     Args:
         folder: of the files.
@@ -69,24 +99,11 @@ def measure(folder: str | Path, threads: int = 1, rounds: int = 30, clock: str =
         smallest and the largest difference of a load.
     """
     table = json.loads(Path(folder, GRAPHS).read_text(encoding="utf-8"))
-    module, files = __import__(table["runtime"]), [str(Path(folder, one["file"])) for one in table["graphs"]]
-    height, width = table["shape_hw"]
-    generator, now = np.random.default_rng(0), CLOCKS[clock]
-    image = generator.random((1, table["channels"], height, width), dtype=np.float32)
-    ms = np.empty((LOADS, len(files)))
-    for load in range(LOADS):
-        places = generator.permutation([0] * (COPIES - 1) + list(range(len(files))))
-        runs = [RUNTIMES[table["runtime"]](files[place], image, threads) for place in places]
-        for run in runs * WARM_UP:
-            run()
-        spent = np.empty((-(-rounds // LOADS), len(runs)))
-        for number, times in enumerate(spent):
-            for one in range(len(runs)) if number % 2 else reversed(range(len(runs))):
-                start = now()
-                runs[one]()
-                times[one] = 1000 * (now() - start)
-        medians = np.median(spent, axis=0)
-        ms[load] = [medians[places == place].mean() for place in range(len(files))]
+    module, load = __import__(table["runtime"]), RUNTIMES[table["runtime"]]
+    shape = (1, table["channels"], *table["shape_hw"])
+    image = np.random.default_rng(0).random(shape, dtype=np.float32)
+    files = [str(Path(folder, one["file"])) for one in table["graphs"]]
+    ms = run_in_turns([functools.partial(load, file, image, threads) for file in files], rounds, clock)
     differences = ms - ms[:, :1]
     for place, one in enumerate(table["graphs"]):
         one["ms"] = round(float(np.median(ms[:, place])), 4)

@@ -1,4 +1,4 @@
-"""benchmarks/neck.py runs as a command and reports every model in both forms."""
+"""benchmarks/neck.py runs as a command and reports every model in both forms; what its shares are of."""
 
 import json
 import subprocess
@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from benchmarks.neck import share_of
 from utils.files import ROOT
 
 pytestmark = pytest.mark.slow
@@ -34,3 +35,9 @@ def test_the_command_prints_and_writes_costs_and_times(tmp_path):
         assert runtime["version"] in done.stdout
         assert len(runtime["ms"]) == 2 * len(MODELS)
         assert all(spent_ms > 0 for spent_ms in runtime["ms"])
+        assert {len(times) for times in runtime["loads_ms"]} == {2 * len(MODELS)}
+
+
+def test_a_share_is_of_the_times_of_one_load():
+    slower = {"loads_ms": [[10.0, 8.0], [20.0, 18.0], [40.0, 32.0]]}  # each load, more than the models differ by
+    assert share_of(slower, 1, 0) == (0.8, pytest.approx(0.05))

@@ -48,7 +48,7 @@ def test_seeds_stand_together_and_the_dense_model_s_cell_before_what_starts_from
 def test_every_command_is_one_that_the_program_takes(options, tmp_path):
     """And what differs between the starts is what their names say."""
     one = study.Study(options("--starts", *study.STARTS, "--seeds", "3"))
-    folder, told = tmp_path / "out" / "tiny", {}
+    folder, told, teachers = tmp_path / "out" / "tiny", {}, {}
     for cell in one.cells:
         script, *words = one.command(cell)
         if script == "-m":
@@ -58,6 +58,7 @@ def test_every_command_is_one_that_the_program_takes(options, tmp_path):
         assert (taken.project, taken.name) == (str(folder), f"{cell.model}-{cell.start}-3")
         assert taken.cfg == f"models/{cell.model}.yaml"
         told[cell.model, cell.start] = [getattr(taken, name, None) for name in ("weights", "recipe", "epochs")]
+        teachers[cell.start] = getattr(taken, "teacher", "")
     coco, teacher = str(tmp_path / "coco.pt"), str(folder / "yolov5n-coco-3" / "weights" / "best.pt")
     for model in ("yolov5n", "yolov5n-slimneck"):
         assert told.pop((model, "scratch")) == ["", "auto", 10]
@@ -67,7 +68,9 @@ def test_every_command_is_one_that_the_program_takes(options, tmp_path):
         ("yolov5n-slimneck", "coco-no-inherit"): [coco, "auto", 5],
         ("yolov5n-slimneck", "inherited"): [teacher, None, None],
         ("yolov5n-slimneck", "tuned"): [teacher, "auto", 2],
+        ("yolov5n-slimneck", "taught"): [teacher, "auto", 2],
     }
+    assert {start: file for start, file in teachers.items() if file} == {"taught": teacher}
 
 
 def test_a_model_may_have_an_option_of_a_training_behind_its_name(options):
@@ -213,7 +216,9 @@ def test_tables_give_means_and_spreads_of_seeds(tmp_path):
     report["models"] = [
         {"model": name, "form": form} for name in ("dense", "slim") for form in ("as trained", "rewritten")
     ]
-    report["runtimes"] = [{"runtime": "openvino-int8", "version": "1.2", "ms": [9, 4, 9, 3]}]
+    report["runtimes"] = [
+        {"runtime": "openvino-int8", "version": "1.2", "ms": [9, 4, 9, 3], "loads_ms": [[9, 4, 9, 3]]}
+    ]
     (tmp_path / study.LATENCY).write_text(json.dumps(report))
     lines = study.tables(tmp_path).splitlines()
     assert [line for line in lines if line and "---" not in line and "| model" not in line] == [
