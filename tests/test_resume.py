@@ -8,6 +8,7 @@ moments are in tests/campaigns/interruptions.py, signals to commands in test_tra
 
 import dataclasses
 import functools
+import json
 import os
 import re
 import shutil
@@ -161,7 +162,7 @@ def assert_same_end(run: Path, whole: Path) -> None:
         different = [
             key
             for key, value in other.items()
-            if not key.startswith(("['date']", "['opt']", "['versions']"))
+            if not key.startswith(("['date']", "['opt']", "['spent']", "['versions']"))
             and not (torch.equal(mine[key], value) if isinstance(value, torch.Tensor) else mine[key] == value)
         ]
         assert not different, f"{path.name}: {len(different)} of {len(other)} parts differ, such as {different[:4]}"
@@ -244,6 +245,16 @@ def test_of_a_checkpoint_without_a_record_of_its_data_it_is_said(caplog):
 def interrupted(folder, tmp_path) -> Path:
     """The last checkpoint of a run that was interrupted in its second epoch."""
     return stopped(folder, tmp_path, data=str(folder / "data.yaml"))
+
+
+def test_the_time_before_an_interruption_counts(interrupted):
+    checkpoint = load_checkpoint(interrupted)
+    assert 0 < checkpoint["spent"]["seconds"] < 10_000
+    checkpoint["spent"] = {"seconds": 10_000.0, "watt_hours": {"gpu": 4.5}}
+    save_checkpoint(interrupted, checkpoint)
+    train.run(resume=str(interrupted))
+    told = json.loads((interrupted.parents[1] / "metrics.json").read_text())
+    assert told["seconds"] > 10_000 and told["energy_wh"]["gpu"] == pytest.approx(4.5)
 
 
 @pytest.mark.parametrize(

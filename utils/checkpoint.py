@@ -2,9 +2,9 @@
 
 A checkpoint is a dict of tensors, numbers, strings, None, lists, tuples and dicts, in torch's zip format. Keys: format,
 format_version, epoch (the last finished one, -1 once stripped), best_fitness, model (state dict, float32; the float16
-EMA once stripped), ema, updates, optimizer, scaler, schedule, stopper, generators, dataset (None once stripped), yaml,
-names, nc, stride, hyp, opt, precision, data, versions, date; with `--teacher` also teacher, a digest of its weights.
-Building a model from one, and what original YOLOv5 files hold, is `models.load`'s concern.
+EMA once stripped), ema, updates, optimizer, scaler, schedule, stopper, generators, spent, dataset (None once stripped),
+yaml, names, nc, stride, hyp, opt, precision, data, versions, date; with `--teacher` also teacher, a digest of its
+weights. Building a model from one, and what original YOLOv5 files hold, is `models.load`'s concern.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from utils.errors import UserError
 from utils.files import atomic_write, native_path
 
 FORMAT, FORMAT_VERSION = "yolov5-slim", 1
-TRAINING_STATE = tuple("best_fitness ema updates optimizer scaler schedule stopper generators dataset".split())
+TRAINING_STATE = tuple("best_fitness ema updates optimizer scaler schedule stopper generators spent dataset".split())
 
 # Far beyond any checkpoint: these stop files that are made to explode when they are read, copied or shown.
 MAX_RATIO = 8  # unpacked to packed; torch does not compress

@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 RAPL = Path("/sys/class/powercap")
 INTERVAL_S = 5.0  # RAPL's counters wrap, at the earliest, after minutes
@@ -48,13 +49,23 @@ class EnergyMeter:
 
     @property
     def seconds(self) -> float:
-        """Since it was opened."""
+        """Since it was made, and before."""
         return time.monotonic() - self.began
 
     def watt_hours(self) -> dict[str, float]:
         """Returns what was used until now by "cpu" and "gpu", as far as they tell."""
         self._read()
         return {name: joules / 3600 for name, joules in self._joules.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what was spent until now, as plain data."""
+        return {"seconds": self.seconds, "watt_hours": self.watt_hours()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Adds what was spent before, as `state_dict` told it."""
+        self.began -= state["seconds"]
+        for name, used in state["watt_hours"].items():
+            self._joules[name] = self._joules.get(name, 0.0) + 3600 * used
 
     def _run(self) -> None:
         while not self._ended.wait(INTERVAL_S):

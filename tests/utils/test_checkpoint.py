@@ -40,6 +40,7 @@ def example() -> dict:
         "schedule": {"iteration": 5},
         "stopper": {"best": 0.25},
         "generators": {"torch": torch.get_rng_state()},
+        "spent": {"seconds": 2.5, "watt_hours": {"cpu": 1.0}},
         "yaml": {"nc": 1, "backbone": [[-1, 1, "Conv", [8]]]},
         "names": {0: "cell"},
     }
@@ -80,7 +81,7 @@ def test_stripping_keeps_the_average_in_float16(tmp_path):
     strip_checkpoint(path)
     stripped = load_checkpoint(path)
     assert stripped["epoch"] == -1
-    gone = ("best_fitness", "ema", "updates", "optimizer", "scaler", "schedule", "stopper", "generators")
+    gone = ("best_fitness", "ema", "updates", "optimizer", "scaler", "schedule", "stopper", "generators", "spent")
     assert all(stripped[key] is None for key in gone)
     assert torch.equal(stripped["model"]["a.weight"], checkpoint["ema"]["a.weight"].half())
     assert stripped["model"]["a.count"].dtype == torch.int64

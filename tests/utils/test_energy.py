@@ -41,6 +41,15 @@ def test_what_cannot_be_read_is_left_out(counter, tmp_path, monkeypatch):
         assert meter.watt_hours() == {}
 
 
+def test_what_was_spent_before_counts(counter):
+    with EnergyMeter() as meter:
+        counter(360_000_000, 0, 0)
+        meter.load_state_dict({"seconds": 5000.0, "watt_hours": {"cpu": 2.0, "gpu": 3.0}})
+        assert meter.watt_hours() == pytest.approx({"cpu": 2.1, "gpu": 3.0})
+        assert 5000 < meter.seconds < meter.state_dict()["seconds"] < 5100
+        assert meter.state_dict()["watt_hours"] == pytest.approx({"cpu": 2.1, "gpu": 3.0})
+
+
 @pytest.mark.skipif(os.name != "posix", reason="the stand-in is a shell script")
 @pytest.mark.parametrize(("told", "expected"), [("100.0\\n200.0", {"gpu": 300 * 36 / 3600}), ("[N/A]", {})])
 def test_the_power_of_gpus_is_added_up_over_time(tmp_path, monkeypatch, told, expected):

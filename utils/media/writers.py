@@ -229,6 +229,7 @@ class ResultWriter:
         self._table_file: IO[str] | None = None
         self._table: Any = None
         self._json_file: IO[str] | None = None
+        self._json_rows_end = 1  # position in it
         self._live: dict[str, LiveOutput] = {}  # by input
 
     @property
@@ -250,7 +251,7 @@ class ResultWriter:
             path = self._folder / "predictions.json"
             with _explained(path):
                 self._json_file = open(path, "w", encoding="utf-8")
-                self._json_file.write("[")
+                self._json_file.write("[\n]\n")
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -266,7 +267,6 @@ class ResultWriter:
             if self._json_file is not None:
                 ends.enter_context(_explained(self._folder / "predictions.json"))
                 ends.callback(self._json_file.close)
-                ends.callback(self._json_file.write, "\n]\n")
             ends.callback(self._keep_counts)
 
     def write(self, frame: Frame, detections: Detections, counts: Sequence[Counts] = ()) -> None:
@@ -385,8 +385,11 @@ class ResultWriter:
         rows = detection_rows(image_id(name), detections.rows, range(int(detections.classes.max(initial=0)) + 1))
         if detections.track_ids is not None:
             rows = [row | {"track_id": track} for row, track in zip(rows, detections.track_ids.tolist(), strict=True)]
+        self._json_file.seek(self._json_rows_end)
         for row in rows:
             self._json_file.write(f"{',' if self._json_file.tell() > 1 else ''}\n{json.dumps(row)}")
+        self._json_rows_end = self._json_file.tell()
+        self._json_file.write("\n]\n")  # so that a run that is killed leaves a whole list
         self._json_file.flush()
 
     def _keep_tables(self) -> None:

@@ -68,7 +68,7 @@ def stratify(
     return subsets
 
 
-def group_names(paths: Sequence[str], pattern: re.Pattern[str] | None) -> list[str]:
+def group_names(paths: Sequence[str], pattern: str = "") -> list[str]:
     """Returns each image's group: what the pattern finds in its path below the folder that all images share.
 
     Of a pattern with parentheses it is what these enclose; an image without a match, or all without a pattern, is a
@@ -76,10 +76,10 @@ def group_names(paths: Sequence[str], pattern: re.Pattern[str] | None) -> list[s
     """
     common = os.path.commonpath([os.path.dirname(path) for path in paths])
     names = [Path(os.path.relpath(path, common)).as_posix() for path in paths]
-    found = [pattern.search(name) if pattern else None for name in names]
+    found = [re.search(pattern, name) if pattern else None for name in names]
     alone = sum(match is None for match in found)
     if pattern and alone == len(names):
-        raise UserError(f"--group-by '{pattern.pattern}': found in none of the {alone} images, such as {names[0]}.")
+        raise UserError(f"--group-by '{pattern}': found in none of the {alone} images, such as {names[0]}.")
     if pattern and alone:
         example = names[found.index(None)]
         LOGGER.warning(f"WARNING: --group-by is not found in {alone} images, which stay single, such as {example}")
@@ -91,7 +91,7 @@ def split(
     source: str | Path,
     shares: Mapping[str, float],
     folder: Path,
-    group_by: re.Pattern[str] | None = None,
+    group_by: str = "",
     names: Sequence[str] = (),
     seed: int = 0,
     exist_ok: bool = False,
@@ -183,11 +183,12 @@ def _report(names: Mapping[int, str], per_class: Mapping[str, np.ndarray], membe
             LOGGER.warning(f"WARNING: '{name}' has no image of {len(absent)} classes, such as {absent[0]}")
 
 
-def _pattern(text: str) -> re.Pattern[str]:
+def _pattern(text: str) -> str:
     try:
-        return re.compile(text)
+        re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"'{text}' is not a regular expression ({error})") from error
+    return text
 
 
 def build_parser() -> CommandParser:
@@ -205,6 +206,7 @@ def build_parser() -> CommandParser:
     add(
         "--group-by",
         type=_pattern,
+        default="",
         help="regular expression: images in whose path it finds the same text (or, with parentheses, the same text in "
         r"these) stay together, such as 'video\d+' for the frames of a video",
     )

@@ -134,12 +134,12 @@ class Trainer:
         self.epoch = -1  # the last finished epoch
         self.saved: tuple[Path, int] | None = None  # what to go on from, and its epoch
         self.complete = False  # whether that was the run's last
+        # of several processes' energy this one would tell its own GPU's alone
+        self.meter = EnergyMeter(gpus_in_use() if world.size == 1 else ())
         if checkpoint:
             with checkpoint_errors(options.resume):
                 self._restore(checkpoint)
             self.saved = Path(options.resume), self.epoch
-        # of several processes' energy this one would tell its own GPU's alone
-        self.meter = EnergyMeter(gpus_in_use() if world.size == 1 else ())
         self.began = self.epoch_began = time.monotonic()
         self.first_epoch = self.epoch + 1  # not of the run, but since `began`
         self.plots = world.is_main and self.keeps and not options.noplots
@@ -436,6 +436,7 @@ class Trainer:
             },
             "stopper": self.stopper.state_dict(),
             "generators": {"torch": torch.get_rng_state()},
+            "spent": self.meter.state_dict(),
             "dataset": self.loaders.dataset,
             **({"teacher": self.teacher.digest} if self.teacher else {}),
         }
@@ -460,6 +461,8 @@ class Trainer:
         self.loss.load_state_dict(schedule["loss"])
         self.stopper.load_state_dict(checkpoint["stopper"])
         self.rng_state = checkpoint["generators"]["torch"]
+        if "spent" in checkpoint:  # which an earlier version did not count
+            self.meter.load_state_dict(checkpoint["spent"])
         self.best_fitness, self.epoch = checkpoint["best_fitness"], checkpoint["epoch"]
 
     def _save(self, epoch: int, is_best: bool) -> None:

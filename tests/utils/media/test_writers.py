@@ -67,6 +67,15 @@ def test_json_is_cocos_with_the_names_of_label_files(tmp_path):
     assert json.loads((tmp_path / "predictions.json").read_text()) == []
 
 
+def test_json_is_whole_after_every_image(tmp_path):
+    counts = []
+    with ResultWriter(tmp_path, ["/in/photo.jpg"], NAMES, OutputOptions(save_json=True, nosave=True)) as writer:
+        for detections in (NOTHING, FOUND, NOTHING, FOUND):
+            writer.write(frame(), detections)
+            counts.append(len(json.loads((tmp_path / "predictions.json").read_text())))
+    assert counts == [0, 3, 3, 6]
+
+
 def test_second_run_into_the_folder_replaces_and_never_appends(tmp_path):
     everything = {"save_txt": True, "save_csv": True, "save_crop": True}
     write(tmp_path, [(frame(), FOUND)], **everything)

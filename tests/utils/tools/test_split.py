@@ -74,9 +74,9 @@ def test_a_group_counts_as_its_images():
 
 def test_groups_are_what_the_pattern_encloses():
     paths = ["/d/train/a_1.jpg", "/d/train/a_2.jpg", "/d/val/a_3.jpg", "/d/val/b.jpg"]
-    assert group_names(paths, re.compile(r"(\w)_\d")) == ["group a", "group a", "group a", "val/b.jpg"]
-    assert len(set(group_names(paths, re.compile(r"^\w+/")))) == 2
-    assert len(set(group_names(paths, None))) == 4
+    assert group_names(paths, r"(\w)_\d") == ["group a", "group a", "group a", "val/b.jpg"]
+    assert len(set(group_names(paths, r"^\w+/"))) == 2
+    assert len(set(group_names(paths))) == 4
 
 
 def test_frames_of_a_video_stay_together_and_nothing_moves(frames, tmp_path, command):

@@ -107,11 +107,22 @@ def test_a_search_starts_from_what_it_is_given_gets_better_and_writes_yolov5s_fi
 
 
 @needs_optuna
-def test_the_same_seed_tries_the_same(tmp_path):
+def test_the_same_seed_tries_the_same(tmp_path, monkeypatch):
+    import optuna
+
+    seeds, sampler = [], optuna.samplers.TPESampler
+
+    def with_seed(seed: int | None = None, **options):
+        seeds.append(seed)
+        return sampler(seed=seed, **options)
+
+    monkeypatch.setattr(optuna.samplers, "TPESampler", with_seed)
     searches = [Search(tmp_path / str(number), epochs=1) for number in range(3)]
     for search, seed, trials in zip(searches, (0, 0, 1), (12, 12, 2), strict=True):
         search.run(trials, seed=seed)
     assert searches[0].tried == searches[1].tried != searches[2].tried
+    seeds = [seed for seed in seeds if seed is not None]  # one without comes with opening a study
+    assert seeds[:12] == seeds[12:24] and len(set(seeds)) == 14  # each trial draws anew
 
 
 @needs_optuna
