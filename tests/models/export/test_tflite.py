@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import zipfile
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import export
+from models.backends import load_backend
 from models.backends.metadata import Metadata
 from models.export.formats import ExportConfig
 from models.export.job import ExportJob
@@ -229,6 +231,19 @@ def test_for_the_edge_tpu_everything_is_int8(weights, full, calibration, compile
     images = random_images(1, 3, HEIGHT, WIDTH)
     assert np.abs(run(model, images) - rows_of(weights, images))[..., 4:].max() < 0.1
     assert zipfile.is_zipfile(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the compiler's stand-in is a shell script")
+def test_maps_for_the_edge_tpu_are_int8_and_decoded_on_the_host(weights, calibration, compiler, tiny_shapes, tmp_path):
+    path = tflite.export(job_of(weights, "edgetpu", int8=True, raw=True, data=str(tiny_shapes)))
+    assert path == weights.with_name("best-raw-int8_edgetpu.tflite")
+    assert all(entry["dtype"] != np.float32 for entry in unfused(path.read_bytes()).get_tensor_details())
+    backend = load_backend(shutil.copy(path, tmp_path / "on-the-cpu.tflite"), "cpu")
+    assert backend.metadata.raw is not None
+    images = np.concatenate(calibration[:2])
+    found, expected = backend.predict(images), rows_of(weights, torch.from_numpy(images).float() / 255)
+    assert np.abs(found - expected)[..., 4:].max() < 0.1
+    assert np.abs(found[..., :4] / SCALE - expected[..., :4]).max() < 0.1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the compiler's stand-in is a shell script")
