@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import C3, C3GS, SPPF, Conv, DWConv, GSBottleneck, GSConv, VoVGSCSP, VoVGSCSPC
+from models.common import C3, C3GS, SPPF, Conv, DWConv, DySample, GSBottleneck, GSConv, VoVGSCSP, VoVGSCSPC
 from models.config import read_config
 from models.heads import Detect, DetectAF, Head
 from models.inference.evaluation import make_loader, module_predictor
@@ -367,6 +367,17 @@ def fit_row_sppf(block, twin, inputs, originals, order, generator) -> Tensor:
     return fit_row_conv(block.cv2, twin.cv2, inputs, originals, torch.arange(inputs[0].shape[1]), generator)
 
 
+def fit_row_dysample(block, twin, inputs, originals, order, generator) -> Tensor:
+    """DySample for an Upsample: points where that reads, from where training may move them; the order stays."""
+    nn.init.zeros_(block.offset.weight)
+    if twin.mode == "nearest":  # at a cell's middle; else bilinear, as without offsets
+        points = (torch.arange(block.scale) + 0.5) / block.scale
+        towards = ((0.5 - points) / 0.25).expand(block.scale, -1)
+        bias = torch.stack([towards.flatten(), towards.T.flatten()])  # x of a cell's points, then y
+        block.offset.bias.copy_(bias[:, None].expand(-1, block.groups, -1).flatten())
+    return order
+
+
 def is_narrower(block: C3, twin: C3) -> bool:
     """Tells whether a C3 has fewer hidden channels than another."""
     return block.cv1.conv.out_channels < twin.cv1.conv.out_channels
@@ -443,6 +454,7 @@ FITS: dict[tuple[type, type], Callable[..., Tensor]] = {
     (GSConv, Conv): fit_row_gsconv,
     (GSConv, GSConv): fit_row_same_gsconv,
     (SPPF, SPPF): fit_row_sppf,
+    (DySample, nn.Upsample): fit_row_dysample,
     (C3, C3): fit_row_csp,
     (C3GS, C3): fit_row_csp,
     (VoVGSCSP, C3): fit_row_csp,

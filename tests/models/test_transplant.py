@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models import transplant
-from models.common import Conv, GSBottleneck, GSConv
+from models.common import Conv, DySample, GSBottleneck, GSConv
 from models.heads import DetectAF
 from models.load import load_model
 from models.transplant import LeastSquares, check_rows, fit_conv, inherit, match, patches_at, shuffled
@@ -260,6 +260,23 @@ def test_the_shortcut_of_a_bottleneck_takes_its_share():
     targets, order = transplant.fit_bottleneck(block, [twin], inputs, inputs, torch.Generator().manual_seed(0))
     wanted, given = torch.cat(targets)[:, order], torch.cat([block(maps) for maps in inputs])
     assert ((given - wanted).square().mean((0, 2, 3)) < 0.01 * wanted.var((0, 2, 3))).all()
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("scale", [2, 3])
+def test_a_dysample_begins_as_the_upsampling_that_it_replaces(mode, scale):
+    block, twin = DySample(8, scale).requires_grad_(False), nn.Upsample(scale_factor=scale, mode=mode)
+    maps, order = torch.randn(2, 8, 5, 7, generator=torch.Generator().manual_seed(0)), torch.randperm(8)
+    assert transplant.FITS[DySample, nn.Upsample](block, twin, [maps], [maps], order, None) is order
+    torch.testing.assert_close(block(maps), twin(maps), rtol=0, atol=1e-5)
+
+
+def test_rows_beside_a_dysample_are_fitted(cfg):
+    changes = {"nn.Upsample, [None, 2, nearest]": "DySample, [2]"}
+    teacher, student = drawn(cfg(), 0, lively=True), drawn(cfg("GSConv", "VoVGSCSP", replace=changes), 1)
+    fits = inherit(student, teacher, coarse_images(), steps=0)
+    assert [(fit.row, fit.block) for fit in fits if fit.block == "DySample"] == [(5, "DySample")]
+    assert fits[-1].row == 7 and fits[-1].r2 > 0.6
 
 
 @pytest.mark.parametrize("head", [{}, ANCHOR_FREE], ids=["anchors", "anchor-free"])
