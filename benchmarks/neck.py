@@ -35,9 +35,15 @@ from utils.errors import UserError
 NECKS = ("", "-gsneck", "-gsconv", "-slimneck", "-slimneck-c", "-slimneck-q")
 FORMS = ("as trained", "rewritten")
 LIST = "models.json"  # of the graphs in the folder
-RUNTIMES = ("torch", "onnxruntime", "onnxruntime-int8", "openvino", "openvino-bf16", "openvino-int8")
-
 Run = Callable[[], Any]
+OF_FILES: dict[str, tuple[str, Callable[..., Run], bool]] = {  # package, what loads a file, whether it is of int8
+    "onnxruntime": ("onnxruntime", run_onnxruntime, False),
+    "onnxruntime-int8": ("onnxruntime", run_onnxruntime, True),
+    "openvino": ("openvino", run_openvino, False),
+    "openvino-bf16": ("openvino", functools.partial(run_openvino, precision="bf16"), False),
+    "openvino-int8": ("openvino", run_openvino, True),
+}
+RUNTIMES = ("torch", *OF_FILES)
 
 
 @dataclass(frozen=True)
@@ -170,14 +176,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     entries = [Entry(**values) for values in json.loads(Path(options.folder, LIST).read_text())]
     image = np.random.default_rng(0).random((1, 3, options.imgsz, options.imgsz), dtype=np.float32)
-    loaders, version = LOADERS[options.measure](entries, image, options.threads)
+    if options.measure == "torch":
+        package, loaders = "torch", torch_loaders(entries, image, options.threads)
+    else:
+        package, load, int8 = OF_FILES[options.measure]
+        files = files_of(entries, image, package, int8)
+        loaders = [functools.partial(load, file, image, options.threads) for file in files]
     ms = run_in_turns(loaders, options.repeats, options.clock)
-    medians_ms = np.median(ms, axis=0).tolist()
-    return {"runtime": options.measure, "version": version, "ms": medians_ms, "loads_ms": ms.tolist()}
+    about = {"runtime": options.measure, "version": importlib.metadata.version(package)}
+    return {**about, "ms": np.median(ms, axis=0).tolist(), "loads_ms": ms.tolist()}
 
 
-def torch_loaders(entries: Sequence[Entry], image, threads: int) -> tuple[list[Callable[[], Run]], str]:
-    """Returns for each model what loads it into PyTorch, and the version."""
+def torch_loaders(entries: Sequence[Entry], image, threads: int) -> list[Callable[[], Run]]:
+    """Returns for each model what loads it into PyTorch."""
     import torch
 
     torch.set_num_threads(threads)
@@ -189,40 +200,22 @@ def torch_loaders(entries: Sequence[Entry], image, threads: int) -> tuple[list[C
         module = copy.deepcopy(forms[entry.model][entry.form]).to(memory_format=torch.channels_last)
         return torch.inference_mode()(lambda: module(inputs))
 
-    return [functools.partial(load, entry) for entry in entries], torch.__version__
+    return [functools.partial(load, entry) for entry in entries]
 
 
-def file_loaders(
-    entries: Sequence[Entry], image, threads: int, runtime: str, load: Callable[..., Run], int8: bool = False
-) -> tuple[list[Callable[[], Run]], str]:
-    """Returns for each model what loads its file, for int8 quantised as export.py does, and the runtime's version."""
+def files_of(entries: Sequence[Entry], image, package: str, int8: bool) -> list[str]:
+    """Returns the models' files for a runtime, for int8 quantised as export.py does it."""
     from models.choose_neck import finish_graph
 
-    pixels = (255 * image).astype("uint8")
-    files = [str(finish_graph(Path(entry.file), pixels, runtime, int8)) for entry in entries]
-    version = importlib.metadata.version(runtime)
-    return [functools.partial(load, file, image, threads) for file in files], version
-
-
-LOADERS: dict[str, Callable[[Sequence[Entry], Any, int], tuple[list[Callable[[], Run]], str]]] = {
-    "torch": torch_loaders,
-    "onnxruntime": functools.partial(file_loaders, runtime="onnxruntime", load=run_onnxruntime),
-    "onnxruntime-int8": functools.partial(file_loaders, runtime="onnxruntime", load=run_onnxruntime, int8=True),
-    "openvino": functools.partial(file_loaders, runtime="openvino", load=run_openvino),
-    "openvino-bf16": functools.partial(
-        file_loaders, runtime="openvino", load=functools.partial(run_openvino, precision="bf16")
-    ),
-    "openvino-int8": functools.partial(file_loaders, runtime="openvino", load=run_openvino, int8=True),
-}
+    pixels = (255 * image).astype("uint8")  # ranges change no latency
+    return [str(finish_graph(Path(entry.file), pixels, package, int8)) for entry in entries]
 
 
 def print_table(entries: Sequence[Entry], results: Sequence[dict[str, Any]]) -> None:
-    """Prints a line for each model and form: costs, and for each runtime ms and two shares of the first one's."""
+    """Prints a line for each model and form: costs, and for each runtime its time and share of the first model's."""
     for result in results:
         print(f"{result['runtime']} {result['version']}")
-    print(
-        "ms; in brackets the share of the first model's time in the same form, and half of what loads differ by in it"
-    )
+    print("ms; in brackets the share of the first model's time in the same form, ± half the range of the loads")
     forms = len({entry.form for entry in entries})
     header = f"{'model':23} {'form':11} {'parameters':>10} {'GFLOPs':>6} {'nodes':>5}"
     print(header + "".join(f"{result['runtime']:>22}" for result in results))
