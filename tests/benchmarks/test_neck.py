@@ -10,7 +10,7 @@ from benchmarks.neck import share_of
 from utils.files import ROOT
 
 pytestmark = pytest.mark.slow
-MODELS = ["yolov5n", "yolov5n-gsconv", "yolov5n-slimneck:relu"]
+MODELS = ["yolov5n", "yolov5n-slimneck:relu"]
 
 
 def test_the_command_prints_and_writes_costs_and_times(tmp_path):
