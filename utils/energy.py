@@ -62,10 +62,9 @@ class EnergyMeter:
         return {"seconds": self.seconds, "watt_hours": self.watt_hours()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Adds what was spent before, as `state_dict` told it."""
+        """Goes on from what was spent before, as `state_dict` told it; to be called before it is opened."""
         self.began -= state["seconds"]
-        for name, used in state["watt_hours"].items():
-            self._joules[name] = self._joules.get(name, 0.0) + 3600 * used
+        self._joules = {name: 3600 * used for name, used in state["watt_hours"].items()}
 
     def _run(self) -> None:
         while not self._ended.wait(INTERVAL_S):

@@ -42,9 +42,10 @@ def test_what_cannot_be_read_is_left_out(counter, tmp_path, monkeypatch):
 
 
 def test_what_was_spent_before_counts(counter):
-    with EnergyMeter() as meter:
+    meter = EnergyMeter()
+    meter.load_state_dict({"seconds": 5000.0, "watt_hours": {"cpu": 2.0, "gpu": 3.0}})
+    with meter:
         counter(360_000_000, 0, 0)
-        meter.load_state_dict({"seconds": 5000.0, "watt_hours": {"cpu": 2.0, "gpu": 3.0}})
         assert meter.watt_hours() == pytest.approx({"cpu": 2.1, "gpu": 3.0})
         assert 5000 < meter.seconds < meter.state_dict()["seconds"] < 5100
         assert meter.state_dict()["watt_hours"] == pytest.approx({"cpu": 2.1, "gpu": 3.0})
